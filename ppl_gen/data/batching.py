@@ -1,0 +1,292 @@
+"""Rows: whatever a user passes as data, checked once and handed out whole or in batches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "Batches", "Constant", "Dataset", "as_dataset", "constant"]
+
+LARGE = 1_000_000  # elements: beyond this a dry run looks at a slice, and posterior draws are not made for every row
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A value that has no rows and is passed whole with every batch."""
+
+    value: Any
+
+
+def constant(value: Any) -> Constant:
+    """Mark an entry of the data as having no rows: it is passed whole with every batch.
+
+    >>> constant([1.0, 2.0]).value
+    [1.0, 2.0]
+    """
+    return Constant(value)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of one call of model and guide, the number of rows they hold and of all rows."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rows: int | None
+    total: int | None
+    index: Tensor | None = None
+
+    @property
+    def rescale(self) -> float:
+        """N / B, the factor of the sites inside the data plate."""
+        return 1.0 if self.rows is None or self.total is None else self.total / self.rows
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Checked data: entries that share their rows, constants, and how they are passed to the model."""
+
+    entries: Mapping[str, Any]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    positional: str | None = None
+    rows: int | None = None
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    on_batch: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    original: Any = None
+
+    def batch(self, index: Tensor | None = None, total: int | None = None) -> Batch:
+        """The rows of ``index`` (all of them when None) as a call of the model."""
+        values = {name: self._rows(value, index) for name, value in self.entries.items()}
+        if self.on_batch is not None:
+            values = self.on_batch(values)
+        values = {name: self._placed(value) for name, value in values.items()}
+        rows = self.rows if index is None else len(index)
+        constants = {name: self._placed(value) for name, value in self.constants.items()}
+        args: tuple[Any, ...] = ()
+        if self.positional is not None:
+            args = (values.pop(self.positional),)
+        return Batch(args, {**values, **constants}, rows, self.rows if total is None else total, index)
+
+    def _rows(self, value: Any, index: Tensor | None) -> Any:
+        if index is None:
+            return value
+        if isinstance(value, np.ndarray):
+            return torch.as_tensor(np.ascontiguousarray(value[index.numpy()]))
+        return value[index.to(value.device)]
+
+    def _placed(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value = torch.as_tensor(np.ascontiguousarray(value))
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device=self.device, dtype=self.dtype if value.is_floating_point() else None)
+
+    @property
+    def elements(self) -> int:
+        return sum(int(np.prod(value.shape)) for value in self.entries.values())
+
+    def head(self, rows: int) -> Batch:
+        """The first rows as if they were all: what a dry run looks at."""
+        if self.rows is None or rows >= self.rows:
+            return self.batch()
+        return self.batch(torch.arange(rows), total=rows)
+
+    def template(self, rows: int) -> Batch:
+        """``rows`` rows, the data's own repeated as often as needed: the shape on which new rows are drawn."""
+        if self.rows is None:
+            return self.batch()
+        return self.batch(torch.arange(rows) % self.rows, total=rows)
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """All rows in order, at most ``size`` at a time; each chunk counts as the whole (no rescaling)."""
+        if self.rows is None or self.rows <= size:
+            yield self.batch()
+            return
+        for index in torch.arange(self.rows).split(size):
+            yield self.batch(index, total=len(index))
+
+    def subset(self, index: Tensor) -> Dataset:
+        """A dataset of the rows of ``index`` only."""
+        entries = {name: self._rows(value, index) for name, value in self.entries.items()}
+        original = next(iter(entries.values())) if self.positional else {**entries, **self._marked()}
+        return replace(self, entries=entries, rows=len(index), original=original)
+
+    def _marked(self) -> dict[str, Any]:
+        return {name: Constant(value) for name, value in self.constants.items()}
+
+
+class Batches:
+    """An endless source of batches under a generator of its own, so that data order depends on the seed alone."""
+
+    def __init__(self, data: Dataset, size: int | None, seed: int, stratify: str | None = None) -> None:
+        self.data, self.size = data, size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._order = torch.empty(0, dtype=torch.long)
+        self._strata = _strata(data, stratify)
+        self._whole = data.batch() if size is None and data.on_batch is None else None
+        if size is not None:
+            if data.rows is None:
+                raise ValueError("batch_size: minibatches need rows, and this data has none (entries are constants)")
+            if not 1 <= size:
+                raise ValueError(f"batch_size: expected at least 1, got {size}")
+            self.size = min(size, data.rows)
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in one pass over the rows."""
+        return 1 if self.size is None or self.data.rows is None else -(-self.data.rows // self.size)
+
+    def next(self) -> Batch:
+        """The next batch; the last one of an epoch may be shorter."""
+        if self.size is None:
+            return self._whole if self._whole is not None else self.data.batch()
+        if not len(self._order):
+            self._order = self._shuffled()
+        index, self._order = self._order[: self.size], self._order[self.size :]
+        return self.data.batch(index)
+
+    def _shuffled(self) -> Tensor:
+        assert self.data.rows is not None
+        if self._strata is None:
+            return torch.randperm(self.data.rows, generator=self._generator)
+        # Each stratum is spread evenly over the epoch, so that every batch holds its share of every stratum.
+        places = torch.empty(self.data.rows)
+        for rows in self._strata:
+            offset = torch.rand((), generator=self._generator)
+            order = torch.randperm(len(rows), generator=self._generator)
+            places[rows[order]] = (torch.arange(len(rows)) + offset) / len(rows)
+        return places.argsort()
+
+
+def _strata(data: Dataset, stratify: str | None) -> list[Tensor] | None:
+    if stratify is None:
+        return None
+    if stratify not in data.entries:
+        raise ValueError(f"stratify: no entry {stratify!r} in the data; there is {', '.join(data.entries)}")
+    labels = torch.as_tensor(np.asarray(data.entries[stratify]))
+    return [torch.nonzero(labels == value).squeeze(-1) for value in labels.unique()]
+
+
+def as_dataset(
+    data: Any, model: Callable[..., Any], *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Dataset:
+    """Check ``data`` against the signature of ``model`` and wrap it.
+
+    Raises:
+        TypeError: for data that is no tensor, array, mapping, Dataset or DataLoader, or holds no numbers.
+        ValueError: for empty data, NaN or infinity, rows that differ in number, or a missing argument.
+    """
+    if isinstance(data, Dataset):
+        return replace(data, dtype=dtype or data.dtype, device=device or data.device)
+    from ppl_gen.data.sources import collected  # torch.utils.data sources, turned into entries
+
+    original, data = data, collected(data)
+    on_batch = getattr(data, "on_batch", None)
+    signature = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
+    names = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if isinstance(data, Mapping):
+        entries, constants = _mapping_entries(data, signature)
+        positional = None
+        _require_arguments(signature, {*entries, *constants})
+    else:
+        positional = names[0] if names else "data"
+        entries, constants = {positional: _array(data, positional)}, {}
+        if not names and not any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+            raise ValueError("the model takes no arguments, so data cannot reach it; give it one, e.g. `def model(x):`")
+        _require_arguments(signature, {positional})
+    rows = _common_rows(entries)
+    for name, value in {**entries, **constants}.items():
+        _check_finite(name, value)
+    if dtype is None:
+        dtype = _natural_dtype([*entries.values(), *constants.values()])
+    return Dataset(entries, constants, positional, rows, device, dtype, on_batch, original)
+
+
+def _mapping_entries(data: Mapping[str, Any], signature: inspect.Signature) -> tuple[dict[str, Any], dict[str, Any]]:
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    entries: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    for name, value in data.items():
+        if not open_ended and name not in signature.parameters:
+            continue
+        if isinstance(value, Constant):
+            inside = value.value
+            constants[name] = _array(inside, name) if isinstance(inside, Tensor | np.ndarray) else inside
+        elif value is None:
+            continue
+        elif isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and value.ndim == 0):
+            constants[name] = value
+        else:
+            entries[name] = _array(value, name)
+    return entries, constants
+
+
+def _require_arguments(signature: inspect.Signature, given: set[str]) -> None:
+    for p in signature.parameters.values():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is not p.empty or p.name in given:
+            continue
+        raise ValueError(
+            f"the model needs the argument {p.name!r}, which the data does not hold (it holds {sorted(given)}); "
+            f"add the entry, or give the argument a default such as `{p.name}=None` if it may be missing"
+        )
+
+
+def _array(value: Any, name: str) -> Any:
+    if isinstance(value, np.memmap):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach()
+    try:
+        array = np.asarray(value)
+        if array.dtype == object or array.dtype.kind in "USOMm":
+            raise TypeError
+        return torch.as_tensor(np.ascontiguousarray(array))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"data {name!r}: expected a tensor or an array of numbers, got {type(value).__name__}; "
+            "wrap what has no rows in pg.constant(...)"
+        ) from error
+
+
+def _common_rows(entries: Mapping[str, Any]) -> int | None:
+    sizes = {name: value.shape[0] if value.ndim else None for name, value in entries.items()}
+    for name, size in sizes.items():
+        if size is None:
+            raise ValueError(f"data {name!r}: expected rows along the first dimension, got a single number")
+        if size == 0 or 0 in entries[name].shape:
+            raise ValueError(f"data {name!r}: expected at least one row and one column, got {tuple(entries[name].shape)}")
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"data: entries must share their rows (first dimension), got {listed}; wrap what has no rows in "
+            "pg.constant(...)"
+        )
+    return next(iter(sizes.values()), None)
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor | np.ndarray) or isinstance(value, np.memmap):
+        return
+    tensor = torch.as_tensor(value)
+    if not tensor.is_floating_point():
+        return
+    bad = ~tensor.isfinite()
+    count = int(bad.sum())
+    if count:
+        first = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"data {name!r}: {count} value(s) are NaN or infinite, the first at index {first}; drop these rows, or "
+            "pass a finite filler together with a mask that the program applies (poutine.mask)"
+        )
+
+
+def _natural_dtype(values: list[Any]) -> torch.dtype:
+    doubles = (v.dtype in (torch.float64, np.float64) for v in values if isinstance(v, Tensor | np.ndarray))
+    return torch.float64 if any(doubles) else torch.float32

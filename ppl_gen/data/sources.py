@@ -1,0 +1,48 @@
+"""torch.utils.data sources as entries: what can be gathered by index is gathered once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["collected"]
+
+
+def collected(data: Any) -> Any:
+    """A tensor or mapping from a map-style Dataset or a DataLoader; anything else is returned as it is.
+
+    The items of a Dataset are collated once and kept, so that batches are gathered from a resident tensor; a
+    DataLoader contributes its dataset and its collate function, while batch size and order are the algorithm's.
+
+    Raises:
+        TypeError: for iterable-style data, whose number of rows (N in every plate scale) is unknown.
+
+    Example:
+        >>> collected(torch.utils.data.TensorDataset(torch.arange(3.0))).tolist()
+        [0.0, 1.0, 2.0]
+    """
+    loader = torch.utils.data.DataLoader
+    if isinstance(data, loader):
+        return _stacked(data.dataset, data.collate_fn)
+    if isinstance(data, torch.utils.data.IterableDataset):
+        raise TypeError("data: an IterableDataset has no known number of rows; pass a map-style Dataset or a tensor")
+    if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, Mapping):
+        return _stacked(data, torch.utils.data.default_collate)
+    return data
+
+
+def _stacked(dataset: Any, collate: Any) -> Any:
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
+        raise TypeError("data: the loader's dataset has no known number of rows; pass a map-style Dataset or a tensor")
+    if isinstance(dataset, torch.utils.data.TensorDataset):
+        columns: Any = list(dataset.tensors)
+    else:
+        columns = collate([dataset[i] for i in range(len(dataset))])
+    if isinstance(columns, Tensor | Mapping):
+        return columns
+    if isinstance(columns, list | tuple) and columns and isinstance(columns[0], Tensor):
+        return columns[0]  # (x, label, ...) pairs: the convention of labelled datasets
+    raise TypeError(f"data: items of the dataset collate to {type(columns).__name__}; expected tensors or a mapping")

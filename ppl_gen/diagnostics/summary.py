@@ -1,0 +1,262 @@
+"""Verdicts: what the diagnostics of a fit mean, in a sentence or two, and what to do next."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["loss_trend", "verdict_chains", "verdict_point", "verdict_variational"]
+
+_GRADES = ("trust", "doubtful", "do not trust")
+_Finding = tuple[int, str, str]  # grade, what was found, what to do next
+
+_R_HAT, _R_HAT_APART = 1.01, 1.1  # Vehtari et al. 2021; the older limit, above which chains sample different places
+_ESS_PER_CHAIN, _ESS_TOTAL = 100, 400  # Vehtari et al. 2021: below these r_hat and the errors are themselves unsure
+_ESS_NONE = 50  # an effective sample this small leaves a standard error of 0.14 posterior sd
+_DIVERGENT_SHARE = 0.01
+_BAD_ROWS = 0.1  # at k = 0.5 and 1000 draws k-hat scatters by 0.15 around its value, so some rows exceed by chance
+_TREND, _CHANGE = 4.0, 0.01  # standard errors; nats per row
+
+_MIN_LOSSES, _BATCHES = 40, 20
+
+
+def verdict_chains(
+    summary: pandas.DataFrame, divergences: int, draws: int, *, chains: int, saturated: int = 0
+) -> str:
+    """Judge Markov chains by agreement, effective sample size, divergences and tree depth.
+
+    ``summary`` is `az_summary(..., chains=True)`; ``draws`` counts the kept draws of all chains together,
+    ``divergences`` and ``saturated`` those of them that diverged or that ended at the largest tree depth. Doubtful:
+    r_hat > 1.01, a bulk or tail effective sample size under 100 per chain or 400 in all (Vehtari, Gelman, Simpson,
+    Carpenter, Burkner, Bayesian Analysis 2021), any divergence (Betancourt 2017), a saturated tree, fewer than two
+    chains. Not to be trusted, by limits of our own: r_hat > 1.1, an effective sample size under 50, more than 1 % of
+    divergent draws, or a quantity that is not finite. Quantities that do not vary are left out.
+
+    Raises ValueError where the summary lacks columns or the counts are impossible.
+
+    >>> import pandas
+    >>> frame = pandas.DataFrame({"mean": 0.1, "sd": 1.0, "r_hat": 1.002, "ess_bulk": 900.0, "ess_tail": 700.0}, ["mu"])
+    >>> verdict_chains(frame, 0, 4000, chains=4)
+    'trust: 4 chains agree (largest r_hat 1.002, smallest effective sample size 700) and no draw diverged.'
+    """
+    lacking = [name for name in ("mean", "sd", "r_hat", "ess_bulk", "ess_tail") if name not in summary.columns]
+    if lacking:
+        raise ValueError(f"summary: no columns {lacking}; expected the frame of az_summary(..., chains=True)")
+    if chains < 1 or draws < 1 or not 0 <= divergences <= draws or not 0 <= saturated <= draws:
+        raise ValueError(
+            "expected chains and draws of at least 1, and divergences and saturated between 0 and draws; got "
+            f"chains={chains}, draws={draws}, divergences={divergences}, saturated={saturated}"
+        )
+    undefined = summary.index[~np.isfinite(summary["mean"]) | ~np.isfinite(summary["sd"])]
+    varying = summary[(summary["sd"] > 0) & np.isfinite(summary["sd"])]
+    findings: list[_Finding] = []
+    if len(undefined):
+        findings.append((2, f"{undefined[0]} is not finite in some draws", "Check the program at extreme values"))
+    if chains < 2:
+        findings.append((1, "a single chain cannot show whether it missed a part of the posterior", "Run 4 chains"))
+    elif len(varying):
+        findings += _agreement(varying)
+    if len(varying):
+        findings += _sample_size(varying, max(_ESS_TOTAL, _ESS_PER_CHAIN * chains))
+    findings += _trouble(divergences, saturated, draws)
+    worst = varying["r_hat"].max() if len(varying) else math.nan
+    least = varying[["ess_bulk", "ess_tail"]].to_numpy().min() if len(varying) else math.nan
+    return _sentence(
+        findings,
+        f"{chains} chains agree (largest r_hat {worst:.3f}, smallest effective sample size {least:.0f}) "
+        "and no draw diverged",
+    )
+
+
+def _agreement(varying: pandas.DataFrame) -> list[_Finding]:
+    if varying["r_hat"].isna().any():
+        name = varying.index[varying["r_hat"].isna()][0]
+        return [(2, f"the chains are too short to judge {name}", "Run at least 1000 draws a chain")]
+    worst = float(varying["r_hat"].max())
+    if worst <= _R_HAT:
+        return []
+    found = f"the chains disagree on {varying['r_hat'].idxmax()} (r_hat {worst:.2f}, expected at most {_R_HAT})"
+    advice = "Run a longer warm-up and more draws; if they still disagree, look for several modes or swapped labels"
+    return [(2 if worst > _R_HAT_APART else 1, found, advice)]
+
+
+def _sample_size(varying: pandas.DataFrame, needed: int) -> list[_Finding]:
+    sizes = varying[["ess_bulk", "ess_tail"]].min(axis=1)
+    least = float(sizes.min())
+    if least >= needed or math.isnan(least):
+        return []
+    found = f"{sizes.idxmin()} has an effective sample size of {least:.0f}, expected at least {needed}"
+    return [(2 if least < _ESS_NONE else 1, found, "Run more draws")]
+
+
+def _trouble(divergences: int, saturated: int, draws: int) -> list[_Finding]:
+    findings: list[_Finding] = []
+    if divergences:
+        found = f"{divergences} of {draws} draws diverged, so a narrow part of the posterior may be missed"
+        advice = "Raise the target acceptance probability towards 0.99, or write scale parameters non-centred"
+        findings.append((2 if divergences > _DIVERGENT_SHARE * draws else 1, found, advice))
+    if saturated:
+        found = f"{saturated} of {draws} draws ended at the largest tree depth, so the chains move slowly"
+        findings.append((1, found, "Raise the tree depth, adapt a full mass matrix, or rescale the parameters"))
+    return findings
+
+
+def verdict_variational(
+    k_joint: float | None,
+    k_rows: Any | None,
+    threshold: float,
+    *,
+    trend: tuple[float, float] | None = None,
+) -> str:
+    """Judge a guide by k-hat, joint for global latents and per row for local ones, and by the trend of its loss.
+
+    ``k_joint`` and ``k_rows`` (shape (rows,)) come from `pareto_k` and `pareto_k_rows`, None where the program has no
+    such latents; ``threshold`` from `pareto_k_threshold`; ``trend`` from `loss_trend`. Doubtful: k-hat between the
+    threshold and 1, more than a tenth of the rows above the threshold, or a loss that still moved by more than 0.01
+    nats per row and 4 standard errors over the last half. Not to be trusted: k-hat of 1 or more (infinite mean), or
+    that in more than a tenth of the rows; NaN counts as infinite. A high k-hat speaks against the guide, which is to
+    be mended first; the program may well be right.
+
+    Raises ValueError where both k-hats are missing: a fit without random latents is a point (`verdict_point`).
+
+    >>> verdict_variational(0.31, None, 0.667)
+    'trust: the guide is close to the posterior (k-hat 0.31, below 0.67).'
+    >>> print(verdict_variational(0.8, None, 0.7))
+    doubtful: the guide is a poor approximation of the posterior (k-hat 0.80, expected below 0.70); \
+this need not mean that the program is wrong. Use a richer guide (full covariance, a flow) or check against NUTS.
+    """
+    rows = None if k_rows is None else np.nan_to_num(np.atleast_1d(np.asarray(k_rows, dtype=np.float64)), nan=np.inf)
+    if k_joint is None and (rows is None or rows.size == 0):
+        raise ValueError("k_joint and k_rows are both missing; use verdict_point for a fit without random latents")
+    findings: list[_Finding] = []
+    good = []
+    if k_joint is not None:
+        joint = math.inf if math.isnan(k_joint) else float(k_joint)
+        findings += _guide(joint, threshold)
+        good.append(f"k-hat {joint:.2f}, below {threshold:.2f}")
+    if rows is not None and rows.size:
+        findings += _guide_rows(rows, threshold)
+        good.append(f"k-hat below {threshold:.2f} in {np.mean(rows <= threshold):.0%} of {rows.size} rows")
+    findings += _moving(trend)
+    return _sentence(findings, f"the guide is close to the posterior ({' and '.join(good)})")
+
+
+def _guide(k: float, threshold: float) -> list[_Finding]:
+    if k <= threshold:
+        return []
+    found = (
+        f"the guide is a poor approximation of the posterior (k-hat {k:.2f}, expected below {threshold:.2f}); "
+        "this need not mean that the program is wrong"
+    )
+    if k < 0.7:
+        needed = math.ceil(10 ** (1 / (1 - k)) / 100) * 100
+        return [(1, found, f"Judge it again with about {needed} draws, or use a richer guide")]
+    advice = "Use a richer guide (full covariance, a flow) or check against NUTS"
+    return [(2 if k >= 1 else 1, found, advice)]
+
+
+def _guide_rows(k: np.ndarray, threshold: float) -> list[_Finding]:
+    above, hopeless = float(np.mean(k > threshold)), float(np.mean(k >= 1))
+    if above <= _BAD_ROWS:
+        return []
+    found = (
+        f"the guide is a poor approximation of the posterior in {above:.0%} of {k.size} rows "
+        f"(k-hat above {threshold:.2f}; largest {k.max():.2f}); this need not mean that the program is wrong"
+    )
+    advice = "Train longer, use a richer guide for the local latents, or correct it by importance weighting (IWAE)"
+    return [(2 if hopeless > _BAD_ROWS else 1, found, advice)]
+
+
+def _moving(trend: tuple[float, float] | None) -> list[_Finding]:
+    if trend is None or not (abs(trend[0]) > _TREND and abs(trend[1]) > _CHANGE):
+        return []
+    size = f"by {abs(trend[1]):.2g} nats per row over the last half of the run"
+    if trend[1] < 0:
+        return [(1, f"the loss was still falling ({size})", "Run more steps")]
+    return [(1, f"the loss was rising ({size})", "Lower the learning rate")]
+
+
+def verdict_point(
+    converged: bool, *, trend: tuple[float, float] | None = None, restarts: int = 1, implicit: bool = False
+) -> str:
+    """Judge a point estimate (EM, MAP, maximum likelihood, the generator of a game): has it settled?
+
+    ``converged`` says whether the algorithm's own criterion was met, ``trend`` comes from `loss_trend`, ``restarts``
+    counts the starts it was the best of. ``implicit=True`` is for programs without a density: the losses of a game
+    measure the players against each other, so they cannot show that the program is right.
+
+    >>> verdict_point(True, restarts=5)
+    'trust: the optimum was reached (best of 5 starts); it is a point and carries no uncertainty.'
+    """
+    if restarts < 1:
+        raise ValueError(f"restarts: expected at least 1 start, got {restarts}")
+    findings: list[_Finding] = []
+    settled = trend is not None and math.isfinite(trend[1])
+    if implicit:
+        found = "the losses of a game do not show whether its samples are like the data"
+        findings.append((1, found, "Look at samples and at a yardstick computed on them"))
+    elif _moving(trend):
+        findings += _moving(trend)
+    elif not converged and not settled:
+        findings.append((1, "the run ended before its own criterion of convergence was met", "Run more steps"))
+    reached = "the optimum was reached" if converged else "the loss had settled"
+    starts = f" (best of {restarts} starts)" if restarts > 1 else " (from one start: others may end elsewhere)"
+    return _sentence(findings, f"{reached}{starts}; it is a point and carries no uncertainty")
+
+
+def _sentence(findings: list[_Finding], good: str) -> str:
+    """The two worst findings and what to do about the worst, or what speaks for the fit."""
+    if not findings:
+        return f"{_GRADES[0]}: {good}."
+    worst = sorted(findings, key=lambda finding: -finding[0])
+    more = f"; and {len(worst) - 2} more" if len(worst) > 2 else ""
+    return f"{_GRADES[worst[0][0]]}: {'; '.join(found for _, found, _ in worst[:2])}{more}. {worst[0][2]}."
+
+
+def loss_trend(losses: Any) -> tuple[float, float]:
+    r"""Whether the loss still moved over the last half of a run: slope in standard errors, and predicted change.
+
+    The last half is cut into B = 20 batches of equal length m (10 to 20 where it has fewer than 40 losses; the oldest
+    surplus is dropped), and a line is fitted to their means :math:`y_b` over :math:`b = 1 \dots B`:
+
+    .. math:: t = \hat\beta / \sqrt{\hat\sigma^2 / \sum_b (b - \bar b)^2}, \qquad
+              \hat\sigma^2 = \sum_b (y_b - \hat y_b)^2 / (B - 2), \qquad \text{change} = B \hat\beta
+
+    Losses of neighbouring steps are correlated, so a line through all of them has far too small a standard error. The
+    means of batches much longer than the correlation time :math:`\tau` are nearly independent (their correlation is of
+    order :math:`\tau / m`), and their scatter already holds the effect of the correlation within: for a loss that has
+    settled t follows Student's law with B - 2 degrees of freedom, without an estimate of :math:`\tau`. (Batch means:
+    Schmeiser, Batch size effects in the analysis of simulation output, Operations Research 1982.)
+
+    ``losses`` has shape (steps,), in nats per row; the change is in the same unit. Returns (0, 0) for a constant loss
+    and (NaN, NaN) for fewer than 40 losses, which are too few to tell.
+
+    Raises ValueError for a wrong shape or a loss that is not finite.
+
+    >>> t, change = loss_trend(np.linspace(3.0, 1.0, 1000) + 0.01 * np.random.default_rng(0).normal(size=1000))
+    >>> bool(t < -4), round(change, 1)
+    (True, -1.0)
+    """
+    values = np.asarray(losses, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"losses: expected shape (steps,), got {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"losses: expected finite values, got {int((~np.isfinite(values)).sum())} that are not")
+    if values.size < _MIN_LOSSES:
+        return math.nan, math.nan
+    last = values[values.size // 2 :]
+    batches = min(_BATCHES, last.size // 2)
+    length = last.size // batches
+    means = last[last.size - batches * length :].reshape(batches, length).mean(axis=1)
+    time = np.arange(batches) - (batches - 1) / 2
+    slope = float(time @ means / (time @ time))
+    residual = means - means.mean() - slope * time
+    stderr = math.sqrt(float(residual @ residual) / (batches - 2) / float(time @ time))
+    if np.ptp(means) == 0.0:
+        return 0.0, 0.0
+    return (slope / stderr if stderr > 0 else math.copysign(math.inf, slope)), slope * batches

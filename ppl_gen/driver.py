@@ -1,0 +1,312 @@
+"""fit(): one loop, one set of guarantees, for every program and algorithm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppl_gen.data.batching import LARGE, Dataset, as_dataset
+from ppl_gen.dryrun import ProgramInfo, check_observed, dry_run
+from ppl_gen.errors import NonFiniteError
+from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
+from ppl_gen.isolation import Workspace, isolated
+from ppl_gen.offers import require
+from ppl_gen.program import Program, Recipe, as_recipe
+from ppl_gen.result import Fit, Status
+
+__all__ = ["fit", "inspect_program", "iterate"]
+
+DRY_ROWS = 256  # rows of large data that a dry run looks at
+
+
+def fit(
+    program: Program | Recipe | Callable[..., Any],
+    data: Any,
+    algorithm: Algorithm,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+    validation: Any = None,
+    validate_every: int | None = None,
+    callbacks: Sequence[Callable[[int, Mapping[str, Any]], None]] = (),
+    start: Fit | None = None,
+) -> Fit:
+    """Learn ``program`` from ``data`` with ``algorithm``; everything that was passed in stays as it was.
+
+    Args:
+        program: a Pyro model function, a `Program`, or a `Recipe` (built once, here, under the seed).
+        data: rows: a tensor or array is the model's first positional argument, a mapping its keyword arguments.
+        algorithm: SVI(...), EM(...), CAVI(...), NUTS(...).
+        seed: the only source of randomness; same program, data, algorithm, seed and machine: bitwise the same fit.
+        device: where parameters and batches live; the program runs under ``torch.device(device)``.
+        dtype: of data and parameters; float32 unless the data or the algorithm asks for float64.
+        progress: a progress bar; None: in terminals and notebooks only.
+        validation: held-out rows on which the evidence is estimated during training.
+        validate_every: steps between two such estimates (a tenth of all steps when None).
+        callbacks: called as ``callback(step, info)`` after every step; KeyboardInterrupt raised there ends the run.
+        start: a fit of the same program to continue from.
+
+    Returns:
+        The fit. Ctrl-C returns the partial fit with status ``interrupted``.
+
+    Raises:
+        IncompatibleError: the program does not offer what the algorithm needs; both sides are printed.
+        NonFiniteError: a loss or gradient was not finite; ``error.fit`` is the last finite state.
+        ValueError, TypeError: for a mistake in program, data or settings, before anything changes.
+
+    Example:
+        >>> import pyro, torch, ppl_gen as pg
+        >>> import pyro.distributions as dist
+        >>> from ppl_gen.inference import SVI
+        >>> def model(x):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        >>> result = pg.fit(model, torch.tensor([1.0, 2.0, 3.0]), SVI(steps=500, lr=0.05), seed=0)
+        >>> abs(float(result.posterior(draws=2000)["loc"].mean()) - 2.0) < 0.1
+        True
+    """
+    if isinstance(algorithm, type) or not isinstance(algorithm, Algorithm):
+        name = algorithm.__name__ if isinstance(algorithm, type) else type(algorithm).__name__
+        hint = f"{name}() (with brackets)" if isinstance(algorithm, type) else "SVI(), EM() or NUTS()"
+        raise TypeError(f"algorithm: expected an instance such as {hint}, got {name}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed: expected a whole number of at least 0, got {seed!r}")
+    recipe = as_recipe(program)
+    dtype = dtype or algorithm.dtype
+    place = None if device is None else torch.device(device)
+    with isolated(seed, dtype=dtype or _dtype_of(data)):
+        built, dataset = _built(recipe, data, dtype, place, start)
+        state = start.state if start is not None else None
+        with Workspace(state, device=place, dtype=dataset.dtype, modules=_modules_of(built, start)) as workspace:
+            info = _inspected(built, dataset)
+            check_observed(info)
+            require(algorithm.label, algorithm.needs, built.name, info.offers)
+            run = Run(built, dataset, info, workspace, seed, start)
+            algorithm.check(run)
+            _warn_unregistered(workspace, run)
+            with _progress(progress, algorithm.label) as report:
+                run.progress = report
+                run.hooks = tuple(callbacks)
+                run.validation = _validation(validation, validate_every, built, dataset)
+                began = time.perf_counter()
+                outcome = algorithm.run(run)
+                seconds = time.perf_counter() - began
+            result = _finished(recipe, algorithm, run, outcome, seconds)
+    if result.status is Status.DIVERGED:
+        raise NonFiniteError(result.message, result)
+    return result
+
+
+def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -> ProgramInfo:
+    """Dry-run ``program`` on ``data``: a table of sites, shapes, plates and offers (`pg.check`).
+
+    Raises:
+        ValueError, TypeError: naming the site and the edit, for the usual plate and shape mistakes.
+
+    Example:
+        >>> import pyro, torch, ppl_gen as pg
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        >>> print(pg.check(model, torch.zeros(3)))  # doctest: +ELLIPSIS
+        model: data plate 'data' over 3 rows
+        site  kind      distribution  batch  event  plates  guide
+        loc   latent    Normal        []     []     -       -
+        x     observed  Normal        [3]    []     data    -
+        offers: ...
+    """
+    from pyro.infer.autoguide import AutoGuide
+
+    with isolated(0, dtype=_dtype_of(data)):
+        built, dataset = _built(as_recipe(program), data, None, None, None)
+        guide = built.guide
+        if isinstance(guide, AutoGuide) or (isinstance(guide, type) and issubclass(guide, AutoGuide)):
+            guide = None
+        with Workspace(dtype=dataset.dtype, modules=_modules_of(built, None)):
+            return _inspected(built, dataset, guide)
+
+
+def _dtype_of(data: Any) -> torch.dtype:
+    values = list(data.values()) if isinstance(data, Mapping) else [data]
+    doubles = any("float64" in str(getattr(value, "dtype", "")) for value in values)
+    return torch.float64 if doubles else torch.float32
+
+
+def _built(
+    recipe: Recipe, data: Any, dtype: torch.dtype | None, device: torch.device | None, start: Fit | None
+) -> tuple[Program, Dataset]:
+    with torch.device(device or "cpu"):
+        built = start.program if start is not None else recipe(_as_given(data, dtype))
+    return built, as_dataset(data, built.model, dtype=dtype, device=device)
+
+
+def _as_given(data: Any, dtype: torch.dtype | None) -> Any:
+    """Recipes see tensors in the fit's dtype, whatever kind of array the user holds."""
+    import numpy as np
+
+    if isinstance(data, Dataset):
+        data = data.original
+    if isinstance(data, np.ndarray) and not isinstance(data, np.memmap) and data.dtype.kind in "fiub":
+        data = torch.as_tensor(np.ascontiguousarray(data))
+    if isinstance(data, Tensor) and data.is_floating_point() and dtype is not None:
+        return data.detach().to(dtype)
+    return data
+
+
+def _modules_of(program: Program, start: Fit | None) -> dict[str, nn.Module]:
+    parts = {"model": program.model, "guide": program.guide if start is None else start.guide}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def _inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInfo:
+    batch = data.head(DRY_ROWS) if data.elements > LARGE else data.batch()
+    with isolated():
+        return dry_run(program, batch, guide=guide)
+
+
+def _warn_unregistered(workspace: Workspace, run: Run) -> None:
+    names = workspace.unregistered()
+    if names:
+        run.notes["not trained"] = (
+            f"{', '.join(names)} hold trainable parameters that Pyro does not know; register the network with "
+            'pyro.module("name", network) in model or guide, or set requires_grad_(False) if it is meant to stay fixed'
+        )
+
+
+def iterate(algorithm: Iterative, run: Run) -> Outcome:
+    """The one loop: steps, history, stopping, validation, interrupts and the non-finite guard."""
+    state, source, limit = algorithm.init(run), algorithm.source(run), algorithm.limit(run)
+    history: dict[str, list[Any]] = {}
+    checks: dict[str, list[float]] = {}
+    converged = diverged = None
+    interrupted = False
+    step = 0
+    try:
+        for step in range(1, limit + 1):
+            state, info = algorithm.step(state, source)
+            for name, value in info.items():
+                history.setdefault(name, [float("nan")] * (step - 1)).append(value)
+            for hook in run.hooks:
+                hook(step, info)
+            if step % algorithm.stop_every() == 0 and (converged := algorithm.stop(history)) is not None:
+                break
+            if run.validation is not None and run.validation.due(step, limit):
+                run.validation.record(checks, step, run, algorithm.outcome(state, run))
+            if run.progress is not None and (step == limit or step % max(1, limit // 200) == 0):
+                run.progress(step, limit, _latest(info))
+    except KeyboardInterrupt:
+        interrupted = True
+    except FloatingPointError as error:
+        diverged = str(error)
+    outcome = algorithm.outcome(state, run)
+    outcome.converged, outcome.diverged, outcome.interrupted = converged, diverged, interrupted
+    outcome.history = {**outcome.history, **{name: floats(values) for name, values in history.items()}}
+    outcome.checks = checks
+    outcome.cost = {"steps": step if not (interrupted or diverged) else step - 1, **outcome.cost}
+    return outcome
+
+
+def floats(values: Sequence[Any]) -> list[float]:
+    """One synchronisation for a whole history of scalars."""
+    if all(isinstance(value, Tensor) for value in values):
+        return [float(v) for v in torch.stack([v.detach().double() for v in values]).cpu()]
+    return [float(v) for v in values]
+
+
+def _latest(info: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {float(value):.4g}" for name, value in list(info.items())[:3])
+
+
+class _validation:
+    """Evidence of held-out rows, estimated now and then during a run."""
+
+    def __new__(cls, data: Any, every: int | None, program: Program, train: Dataset) -> Any:
+        return None if data is None else super().__new__(cls)
+
+    def __init__(self, data: Any, every: int | None, program: Program, train: Dataset) -> None:
+        self.data = as_dataset(data, program.model, dtype=train.dtype, device=train.device)
+        self.every = every
+
+    def due(self, step: int, limit: int) -> bool:
+        return step % (self.every or max(1, limit // 10)) == 0 or step == limit
+
+    def record(self, checks: dict[str, list[float]], step: int, run: Run, outcome: Outcome) -> None:
+        estimate = _finished(None, None, run, outcome, 0.0).evidence(self.data, particles=16, draws=16)
+        checks.setdefault("step", []).append(step)
+        checks.setdefault("validation_evidence", []).append(estimate.mean)
+
+
+class _progress:
+    """A rich progress bar where somebody is looking."""
+
+    def __init__(self, wanted: bool | None, label: str) -> None:
+        import sys
+
+        self.wanted = wanted if wanted is not None else sys.stderr.isatty() or "ipykernel" in sys.modules
+        self.label = label
+
+    def __enter__(self) -> Callable[[int, int, str], None] | None:
+        if not self.wanted:
+            return None
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
+        self.bar.start()
+        task = self.bar.add_task(self.label, total=None, text="")
+        return lambda done, total, text: self.bar.update(task, completed=done, total=total, text=text)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.wanted:
+            self.bar.stop()
+
+
+def _finished(
+    recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outcome: Outcome, seconds: float
+) -> Fit:
+    status, message = _status(outcome)
+    modules = dict(outcome.modules)
+    return Fit(
+        program=run.program,
+        algorithm=algorithm.label if algorithm is not None else "",
+        settings=repr(algorithm),
+        data=run.data,
+        info=run.info,
+        state=outcome.state,
+        learned=outcome.posterior,
+        guide=outcome.guide,
+        extra_modules=modules,
+        module_names=dict(run.workspace.modules),
+        records={name: list(values) for name, values in outcome.history.items()},
+        checks=dict(outcome.checks),
+        status=status,
+        message=message,
+        seed=run.seed,
+        cost={"seconds": seconds, **outcome.cost},
+        notes=dict(run.notes),
+        recipe=recipe,
+    )
+
+
+def _status(outcome: Outcome) -> tuple[Status, str]:
+    steps = int(outcome.cost.get("steps", 0))
+    if outcome.diverged is not None:
+        return Status.DIVERGED, outcome.diverged
+    if outcome.failed is not None:
+        return Status.FAILED, outcome.failed
+    if outcome.interrupted:
+        return Status.INTERRUPTED, outcome.message or f"interrupted after {steps} steps; what was learned is kept"
+    if outcome.converged is not None:
+        return Status.CONVERGED, outcome.converged
+    return Status.FINISHED, outcome.message or f"ran all {steps} steps"
+

@@ -1,0 +1,343 @@
+"""One traced dry run: sites, shapes, kinds, the data plate, and whether guide and model match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.program import Program, filtered
+
+__all__ = ["ProgramInfo", "Site", "check_observed", "dry_run", "explained"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the dry run saw of one sample site."""
+
+    name: str
+    kind: str  # latent | observed | deterministic
+    distribution: str
+    batch_shape: tuple[int, ...]
+    event_shape: tuple[int, ...]
+    plates: tuple[str, ...]
+    local: bool
+    discrete: bool
+    finite: bool
+    reparameterised: bool
+    likelihood_free: bool
+    support: Any
+
+    @property
+    def latent(self) -> bool:
+        return self.kind == "latent"
+
+
+@dataclass(frozen=True)
+class ProgramInfo:
+    """The site table of a program, and what follows from it.
+
+    ``str(info)`` is the table that `pg.check` prints.
+    """
+
+    name: str
+    sites: dict[str, Site]
+    guide_sites: dict[str, Site] | None
+    params: dict[str, tuple[int, ...]]
+    data_plate: str | None
+    plate_dim: int | None
+    plate_nesting: int
+    rows: int | None
+    offers: frozenset[str]
+    warnings: tuple[str, ...] = field(default=())
+
+    def select(self, *, kind: str = "latent", local: bool | None = None, discrete: bool | None = None) -> list[Site]:
+        """Sites of one kind, optionally only those inside (outside) the data plate or (not) discrete."""
+        return [
+            site
+            for site in self.sites.values()
+            if site.kind == kind
+            and (local is None or site.local == local)
+            and (discrete is None or site.discrete == discrete)
+        ]
+
+    @property
+    def finite_latents(self) -> list[str]:
+        """Names of the latent sites that can be summed out."""
+        return [site.name for site in self.select(discrete=True) if site.finite]
+
+    def __str__(self) -> str:
+        header = ("site", "kind", "distribution", "batch", "event", "plates", "guide")
+        rows = [header]
+        for site in self.sites.values():
+            in_guide = "" if self.guide_sites is None or not site.latent else _guide_cell(self.guide_sites, site)
+            rows.append(
+                (
+                    site.name,
+                    site.kind + (" (summed out)" if site.latent and site.finite and in_guide in ("", "-") else ""),
+                    site.distribution,
+                    str(list(site.batch_shape)),
+                    str(list(site.event_shape)),
+                    ", ".join(site.plates) or "-",
+                    in_guide or "-",
+                )
+            )
+        rows += [(name, "parameter", "", "", str(list(shape)), "", "") for name, shape in self.params.items()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        plate = f"data plate {self.data_plate!r} over {self.rows} rows" if self.data_plate else "no data plate: whole data only"
+        return "\n".join(
+            [f"{self.name}: {plate}", *lines, "offers: " + ", ".join(sorted(self.offers)), *self.warnings]
+        )
+
+
+def _guide_cell(guide_sites: dict[str, Site], site: Site) -> str:
+    return guide_sites[site.name].distribution if site.name in guide_sites else "-"
+
+
+def dry_run(program: Program, batch: Batch, *, guide: Callable[..., Any] | None = None) -> ProgramInfo:
+    """Run model (and guide) once on ``batch`` with full validation and describe what happened.
+
+    Raises:
+        ValueError: for the usual plate and shape mistakes, naming the site and the edit that mends it.
+    """
+    trace = _traced(program.model, batch, program)
+    sites = {name: _site(name, node, program.data_plate) for name, node in _sample_nodes(trace)}
+    frames = {f.name: f for _, node in _sample_nodes(trace) for f in node["cond_indep_stack"] if f.vectorized}
+    frame = frames.get(program.data_plate)
+    nesting = max((-f.dim for f in frames.values()), default=0)
+    _check_plate(program, batch, sites, frame, frames)
+    guide_sites = None
+    if guide is not None:
+        guide_trace = _traced(filtered(guide), batch, program, what="guide")
+        guide_sites = {name: _site(name, node, program.data_plate) for name, node in _sample_nodes(guide_trace)}
+        auxiliary = {name for name, node in guide_trace.nodes.items() if node.get("infer", {}).get("is_auxiliary")}
+        _check_match(program, sites, {k: v for k, v in guide_sites.items() if k not in auxiliary})
+        guide_frames = [f for _, node in _sample_nodes(guide_trace) for f in node["cond_indep_stack"] if f.vectorized]
+        nesting = max([nesting, *(-f.dim for f in guide_frames)])
+    params = {name: tuple(node["value"].shape) for name, node in trace.nodes.items() if node["type"] == "param"}
+    offers = _derived_offers(program, sites, frame is not None, bool(params))
+    return ProgramInfo(
+        program.name,
+        sites,
+        guide_sites,
+        params,
+        program.data_plate if frame is not None else None,
+        None if frame is None else frame.dim,
+        nesting,
+        batch.rows,
+        offers,
+    )
+
+
+def _sample_nodes(trace: poutine.Trace) -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (name, node)
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and type(node["fn"]).__name__ != "_Subsample"
+    ]
+
+
+def _site(name: str, node: dict[str, Any], data_plate: str) -> Site:
+    fn = node["fn"]
+    base = fn
+    while hasattr(base, "base_dist"):  # Independent, Masked, Expanded wrap what the user wrote
+        base = base.base_dist
+    deterministic = bool(node["infer"].get("_deterministic"))
+    kind = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
+    plates = tuple(f.name for f in sorted(node["cond_indep_stack"], key=lambda f: f.dim or 0) if f.vectorized)
+    discrete = bool(getattr(fn.support, "is_discrete", False)) if _has_support(fn) else False
+    return Site(
+        name=name,
+        kind=kind,
+        distribution=type(base).__name__,
+        batch_shape=tuple(fn.batch_shape),
+        event_shape=tuple(fn.event_shape),
+        plates=plates,
+        local=data_plate in plates,
+        discrete=discrete,
+        finite=discrete and bool(fn.has_enumerate_support),
+        reparameterised=bool(fn.has_rsample),
+        likelihood_free=isinstance(base, dist.Delta) and not deterministic,
+        support=fn.support if _has_support(fn) else None,
+    )
+
+
+def _has_support(fn: Any) -> bool:
+    try:
+        return fn.support is not None
+    except (NotImplementedError, AttributeError):
+        return False
+
+
+def _traced(function: Callable[..., Any], batch: Batch, program: Program, what: str = "model") -> poutine.Trace:
+    with explained(program, batch, what), torch.no_grad():
+        trace = poutine.trace(function).get_trace(*batch.args, **batch.kwargs)
+        for _, node in _sample_nodes(trace):
+            _check_log_prob_shape(node)
+        return trace
+
+
+def _check_log_prob_shape(node: dict[str, Any]) -> None:
+    """Evaluate one site by itself, so that an error names it; implicit programs have no log density to check."""
+    fn, value = node["fn"], node["value"]
+    if isinstance(fn, dist.Delta) or "Delta" in type(getattr(fn, "base_dist", fn)).__name__:
+        if tuple(fn.shape()) != tuple(value.shape):
+            raise ValueError(f"at site {node['name']!r}: value {tuple(value.shape)}, distribution {tuple(fn.shape())}")
+        return
+    sizes = {f.dim: f.size for f in node["cond_indep_stack"] if f.vectorized}
+    expected = [sizes.get(-k, 1) for k in range(max((-d for d in sizes), default=0), 0, -1)]
+    try:
+        actual = list(torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim]))
+    except RuntimeError as error:
+        raise ValueError(
+            f"at site {node['name']!r}: the value has shape {tuple(value.shape)}, but the distribution has batch shape "
+            f"{tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}"
+        ) from error
+    while len(actual) > len(expected) and actual[0] == 1:
+        actual = actual[1:]
+    padded = [1] * (len(expected) - len(actual)) + actual
+    if any(a not in (1, e) for a, e in zip(padded, expected, strict=False)) or len(actual) > len(expected):
+        raise ValueError(
+            f"at site {node['name']!r}: invalid log_prob shape: expected {expected} (its plates), actual {actual}; "
+            f"value {tuple(value.shape)}, batch shape {tuple(fn.batch_shape)}, event shape {tuple(fn.event_shape)}"
+        )
+
+
+class explained:
+    """Context that rewords Pyro's shape errors: the site, what was found, and the edit that mends it."""
+
+    def __init__(self, program: Program, batch: Batch, what: str) -> None:
+        self.program, self.batch, self.what = program, batch, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is None or not isinstance(error, ValueError | RuntimeError | TypeError):
+            return
+        text, head = str(error), f"the {self.what} of {self.program.name!r} failed on a dry run: "
+        if "on the same device" in text or "device type" in text:
+            raise ValueError(
+                head + "a tensor in its closure lives on another device than the data. Make it inside the model "
+                f"(programs run under torch.device), or pass it as data with pg.constant(...).\n  torch says: {text}"
+            ) from error
+        if "invalid log_prob shape" in text or "shape mismatch" in text.lower() or "broadcast" in text:
+            raise ValueError(head + text.strip() + "\n" + self._advice(text)) from error
+        if isinstance(error, TypeError) and "argument" in text and "missing" in text:
+            raise TypeError(head + text + "; the data must hold that entry, or give the argument a default") from error
+        if isinstance(error, ValueError) and "support" in text and "observed" in text.lower():
+            raise ValueError(head + text) from error
+
+    def _advice(self, text: str) -> str:
+        plate, rows = self.program.data_plate, self.batch.rows
+        return (
+            f"  the rows ({rows}) are the last batch dimension inside pyro.plate({plate!r}, len(x)). Usual mends:\n"
+            "  - dimensions to the right of the rows belong to the event: dist.Normal(loc, scale).to_event(1)\n"
+            "  - a column (N, 1) against a vector (N,): use .squeeze(-1) or .to_event(1) on both sides\n"
+            f"  - a plate whose size is written out: use pyro.plate({plate!r}, len(x))"
+        )
+
+
+def _check_plate(
+    program: Program, batch: Batch, sites: dict[str, Site], frame: Any, frames: dict[str, Any]
+) -> None:
+    observed = [site for site in sites.values() if site.kind == "observed"]
+    if frame is None:
+        over_rows = [f.name for f in frames.values() if f.size == batch.rows]
+        if over_rows and program.data_plate not in frames:
+            raise ValueError(
+                f"the program {program.name!r} has no plate named {program.data_plate!r}, but the plate "
+                f"{over_rows[0]!r} has as many rows as the data ({batch.rows}). Name it {program.data_plate!r}, or say "
+                f"pg.Program(model, data_plate={over_rows[0]!r})."
+            )
+        return
+    if batch.rows is not None and frame.size not in (batch.rows,) and (frame.full_size or 0) != batch.rows:
+        raise ValueError(
+            f"pyro.plate({frame.name!r}) has size {frame.size}, but the data has {batch.rows} rows here; size it by the "
+            f"data it is given, pyro.plate({frame.name!r}, len(x)), so that minibatches and new rows fit too"
+        )
+    outside = [site.name for site in observed if not site.local]
+    if outside and batch.rows is not None and batch.rows > 1:
+        raise ValueError(
+            f"the observed site(s) {', '.join(map(repr, outside))} stand outside the data plate {frame.name!r}: on a "
+            f"minibatch their likelihood would not be rescaled. Move the statement into "
+            f"`with pyro.plate({frame.name!r}, len(x)):`, or rename the plate if it does not run over the rows."
+        )
+
+
+def _check_match(program: Program, sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
+    latents = {site.name for site in sites.values() if site.latent}
+    optional = {site.name for site in sites.values() if site.latent and site.finite}
+    extra = sorted(set(guide_sites) - latents - {n for n, s in guide_sites.items() if s.kind == "deterministic"})
+    observed = [name for name in extra if name in sites and sites[name].kind == "observed"]
+    if observed:
+        return
+    missing = sorted(latents - optional - set(guide_sites))
+    if extra or missing:
+        raise ValueError(
+            f"model and guide of {program.name!r} do not match: "
+            + "; ".join(
+                part
+                for part in (
+                    f"latent site(s) {missing} are in the model only" if missing else "",
+                    f"site(s) {extra} are in the guide only" if extra else "",
+                )
+                if part
+            )
+            + ". Each latent site of the model needs a site of the same name in the guide (finite discrete ones may be "
+            "left out: they are summed out)."
+        )
+    for name in sorted(set(guide_sites) & latents):
+        model_site, guide_site = sites[name], guide_sites[name]
+        if model_site.event_shape != guide_site.event_shape:
+            raise ValueError(
+                f"at site {name!r}: the model has event shape {model_site.event_shape}, the guide "
+                f"{guide_site.event_shape}; use the same .to_event(...) on both sides"
+            )
+        if model_site.local != guide_site.local:
+            inside, outside = ("model", "guide") if model_site.local else ("guide", "model")
+            raise ValueError(
+                f"at site {name!r}: inside the data plate in the {inside}, outside it in the {outside}; open "
+                f"pyro.plate({program.data_plate!r}, len(x)) in both"
+            )
+
+
+def check_observed(info: ProgramInfo) -> None:
+    """Raise ValueError if no site is observed: then the data never reach the likelihood."""
+    if info.sites and not info.select(kind="observed"):
+        raise ValueError(
+            f"no site of {info.name!r} is observed, so the data never reach the likelihood: write "
+            "pyro.sample(..., obs=x) at the site that generates the data"
+        )
+
+
+def _derived_offers(program: Program, sites: dict[str, Site], plate: bool, free: bool) -> frozenset[str]:
+    latents = [site for site in sites.values() if site.latent]
+    observed = [site for site in sites.values() if site.kind == "observed"]
+    local = [site for site in latents if site.local]
+    offers = {
+        "density": program.energy is None and not any(site.likelihood_free for site in observed),
+        "latent sites": bool(latents),
+        "samples": bool(observed),
+        "differentiable samples": program.energy is None
+        and bool(observed)
+        and all(site.reparameterised for site in latents)
+        and all(site.reparameterised or not site.discrete or site.support is not None for site in observed),
+        "finite local latents": bool(local) and all(site.finite for site in local),
+        "no free parameters": not free,
+        "differentiable latents": bool(latents) and all(site.finite or not site.discrete for site in latents),
+        "data plate": plate,
+        "exact evidence": program.evidence is not None,
+        "energy": program.energy is not None,
+        "EM steps": program.em is not None,
+        "CAVI updates": program.cavi is not None,
+        "time steps": program.time_steps is not None,
+    }
+    return frozenset(name for name, held in offers.items() if held)
+

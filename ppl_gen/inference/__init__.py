@@ -1,0 +1,9 @@
+"""Inference algorithms and objectives, one per file."""
+
+from ppl_gen.inference.base import Algorithm, Iterative
+from ppl_gen.inference.objectives.base import Game, Loss, Objective, Player
+from ppl_gen.inference.objectives.elbo import ELBO
+from ppl_gen.inference.objectives.iwae import IWAE
+from ppl_gen.inference.svi import SVI
+
+__all__ = ["ELBO", "IWAE", "SVI", "Algorithm", "Game", "Iterative", "Loss", "Objective", "Player"]

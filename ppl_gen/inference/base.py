@@ -1,0 +1,169 @@
+"""The contract between the driver and an algorithm."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ppl_gen.data.batching import Batches, Dataset
+from ppl_gen.dryrun import ProgramInfo
+from ppl_gen.isolation import ProgramState, Workspace
+from ppl_gen.offers import Need
+from ppl_gen.program import Program
+
+if TYPE_CHECKING:
+    from ppl_gen.posterior import Posterior
+    from ppl_gen.result import Fit
+
+__all__ = ["Algorithm", "Info", "Iterative", "Outcome", "Run"]
+
+#: What one step reports: named scalars for the history (tensors are not synchronised until they are read).
+Info = Mapping[str, Tensor | float]
+
+
+@dataclass
+class Run:
+    """Everything one fit works with. Made by the driver; algorithms read it and write `notes`."""
+
+    program: Program
+    data: Dataset
+    info: ProgramInfo
+    workspace: Workspace
+    seed: int
+    start: Fit | None = None
+    progress: Callable[[int, int, str], None] | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+    guide: Callable[..., Any] | None = None
+    hooks: Sequence[Callable[[int, Info], None]] = ()
+    validation: Any = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype or torch.get_default_dtype()
+
+    def starting_values(self) -> dict[str, Tensor]:
+        """Plausible values of latent sites: those of the fit to continue from, else the program's own."""
+        if self.start is not None and self.start.point is not None:
+            return {name: value.clone() for name, value in self.start.point.items()}
+        if self.program.start is None:
+            return {}
+        return {name: torch.as_tensor(value, dtype=self.dtype) for name, value in self.program.start().items()}
+
+
+@dataclass
+class Outcome:
+    """What an algorithm hands back to the driver, which makes the `Fit` of it."""
+
+    posterior: Posterior
+    state: ProgramState = field(default_factory=ProgramState)
+    modules: Mapping[str, torch.nn.Module] = field(default_factory=dict)
+    converged: str | None = None
+    message: str | None = None
+    failed: str | None = None
+    diverged: str | None = None
+    interrupted: bool = False
+    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    checks: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+    guide: Callable[..., Any] | None = None
+
+
+class Algorithm(ABC):
+    """A learning procedure: what it needs of a program, and how it runs.
+
+    An algorithm is a frozen dataclass of its settings. One that owns its loop (NUTS) implements `run`; one that
+    moves step by step derives from `Iterative` instead and leaves the loop to the driver.
+    """
+
+    #: The dtype asked for when neither data nor user say otherwise.
+    dtype: ClassVar[torch.dtype | None] = None
+
+    @property
+    def label(self) -> str:
+        """The name in tables and messages."""
+        return type(self).__name__
+
+    @property
+    @abstractmethod
+    def needs(self) -> Sequence[Need]:
+        """What a program must offer; each need is a group of offers any of which will do."""
+
+    def check(self, run: Run) -> None:
+        """Refuse, before anything changes, what `needs` cannot express. The default accepts."""
+        return None
+
+    @abstractmethod
+    def run(self, run: Run) -> Outcome:
+        """Learn ``run.program`` from ``run.data``."""
+
+
+class Iterative(Algorithm):
+    """An algorithm that moves in steps; the driver owns the loop.
+
+    A complete toy, averaging the data by stochastic approximation:
+
+    >>> from dataclasses import dataclass
+    >>> import ppl_gen as pg, pyro, pyro.distributions as dist
+    >>> from ppl_gen.posterior import PointPosterior
+    >>> @dataclass(frozen=True)
+    ... class RunningMean(Iterative):
+    ...     steps: int = 200
+    ...     needs = (("data plate",),)
+    ...     def init(self, run):
+    ...         return torch.zeros(()), 0
+    ...     def step(self, state, source):
+    ...         mean, count = state
+    ...         x = source.next().args[0]
+    ...         mean = mean + (x.mean() - mean) / (count + 1)
+    ...         return (mean, count + 1), {"mean": mean}
+    ...     def limit(self, run):
+    ...         return self.steps
+    ...     def outcome(self, state, run):
+    ...         return Outcome(PointPosterior({"loc": state[0]}))
+    >>> def model(x):
+    ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+    >>> fit = pg.fit(model, torch.arange(5.0), RunningMean(), seed=0)
+    >>> float(fit.posterior(draws=1)["loc"])
+    2.0
+    """
+
+    @abstractmethod
+    def init(self, run: Run) -> Any:
+        """The state before the first step."""
+
+    @abstractmethod
+    def step(self, state: Any, source: Batches) -> tuple[Any, Info]:
+        """One step: the next state, and what the history keeps."""
+
+    @abstractmethod
+    def limit(self, run: Run) -> int:
+        """How many steps at most."""
+
+    @abstractmethod
+    def outcome(self, state: Any, run: Run) -> Outcome:
+        """The result at ``state``; called at the end, on an interrupt and for a validation yardstick."""
+
+    def source(self, run: Run) -> Batches:
+        """Where batches come from: the whole data unless the algorithm says otherwise."""
+        return Batches(run.data, None, run.seed)
+
+    def stop(self, history: Mapping[str, Sequence[float]]) -> str | None:
+        """A pure function of the history: the sentence that says why it has converged, or None."""
+        return None
+
+    def stop_every(self) -> int:
+        """Ask `stop` and synchronise with the device once in so many steps."""
+        return 1
+
+    def run(self, run: Run) -> Outcome:
+        """The driver's loop over `init` and `step`."""
+        from ppl_gen.driver import iterate
+
+        return iterate(self, run)

@@ -1,0 +1,209 @@
+"""Tracing a program with its finite discrete sites enumerated, its other latent sites given, its log-probs packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyro
+from pyro import poutine
+from pyro.ops import packed
+from pyro.poutine import Trace
+from pyro.poutine.enum_messenger import EnumMessenger
+from torch import Tensor
+
+__all__ = [
+    "batch_shape",
+    "enumerated_trace",
+    "is_discrete",
+    "outer_plates",
+    "packed_sites",
+    "summed_symbols",
+    "support",
+]
+
+# Several torch kernels (CUDA's among them) refuse tensors of more dims.
+_MOST_DIMS = 25
+
+
+class _Enumerate(EnumMessenger):  # type: ignore[misc]
+    """Pyro's enumeration for chosen sites, and given values for others; a latent site in neither group is an error."""
+
+    def __init__(self, discrete: Collection[str] | None, values: Mapping[str, Tensor], plate_nesting: int) -> None:
+        super().__init__(first_available_dim=-1 - plate_nesting)
+        self.discrete, self.values, self.plate_nesting = discrete, values, plate_nesting
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if type(msg["fn"]).__name__ == "_Subsample":
+            if name in self.values:
+                msg["value"], msg["done"] = self.values[name], True
+            return
+        for frame in msg["cond_indep_stack"]:
+            if frame.vectorized and -frame.dim > self.plate_nesting:
+                raise ValueError(
+                    f"site '{name}' lies in plate '{frame.name}' at dim {frame.dim}, but plate_nesting={self.plate_nesting} "
+                    f"leaves the dims from {-1 - self.plate_nesting} on to enumeration; pass plate_nesting={-frame.dim} or more."
+                )
+        if msg["is_observed"] or msg["done"]:
+            super()._pyro_sample(msg)
+        elif name in self.values:
+            msg["infer"].update(enumerate=None, given=True)
+            super()._pyro_sample(msg)
+            _check_event(name, msg["fn"], self.values[name])
+            msg["value"], msg["done"] = self.values[name], True
+        else:
+            self._enumerate(name, msg)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        """Pyro's bookkeeping of which enumerated dims a value carries, without ``.data``, which torch.vmap refuses."""
+        name, infer = msg["name"], msg["infer"]
+        if name not in self._param_dims:
+            return
+        batch = msg["value"].shape[: msg["value"].dim() - msg["fn"].event_dim]
+        ids = infer.setdefault("_dim_to_id", {})
+        ids.update(self._param_dims[name])
+        self._value_dims[name] = {dim: i for dim, i in ids.items() if len(batch) >= -dim and batch[dim] > 1}
+
+    def _enumerate(self, name: str, msg: Any) -> None:
+        chosen = self.discrete is None or name in self.discrete
+        fn = msg["fn"]
+        if not chosen or not fn.has_enumerate_support:
+            kind = type(getattr(fn, "base_dist", fn)).__name__
+            if not chosen:
+                reason = "is latent, is not among the discrete sites, and has no value"
+            elif fn.has_rsample:
+                reason = f"is continuous ({kind}) and has no value"
+            else:
+                reason = f"({kind}) has no finite support that could be enumerated"
+            raise ValueError(
+                f"site '{name}' {reason}. Give it a value; or, if it is discrete, write it with finite support: "
+                "Categorical (a truncated table of probabilities in place of a Poisson), Bernoulli, OneHotCategorical or "
+                "Binomial, with independent sites in a pyro.plate rather than .to_event()."
+            )
+        msg["infer"].update(enumerate="parallel", expand=False, num_samples=None)
+        try:
+            super()._pyro_sample(msg)
+        except NotImplementedError as error:
+            raise ValueError(f"site '{name}' cannot be enumerated: {error}. Write it as a Categorical.") from error
+        if -msg["infer"]["_enumerate_dim"] > _MOST_DIMS:
+            raise ValueError(
+                f"site '{name}' would need tensor dim {-msg['infer']['_enumerate_dim']}, more than {_MOST_DIMS}: every "
+                "discrete site takes a dim of its own. Write a time loop as `for t in pyro.markov(range(T))`, which reuses "
+                "dims (the value at t may then depend only on t - 1), and independent sites in a vectorised pyro.plate."
+            )
+
+
+def _check_event(name: str, fn: Any, value: Any) -> None:
+    event = tuple(fn.event_shape)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"values['{name}'] must be a tensor; got {type(value).__name__}.")
+    if tuple(value.shape[value.dim() - len(event) :]) != event:
+        raise ValueError(
+            f"values['{name}'] has shape {tuple(value.shape)}; expected (..., {', '.join(map(str, event))})."
+        )
+
+
+def enumerated_trace(
+    model: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    discrete: Collection[str] | None = None,
+    values: Mapping[str, Tensor] | None = None,
+    plate_nesting: int,
+) -> Trace:
+    """Trace a program with its ``discrete`` sites enumerated and its other latent sites at the given ``values``.
+
+    ``discrete=None`` enumerates every latent site without a value. Sites with values stay latent, marked by
+    ``site["infer"]["given"]``. ``plate_nesting`` is the greatest number of nested vectorised plates. Log-probs are left
+    packed in ``site["packed"]["unscaled_log_prob"]``, differentiable with respect to values, parameters and data. Nothing is
+    drawn, unless a plate subsamples (give its indices as ``values[plate_name]`` to fix them).
+
+    Raises ValueError for a latent site that is neither given nor enumerable, for names that the program lacks, for a wrong
+    ``plate_nesting``, and where a loop without `pyro.markov` needs too many dims.
+
+    >>> import pyro, torch, pyro.distributions as dist
+    >>> def mixture(x):
+    ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Bernoulli(0.25))
+    ...         pyro.sample("x", dist.Normal(mean * z, 1.0), obs=x)
+    >>> trace = enumerated_trace(mixture, (torch.zeros(3),), values={"mean": torch.tensor(1.0)}, plate_nesting=1)
+    >>> row_log_density(trace, "data")
+    tensor([-1.0225, -1.0225, -1.0225])
+    """
+    values, discrete_sites = dict(values or {}), None if discrete is None else frozenset(discrete)
+    both = sorted(set(values) & (discrete_sites or frozenset()))
+    if both:
+        raise ValueError(f"sites {both} are both in `discrete` and in `values`; a site is either summed over or given.")
+    with pyro.validation_enabled(False):
+        messenger = _Enumerate(discrete_sites, values, plate_nesting)
+        trace: Trace = poutine.trace(messenger(model)).get_trace(*args, **(kwargs or {}))
+        for name, site in list(trace.nodes.items()):
+            if site["type"] == "sample" and type(site["fn"]).__name__ == "_Subsample":
+                values.pop(name, None)
+                trace.remove_node(name)
+        _check_names(trace, discrete_sites or frozenset(), values)
+        _pack(trace)
+    return trace
+
+
+def _check_names(trace: Trace, discrete: Collection[str], values: Mapping[str, Tensor]) -> None:
+    latent = {n: s["infer"] for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
+    for argument, names, found in (
+        ("discrete", discrete, [n for n, infer in latent.items() if "_enumerate_dim" in infer]),
+        ("values", values, [n for n, infer in latent.items() if infer.get("given")]),
+    ):
+        unknown = sorted(set(names) - set(found))
+        if unknown:
+            raise ValueError(
+                f"`{argument}` names {unknown}, but with this data the program has no such latent site; it has {sorted(latent)}."
+            )
+
+
+def _pack(trace: Trace) -> None:
+    """As Trace.compute_log_prob and pack_tensors, without the scaled copies and sums that nothing here reads."""
+    trace.symbolize_dims()
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site["infer"].get("_deterministic"):
+            continue
+        symbols = site["infer"]["_dim_to_symbol"]
+        try:
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            scale = site["scale"]
+            site["packed"] = {
+                "unscaled_log_prob": packed.pack(log_prob, symbols),
+                "mask": packed.pack(site["mask"], symbols),
+                "scale": packed.pack(scale, symbols) if isinstance(scale, Tensor) else scale,
+            }
+        except ValueError as error:
+            raise ValueError(f"the log-prob of site '{name}' cannot be evaluated: {error}") from error
+
+
+def packed_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
+    return ((name, site) for name, site in trace.nodes.items() if site["type"] == "sample" and "packed" in site)
+
+
+def is_discrete(site: Any) -> bool:
+    return "_enumerate_dim" in site["infer"] and not site["is_observed"]
+
+
+def summed_symbols(trace: Trace) -> frozenset[str]:
+    return frozenset(site["infer"]["_enumerate_symbol"] for _, site in packed_sites(trace) if is_discrete(site))
+
+
+def outer_plates(site: Any) -> list[Any]:
+    return sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda f: f.dim)
+
+
+def batch_shape(site: Any) -> list[int]:
+    sizes = {f.dim: f.size for f in outer_plates(site)}
+    return [sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0)]
+
+
+def support(site: Any) -> Tensor:
+    """The values that a discrete site was enumerated over, first dim."""
+    event = tuple(site["fn"].event_shape)
+    value: Tensor = site["value"]
+    return value.reshape(-1, *event)

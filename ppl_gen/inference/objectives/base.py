@@ -1,0 +1,126 @@
+"""Objectives: frozen specifications of a game whose players each minimise a loss of their own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.dryrun import ProgramInfo
+from ppl_gen.offers import Need
+from ppl_gen.program import Program
+
+__all__ = ["Game", "Loss", "Objective", "Player", "RescalePlate", "Setting"]
+
+
+@dataclass(frozen=True)
+class Player:
+    """The parameters one loss may move.
+
+    Args:
+        name: ``"program"`` is the generative program's player; losses are recorded as ``<name>_loss``.
+        updates: updates of this player per update of the program, each on a fresh batch, made before it.
+        optimiser: how to build its optimiser unless the algorithm says otherwise: ``optimiser(params) -> Optimizer``.
+        owns: which of the program's parameters it moves, by name; None: all. Ignored for players with a module.
+        after: called after each of its updates (weight clipping, say).
+    """
+
+    name: str
+    updates: int = 1
+    optimiser: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
+    owns: Callable[[str], bool] | None = None
+    after: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A player's loss on one batch: nats per row, and named parts for the history (nothing is synchronised)."""
+
+    value: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an objective is built for: the program with its guide, the dry run, and the number of rows."""
+
+    program: Program
+    model: Callable[..., Any]
+    guide: Callable[..., Any] | None
+    info: ProgramInfo
+    minibatches: bool = False
+
+
+class Game(ABC):
+    """The fresh state of an objective in one fit: players, their extra modules, and the losses."""
+
+    #: In the order in which they move; the last one is "program".
+    players: Sequence[Player] = (Player("program"),)
+    #: Networks of players other than the program, private to the fit.
+    modules: Mapping[str, nn.Module] = {}
+    #: What was chosen from the dry run, reported in `Fit.notes`.
+    notes: Mapping[str, str] = {}
+
+    @abstractmethod
+    def loss(self, player: str, batch: Batch) -> Loss:
+        """The loss of ``player`` on ``batch``; differentiable, free of `.item()`, and with no side effect on parameters."""
+
+
+class Objective(ABC):
+    """A frozen specification of what is optimised.
+
+    A one-player objective is also a loss for ordinary Pyro scripts: ``pyro.infer.SVI(model, guide, optim, loss=ELBO())``.
+    """
+
+    @property
+    def label(self) -> str:
+        """The name in tables and messages."""
+        return type(self).__name__
+
+    @property
+    @abstractmethod
+    def needs(self) -> Sequence[Need]:
+        """What a program must offer."""
+
+    #: Whether a guide takes part; without one SVI does not make a default guide.
+    uses_guide: bool = True
+
+    @abstractmethod
+    def build(self, setting: Setting) -> Game:
+        """A fresh game for one fit."""
+
+    def __call__(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The total loss of the program in nats, as `pyro.infer.SVI(loss=...)` calls it; N is unknown, so scale 1.
+
+        Raises:
+            TypeError: for games of several players, which a single optimiser cannot play.
+        """
+        from ppl_gen.inference.objectives.plain import total_loss
+
+        return total_loss(self, model, guide, args, kwargs)
+
+
+class RescalePlate(Messenger):
+    """Multiplies the scale of every site inside the data plate by N / (rows of the whole plate as the program saw it).
+
+    Unbiased for the full-data loss with local and global latents, guide sites, nested plates, masks and enumeration.
+    """
+
+    def __init__(self, plate: str | None, total: int | None) -> None:
+        super().__init__()
+        self.plate, self.total = plate, total
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.plate is None or self.total is None:
+            return
+        for frame in msg["cond_indep_stack"]:
+            if frame.name == self.plate:
+                full = frame.full_size or frame.size
+                if full != self.total:
+                    msg["scale"] = msg["scale"] * (self.total / full)

@@ -1,0 +1,291 @@
+"""The evidence lower bound, with the gradient estimator of every site chosen from the dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.dryrun import Site
+from ppl_gen.errors import IncompatibleError
+from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting
+from ppl_gen.offers import Need
+
+__all__ = ["ELBO", "Estimators", "choose_estimators"]
+
+
+@dataclass(frozen=True)
+class ELBO(Objective):
+    r"""The evidence lower bound, E_q[log p(x, z) - log q(z | x)] <= log p(x).
+
+    The loss is its negative in nats per row. For every latent site the estimator with the least variance is chosen
+    from the dry run and reported in ``fit.notes``: finite discrete sites are summed out; the divergence of a
+    reparameterised site is taken in closed form where torch registers one and the guide draws the sites in the
+    model's order; what has no reparameterisation gets the score function with a running-mean baseline per site.
+    A program that offers ``time steps`` is entered at one sampled step of its chain.
+
+    Args:
+        particles: draws of the guide averaged in each step.
+        enumerate: sum finite discrete sites out (True), or use the score function for them (False).
+        time_step: "sampled" enters a chain at one random step; "all" runs the whole of model and guide.
+
+    Raises:
+        ValueError: if ``particles`` < 1 or ``time_step`` is neither of the two.
+
+    Source: Jordan et al. (1999); Kingma and Welling (2014); Mnih and Gregor (2014) for the baseline.
+
+    Example:
+        >>> ELBO(particles=2)
+        ELBO(particles=2, enumerate=True, time_step='sampled')
+    """
+
+    particles: int = 1
+    enumerate: bool = True
+    time_step: str = "sampled"
+
+    def __post_init__(self) -> None:
+        if self.particles < 1:
+            raise ValueError(f"particles: expected at least 1, got {self.particles}")
+        if self.time_step not in ("sampled", "all"):
+            raise ValueError(f"time_step: expected 'sampled' or 'all', got {self.time_step!r}")
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        return (("density",),)
+
+    def build(self, setting: Setting) -> Game:
+        if setting.program.time_steps is not None and self.time_step == "sampled":
+            return _TimeStepGame(setting, self.particles)
+        estimators = choose_estimators(setting, self.enumerate)
+        if estimators.guide_sums:
+            return _EnumeratedGuideGame(setting, estimators, self.particles)
+        return _SampledGame(setting, estimators, self.particles)
+
+
+@dataclass(frozen=True)
+class Estimators:
+    """Which latent site is dealt with how."""
+
+    model_sums: tuple[str, ...] = ()
+    guide_sums: tuple[str, ...] = ()
+    analytic: tuple[str, ...] = ()
+    score: tuple[str, ...] = ()
+    reparameterised: tuple[str, ...] = ()
+
+    def notes(self) -> dict[str, str]:
+        """One line per kind, for `Fit.notes`."""
+        words = {
+            "summed out in the model": self.model_sums,
+            "summed out in the guide": self.guide_sums,
+            "analytic KL": self.analytic,
+            "score function with baseline": self.score,
+            "reparameterised": self.reparameterised,
+        }
+        return {"gradients": "; ".join(f"{how}: {', '.join(names)}" for how, names in words.items() if names)}
+
+
+def choose_estimators(setting: Setting, enumerate_sites: bool = True) -> Estimators:
+    """Choose from the dry run; raises IncompatibleError naming a latent site that nothing can train."""
+    info, guide_sites = setting.info, setting.info.guide_sites or {}
+    latent = {site.name: site for site in info.sites.values() if site.latent}
+    in_model = tuple(name for name, site in latent.items() if name not in guide_sites)
+    stuck = [name for name in in_model if not latent[name].finite]
+    if stuck:
+        raise IncompatibleError(f"latent site(s) {stuck} are not in the guide and cannot be summed out")
+    if in_model and not enumerate_sites:
+        raise IncompatibleError(f"enumerate=False: the guide must draw the discrete site(s) {list(in_model)}")
+    shared = {name: site for name, site in guide_sites.items() if name in latent}
+    summed = tuple(n for n, s in shared.items() if s.finite and s.discrete and enumerate_sites)
+    rest = {n: s for n, s in shared.items() if n not in summed}
+    score = tuple(n for n, s in rest.items() if not s.reparameterised)
+    ordered = [n for n in latent if n in shared] == [n for n in shared]
+    analytic = tuple(n for n, s in rest.items() if n not in score and ordered and _has_closed_form(latent[n], s))
+    return Estimators(
+        in_model, summed, analytic, score, tuple(n for n in rest if n not in score and n not in analytic)
+    )
+
+
+def _has_closed_form(model_site: Site, guide_site: Site) -> bool:
+    """Only pairs of the same family: torch registers some mixed pairs, infinite where supports differ."""
+    names = {"Normal", "MultivariateNormal", "Gamma", "Beta", "Dirichlet", "Exponential", "Laplace", "LowRankMultivariateNormal"}
+    return model_site.distribution == guide_site.distribution and model_site.distribution in names
+
+
+def _divergence(q: Any, p: Any) -> Tensor:
+    """KL(q || p) with event dimensions summed, in the broadcast batch shape."""
+    reinterpreted = 0
+    while isinstance(q, dist.Independent) and isinstance(p, dist.Independent):
+        reinterpreted += q.reinterpreted_batch_ndims
+        q, p = q.base_dist, p.base_dist
+    return sum_rightmost(kl_divergence(q, p), reinterpreted)
+
+
+def _scaled(value: Tensor, site: dict[str, Any]) -> Tensor:
+    mask = site["mask"]
+    if mask is not None:
+        value = torch.where(torch.as_tensor(mask), value, value.new_zeros(())) if mask is not False else value * 0
+    return value * site["scale"]
+
+
+def traces(setting: Setting, batch: Batch) -> tuple[poutine.Trace, poutine.Trace]:
+    """Guide and replayed model on one batch, with the data plate rescaled; log densities not yet computed."""
+    with RescalePlate(setting.info.data_plate, batch.total):
+        guide = poutine.trace(setting.guide or _nothing).get_trace(*batch.args, **batch.kwargs)
+        model = poutine.trace(poutine.replay(setting.model, trace=guide)).get_trace(*batch.args, **batch.kwargs)
+    return guide, model
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def is_sample(site: dict[str, Any]) -> bool:
+    """A sample site with a density: not a deterministic value, not the plate's own subsample."""
+    return site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample" and not site["infer"].get("_deterministic")
+
+
+class _SampledGame(Game):
+    """Guide sites drawn; discrete sites that only the model has summed out exactly given them."""
+
+    def __init__(self, setting: Setting, estimators: Estimators, particles: int) -> None:
+        self.setting, self.estimators, self.particles = setting, estimators, particles
+        self.notes = estimators.notes()
+        self.baseline: dict[str, Tensor] = {}
+
+    def loss(self, player: str, batch: Batch) -> Loss:
+        drawn = [self._particle(batch) for _ in range(self.particles)]
+        surrogate, reconstruction, kl = (torch.stack(column).mean() for column in zip(*drawn, strict=True))
+        return Loss(surrogate, {"reconstruction": reconstruction.detach(), "kl": kl.detach()})
+
+    def _particle(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        guide, model = traces(self.setting, batch)
+        rows = batch.total or 1
+        kl = self._kl(guide, model)
+        reconstruction = -self._log_likelihood(guide, model, batch)
+        loss = (reconstruction + kl) / rows
+        surrogate = loss
+        for name in self.estimators.score:
+            local = self.setting.info.sites[name].local and not self.estimators.model_sums
+            cost = self._row_costs(guide, model) / rows if local else loss.detach()
+            surrogate = surrogate + self._score_term(name, guide, cost.detach())
+        return surrogate, reconstruction / rows, kl / rows
+
+    def _row_costs(self, guide: poutine.Trace, model: poutine.Trace) -> Tensor:
+        """The part of the loss that each row contributes: all that a site of that row can influence."""
+        total = torch.zeros(())
+        for trace, sign in ((guide, 1.0), (model, -1.0)):
+            for name, site in trace.nodes.items():
+                if is_sample(site) and any(f.name == self.setting.info.data_plate for f in site["cond_indep_stack"]):
+                    total = total + sign * self._by_row(_scaled(site["fn"].log_prob(site["value"]), site))
+        return total
+
+    def _by_row(self, value: Tensor) -> Tensor:
+        dim = self.setting.info.plate_dim or -1
+        value = value.sum(tuple(range(dim + 1, 0))) if dim < -1 else value
+        return value.flatten(0, -2).sum(0) if value.dim() > 1 else value
+
+    def _kl(self, guide: poutine.Trace, model: poutine.Trace) -> Tensor:
+        total = torch.zeros(())
+        for name, q in guide.nodes.items():
+            if not is_sample(q):
+                continue
+            if name in self.estimators.analytic:
+                total = total + _scaled(_divergence(q["fn"], model.nodes[name]["fn"]), q).sum()
+                continue
+            total = total + _scaled(q["fn"].log_prob(q["value"]), q).sum()
+            if name in model.nodes and is_sample(model.nodes[name]):
+                p = model.nodes[name]
+                total = total - _scaled(p["fn"].log_prob(p["value"]), p).sum()
+        return total
+
+    def _log_likelihood(self, guide: poutine.Trace, model: poutine.Trace, batch: Batch) -> Tensor:
+        if self.estimators.model_sums:
+            return self._summed_log_likelihood(guide, batch)
+        total = torch.zeros(())
+        for name, site in model.nodes.items():
+            if is_sample(site) and name not in guide.nodes:
+                total = total + _scaled(site["fn"].log_prob(site["value"]), site).sum()
+        return total
+
+    def _summed_log_likelihood(self, guide: poutine.Trace, batch: Batch) -> Tensor:
+        """log p(x, locals | globals), discrete sites summed out, minus the guide sites' own terms (they are in kl)."""
+        from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
+
+        info = self.setting.info
+        values = {n: s["value"] for n, s in guide.nodes.items() if is_sample(s)}
+        trace = enumerated_trace(
+            self.setting.model, batch.args, batch.kwargs, discrete=self.estimators.model_sums, values=values,
+            plate_nesting=info.plate_nesting,
+        )
+        rows = row_log_density(trace, info.data_plate)
+        local = [n for n in values if n in info.sites and info.sites[n].local]
+        total = rows.sum() * batch.rescale
+        for name in local:  # row densities hold these sites' prior terms; kl counts them already
+            site = trace.nodes[name]
+            total = total - _scaled(site["fn"].log_prob(site["value"]), site).sum() * batch.rescale
+        return total
+
+    def _score_term(self, name: str, guide: poutine.Trace, cost: Tensor) -> Tensor:
+        """(cost - baseline) grad log q: its value is zero, its gradient is the score-function estimate."""
+        site = guide.nodes[name]
+        mean = self.baseline.get(name, cost.mean())
+        self.baseline[name] = 0.9 * mean + 0.1 * cost.mean()
+        log_q = site["fn"].log_prob(site["value"])
+        log_q = self._by_row(log_q) if cost.dim() else log_q.sum()
+        return ((cost - mean) * (log_q - log_q.detach())).sum()
+
+
+class _EnumeratedGuideGame(Game):
+    """Discrete guide sites summed out through Pyro's contraction (TraceEnum), which weighs every cost by its q."""
+
+    def __init__(self, setting: Setting, estimators: Estimators, particles: int) -> None:
+        self.setting, self.particles = setting, particles
+        self.notes = estimators.notes()
+        sums = {*estimators.model_sums, *estimators.guide_sums}
+        self.model = poutine.infer_config(setting.model, _parallel(sums))
+        self.guide = poutine.infer_config(setting.guide, _parallel(sums))
+
+    def loss(self, player: str, batch: Batch) -> Loss:
+        from pyro.infer.traceenum_elbo import TraceEnum_ELBO, _compute_dice_elbo
+
+        total = torch.zeros(())
+        elbo = TraceEnum_ELBO(max_plate_nesting=self.setting.info.plate_nesting)
+        with RescalePlate(self.setting.info.data_plate, batch.total):
+            for _ in range(self.particles):
+                for model, guide in elbo._get_traces(self.model, self.guide, batch.args, batch.kwargs):
+                    total = total - _compute_dice_elbo(model, guide) / self.particles
+        return Loss(total / (batch.total or 1))
+
+
+def _parallel(names: set[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def configure(site: dict[str, Any]) -> dict[str, Any]:
+        return {"enumerate": "parallel", "expand": False} if site["name"] in names else {}
+
+    return configure
+
+
+class _TimeStepGame(Game):
+    """One time step per row, uniform over the chain: T times its term is unbiased for the sum."""
+
+    def __init__(self, setting: Setting, particles: int) -> None:
+        assert setting.program.time_steps is not None
+        self.chain, self.particles, self.setting = setting.program.time_steps, particles, setting
+        self.notes = {"gradients": f"one of {self.chain.steps} time steps sampled per row"}
+
+    def loss(self, player: str, batch: Batch) -> Loss:
+        rows = batch.rows or 1
+        terms = []
+        for _ in range(self.particles):
+            t = torch.randint(1, self.chain.steps + 1, (rows,))
+            terms.append(self.chain.term(t, *batch.args, **batch.kwargs).mean() * self.chain.steps)
+        constant = self.chain.constant(*batch.args, **batch.kwargs).mean()
+        kl = torch.stack(terms).mean()
+        return Loss(kl + constant, {"chain": kl.detach(), "constant": constant.detach()})

@@ -1,0 +1,119 @@
+"""The importance-weighted bound: tighter than the ELBO with every particle, and a bound on every minibatch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.errors import IncompatibleError
+from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting
+from ppl_gen.inference.objectives.elbo import is_sample
+from ppl_gen.inference.objectives.particles import can_vectorise, local_log_weights, sampled
+from ppl_gen.offers import Need
+
+__all__ = ["IWAE"]
+
+
+@dataclass(frozen=True)
+class IWAE(Objective):
+    r"""The importance-weighted bound, E log 1/K sum_k p(x, z_k) / q(z_k | x) <= log p(x).
+
+    With local latents the logsumexp runs over K particles per row, and the plate scale N / B stands outside of it;
+    global latents beside them are drawn once per step, outside. Without local latents it is the joint logsumexp over
+    K draws of the globals; on a minibatch, where a joint weight would have to contain N / B and be no bound, the
+    K draws are averaged instead (then it equals the ELBO with K particles; ``fit.notes`` says so).
+
+    Args:
+        particles: K, at least 1 (1 is the ELBO).
+
+    Raises:
+        ValueError: if ``particles`` < 1.
+        IncompatibleError: when built for a guide with a site that is not reparameterised: it would get no gradient.
+
+    Source: Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders (2016).
+
+    Example:
+        >>> IWAE(particles=5)
+        IWAE(particles=5)
+    """
+
+    particles: int = 5
+
+    def __post_init__(self) -> None:
+        if self.particles < 1:
+            raise ValueError(f"particles: expected at least 1, got {self.particles}")
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        return (("density",), ("latent sites",))
+
+    def build(self, setting: Setting) -> Game:
+        sites = setting.info.guide_sites or {}
+        stuck = [s for name, s in sites.items() if name in setting.info.sites and not s.reparameterised]
+        if stuck:
+            names = ", ".join(f"{site.name!r} ({site.distribution})" for site in stuck)
+            raise IncompatibleError(
+                f"IWAE gives no gradient to the guide's site(s) {names}: not reparameterised. Leave a finite discrete "
+                "site out of the guide (it is summed out in the model), or use ELBO(), which sums it out in the guide "
+                "or takes the score function."
+            )
+        return _ImportanceGame(setting, self.particles)
+
+
+class _ImportanceGame(Game):
+    def __init__(self, setting: Setting, particles: int) -> None:
+        info = setting.info
+        guided = set(info.guide_sites or {})
+        self.setting, self.particles = setting, particles
+        self.sums = tuple(n for n in info.finite_latents if n not in guided)
+        self.local = any(site.local and site.name in guided for site in info.select())
+        self.globals = [site.name for site in info.select(local=False) if site.name in guided]
+        self.vectorise: bool | None = None
+        inside = "per row, plate scale outside" if self.local else "joint over the global latents"
+        if not self.local and setting.minibatches:
+            inside = "none: global latents on minibatches are averaged (the ELBO with K particles)"
+        self.notes = {"logsumexp": inside}
+        if self.sums:
+            self.notes["gradients"] = f"summed out in the model: {', '.join(self.sums)}"
+
+    def loss(self, player: str, batch: Batch) -> Loss:
+        bound = self._per_row(batch) if self.local else self._joint(batch)
+        return Loss(-bound / (batch.total or 1))
+
+    def _per_row(self, batch: Batch) -> Tensor:
+        model, guide, info = self.setting.model, self.setting.guide, self.setting.info
+        if self.vectorise is None:
+            self.vectorise = can_vectorise(model, guide, info, batch, self.sums)
+            self.notes = {**self.notes, "particles": "vectorised" if self.vectorise else "unrolled"}
+        values: dict[str, Tensor] = {}
+        if self.globals:
+            once = sampled(guide, batch)
+            values = {n: s["value"] for n, s in once.nodes.items() if is_sample(s) and not _in_plate(s, info.data_plate)}
+        weights = local_log_weights(
+            model, guide, info, batch, self.particles, values=values, sums=self.sums, vectorise=self.vectorise
+        )
+        assert weights.rows is not None
+        rows = torch.logsumexp(weights.rows, 0) - math.log(self.particles)
+        return rows.sum() * batch.rescale + weights.globals
+
+    def _joint(self, batch: Batch) -> Tensor:
+        model, guide, info = self.setting.model, self.setting.guide, self.setting.info
+        joint = []
+        for _ in range(self.particles):
+            one = local_log_weights(model, guide, info, batch, 1, values={}, sums=self.sums, vectorise=False)
+            rows = 0.0 if one.rows is None else one.rows.sum() * batch.rescale
+            joint.append(rows + one.globals)
+        log_weights = torch.stack(joint)
+        if batch.rows is not None and batch.total != batch.rows:
+            return log_weights.mean()
+        return torch.logsumexp(log_weights, 0) - math.log(self.particles)
+
+
+def _in_plate(site: Any, plate: str | None) -> bool:
+    return any(frame.name == plate for frame in site["cond_indep_stack"])

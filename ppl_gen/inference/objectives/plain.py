@@ -1,0 +1,122 @@
+"""Our objectives inside plain Pyro scripts, and Pyro's own ELBO classes as our objectives."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.infer import ELBO as PyroELBO
+from torch import Tensor
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting
+from ppl_gen.offers import Need
+
+__all__ = ["PyroObjective", "as_objective", "total_loss"]
+
+_GAMES: weakref.WeakKeyDictionary[Any, dict[Any, Game]] = weakref.WeakKeyDictionary()
+
+
+def total_loss(
+    objective: Objective, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
+) -> Tensor:
+    """The total loss of a one-player ``objective`` (nats) for a plain model/guide pair.
+
+    The game is built from a dry run at the first call for this pair and kept as long as the model lives.
+    """
+    from ppl_gen.dryrun import dry_run
+    from ppl_gen.isolation import isolated
+    from ppl_gen.offers import require
+    from ppl_gen.program import Program
+
+    batch = Batch(args, kwargs, None, None)
+    per_model = _GAMES.setdefault(model, {})
+    key = (objective, id(guide))
+    if key not in per_model:
+        program = Program(model, guide)
+        with isolated():
+            info = dry_run(program, batch, guide=guide)
+        require(objective.label, objective.needs, program.name, info.offers)
+        per_model[key] = objective.build(Setting(program, model, guide, info))
+    game = per_model[key]
+    if len(game.players) > 1:
+        names = ", ".join(player.name for player in game.players)
+        raise TypeError(
+            f"{objective.label} is a game of several players ({names}), and pyro.infer.SVI moves one; "
+            f"use ppl_gen.inference.SVI(objective={objective.label}(...))"
+        )
+    return game.loss("program", batch).value
+
+
+@dataclass(frozen=True)
+class PyroObjective(Objective):
+    """Any `pyro.infer.ELBO` as an objective; a private copy is made for every fit, since Pyro's objects keep state."""
+
+    elbo: Any
+
+    @property
+    def label(self) -> str:
+        return f"pyro.infer.{type(self.elbo).__name__}"
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        return (("density",),)
+
+    def build(self, setting: Setting) -> Game:
+        return _PyroGame(copy.deepcopy(self.elbo), setting)
+
+
+class _PyroGame(Game):
+    """`differentiable_loss` where the class has one, else `loss_and_grads`, whose gradients are handed on."""
+
+    def __init__(self, elbo: Any, setting: Setting) -> None:
+        self.elbo, self.setting = elbo, setting
+        self.surrogate = hasattr(type(elbo), "differentiable_loss")
+
+    def loss(self, player: str, batch: Batch) -> Loss:
+        model, guide, plate = self.setting.model, self.setting.guide, self.setting.info.data_plate
+        rows = batch.total or 1
+        with RescalePlate(plate, batch.total):
+            if self.surrogate:
+                value = self.elbo.differentiable_loss(model, guide, *batch.args, **batch.kwargs)
+                return Loss(torch.as_tensor(value) / rows)
+            return Loss(self._through_grads(model, guide, batch) / rows)
+
+    def _through_grads(self, model: Any, guide: Any, batch: Batch) -> Tensor:
+        """Pyro writes into ``.grad``; a linear function with exactly these gradients carries them into autograd."""
+        import pyro
+
+        leaves = [p for _, p in pyro.get_param_store().named_parameters()]
+        kept = [p.grad for p in leaves]
+        for p in leaves:
+            p.grad = None
+        value = self.elbo.loss_and_grads(model, guide, *batch.args, **batch.kwargs)
+        value = torch.as_tensor(value[0] if isinstance(value, tuple) else value)
+        leaves = [p for _, p in pyro.get_param_store().named_parameters()]
+        linear = sum(((p - p.detach()) * p.grad).sum() for p in leaves if p.grad is not None)
+        for p, grad in zip(leaves, kept + [None] * (len(leaves) - len(kept)), strict=True):
+            p.grad = grad
+        return value + linear
+
+
+def as_objective(objective: Any) -> Objective:
+    """An objective of ours from ours, or from an instance or class of `pyro.infer.ELBO`.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if isinstance(objective, type) and issubclass(objective, PyroELBO):
+        return PyroObjective(objective())
+    if isinstance(objective, PyroELBO) or hasattr(type(objective), "loss_and_grads"):
+        return PyroObjective(objective)
+    if isinstance(objective, type) and issubclass(objective, Objective):
+        return objective()
+    raise TypeError(
+        f"objective: expected an objective such as ELBO() or a pyro.infer.ELBO, got {type(objective).__name__}"
+    )

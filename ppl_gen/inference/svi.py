@@ -1,0 +1,303 @@
+"""Stochastic variational inference, and every other game played by gradient steps."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_feasible, init_to_value
+from torch import Tensor
+
+from ppl_gen.data.batching import Batch, Batches
+from ppl_gen.dryrun import dry_run
+from ppl_gen.errors import IncompatibleError
+from ppl_gen.inference.base import Info, Iterative, Outcome, Run
+from ppl_gen.inference.objectives.base import Game, Objective, Player, Setting
+from ppl_gen.inference.objectives.elbo import ELBO
+from ppl_gen.inference.objectives.plain import as_objective
+from ppl_gen.isolation import ProgramState, quiet
+from ppl_gen.offers import Need
+from ppl_gen.posterior import GuidePosterior, PointPosterior
+from ppl_gen.program import filtered
+
+__all__ = ["SVI", "gradients"]
+
+_OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adamax": torch.optim.Adamax,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+
+
+@dataclass(frozen=True)
+class SVI(Iterative):
+    """Gradient steps on an objective over model and guide (Hoffman et al. 2013; Ranganath et al. 2014).
+
+    Unlike `pyro.infer.SVI` this is a frozen specification: `pg.fit` runs it, owns the loop and returns a fit.
+
+    Args:
+        objective: an objective of `ppl_gen.inference`, or an instance or class of `pyro.infer.ELBO`.
+        steps: updates of the program; give ``steps`` or ``epochs`` (2000 steps if neither).
+        epochs: passes over the rows.
+        batch_size: rows per batch; None: all rows at every step.
+        lr: learning rate, or one per player, ``{"critic": 1e-4}``; the objective's own (usually 1e-3) when None.
+        optimiser: ``"adam"``, ``"adamw"``, ``"adamax"``, ``"rmsprop"``, ``"sgd"``, or ``f(params) -> Optimizer``; or one
+            per player. One optimiser holds all parameters of a player, fused where torch has a fused kernel.
+        schedule: ``f(optimizer) -> torch.optim.lr_scheduler.LRScheduler``, stepped once per update.
+        clip_norm: bound on the global norm of a player's gradient.
+        stop: a pure function ``history -> sentence or None`` that ends the run as converged.
+        stratify: name of an integer entry: every batch holds its share of each value (partly labelled data).
+
+    Raises:
+        ValueError: for settings out of range, or both ``steps`` and ``epochs``.
+
+    Example:
+        >>> SVI(steps=100, lr=0.01).limit_steps(per_epoch=1)
+        100
+    """
+
+    objective: Any = field(default_factory=ELBO)
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | Mapping[str, float] | None = None
+    optimiser: Any = None
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None
+    clip_norm: float | None = None
+    stop_rule: Callable[[Mapping[str, Sequence[float]]], str | None] | None = None
+    stratify: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "objective", as_objective(self.objective))
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        for name in ("steps", "epochs", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        rates = self.lr.values() if isinstance(self.lr, Mapping) else [] if self.lr is None else [self.lr]
+        if any(not rate > 0 for rate in rates):
+            raise ValueError(f"lr: expected a positive number, got {self.lr!r}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm: expected a positive number, got {self.clip_norm!r}")
+        named = self.optimiser.values() if isinstance(self.optimiser, Mapping) else [self.optimiser]
+        for name in named:
+            if isinstance(name, str) and name.lower() not in _OPTIMISERS:
+                raise ValueError(f"optimiser: expected one of {', '.join(_OPTIMISERS)} or a function, got {name!r}")
+
+    @property
+    def label(self) -> str:
+        return f"SVI({self.objective.label})"
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        return (*self.objective.needs, *((("data plate",),) if self.batch_size is not None else ()))
+
+    def limit_steps(self, per_epoch: int) -> int:
+        """Updates of the program in all."""
+        return self.epochs * per_epoch if self.epochs is not None else self.steps or 2000
+
+    def limit(self, run: Run) -> int:
+        return self.limit_steps(self.source(run).per_epoch)
+
+    def source(self, run: Run) -> Batches:
+        return Batches(run.data, self.batch_size, run.seed, self.stratify)
+
+    def stop(self, history: Mapping[str, Sequence[float]]) -> str | None:
+        return self.stop_rule(history) if self.stop_rule is not None else None
+
+    def stop_every(self) -> int:
+        return 50
+
+    def check(self, run: Run) -> None:
+        size = self.batch_size
+        if run.data.rows is None or size is None or size >= run.data.rows:
+            return
+        local = [site.name for site in run.info.select(local=True) if not site.finite]
+        guide = run.program.guide
+        if local and self.objective.uses_guide and (guide is None or _is_auto(guide)):
+            raise IncompatibleError(
+                f"the latent site(s) {local} stand inside the data plate, and an autoguide holds one set of parameters "
+                "per row of the data it was set up on: on minibatches rows and parameters would be misaligned. Give an "
+                "amortised guide (a network of x), or leave batch_size out."
+            )
+
+    def init(self, run: Run) -> _State:
+        guide = _resolved_guide(run) if self.objective.uses_guide else None
+        run.guide = guide
+        whole = self.source(run).next() if self.batch_size is not None else run.data.batch()
+        probe = _as_whole(whole)
+        if guide is not None:
+            run.info = dry_run(run.program, probe, guide=guide)
+        minibatches = self.batch_size is not None and run.data.rows is not None and self.batch_size < run.data.rows
+        setting = Setting(run.program, run.program.model, guide, run.info, minibatches)
+        game = self.objective.build(setting)
+        return _State(self, run, game, guide, probe)
+
+    def step(self, state: _State, source: Batches) -> tuple[_State, Info]:
+        info: dict[str, Tensor | float] = {}
+        for player in state.game.players:
+            for _ in range(player.updates):
+                info.update(state.update(player, source.next()))
+        state.count += 1
+        return state, info
+
+    def outcome(self, state: _State, run: Run) -> Outcome:
+        run.notes.update(state.game.notes)
+        values = state.rolled_back() if state.bad else state.run.workspace.snapshot()
+        posterior = PointPosterior() if state.guide is None else GuidePosterior(state.guide)
+        evaluations = sum(p.updates for p in state.game.players) * state.count
+        return Outcome(
+            posterior,
+            values,
+            modules=dict(state.game.modules),
+            cost={"gradient_evaluations": evaluations},
+            guide=state.guide,
+        )
+
+
+def gradients(game: Game, player: str, leaves: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Any, list[Tensor]]:
+    """Losses and gradients of one player on one batch: the one function that a captured graph would replace.
+
+    Nothing in it synchronises with the device; a leaf that the loss does not touch gets a zero gradient.
+    """
+    loss = game.loss(player, batch)
+    grads = torch.autograd.grad(loss.value, list(leaves), allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+    return loss.value.detach(), loss.parts, filled
+
+
+class _State:
+    """Optimisers, schedules and the game of one run, with the last parameters whose loss was finite."""
+
+    def __init__(self, svi: SVI, run: Run, game: Game, guide: Callable[..., Any] | None, probe: Batch) -> None:
+        self.svi, self.run, self.game, self.guide = svi, run, game, guide
+        self.count, self.bad, self.first = 0, False, True
+        runs = [partial(run.program.model, *probe.args, **probe.kwargs)]
+        if guide is not None:
+            runs.append(partial(guide, *probe.args, **probe.kwargs))
+        leaves = run.workspace.collect(*runs)
+        self.leaves = {player.name: self._owned(player, leaves) for player in game.players}
+        self.optimisers = {p.name: self._optimiser(p) for p in game.players if self.leaves[p.name]}
+        self.schedules = {n: svi.schedule(o) for n, o in self.optimisers.items() if svi.schedule is not None}
+        self.kept = {name: [p.detach().clone() for p in ps.values()] for name, ps in self.leaves.items()}
+        if not self.leaves["program"]:
+            raise IncompatibleError(
+                f"{svi.label} has nothing to learn in {run.program.name!r}: neither model nor guide has parameters"
+            )
+
+    def _owned(self, player: Player, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        module = self.game.modules.get(player.name)
+        if module is not None:
+            return dict(module.named_parameters())
+        return {name: leaf for name, leaf in leaves.items() if player.owns is None or player.owns(name)}
+
+    def _optimiser(self, player: Player) -> torch.optim.Optimizer:
+        svi, params = self.svi, list(self.leaves[player.name].values())
+        chosen = svi.optimiser.get(player.name) if isinstance(svi.optimiser, Mapping) else svi.optimiser
+        rate = svi.lr.get(player.name) if isinstance(svi.lr, Mapping) else svi.lr
+        if chosen is not None and not isinstance(chosen, str):
+            built = chosen(params)
+        elif chosen is None and player.optimiser is not None:
+            built = player.optimiser(params)
+        else:
+            kind = (chosen or "adam").lower()
+            fused = {"fused": True} if kind in ("adam", "adamw", "sgd") and _fusable(params) else {}
+            built = _OPTIMISERS[kind](params, lr=rate or 1e-3, **fused)
+        if rate is not None:
+            for group in built.param_groups:
+                group["lr"] = rate
+        return built
+
+    def update(self, player: Player, batch: Batch) -> dict[str, Tensor | float]:
+        """One update of one player; parameters move only when loss and gradient are finite."""
+        leaves = list(self.leaves[player.name].values())
+        if not leaves:
+            return {}
+        if self.first:
+            value, parts, grads = gradients(self.game, player.name, leaves, batch)
+            self.first = False
+        else:
+            with quiet():
+                value, parts, grads = gradients(self.game, player.name, leaves, batch)
+        norm = torch.nn.utils.get_total_norm(grads)
+        if not bool(torch.isfinite(value + norm)):
+            self.bad = True
+            raise FloatingPointError(self._complaint(player, value, norm))
+        if self.svi.clip_norm is not None:
+            torch._foreach_mul_(grads, (self.svi.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_copy_(self.kept[player.name], [p.detach() for p in leaves])
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
+        self.optimisers[player.name].step()
+        for leaf in leaves:
+            leaf.grad = None
+        if player.name in self.schedules:
+            self.schedules[player.name].step()
+        if player.after is not None:
+            player.after()
+        return {f"{player.name}_loss": value, **{f"{k}": v for k, v in parts.items()}}
+
+    def _complaint(self, player: Player, value: Tensor, norm: Tensor) -> str:
+        bad = [n for n, p in self.leaves[player.name].items() if not bool(p.isfinite().all())]
+        what = "loss" if not bool(value.isfinite()) else "gradient"
+        where = f"; parameters already non-finite: {', '.join(bad)}" if bad else ""
+        return (
+            f"the {what} of player {player.name!r} is not finite at step {self.count} (loss {float(value):g}, gradient "
+            f"norm {float(norm):g}){where}. Try a smaller lr, clip_norm=, or a prior that keeps scales off zero"
+        )
+
+    def rolled_back(self) -> ProgramState:
+        """The parameters before the update that led to a non-finite loss."""
+        with torch.no_grad():
+            for name, values in self.kept.items():
+                for leaf, value in zip(self.leaves[name].values(), values, strict=True):
+                    leaf.copy_(value)
+        return self.run.workspace.snapshot()
+
+
+def _fusable(params: Sequence[Tensor]) -> bool:
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps") for p in params)
+
+
+def _is_auto(guide: Any) -> bool:
+    return isinstance(guide, AutoGuide) or (isinstance(guide, type) and issubclass(guide, AutoGuide))
+
+
+def _as_whole(batch: Batch) -> Batch:
+    return Batch(batch.args, batch.kwargs, batch.rows, batch.rows, batch.index)
+
+
+def _resolved_guide(run: Run) -> Callable[..., Any] | None:
+    """The user's guide; an autoguide class or instance made afresh for this fit; AutoNormal when there is none."""
+    guide, info = run.program.guide, run.info
+    if not info.select():
+        return None
+    if run.start is not None and run.start.guide is not None:
+        return run.start.guide
+    hidden = [name for name in info.finite_latents]
+    if guide is None or (isinstance(guide, type) and issubclass(guide, AutoGuide)):
+        continuous = [site.name for site in info.select() if site.name not in hidden]
+        if not continuous:
+            return None
+        kind = guide or AutoNormal
+        run.notes["guide"] = f"{kind.__name__} over {', '.join(continuous)}" + ("" if guide else " (default)")
+        model = poutine.block(run.program.model, expose=continuous)
+        start = run.starting_values()
+        if start and "init_loc_fn" in inspect.signature(kind.__init__).parameters:
+            return kind(model, init_loc_fn=init_to_value(values=start, fallback=init_to_feasible))
+        return kind(model)
+    if isinstance(guide, AutoGuide):
+        memo = {id(part): part for part in [guide.model]}
+        return copy.deepcopy(guide, memo)
+    if isinstance(guide, torch.nn.Module):
+        return guide
+    return filtered(guide)

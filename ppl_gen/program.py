@@ -1,0 +1,154 @@
+"""What a user writes: a generative program, and recipes that build one from data."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_gen.extensions import CAVIUpdates, EMSteps, Energy, TimeSteps
+
+__all__ = ["Program", "Recipe", "as_recipe", "filtered"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A Pyro model, optionally a Pyro guide, and what the pair offers beyond them.
+
+    p(x, z) is ``model``; q(z | x) is ``guide``. Both are called with the data: a tensor as the first positional
+    argument, a mapping as keyword arguments. The rows stand in one plate, ``pyro.plate(data_plate, len(x))``.
+
+    Args:
+        model: a Pyro model: a function or a `pyro.nn.PyroModule`.
+        guide: a Pyro guide, an autoguide class or instance, or None (SVI then takes `AutoNormal` and says so).
+        data_plate: the name of the plate over the rows.
+        name: what tables and messages call the program; the model's name unless given.
+        start: plausible values of latent sites, called under the fit's seed: where EM, NUTS and autoguides begin.
+        relabel: puts draws of exchangeable components into one order, ``relabel(draws) -> draws``; applied after NUTS.
+        evidence: exact log p(x) per row: called with the data, at the current parameters.
+        em: closed-form E- and M-steps.
+        cavi: closed-form coordinate updates.
+        energy: an unnormalised density.
+        time_steps: a chain of latents that the ELBO may enter at a sampled time step.
+
+    Raises:
+        TypeError: if ``model`` or ``guide`` cannot be called.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def coin(x):
+        ...     heads = pyro.sample("heads", dist.Beta(1.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Bernoulli(heads), obs=x)
+        >>> Program(coin)
+        Program(coin)
+    """
+
+    model: Callable[..., Any]
+    guide: Any = None
+    data_plate: str = "data"
+    name: str = ""
+    start: Callable[[], Mapping[str, Tensor]] | None = None
+    relabel: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    evidence: Callable[..., Tensor] | None = None
+    em: EMSteps | None = None
+    cavi: CAVIUpdates | None = None
+    energy: Energy | None = None
+    time_steps: TimeSteps | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.model):
+            raise TypeError(
+                f"model: expected a Pyro model (a function or a PyroModule), got {type(self.model).__name__}"
+            )
+        if self.guide is not None and not callable(self.guide):
+            raise TypeError(
+                f"guide: expected a Pyro guide, an autoguide class or None, got {type(self.guide).__name__}"
+            )
+        if not self.name:
+            object.__setattr__(self, "name", getattr(self.model, "__name__", type(self.model).__name__))
+
+    def __repr__(self) -> str:
+        guide = "" if self.guide is None else f", guide={getattr(self.guide, '__name__', type(self.guide).__name__)}"
+        return f"Program({self.name}{guide})"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Builds a program from the whole training data, once per fit and under its seed.
+
+    Fresh network weights and constants that depend on the data (scales of priors, starting values, variance floors)
+    belong here: inside ``model(x)`` a minibatch would change them.
+
+    Args:
+        build: ``build(data) -> Program``.
+        name: what tables and messages call the program; ``build``'s name unless given.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def centred(x):
+        ...     middle = x.mean()
+        ...     def model(x):
+        ...         loc = pyro.sample("loc", dist.Normal(middle, 10.0))
+        ...         with pyro.plate("data", len(x)):
+        ...             pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        ...     return Program(model)
+        >>> Recipe(centred)
+        Recipe(centred)
+    """
+
+    build: Callable[[Any], Program]
+    name: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not callable(self.build):
+            raise TypeError(f"build: expected a function from data to a Program, got {type(self.build).__name__}")
+        if not self.name:
+            object.__setattr__(self, "name", getattr(self.build, "__name__", type(self.build).__name__))
+
+    def __repr__(self) -> str:
+        inside = ", ".join([self.name, *(f"{key}={value!r}" for key, value in self.arguments.items())])
+        return f"Recipe({inside})"
+
+    def __call__(self, data: Any) -> Program:
+        """The program for ``data``; raises TypeError if ``build`` returns anything else."""
+        program = self.build(data)
+        if not isinstance(program, Program):
+            raise TypeError(f"the recipe {self.name!r} must return a Program, got {type(program).__name__}")
+        return program
+
+
+def as_recipe(program: Program | Recipe | Callable[..., Any]) -> Recipe:
+    """A recipe from whatever a user may pass: a recipe, a program, or a plain Pyro model."""
+    if isinstance(program, Recipe):
+        return program
+    if isinstance(program, Program):
+        return Recipe(lambda data: program, name=program.name)
+    if isinstance(program, type):
+        raise TypeError(f"program: got the class {program.__name__}; pass a model function, a Program or a Recipe")
+    if callable(program):
+        made = Program(program)
+        return Recipe(lambda data: made, name=made.name)
+    raise TypeError(f"program: expected a model function, a Program or a Recipe, got {type(program).__name__}")
+
+
+def filtered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` called with only those keyword arguments that its signature names."""
+    target = function.forward if isinstance(function, torch.nn.Module) else function
+    parameters = inspect.signature(target).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return function
+    known = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **{key: value for key, value in kwargs.items() if key in known})
+
+    call.__name__ = getattr(function, "__name__", type(function).__name__)
+    return call

@@ -1,0 +1,198 @@
+"""Fit: the frozen result of any algorithm, and what can be asked of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ppl_gen.data.batching import Dataset, as_dataset
+from ppl_gen.dryrun import ProgramInfo
+from ppl_gen.isolation import ProgramState, Workspace, isolated, quiet
+from ppl_gen.posterior import PointPosterior, Posterior
+from ppl_gen.program import Program, Recipe
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+    from ppl_gen.diagnostics.evidence import Evidence
+
+__all__ = ["Fit", "Status"]
+
+
+class Status(enum.StrEnum):
+    """How a run ended."""
+
+    CONVERGED = "converged"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    INTERRUPTED = "interrupted"
+    DIVERGED = "diverged"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, repr=False)
+class Fit:
+    """What an algorithm learned: parameters, posterior, history, status, seed and cost. A value: nothing changes it.
+
+    Everything random takes a ``seed`` (the fit's own unless given) and leaves the global generators alone.
+    """
+
+    program: Program
+    algorithm: str
+    settings: str
+    data: Dataset
+    info: ProgramInfo
+    state: ProgramState
+    learned: Posterior
+    guide: Any = None
+    extra_modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    module_names: Mapping[str, nn.Module] = field(default_factory=dict)
+    records: Mapping[str, list[float]] = field(default_factory=dict)
+    checks: Mapping[str, list[float]] = field(default_factory=dict)
+    status: Status = Status.FINISHED
+    message: str = ""
+    seed: int = 0
+    cost: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    recipe: Recipe | None = None
+
+    def __repr__(self) -> str:
+        seconds = self.cost.get("seconds", 0.0)
+        return f"Fit({self.program.name}, {self.algorithm}, seed={self.seed}: {self.status}, {seconds:.1f} s; {self.message})"
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """Learned parameters by Pyro's names, in the user's (constrained) units; networks as ``name$$$weight``."""
+        return {name: value.detach().clone() for name, value in self.state.params.items()}
+
+    @property
+    def point(self) -> dict[str, Tensor] | None:
+        """Values of the global sites where the algorithm learned points (EM), else None."""
+        return dict(self.learned.values) if isinstance(self.learned, PointPosterior) else None
+
+    @cached_property
+    def history(self) -> xarray.Dataset:
+        """What every step recorded, over the dimension ``step`` (and validation over ``check``)."""
+        import xarray
+
+        columns = {name: ("step", values) for name, values in self.records.items()}
+        length = max((len(values) for values in self.records.values()), default=0)
+        coords = {"step": list(range(1, length + 1))}
+        tree = xarray.Dataset(columns, coords=coords)
+        if self.checks:
+            steps = [int(step) for step in self.checks["step"]]
+            rest = {name: ("check", values) for name, values in self.checks.items() if name != "step"}
+            tree = tree.assign_coords(check=steps).assign(rest)
+        return tree
+
+    def module(self, name: str) -> nn.Module:
+        """A trained copy of the network that the program (or objective) knows by ``name``, in evaluation mode.
+
+        Raises:
+            KeyError: if there is none; the message lists the names there are.
+        """
+        if name in self.extra_modules:
+            return copy.deepcopy(self.extra_modules[name]).eval()
+        with self.bound() as workspace:
+            if name not in self.module_names:
+                known = sorted({*self.module_names, *self.extra_modules}) or ["none"]
+                raise KeyError(f"no network named {name!r} in this fit; there is: {', '.join(known)}")
+            module = self.module_names[name]
+            workspace.adopt(module, name)
+            return copy.deepcopy(module).eval().requires_grad_(True)
+
+    @contextlib.contextmanager
+    def bound(self, seed: int | None = None) -> Iterator[Workspace]:
+        """The program at its learned parameters, networks in evaluation mode, under a seed; all put back on exit."""
+        parts = {"model": self.program.model, "guide": self.guide}
+        modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        with (
+            isolated(self.seed if seed is None else seed, dtype=self.data.dtype),
+            Workspace(self.state, device=self.data.device, dtype=self.data.dtype, training=False, modules=modules) as w,
+            quiet(),
+            torch.no_grad(),
+        ):
+            yield w
+
+    def dataset(self, data: Any = None) -> Dataset:
+        """``data`` checked and cast as the training data were; the training data themselves when None."""
+        if data is None:
+            return self.data
+        return as_dataset(data, self.program.model, dtype=self.data.dtype, device=self.data.device)
+
+    def posterior(self, data: Any = None, draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Joint draws of the latent sites given ``data`` (the training data when None): draws x shape of the site.
+
+        Raises:
+            IncompatibleError: if the program has no latent sites, or the algorithm learned no posterior of them.
+        """
+        from ppl_gen.predictive import posterior_draws
+
+        return posterior_draws(self, data, draws, seed)
+
+    def predict(self, data: Any = None, draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Posterior predictive draws of what is missing from ``data``: draws x rows x shape.
+
+        If nothing is missing (or ``data`` is None), replicates of the observed sites.
+        """
+        from ppl_gen.predictive import predictive_draws
+
+        return predictive_draws(self, data, draws, seed)
+
+    def sample(self, n: int, given: Mapping[str, Any] | None = None, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Run the program with its observations removed on ``n`` rows: new rows, one parameter draw each call.
+
+        ``given`` fixes sites (``{"y": 3}``) or inputs of the model (arrays of ``n`` rows).
+        """
+        from ppl_gen.predictive import sample_rows
+
+        return sample_rows(self, n, given or {}, seed)
+
+    def evidence(
+        self, data: Any = None, *, particles: int = 100, draws: int = 100, chunk: int = 1000, seed: int | None = None
+    ) -> Evidence:
+        """Log predictive density per row, log 1/S sum_s p(x_i | theta_s), local latents integrated out.
+
+        Raises:
+            IncompatibleError: if the program has no normalised density.
+        """
+        from ppl_gen.diagnostics.evidence import row_evidence
+
+        return row_evidence(self, self.dataset(data), particles=particles, draws=draws, chunk=chunk, seed=seed)
+
+    def marginal_likelihood(self, *, draws: int = 2000, particles: int = 100, seed: int | None = None) -> Evidence:
+        """log p(all data) in nats, globals and locals integrated out, by importance weighting."""
+        from ppl_gen.diagnostics.evidence import marginal_likelihood
+
+        return marginal_likelihood(self, draws=draws, particles=particles, seed=seed)
+
+    def to_arviz(self, *, draws: int = 1000, seed: int | None = None) -> Any:
+        """ArviZ's tree: posterior, posterior_predictive, log_likelihood, prior, observed_data, sample_stats."""
+        from ppl_gen.diagnostics.export import to_arviz
+
+        return to_arviz(self, draws=draws, seed=seed)
+
+    def diagnose(self, *, draws: int = 1000, seed: int | None = None) -> pandas.DataFrame:
+        """A table as `arviz.summary` gives it; ``attrs["verdict"]`` says plainly whether to trust the fit.
+
+        Chains get R-hat and ESS; variational draws get ``attrs["pareto_k"]`` (and one per row where latents are local).
+        """
+        from ppl_gen.diagnostics.verdict import diagnose
+
+        return diagnose(self, draws=draws, seed=seed)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a folder (weights in safetensors, the rest JSON and netCDF; no pickle), atomically."""
+        from ppl_gen.storage import save_fit
+
+        return save_fit(self, Path(path))
