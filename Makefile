@@ -52,7 +52,7 @@ format: $(READY)
 
 examples: $(READY)
 	@set -e; for file in $(abspath $(wildcard examples/*.py)); do \
-		echo "== $$file"; folder=$$(mktemp -d); \
+		echo "== $$file"; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 		(cd "$$folder" && PPL_GEN_QUICK=1 MPLBACKEND=Agg $(abspath $(BIN))/python "$$file"); \
 		rm -rf "$$folder"; \
 	done

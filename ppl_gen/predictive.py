@@ -74,12 +74,13 @@ def _completed(fit: Fit, batch: Batch, values: Mapping[str, Tensor], finite: lis
         drawn = {name: trace.nodes[name]["value"] for name in rest if name in trace.nodes}
     if not finite:
         return drawn
-    from ppl_gen.inference.enumeration import sample_discrete
+    from ppl_gen.inference.enumeration import enumerated_trace, sample_discrete
 
-    known = {**values, **drawn}
-    return drawn | sample_discrete(
-        fit.program.model, batch.args, batch.kwargs, discrete=finite, values=known, plate_nesting=fit.info.plate_nesting
+    trace = enumerated_trace(
+        fit.program.model, batch.args, batch.kwargs, discrete=finite, values={**values, **drawn},
+        plate_nesting=fit.info.plate_nesting,
     )
+    return drawn | sample_discrete(trace)
 
 
 def _run(fit: Fit, batch: Batch, values: Mapping[str, Tensor], *, replicate: bool = False) -> poutine.Trace:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import ppl_gen
+
 TOP = Path(__file__).parents[1]
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
 LOCK = (TOP / "requirements.lock").read_text()
@@ -147,5 +149,6 @@ def test_import_costs_little_beyond_pyro() -> None:
 
 
 def test_versions_agree() -> None:
-    assert metadata.version("ppl_gen") == PROJECT["project"]["version"]
-    assert re.search(rf"^## {re.escape(PROJECT['project']['version'])}\b", (TOP / "CHANGELOG.md").read_text(), re.M)
+    version = PROJECT["project"]["version"]
+    assert ppl_gen.__version__ == metadata.version("ppl_gen") == version
+    assert re.search(rf"^## {re.escape(version)}\b", (TOP / "CHANGELOG.md").read_text(), re.M)

@@ -26,7 +26,7 @@ def torchvision_module() -> ModuleType:
         ImportError: where torchvision is absent, or was not built for the torch that is installed.
     """
     try:
-        import torchvision  # type: ignore[import-untyped, unused-ignore]
+        import torchvision
     except ModuleNotFoundError as error:
         if error.name != "torchvision":
             raise

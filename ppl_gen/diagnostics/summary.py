@@ -25,9 +25,7 @@ _TREND, _CHANGE = 4.0, 0.01  # standard errors; nats per row
 _MIN_LOSSES, _BATCHES = 40, 20
 
 
-def verdict_chains(
-    summary: pandas.DataFrame, divergences: int, draws: int, *, chains: int, saturated: int = 0
-) -> str:
+def verdict_chains(summary: pandas.DataFrame, divergences: int, draws: int, *, chains: int, saturated: int = 0) -> str:
     """Judge Markov chains by agreement, effective sample size, divergences and tree depth.
 
     ``summary`` is `az_summary(..., chains=True)`; ``draws`` counts the kept draws of all chains together,

@@ -36,8 +36,8 @@ _DRAWS = " "
 class Factor:
     """One packed log-factor.
 
-    ``value.dim() == len(value._pyro_dims)``; ``plates`` are the symbols of the plates it lies in (those of size one left
-    out, as packing drops them); ``scale`` multiplies the contraction it takes part in, outside of every logsumexp.
+    ``value.dim() == len(value._pyro_dims)``; ``plates`` are the symbols of the plates it lies in (those of size one are
+    left out, as packing drops them); ``scale`` multiplies the sum it takes part in, outside of every logsumexp.
     """
 
     site: str
@@ -67,7 +67,7 @@ class _Elimination:
 
 
 def dims_of(value: Tensor) -> str:
-    return value._pyro_dims  # type: ignore[attr-defined, no-any-return]
+    return value._pyro_dims  # type: ignore[attr-defined]
 
 
 def named(value: Tensor, dims: str) -> Tensor:
@@ -88,7 +88,7 @@ def log_sum_exp(value: Tensor, dim: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _plan(inputs: tuple[str, ...], sizes: tuple[tuple[str, int], ...], symbols: frozenset[str]) -> list[_Elimination]:
-    """Eliminate next what makes the smallest table; the order is cached, as a fit contracts one structure many times."""
+    """Eliminate next what makes the smallest table; cached, as a fit contracts one structure many times."""
     size_of = dict(sizes)
     terms: dict[int, str] = dict(enumerate(inputs))
     holders: dict[str, set[int]] = {s: {i for i, dims in terms.items() if s in dims} for s in sorted(symbols)}
@@ -150,7 +150,7 @@ def _union(terms: Iterable[Tensor]) -> str:
     return "".join(sorted(set().union(*(dims_of(term) for term in terms))))
 
 
-class _Ring(LogRing):  # type: ignore[misc]
+class _Ring(LogRing):
     """Pyro's log ring with the elimination above in place of opt_einsum; ``steps`` records it for backward sampling."""
 
     def __init__(self, sizes: Mapping[str, int], steps: list[Step] | None = None) -> None:
@@ -194,8 +194,8 @@ def _common_scale(component: Sequence[Factor], keep: str) -> float | Tensor:
         scale = factor.scale
         if isinstance(scale, Tensor) and not set(dims_of(scale)) <= set(keep):
             raise ValueError(
-                f"site '{factor.site}': a scale that varies within a row has no meaning under a sum over discrete sites; "
-                "use one number, or one weight per row."
+                f"site '{factor.site}': a scale that varies within a row has no meaning under a sum over discrete "
+                "sites; use one number, or one weight per row."
             )
         if scale is first:
             continue
@@ -206,9 +206,9 @@ def _common_scale(component: Sequence[Factor], keep: str) -> float | Tensor:
         )
         if not same:
             raise ValueError(
-                f"sites '{component[0].site}' and '{factor.site}' are summed together over discrete sites, but their scales "
-                f"differ ({first} and {scale}). Give both the same poutine.scale, and do not subsample a plate that lies "
-                "inside the data plate."
+                f"sites '{component[0].site}' and '{factor.site}' are summed together over discrete sites, but their "
+                f"scales differ ({first} and {scale}). Give both the same poutine.scale, and do not subsample a plate "
+                "that lies inside the data plate."
             )
     return first
 
@@ -223,7 +223,7 @@ def contract(
     Returns a tensor of the shape of the plate ``keep`` (a scalar where ``keep`` is empty). ``steps`` collects the
     eliminations for :func:`backward_draws`.
 
-    Raises ValueError where scales differ within one sum, and where plates cross such that the sum is exponentially large.
+    Raises ValueError where scales differ within one sum, and where crossing plates make the sum exponentially large.
 
     >>> f = named(torch.tensor([[0.0, 1.0], [2.0, 3.0]]), "ab")  # plate a, enumerated b
     >>> rows = contract([Factor("x", f, frozenset("a"))], frozenset("b"), keep="a")
@@ -272,7 +272,7 @@ def _contracted(component: Sequence[Factor], dims: set[str], keep: str, steps: l
         except NotImplementedError as error:
             sites = ", ".join(sorted({factor.site for factor in component})[:6])
             raise ValueError(
-                f"the plates around the sites {sites} cross, so that summing over their discrete sites is exponentially "
+                f"the plates around the sites {sites} cross, so that a sum over their discrete sites is exponentially "
                 "large. Nest one plate in the other, or make one of them a sequential plate (a for loop)."
             ) from error
     return torch.where(result <= torch.finfo(result.dtype).min / 2, -torch.inf, result)
@@ -281,8 +281,8 @@ def _contracted(component: Sequence[Factor], dims: set[str], keep: str, steps: l
 def backward_draws(steps: Sequence[Step], draws: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
     """Joint draws of all summed dims: the eliminations are undone last to first, each dim given those drawn before.
 
-    On a chain this is forward filtering, backward sampling. Returns packed index tensors by symbol, each with the plates
-    of its site and, first, the dim of the draws.
+    On a chain this is forward filtering, backward sampling. Returns packed index tensors by symbol, each with the
+    plates of its site and, first, the dim of the draws.
     """
     drawn: dict[str, Tensor] = {}
     for step in reversed(steps):

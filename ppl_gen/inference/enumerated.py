@@ -26,7 +26,7 @@ __all__ = [
 _MOST_DIMS = 25
 
 
-class _Enumerate(EnumMessenger):  # type: ignore[misc]
+class _Enumerate(EnumMessenger):
     """Pyro's enumeration for chosen sites, and given values for others; a latent site in neither group is an error."""
 
     def __init__(self, discrete: Collection[str] | None, values: Mapping[str, Tensor], plate_nesting: int) -> None:
@@ -42,8 +42,8 @@ class _Enumerate(EnumMessenger):  # type: ignore[misc]
         for frame in msg["cond_indep_stack"]:
             if frame.vectorized and -frame.dim > self.plate_nesting:
                 raise ValueError(
-                    f"site '{name}' lies in plate '{frame.name}' at dim {frame.dim}, but plate_nesting={self.plate_nesting} "
-                    f"leaves the dims from {-1 - self.plate_nesting} on to enumeration; pass plate_nesting={-frame.dim} or more."
+                    f"site '{name}' lies in plate '{frame.name}' at dim {frame.dim}, which plate_nesting="
+                    f"{self.plate_nesting} leaves to enumeration; pass plate_nesting={-frame.dim} or more."
                 )
         if msg["is_observed"] or msg["done"]:
             super()._pyro_sample(msg)
@@ -78,8 +78,8 @@ class _Enumerate(EnumMessenger):  # type: ignore[misc]
                 reason = f"({kind}) has no finite support that could be enumerated"
             raise ValueError(
                 f"site '{name}' {reason}. Give it a value; or, if it is discrete, write it with finite support: "
-                "Categorical (a truncated table of probabilities in place of a Poisson), Bernoulli, OneHotCategorical or "
-                "Binomial, with independent sites in a pyro.plate rather than .to_event()."
+                "Categorical (a truncated table of probabilities in place of a Poisson), Bernoulli, OneHotCategorical "
+                "or Binomial, with independent ones in a pyro.plate rather than .to_event()."
             )
         msg["infer"].update(enumerate="parallel", expand=False, num_samples=None)
         try:
@@ -88,9 +88,10 @@ class _Enumerate(EnumMessenger):  # type: ignore[misc]
             raise ValueError(f"site '{name}' cannot be enumerated: {error}. Write it as a Categorical.") from error
         if -msg["infer"]["_enumerate_dim"] > _MOST_DIMS:
             raise ValueError(
-                f"site '{name}' would need tensor dim {-msg['infer']['_enumerate_dim']}, more than {_MOST_DIMS}: every "
+                f"site '{name}' needs tensor dim {-msg['infer']['_enumerate_dim']}, more than {_MOST_DIMS}: every "
                 "discrete site takes a dim of its own. Write a time loop as `for t in pyro.markov(range(T))`, which reuses "
-                "dims (the value at t may then depend only on t - 1), and independent sites in a vectorised pyro.plate."
+                "dims (the value at t may then depend only on that at t - 1), and independent sites in a vectorised "
+                "pyro.plate."
             )
 
 
@@ -99,9 +100,8 @@ def _check_event(name: str, fn: Any, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"values['{name}'] must be a tensor; got {type(value).__name__}.")
     if tuple(value.shape[value.dim() - len(event) :]) != event:
-        raise ValueError(
-            f"values['{name}'] has shape {tuple(value.shape)}; expected (..., {', '.join(map(str, event))})."
-        )
+        expected = ", ".join(["...", *map(str, event)])
+        raise ValueError(f"values['{name}'] has shape {tuple(value.shape)}; expected ({expected}).")
 
 
 def enumerated_trace(
@@ -117,11 +117,13 @@ def enumerated_trace(
 
     ``discrete=None`` enumerates every latent site without a value. Sites with values stay latent, marked by
     ``site["infer"]["given"]``. ``plate_nesting`` is the greatest number of nested vectorised plates. Log-probs are left
-    packed in ``site["packed"]["unscaled_log_prob"]``, differentiable with respect to values, parameters and data. Nothing is
-    drawn, unless a plate subsamples (give its indices as ``values[plate_name]`` to fix them).
+    packed in ``site["packed"]["unscaled_log_prob"]``, differentiable with respect to values, parameters and data.
+    Nothing is drawn, unless a plate subsamples (give its indices as ``values[plate_name]`` to fix them). Many values at
+    once: ``torch.vmap`` of a function that makes a trace and returns a density.
 
-    Raises ValueError for a latent site that is neither given nor enumerable, for names that the program lacks, for a wrong
-    ``plate_nesting``, and where a loop without `pyro.markov` needs too many dims.
+    Names in ``values`` that are no latent sites of the program (a guide's auxiliary ones, say) are passed over. Raises
+    ValueError for a latent site that is neither given nor enumerable, for ``discrete`` names that the program lacks, for
+    a wrong ``plate_nesting``, and where a loop without `pyro.markov` needs too many dims.
 
     >>> import pyro, torch, pyro.distributions as dist
     >>> def mixture(x):
@@ -130,6 +132,7 @@ def enumerated_trace(
     ...         z = pyro.sample("z", dist.Bernoulli(0.25))
     ...         pyro.sample("x", dist.Normal(mean * z, 1.0), obs=x)
     >>> trace = enumerated_trace(mixture, (torch.zeros(3),), values={"mean": torch.tensor(1.0)}, plate_nesting=1)
+    >>> from ppl_gen.inference.enumeration import row_log_density
     >>> row_log_density(trace, "data")
     tensor([-1.0225, -1.0225, -1.0225])
     """
@@ -142,30 +145,27 @@ def enumerated_trace(
         trace: Trace = poutine.trace(messenger(model)).get_trace(*args, **(kwargs or {}))
         for name, site in list(trace.nodes.items()):
             if site["type"] == "sample" and type(site["fn"]).__name__ == "_Subsample":
-                values.pop(name, None)
                 trace.remove_node(name)
-        _check_names(trace, discrete_sites or frozenset(), values)
+        _check_discrete(trace, discrete_sites or frozenset())
         _pack(trace)
     return trace
 
 
-def _check_names(trace: Trace, discrete: Collection[str], values: Mapping[str, Tensor]) -> None:
-    latent = {n: s["infer"] for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
-    for argument, names, found in (
-        ("discrete", discrete, [n for n, infer in latent.items() if "_enumerate_dim" in infer]),
-        ("values", values, [n for n, infer in latent.items() if infer.get("given")]),
-    ):
-        unknown = sorted(set(names) - set(found))
-        if unknown:
-            raise ValueError(
-                f"`{argument}` names {unknown}, but with this data the program has no such latent site; it has {sorted(latent)}."
-            )
+def _check_discrete(trace: Trace, discrete: Collection[str]) -> None:
+    nodes: Mapping[str, Any] = trace.nodes
+    latent = {n: s["infer"] for n, s in nodes.items() if s["type"] == "sample" and not s["is_observed"]}
+    unknown = sorted(name for name in discrete if "_enumerate_dim" not in latent.get(name, {}))
+    if unknown:
+        raise ValueError(
+            f"`discrete` names {unknown}, but with this data the program has no such latent site; it has {sorted(latent)}."
+        )
 
 
 def _pack(trace: Trace) -> None:
     """As Trace.compute_log_prob and pack_tensors, without the scaled copies and sums that nothing here reads."""
     trace.symbolize_dims()
-    for name, site in trace.nodes.items():
+    nodes: Mapping[str, Any] = trace.nodes
+    for name, site in nodes.items():
         if site["type"] != "sample" or site["infer"].get("_deterministic"):
             continue
         symbols = site["infer"]["_dim_to_symbol"]

@@ -103,10 +103,10 @@ def row_log_density(trace: Trace, data_plate: str | None = "data", *, without: C
 
     .. math:: \log p(x_i \mid \theta) = s_i \log \sum_{z_i} p(z_i \mid \theta)\, p(x_i \mid z_i, \theta)
 
-    Sites inside the data plate count, observed, discrete and given ones (leave some out by ``without``), masks applied. The
-    scale of the data plate's own subsampling is left out; a `poutine.scale` ``s`` multiplies the row's logarithm. Shape
-    ``(rows,)``, and ``(1,)`` for ``data_plate=None``: the log-density of all that is observed, given the latent sites with
-    values. Raises ValueError for a discrete site outside the plate, which couples the rows.
+    Sites inside the data plate count, observed, discrete and given ones (leave some out by ``without``), masks applied.
+    The scale of the data plate's own subsampling is left out; a `poutine.scale` ``s`` multiplies the row's logarithm.
+    Shape ``(rows,)``, and ``(1,)`` for ``data_plate=None``: the log-density of all that is observed, given the latent
+    sites with values. Raises ValueError for a discrete site outside the plate, which couples the rows.
     """
     frame = None if data_plate is None else _plate_frame(trace, data_plate)
     names = [name for name, local in _local(trace, data_plate).items() if local and name not in without]
@@ -125,8 +125,8 @@ def _refuse_coupled_rows(trace: Trace, names: Sequence[str], data_plate: str) ->
         if not any(f.name == data_plate for f in site["cond_indep_stack"]):
             what = "is discrete" if is_discrete(site) else "depends on a discrete site"
             raise ValueError(
-                f"site '{name}' {what} and lies outside plate '{data_plate}', so that the rows are not independent and have no "
-                "densities of their own; give it a value, or use log_joint, which sums over it."
+                f"site '{name}' {what} and lies outside plate '{data_plate}', so that the rows are not independent and "
+                "have no densities of their own; give it a value, or use log_joint, which sums over it."
             )
 
 
@@ -142,12 +142,10 @@ def log_prior(trace: Trace, data_plate: str | None = "data", *, without: Collect
 
 
 def log_joint(trace: Trace, data_plate: str | None = "data") -> Tensor:
-    """``log_prior`` plus the sum over the rows, a scalar. Discrete sites outside the data plate are summed over as well."""
+    """``log_prior`` plus the sum over the rows, a scalar; discrete sites outside the data plate are summed over too."""
     names = [name for name, local in _local(trace, data_plate).items() if local]
-    local = (
-        contract([_factor(trace, n, data_plate) for n in names], summed_symbols(trace)) if names else torch.zeros(())
-    )
-    return log_prior(trace, data_plate) + local
+    prior = log_prior(trace, data_plate)
+    return prior + contract([_factor(trace, n, data_plate) for n in names], summed_symbols(trace)) if names else prior
 
 
 def factor_marginals(trace: Trace, data_plate: str | None = "data") -> FactorMarginals:
@@ -176,8 +174,9 @@ def expected_log_joint(trace: Trace, weights: Mapping[str, Tensor], data_plate: 
 
     .. math:: Q(\theta) = \sum_f \langle w_f, \log f_\theta \rangle
 
-    ``trace`` is one of the same program and data at other values; Q is differentiable with respect to these. At the values of
-    the E-step its gradient is that of the log-density (Fisher's identity). Raises ValueError where weights do not match.
+    ``trace`` is one of the same program and data at other values; Q is differentiable with respect to these. At the
+    values of the E-step its gradient is that of the log-density (Fisher's identity). Raises ValueError where weights
+    and trace do not match.
 
     >>> import pyro, torch, pyro.distributions as dist
     >>> def mixture(x, mean):
@@ -187,15 +186,13 @@ def expected_log_joint(trace: Trace, weights: Mapping[str, Tensor], data_plate: 
     >>> mean = torch.tensor(1.0, requires_grad=True)
     >>> trace = enumerated_trace(mixture, (torch.ones(3), mean), plate_nesting=1)
     >>> q = expected_log_joint(trace, factor_marginals(trace).weights)
-    >>> fisher = torch.autograd.grad(q, mean, retain_graph=True)[0] - torch.autograd.grad(row_log_density(trace).sum(), mean)[0]
-    >>> bool(fisher.abs() < 1e-6)
+    >>> by_q = torch.autograd.grad(q, mean, retain_graph=True)[0]
+    >>> bool((by_q - torch.autograd.grad(row_log_density(trace).sum(), mean)[0]).abs() < 1e-6)
     True
     """
     names = [name for name, local in _local(trace, data_plate).items() if local]
     if set(names) != set(weights):
-        raise ValueError(
-            f"the weights are for sites {sorted(weights)}, but the rows of this trace have {sorted(names)}."
-        )
+        raise ValueError(f"the weights are for sites {sorted(weights)}; the rows of this trace have {sorted(names)}.")
     total: Tensor | None = None
     for name in names:
         log_prob, weight = trace.nodes[name]["packed"]["unscaled_log_prob"], weights[name]
@@ -236,9 +233,9 @@ def sample_discrete(
 ) -> dict[str, Tensor]:
     """Joint draws of all discrete sites from their posterior given everything else in the trace.
 
-    On a hidden Markov chain: whole paths, by forward filtering and backward sampling. Values have the shape that the program
-    sees (no enumeration dims), with ``draws`` in front if given. `poutine.scale` does not temper the posterior. Raises
-    ValueError where the data has density zero, so that there is no posterior.
+    On a hidden Markov chain: whole paths, by forward filtering and backward sampling. Values have the shape that the
+    program sees (no enumeration dims), with ``draws`` in front if given. `poutine.scale` does not temper the posterior.
+    Raises ValueError where the data has density zero, so that there is no posterior.
     """
     names = [name for name, _ in packed_sites(trace)]
     symbols = summed_symbols(trace)
@@ -248,9 +245,7 @@ def sample_discrete(
         factors = [f for f in (_factor(trace, n, None) for n in names) if not symbols.isdisjoint(f.dims)]
         factors = [Factor(f.site, f.value, f.plates) for f in factors]
         if factors and not torch.isfinite(contract(factors, symbols, steps=steps)):
-            raise ValueError(
-                "the data has density zero (or not a number) at these values; there is no posterior to draw from."
-            )
+            raise ValueError("the data has density zero, or NaN, at these values: there is no posterior to draw from.")
         indices = backward_draws(steps, count, generator)
         return {
             name: _values(trace, site, indices, draws, count) for name, site in packed_sites(trace) if is_discrete(site)

@@ -26,7 +26,7 @@ from ppl_gen.offers import Need
 from ppl_gen.posterior import GuidePosterior, PointPosterior
 from ppl_gen.program import filtered
 
-__all__ = ["SVI", "gradients"]
+__all__ = ["SVI", "gradients", "resolved_guide"]
 
 _OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -131,7 +131,7 @@ class SVI(Iterative):
             )
 
     def init(self, run: Run) -> _State:
-        guide = _resolved_guide(run) if self.objective.uses_guide else None
+        guide = resolved_guide(run) if self.objective.uses_guide else None
         run.guide = guide
         whole = self.source(run).next() if self.batch_size is not None else run.data.batch()
         probe = _as_whole(whole)
@@ -276,7 +276,7 @@ def _as_whole(batch: Batch) -> Batch:
     return Batch(batch.args, batch.kwargs, batch.rows, batch.rows, batch.index)
 
 
-def _resolved_guide(run: Run) -> Callable[..., Any] | None:
+def resolved_guide(run: Run) -> Callable[..., Any] | None:
     """The user's guide; an autoguide class or instance made afresh for this fit; AutoNormal when there is none."""
     guide, info = run.program.guide, run.info
     if not info.select():

@@ -220,7 +220,7 @@ class _SampledGame(Game):
         from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
 
         info = self.setting.info
-        values = {n: s["value"] for n, s in guide.nodes.items() if is_sample(s)}
+        values = {n: s["value"] for n, s in guide.nodes.items() if is_sample(s) and n in info.sites}
         trace = enumerated_trace(
             self.setting.model, batch.args, batch.kwargs, discrete=self.estimators.model_sums, values=values,
             plate_nesting=info.plate_nesting,

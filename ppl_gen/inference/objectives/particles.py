@@ -128,8 +128,9 @@ def _single(
     from ppl_gen.inference.enumeration import enumerated_trace, log_prior, row_log_density
 
     drawn = {name: site["value"] for name, site in q.nodes.items() if is_sample(site)}
+    known = {name: value for name, value in {**drawn, **values}.items() if name in info.sites}
     p = enumerated_trace(
-        model, batch.args, batch.kwargs, discrete=sums, values={**drawn, **values}, plate_nesting=info.plate_nesting
+        model, batch.args, batch.kwargs, discrete=sums, values=known, plate_nesting=info.plate_nesting
     )
     rows = row_log_density(p, info.data_plate)
     minus_q = _collect(None, q, info, 1, values)

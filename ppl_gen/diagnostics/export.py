@@ -1,0 +1,266 @@
+"""From any fit to ArviZ: posterior, predictive, log likelihood, prior, observed data and sample statistics."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.diagnostics.bridge import to_tree
+from ppl_gen.inference.objectives.elbo import is_sample
+from ppl_gen.posterior import ChainPosterior
+from ppl_gen.predictive import _deterministic, _run, observed_rows, prior_rows
+
+if TYPE_CHECKING:
+    from ppl_gen.result import Fit
+
+__all__ = ["latent_summary_names", "posterior_groups", "to_arviz"]
+
+Groups = dict[str, dict[str, np.ndarray]]
+
+
+def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
+    """See `Fit.to_arviz`.
+
+    Sites inside the data plate get the plate's name as dimension. Finite latents that the algorithm summed out are not
+    drawn here (`Fit.posterior` draws them); a chain's predictive and log likelihood are thinned to about ``draws``.
+    """
+    with fit.bound(seed):
+        batch = fit.data.batch()
+        groups, attrs = posterior_groups(fit, draws)
+        kept = _kept_draws(fit, groups, draws)
+        _add_predictive(fit, batch, groups, kept)
+        if kept or not fit.info.select():
+            _add_log_likelihood(fit, batch, groups, kept, attrs)
+        groups["prior"] = _lead(prior_rows(fit.program.model, batch, min(draws, 500)), fit, latent=True)
+        groups["observed_data"] = {name: _array(value) for name, value in observed_rows(fit, fit.data).items()}
+        inputs = {name: _array(v) for name, v in {**_named(fit, batch)}.items() if name not in groups["observed_data"]}
+        groups["constant_data"] = inputs
+    unsampled = _add_statistics(fit, groups, attrs)
+    attrs.update(_provenance(fit))
+    lacking = [g for g in ("posterior", "log_likelihood") if not groups.get(g)]
+    if lacking:
+        attrs["lacks"] = "; ".join(f"{g}: {_reason(fit, g)}" for g in lacking)
+    plate = fit.info.data_plate
+    dims = {s.name: _dims(s) for s in fit.info.sites.values() if s.plates and len(s.plates) == len(s.batch_shape)}
+    dims |= {name: [plate] for name in inputs if plate and inputs[name].ndim and len(inputs[name]) == fit.data.rows}
+    dims |= {name: ["step"] for name in unsampled}
+    return to_tree({k: v for k, v in groups.items() if v}, dims=dims, attrs=attrs, unsampled=unsampled)
+
+
+def posterior_groups(fit: Fit, draws: int) -> tuple[Groups, dict[str, Any]]:
+    """The posterior group (chain x draw x shape) with deterministic sites; inside ``fit.bound()``."""
+    latents = {site.name for site in fit.info.select()}
+    posterior: dict[str, np.ndarray] = {}
+    if isinstance(fit.learned, ChainPosterior):
+        posterior = {name: _array(value) for name, value in fit.learned.draws.items()}
+        wanted = [s.name for s in fit.info.select(kind="deterministic") if s.name not in posterior]
+        if wanted:
+            flat = {n: v.flatten(0, 1) for n, v in fit.learned.draws.items()}
+            chains = fit.learned.chains
+            total = len(next(iter(flat.values())))
+            batch = fit.data.batch()
+            rows = [_deterministic(fit, batch, {n: v[i] for n, v in flat.items()}) for i in range(total)]
+            for name in wanted:
+                stacked = torch.stack([row[name] for row in rows])
+                posterior[name] = _array(stacked.unflatten(0, (chains, -1)))
+    elif latents:
+        known = fit.learned.draw(draws, fit.data.batch())
+        known = [{k: v for k, v in draw.items() if k in latents} for draw in known]
+        if known and known[0]:
+            batch = fit.data.batch()
+            full = [draw | _deterministic(fit, batch, draw) for draw in known]
+            posterior = {name: _array(torch.stack([d[name] for d in full]))[None] for name in full[0]}
+    return {"posterior": posterior}, {"kind": fit.learned.kind}
+
+
+def _kept_draws(fit: Fit, groups: Groups, draws: int) -> list[tuple[int, int]]:
+    posterior = groups["posterior"]
+    if not posterior:
+        return []
+    chains, length = next(iter(posterior.values())).shape[:2]
+    step = max(1, round(chains * length / draws))
+    return [(c, d) for c in range(chains) for d in range(0, length, step)]
+
+
+def _values(fit: Fit, groups: Groups, place: tuple[int, int]) -> dict[str, Tensor]:
+    names = {site.name for site in fit.info.select()}
+    dtype = fit.data.dtype
+    return {
+        name: torch.as_tensor(value[place]).to(dtype=dtype if value.dtype.kind == "f" else None, device=fit.data.device)
+        for name, value in groups["posterior"].items()
+        if name in names
+    }
+
+
+def _add_predictive(fit: Fit, batch: Batch, groups: Groups, kept: list[tuple[int, int]]) -> None:
+    observed = [site.name for site in fit.info.select(kind="observed")]
+    if fit.program.energy is not None:
+        return  # a replicate is a Markov chain of its own: fit.sample runs it when it is wanted
+    places: list[tuple[int, int] | None] = [*kept] or [None] * 100
+    rows = []
+    for place in places:
+        values = _values(fit, groups, place) if place is not None else {}
+        trace = _run(fit, batch, values, replicate=True)
+        rows.append({name: trace.nodes[name]["value"] for name in observed if name in trace.nodes})
+    groups["posterior_predictive"] = {
+        name: _array(torch.stack([row[name] for row in rows])).reshape(_chains(kept), -1, *rows[0][name].shape)
+        for name in rows[0]
+    }
+
+
+def _chains(kept: list[tuple[int, int]]) -> int:
+    return len({chain for chain, _ in kept}) or 1
+
+
+def _add_log_likelihood(
+    fit: Fit, batch: Batch, groups: Groups, kept: list[tuple[int, int]], attrs: dict[str, Any]
+) -> None:
+    """Pointwise log p(x_i | draw): given the local latents that were drawn, the finite ones summed out."""
+    if "density" not in fit.info.offers:
+        return
+    drawn = set(groups["posterior"])
+    if any(not site.finite and site.name not in drawn for site in fit.info.select(local=True)):
+        return
+    sums = [name for name in fit.info.finite_latents if name not in drawn]
+    observed = [site.name for site in fit.info.select(kind="observed")]
+    name = observed[0] if len(observed) == 1 else "_".join(observed)
+    places: list[tuple[int, int] | None] = [*kept] or [None]
+    rows = []
+    for place in places:
+        values = _values(fit, groups, place) if place is not None else {}
+        rows.append(_pointwise(fit, batch, values, sums))
+    stacked = _array(torch.stack(rows))
+    groups["log_likelihood"] = {name: stacked.reshape(_chains(kept), -1, *stacked.shape[1:])}
+    if len(observed) > 1:
+        attrs["log_likelihood"] = f"joint over the observed sites {', '.join(observed)}"
+
+
+def _pointwise(fit: Fit, batch: Batch, values: Mapping[str, Tensor], sums: list[str]) -> Tensor:
+    info = fit.info
+    if sums:
+        from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
+
+        trace = enumerated_trace(
+            fit.program.model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=info.plate_nesting
+        )
+        given = [n for n in values if info.sites[n].local]
+        return row_log_density(trace, info.data_plate, without=given)
+    trace = _run(fit, batch, values)
+    total: Tensor | None = None
+    for site in trace.nodes.values():
+        if is_sample(site) and site["is_observed"]:
+            value = site["fn"].log_prob(site["value"])
+            if site["mask"] is not None:
+                value = torch.where(torch.as_tensor(site["mask"]), value, value.new_zeros(()))
+            rows = value.reshape(-1, batch.rows or 1).sum(0) if value.dim() > 1 and info.plate_dim == -1 else value
+            total = rows if total is None else total + rows
+    assert total is not None
+    return total
+
+
+def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any]) -> list[str]:
+    """Sampler statistics for chains; log p, log q and the losses for variational fits."""
+    if isinstance(fit.learned, ChainPosterior):
+        groups["sample_stats"] = {name: _array(value) for name, value in fit.learned.stats.items()}
+        return []
+    statistics: dict[str, np.ndarray] = {}
+    if fit.learned.kind == "variational" and fit.guide is not None and groups["posterior"]:
+        count = next(iter(groups["posterior"].values())).shape[1]
+        with fit.bound():
+            log_p, log_q = _joint_densities(fit, count)
+        statistics["log_p"], statistics["log_q"] = log_p[None], log_q[None]
+        from ppl_gen.diagnostics.verdict import k_hats
+
+        joint, rows, _ = k_hats(fit, count)
+        attrs["pareto_k"] = joint if joint is not None else float("nan")
+        if rows is not None:
+            attrs["pareto_k_rows"] = [float(k) for k in rows]
+    losses = {name: np.asarray(values, dtype=np.float64) for name, values in fit.records.items() if name.endswith("loss")}
+    if not losses:
+        losses = {k: np.asarray(v, dtype=np.float64) for k, v in fit.records.items() if k in ("elbo", "log_likelihood")}
+    renamed = {("loss" if name == "program_loss" else name): values for name, values in losses.items()}
+    groups["sample_stats"] = {**statistics, **renamed}
+    return list(renamed)
+
+
+def _joint_densities(fit: Fit, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """log p(x, z) and log q(z) in nats at the very draws of the posterior group (same seed, same order)."""
+    batch = fit.data.batch()
+    sums = [n for n in fit.info.finite_latents if n not in (fit.info.guide_sites or {})]
+    log_p, log_q = [], []
+    for _ in range(count):
+        q = poutine.trace(fit.guide).get_trace(*batch.args, **batch.kwargs)
+        log_q.append(float(q.log_prob_sum()))
+        if sums:
+            from ppl_gen.inference.enumeration import enumerated_trace, log_joint
+
+            values = {n: s["value"] for n, s in q.nodes.items() if is_sample(s) and n in fit.info.sites}
+            trace = enumerated_trace(
+                fit.program.model, batch.args, batch.kwargs, discrete=sums, values=values,
+                plate_nesting=fit.info.plate_nesting,
+            )
+            log_p.append(float(log_joint(trace, fit.info.data_plate)))
+        else:
+            p = poutine.trace(poutine.replay(fit.program.model, trace=q)).get_trace(*batch.args, **batch.kwargs)
+            log_p.append(float(p.log_prob_sum()))
+    return np.asarray(log_p), np.asarray(log_q)
+
+
+def _named(fit: Fit, batch: Batch) -> dict[str, Tensor]:
+    values = {k: v for k, v in batch.kwargs.items() if isinstance(v, Tensor)}
+    if fit.data.positional is not None and isinstance(batch.args[0], Tensor):
+        values[fit.data.positional] = batch.args[0]
+    return values
+
+
+def _lead(draws: Mapping[str, Tensor], fit: Fit, *, latent: bool) -> dict[str, np.ndarray]:
+    names = {s.name for s in fit.info.sites.values() if s.kind in ("latent", "deterministic")}
+    return {name: _array(value)[None] for name, value in draws.items() if name in names}
+
+
+def _dims(site: Any) -> list[str]:
+    return list(site.plates)
+
+
+def _array(value: Any) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
+def _reason(fit: Fit, group: str) -> str:
+    if group == "posterior":
+        return "the algorithm learned no posterior over latent sites"
+    if "density" not in fit.info.offers:
+        return "the program has no density"
+    return "local latents were not drawn, so there is no pointwise value; see fit.evidence"
+
+
+def _provenance(fit: Fit) -> dict[str, Any]:
+    import ppl_gen
+
+    return {
+        "inference_library": "ppl_gen",
+        "inference_library_version": ppl_gen.__version__,
+        "algorithm": fit.settings,
+        "program": fit.program.name,
+        "seed": fit.seed,
+        "status": str(fit.status),
+        "message": fit.message,
+        "sampling_time": float(fit.cost.get("seconds", 0.0)),
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, pyro {pyro.__version__}",
+    }
+
+
+def latent_summary_names(fit: Fit) -> list[str]:
+    """Sites a summary table shows: globals and what is derived from them; locals by row only when they are few."""
+    few = [s.name for s in fit.info.select(local=True) if not s.finite and (fit.data.rows or 0) <= 50]
+    return [s.name for s in fit.info.sites.values() if s.kind != "observed" and (not s.local or s.name in few)]
+
+

@@ -1,0 +1,156 @@
+"""diagnose(): one table and one plain sentence, by what kind of fit it is."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_gen.data.batching import Dataset
+from ppl_gen.diagnostics.bridge import az_summary, to_tree
+from ppl_gen.diagnostics.evidence import joint_log_weights
+from ppl_gen.diagnostics.export import latent_summary_names, posterior_groups
+from ppl_gen.diagnostics.psis import pareto_k, pareto_k_rows, pareto_k_threshold, row_subset
+from ppl_gen.diagnostics.summary import loss_trend, verdict_chains, verdict_point, verdict_variational
+from ppl_gen.inference.objectives.particles import can_vectorise, local_log_weights
+from ppl_gen.posterior import ChainPosterior
+from ppl_gen.predictive import global_draws
+
+if TYPE_CHECKING:
+    import pandas
+
+    from ppl_gen.result import Fit
+
+__all__ = ["diagnose", "k_hats"]
+
+MAX_ROWS = 200  # rows whose k-hat a verdict looks at: the share of bad rows is then known to 0.035
+
+
+def diagnose(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> pandas.DataFrame:
+    """See `Fit.diagnose`; ``attrs`` also holds ``pareto_k_rows`` and ``pareto_k_threshold`` where they mean anything."""
+    with fit.bound(seed):
+        groups, _ = posterior_groups(fit, draws)
+    posterior = {k: v for k, v in groups["posterior"].items() if k in latent_summary_names(fit)}
+    if isinstance(fit.learned, ChainPosterior):
+        return _chains(fit, posterior, fit.learned)
+    if fit.learned.kind == "variational" and fit.guide is not None:
+        return _variational(fit, posterior, draws, seed)
+    return _point(fit, posterior)
+
+
+def _frame(posterior: dict[str, np.ndarray], *, chains: bool) -> pandas.DataFrame:
+    import pandas
+
+    if not posterior:
+        return pandas.DataFrame({"mean": [], "sd": []})
+    return az_summary(to_tree({"posterior": posterior}), chains=chains)
+
+
+def _chains(fit: Fit, posterior: dict[str, np.ndarray], learned: ChainPosterior) -> pandas.DataFrame:
+    frame = _frame(posterior, chains=True)
+    stats = {name: value.cpu().numpy() for name, value in learned.stats.items()}
+    diverging = int(np.sum(stats["diverging"])) if "diverging" in stats else 0
+    saturated = int(np.sum(stats["reached_max_treedepth"])) if "reached_max_treedepth" in stats else 0
+    total = int(np.prod(next(iter(learned.draws.values())).shape[:2]))
+    frame.attrs["verdict"] = verdict_chains(frame, diverging, total, chains=learned.chains, saturated=saturated)
+    frame.attrs["divergences"] = diverging
+    frame.attrs["pareto_k"] = math.nan
+    return frame
+
+
+def _variational(fit: Fit, posterior: dict[str, np.ndarray], draws: int, seed: int | None) -> pandas.DataFrame:
+    joint, rows, threshold = k_hats(fit, draws, seed)
+    frame = _frame(posterior, chains=False)
+    trend = _trend(fit)
+    if _all_points(fit):
+        frame.attrs["verdict"] = verdict_point(str(fit.status) == "converged", trend=trend)
+    else:
+        frame.attrs["verdict"] = verdict_variational(joint, rows, threshold, trend=trend)
+    frame.attrs["pareto_k"] = math.nan if joint is None else joint
+    if rows is not None:
+        frame.attrs["pareto_k_rows"] = rows
+    frame.attrs["pareto_k_threshold"] = threshold
+    return frame
+
+
+def _all_points(fit: Fit) -> bool:
+    return all(site.likelihood_free for site in (fit.info.guide_sites or {}).values())
+
+
+def _point(fit: Fit, posterior: dict[str, np.ndarray]) -> pandas.DataFrame:
+    import pandas
+
+    values = posterior or {
+        name: value.detach().cpu().numpy()[None, None] for name, value in fit.params.items() if value.numel() <= 50
+    }
+    rows = {}
+    for name, value in values.items():
+        first = value[0, 0]
+        for index in np.ndindex(first.shape):
+            rows[name + (str(list(index)) if index else "")] = float(first[index])
+    frame = pandas.DataFrame({"mean": pandas.Series(rows, dtype=float), "sd": pandas.Series(0.0, index=list(rows))})
+    implicit = "density" not in fit.info.offers
+    restarts = int(fit.cost.get("restarts", 1))
+    frame.attrs["verdict"] = verdict_point(
+        str(fit.status) == "converged", trend=_trend(fit), restarts=max(1, restarts), implicit=implicit
+    )
+    frame.attrs["pareto_k"] = math.nan
+    return frame
+
+
+def _trend(fit: Fit) -> tuple[float, float] | None:
+    losses = np.asarray(fit.records.get("program_loss", []), dtype=np.float64)
+    losses = losses[np.isfinite(losses)]
+    return loss_trend(losses) if len(losses) else None
+
+
+def k_hats(fit: Fit, draws: int, seed: int | None = None) -> tuple[float | None, np.ndarray | None, float]:
+    """PSIS k-hat of a variational fit: one for the globals (locals integrated out), one per row for the locals.
+
+    Returns (joint or None, per row or None, threshold). At most 200 rows are judged, spread evenly over the data.
+    """
+    threshold = pareto_k_threshold(draws)
+    if _all_points(fit):
+        return None, None, threshold
+    guided = [site for name, site in (fit.info.guide_sites or {}).items() if name in fit.info.sites]
+    local = [site for site in guided if site.local]
+    joint: float | None = None
+    if any(not site.local for site in guided) or not local or _whole_vector(fit):
+        with fit.bound(seed):
+            joint = float(pareto_k(joint_log_weights(fit, draws).numpy()))
+    if not local or _whole_vector(fit):
+        return joint, None, threshold
+    with fit.bound(seed):
+        rows = pareto_k_rows(_row_weights(fit, draws).double().cpu().numpy(), max_rows=None)
+    return joint, rows, threshold
+
+
+def _whole_vector(fit: Fit) -> bool:
+    """Autoguides with one joint vector (full rank, flows) draw locals and globals together: one k-hat says it all."""
+    from pyro.infer.autoguide import AutoContinuous
+
+    return isinstance(fit.guide, AutoContinuous)
+
+
+def _row_weights(fit: Fit, draws: int) -> Tensor:
+    """log p(x_i, z_i | theta) - log q(z_i): draws x rows, at one draw of the globals."""
+    from pyro.infer.autoguide import AutoGuide
+
+    info, rows = fit.info, fit.data.rows or 1
+    chosen = row_subset(rows, MAX_ROWS)
+    whole = isinstance(fit.guide, AutoGuide)  # its rows cannot be taken apart: weigh all of them, keep some
+    data: Dataset = fit.data if whole else fit.data.subset(torch.as_tensor(chosen))
+    batch = data.batch()
+    guided = set(info.guide_sites or {})
+    sums = tuple(name for name in info.finite_latents if name not in guided)
+    values: dict[str, Any] = dict(global_draws(fit, 1)[0]) if info.select(local=False) else {}
+    values = {name: value for name, value in values.items() if name in info.sites}
+    vectorise = can_vectorise(fit.program.model, fit.guide, info, batch, sums)
+    weights = local_log_weights(
+        fit.program.model, fit.guide, info, batch, draws, values=values, sums=sums, vectorise=vectorise
+    )
+    assert weights.rows is not None
+    return weights.rows[:, torch.as_tensor(chosen)] if whole else weights.rows

@@ -1,0 +1,99 @@
+"""The list of the zoo: each model with the smallest data it can be tried on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_gen.models.hidden_markov import hidden_markov
+from ppl_gen.models.mixture import gaussian_mixture
+from ppl_gen.program import Recipe
+
+__all__ = ["CATALOGUE", "Entry", "programs_offering"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the zoo: how to make it, and a handful of rows that suit it.
+
+    Args:
+        name: the key in `CATALOGUE`, as the command line knows it.
+        recipe: makes the recipe in its smallest sensible size.
+        data: a few rows, the same ones each time.
+        about: one line for lists.
+
+    Example:
+        >>> entry = CATALOGUE["gaussian_mixture"]
+        >>> entry.data().shape, entry.recipe()
+        (torch.Size([40]), Recipe(gaussian_mixture, components=2, covariance='full', weights='free'))
+    """
+
+    name: str
+    recipe: Callable[[], Recipe]
+    data: Callable[[], Any]
+    about: str
+
+
+def _two_groups() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, generator=generator, dtype=torch.float64)
+    return torch.where(torch.arange(40) < 16, 0.6 * rows - 2.0, rows + 1.5)
+
+
+def _two_regimes() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    regime = (torch.arange(8) // 4 + torch.arange(6).unsqueeze(-1)) % 2
+    return 3.0 * regime + 0.7 * torch.randn(6, 8, generator=generator, dtype=torch.float64)
+
+
+#: Every model, by name. A new model adds one row here, which also enters it into the contract test.
+CATALOGUE: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            "gaussian_mixture",
+            lambda: gaussian_mixture(components=2),
+            _two_groups,
+            "Gaussian mixture: free or equal weights; spherical, diagonal or full covariance",
+        ),
+        Entry(
+            "hidden_markov",
+            lambda: hidden_markov(states=2),
+            _two_regimes,
+            "hidden Markov model of sequences with normal or categorical emissions",
+        ),
+    )
+}
+
+
+def programs_offering(offer: str) -> list[str]:
+    """Names of the models that offer ``offer``, found by a dry run of each; a model that cannot run offers nothing.
+
+    Example:
+        >>> "gaussian_mixture" in programs_offering("CAVI updates")
+        True
+    """
+    return [name for name, entry in CATALOGUE.items() if offer in _offers(entry)]
+
+
+@functools.cache
+def _offers(entry: Entry) -> frozenset[str]:
+    """What one model offers. It serves the text of error messages, and must not replace one error by another."""
+    from ppl_gen.data.batching import as_dataset
+    from ppl_gen.dryrun import dry_run
+    from ppl_gen.isolation import Workspace, isolated
+
+    try:
+        with isolated(0):
+            data = entry.data()
+            program = entry.recipe()(data)
+            rows = as_dataset(data, program.model)
+            with Workspace(dtype=rows.dtype):
+                return dry_run(program, rows.batch()).offers
+    except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError):
+        return frozenset()

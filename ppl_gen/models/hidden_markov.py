@@ -1,0 +1,1 @@
+def hidden_markov(): pass

@@ -1,0 +1,40 @@
+"""Weighted moments of rows: all that conjugate Gaussian updates need to know of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments", "moments"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of K weighted groups of rows in d dimensions: counts (K), means (K x d), scatter about them (K x d or K x d x d).
+
+    The scatter is not divided by the count. A group without weight has mean and scatter zero.
+    """
+
+    counts: Tensor
+    means: Tensor
+    scatter: Tensor
+
+
+def moments(rows: Tensor, weights: Tensor, *, full: bool) -> Moments:
+    """The moments of ``rows`` (N x d) under ``weights`` (N x K), with whole scatter matrices if ``full``.
+
+    Example:
+        >>> rows, weights = torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> result = moments(rows, weights, full=False)
+        >>> result.counts, result.means.squeeze(-1), result.scatter.squeeze(-1)
+        (tensor([2., 1.]), tensor([1., 5.]), tensor([2., 0.]))
+    """
+    counts = weights.sum(0)
+    means = (weights.T @ rows) / counts.clamp_min(torch.finfo(rows.dtype).tiny).unsqueeze(-1)
+    scatter = []
+    for weight, mean in zip(weights.T, means, strict=True):  # one group at a time: N x K x d need not fit in memory
+        centred = rows - mean
+        scatter.append((weight.unsqueeze(-1) * centred).T @ centred if full else weight @ centred.square())
+    return Moments(counts, means, torch.stack(scatter))

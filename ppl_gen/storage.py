@@ -1,0 +1,272 @@
+"""A fit on disk: weights in safetensors, draws in netCDF, the rest JSON, every file hashed; no pickle anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_gen.data.batching import Dataset
+from ppl_gen.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
+
+if TYPE_CHECKING:
+    from ppl_gen.program import Program, Recipe
+    from ppl_gen.result import Fit
+
+__all__ = ["SavedFit", "load", "save_fit"]
+
+FORMAT = 1
+MAX_DATA = 64 * 2**20  # bytes of training data kept beside a fit, so that recipes can be built again
+
+
+def save_fit(fit: Fit, path: Path) -> Path:
+    """Write ``path`` as a folder: made beside it under another name, then put in its place in one step."""
+    from safetensors.torch import save_file
+
+    path = path.expanduser().absolute()
+    if path.exists() and not (path / "fit.json").exists():
+        raise ValueError(f"path: {path} exists and is no saved fit; choose a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        save_file(_tensors(fit), folder / "tensors.safetensors")
+        _write_draws(fit, folder)
+        meta = _meta(fit)
+        names = sorted(file.name for file in folder.iterdir())
+        meta["files"] = {name: _digest(folder / name) for name in names}
+        text = json.dumps(meta, indent=1)
+        (folder / "fit.json").write_text(json.dumps({"sha256": _sha(text.encode()), "fit": text}))
+        _replace(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return path
+
+
+def _replace(folder: Path, path: Path) -> None:
+    """A folder cannot be renamed over a full one: the old one steps aside first and is only then removed."""
+    if not path.exists():
+        os.rename(folder, path)
+        return
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
+    os.rename(path, aside / "old")
+    os.rename(folder, path)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _tensors(fit: Fit) -> dict[str, Tensor]:
+    tensors = {f"param/{name}": value for name, value in fit.state.unconstrained.items()}
+    tensors |= {f"buffer/{name}": value for name, value in fit.state.buffers.items()}
+    if isinstance(fit.learned, PointPosterior):
+        tensors |= {f"point/{name}": value for name, value in fit.learned.values.items()}
+    if isinstance(fit.learned, ChainPosterior):
+        tensors |= {f"draws/{name}": value for name, value in fit.learned.draws.items()}
+        tensors |= {f"stats/{name}": value for name, value in fit.learned.stats.items()}
+    if _data_bytes(fit.data) <= MAX_DATA:
+        tensors |= {f"data/{name}": torch.as_tensor(np.asarray(value)) for name, value in fit.data.entries.items()}
+        constants = fit.data.constants.items()
+        tensors |= {f"constant/{name}": value for name, value in constants if isinstance(value, Tensor)}
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+
+def _data_bytes(data: Dataset) -> int:
+    return sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in data.entries.values())
+
+
+def _write_draws(fit: Fit, folder: Path) -> None:
+    from ppl_gen.diagnostics.bridge import write_tree
+
+    write_tree(fit.to_arviz(), folder / "draws.nc")
+    frame = fit.diagnose()
+    attrs = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in frame.attrs.items()}
+    text = json.dumps({"frame": json.loads(frame.to_json(orient="split", double_precision=15)), "attrs": attrs})
+    (folder / "diagnosis.json").write_text(text)
+
+
+def _meta(fit: Fit) -> dict[str, Any]:
+    import ppl_gen
+
+    plain = {k: v for k, v in fit.data.constants.items() if isinstance(v, bool | int | float | str)}
+    return {
+        "format": FORMAT,
+        "version": ppl_gen.__version__,
+        "program": fit.program.name,
+        "algorithm": fit.algorithm,
+        "settings": fit.settings,
+        "kind": fit.learned.kind,
+        "status": str(fit.status),
+        "message": fit.message,
+        "seed": fit.seed,
+        "cost": dict(fit.cost),
+        "notes": dict(fit.notes),
+        "records": {name: [repr(float(v)) for v in values] for name, values in fit.records.items()},
+        "checks": {name: [float(v) for v in values] for name, values in fit.checks.items()},
+        "dtype": str(fit.data.dtype).removeprefix("torch."),
+        "positional": fit.data.positional,
+        "constants": plain,
+        "guide": _guide_source(fit),
+    }
+
+
+def _guide_source(fit: Fit) -> str | None:
+    if fit.guide is None:
+        return None
+    return "cavi" if fit.program.cavi is not None and fit.guide is fit.program.cavi.guide else "svi"
+
+
+class SavedFit:
+    """What is left of a fit without its program: draws, history and diagnostics."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self._folder, self._meta = folder, meta
+        from ppl_gen.diagnostics.bridge import read_tree
+
+        self._tree = read_tree(folder / "draws.nc")
+        self._diagnosis = json.loads((folder / "diagnosis.json").read_text())
+        self.status, self.message, self.seed = meta["status"], meta["message"], meta["seed"]
+        self.cost, self.notes, self.algorithm = meta["cost"], meta["notes"], meta["algorithm"]
+
+    def __repr__(self) -> str:
+        return f"SavedFit({self._meta['program']}, {self.algorithm}, seed={self.seed}: {self.status}; without its program)"
+
+    def to_arviz(self) -> Any:
+        """The draws as they were saved."""
+        return self._tree
+
+    def diagnose(self) -> Any:
+        """The diagnostics as they were saved."""
+        import io
+
+        import pandas
+
+        frame = pandas.read_json(io.StringIO(json.dumps(self._diagnosis["frame"])), orient="split")
+        frame.attrs.update(self._diagnosis["attrs"])
+        return frame
+
+    @property
+    def history(self) -> Any:
+        """What every step recorded."""
+        import xarray
+
+        return xarray.Dataset({k: ("step", [float(v) for v in vs]) for k, vs in self._meta["records"].items()})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("posterior", "predict", "sample", "evidence", "module", "params", "marginal_likelihood"):
+            raise AttributeError(
+                f"{name} needs the program, which is code and is not saved; load it as "
+                f"pg.load({str(self._folder)!r}, program={self._meta['program']})"
+            )
+        raise AttributeError(name)
+
+
+def load(path: str | Path, program: Program | Recipe | Callable[..., Any] | None = None, *, data: Any = None) -> Any:
+    """Read a saved fit; with its program all of it, without it draws, history and diagnostics.
+
+    Args:
+        path: the folder that `Fit.save` wrote.
+        program: the model, `Program` or `Recipe` it was fitted with.
+        data: the training data, needed for a recipe when they were too large to be saved with the fit (64 MiB).
+
+    Raises:
+        ValueError: for a folder that is no saved fit, or is damaged (every file is checked against its hash), or
+            whose parameters do not belong to ``program``.
+
+    Example:
+        >>> load("no/such/folder")
+        Traceback (most recent call last):
+        ...
+        ValueError: path: no saved fit at no/such/folder (fit.json is missing)
+    """
+    folder = Path(path).expanduser()
+    meta = _checked_meta(folder, str(path))
+    if program is None:
+        return SavedFit(folder, meta)
+    from safetensors.torch import load_file
+
+    return _restored(meta, load_file(folder / "tensors.safetensors"), program, data)
+
+
+def _checked_meta(folder: Path, shown: str) -> dict[str, Any]:
+    file = folder / "fit.json"
+    if not file.exists():
+        raise ValueError(f"path: no saved fit at {shown} (fit.json is missing)")
+    try:
+        outer = json.loads(file.read_text())
+        if _sha(outer["fit"].encode()) != outer["sha256"]:
+            raise ValueError("hash")
+        meta: dict[str, Any] = json.loads(outer["fit"])
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"path: {file} is damaged; the fit cannot be trusted and is not loaded") from error
+    if meta["format"] != FORMAT:
+        raise ValueError(f"path: {shown} has format {meta['format']}, this version of ppl_gen reads {FORMAT}")
+    for name, digest in meta["files"].items():
+        if not (folder / name).exists() or _digest(folder / name) != digest:
+            raise ValueError(f"path: {folder / name} is missing or damaged; the fit cannot be trusted and is not loaded")
+    return meta
+
+
+def _restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, data: Any) -> Fit:
+    from ppl_gen.driver import fit as run_fit
+    from ppl_gen.inference.restored import Restored
+    from ppl_gen.program import Recipe
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    if data is None:
+        data = _saved_data(meta, part("data/"), part("constant/"))
+    if data is None:
+        raise ValueError(
+            "data: the training data were too large to be saved with the fit; pass them as data=... (a recipe "
+            f"{'needs' if isinstance(program, Recipe) else 'may need'} them to build its program)"
+        )
+    algorithm = Restored(meta["algorithm"], meta["guide"], part("param/"), part("buffer/"))
+    built = run_fit(program, data, algorithm, seed=meta["seed"], dtype=getattr(torch, meta["dtype"]), progress=False)
+    learned: Posterior = PointPosterior(part("point/"))
+    if meta["kind"] == "chains":
+        learned = ChainPosterior(part("draws/"), part("stats/"))
+    elif meta["kind"] == "variational" and built.guide is not None:
+        learned = GuidePosterior(built.guide)
+    from ppl_gen.result import Status
+
+    return replace(
+        built,
+        algorithm=meta["algorithm"],
+        settings=meta["settings"],
+        learned=learned,
+        records={name: [float(v) for v in values] for name, values in meta["records"].items()},
+        checks=meta["checks"],
+        status=Status(meta["status"]),
+        message=meta["message"],
+        cost=meta["cost"],
+        notes=meta["notes"],
+    )
+
+
+def _saved_data(meta: dict[str, Any], entries: dict[str, Tensor], constants: dict[str, Tensor]) -> Any:
+    from ppl_gen.data.batching import constant
+
+    if not entries:
+        return None
+    if meta["positional"] is not None:
+        return next(iter(entries.values()))
+    whole = {name: constant(value) for name, value in constants.items()}
+    return {**entries, **whole, **meta["constants"]}
+
+
+def _digest(path: Path) -> str:
+    return _sha(path.read_bytes())
+
+
+def _sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
