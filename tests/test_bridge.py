@@ -304,6 +304,7 @@ def table(**changes):
         ({"ess_bulk": 500.0}, {"chains": 8}, "doubtful", "expected at least 800"),
         ({"ess_bulk": 390.0}, {"chains": 2}, "doubtful", "expected at least 400"),
         ({"ess_bulk": 20.0}, {}, "do not trust", "20"),
+        ({"ess_tail": math.nan}, {}, "do not trust", "tau has an effective sample size of 0"),
         ({"mean": math.nan}, {}, "do not trust", "tau is not finite"),
         ({}, {"divergences": 1}, "doubtful", "1 of 4000 draws diverged"),
         ({}, {"divergences": 41}, "do not trust", "41 of 4000"),
@@ -322,6 +323,14 @@ def test_the_worst_finding_speaks_first():
     said = verdict_chains(table(r_hat=1.3, ess_bulk=200.0), 2, 4000, chains=4, saturated=1)
     assert said.startswith("do not trust: the chains disagree on tau (r_hat 1.30")
     assert "and 2 more. Run a longer warm-up" in said
+
+
+def test_chains_that_stand_still_are_not_trusted():
+    """All at one point (nothing varies), or each at a point of its own (no spread within a chain)."""
+    for place in (np.zeros(4), np.arange(4.0)):
+        tree = to_tree({"posterior": {"z": np.repeat(place[:, None], 200, axis=1)}})
+        said = verdict_chains(bridge.az_summary(tree, chains=True), 0, 800, chains=4)
+        assert said.startswith("do not trust: "), said
 
 
 def test_impossible_counts_are_refused():

@@ -33,7 +33,7 @@ def verdict_chains(summary: pandas.DataFrame, divergences: int, draws: int, *, c
     r_hat > 1.01, a bulk or tail effective sample size under 100 per chain or 400 in all (Vehtari, Gelman, Simpson,
     Carpenter, Burkner, Bayesian Analysis 2021), any divergence (Betancourt 2017), a saturated tree, fewer than two
     chains. Not to be trusted, by limits of our own: r_hat > 1.1, an effective sample size under 50, more than 1 % of
-    divergent draws, or a quantity that is not finite. Quantities that do not vary are left out.
+    divergent draws, a quantity that is not finite, or none that varies. Constant quantities are otherwise left out.
 
     Raises ValueError where the summary lacks columns or the counts are impossible.
 
@@ -61,9 +61,10 @@ def verdict_chains(summary: pandas.DataFrame, divergences: int, draws: int, *, c
         findings += _agreement(varying)
     if len(varying):
         findings += _sample_size(varying, max(_ESS_TOTAL, _ESS_PER_CHAIN * chains))
+    elif not len(undefined):
+        findings.append((2, "no quantity varies: the chains did not move", "Start elsewhere, or use smaller steps"))
     findings += _trouble(divergences, saturated, draws)
-    worst = varying["r_hat"].max() if len(varying) else math.nan
-    least = varying[["ess_bulk", "ess_tail"]].to_numpy().min() if len(varying) else math.nan
+    worst, least = varying["r_hat"].max(), varying[["ess_bulk", "ess_tail"]].min().min()
     return _sentence(
         findings,
         f"{chains} chains agree (largest r_hat {worst:.3f}, smallest effective sample size {least:.0f}) "
@@ -84,9 +85,9 @@ def _agreement(varying: pandas.DataFrame) -> list[_Finding]:
 
 
 def _sample_size(varying: pandas.DataFrame, needed: int) -> list[_Finding]:
-    sizes = varying[["ess_bulk", "ess_tail"]].min(axis=1)
+    sizes = varying[["ess_bulk", "ess_tail"]].fillna(0.0).min(axis=1)  # not a number: too few draws for any estimate
     least = float(sizes.min())
-    if least >= needed or math.isnan(least):
+    if least >= needed:
         return []
     found = f"{sizes.idxmin()} has an effective sample size of {least:.0f}, expected at least {needed}"
     return [(2 if least < _ESS_NONE else 1, found, "Run more draws")]

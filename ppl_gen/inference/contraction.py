@@ -5,8 +5,8 @@ is summed in which plate; within one plate context the sum is done here, one dim
 
 .. math:: m(\text{rest}) = \log \sum_k \exp \sum_{f \ni k} f(k, \text{rest}).
 
-Pyro's own kernel exponentiates each factor by itself, which underflows when two factors contradict each other and costs
-ten times as much per operation; it serves here only where the joint table would not fit in memory.
+Pyro's own kernel exponentiates each factor by itself, which underflows when two factors contradict each other, and on
+long chains of small tables it takes about ten times as long.
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from functools import lru_cache
 import torch
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
-from pyro.ops.einsum import torch_log
 from pyro.ops.rings import LogRing
 from torch import Tensor
 
 __all__ = ["Factor", "Step", "backward_draws", "contract", "log_sum_exp", "named"]
 
-# A table of 2^22 float64 numbers takes 32 MiB, and autograd keeps one for every eliminated dim.
-_LARGEST_TABLE = 2**22
 # The name of the dim that holds several draws; packed dims are letters, so a blank never collides.
 _DRAWS = " "
 
@@ -63,7 +60,6 @@ class _Elimination:
     symbol: str
     operands: tuple[int, ...]
     output: str
-    size: int
 
 
 def dims_of(value: Tensor) -> str:
@@ -102,7 +98,8 @@ def _plan(inputs: tuple[str, ...], sizes: tuple[tuple[str, int], ...], symbols: 
         symbol = min(costs, key=lambda s: (costs[s], s))
         operands = tuple(sorted(holders[symbol]))
         output = "".join(sorted(set().union(*(terms[i] for i in operands)) - {symbol}))
-        plan.append(_Elimination(symbol, operands, output, costs.pop(symbol)))
+        plan.append(_Elimination(symbol, operands, output))
+        del costs[symbol]
         new = len(inputs) + len(plan) - 1
         for i in operands:
             for other in terms.pop(i):
@@ -135,14 +132,6 @@ def _added(operands: Sequence[Tensor], dims: str) -> Tensor:
 
 def _eliminated(operands: Sequence[Tensor], step: _Elimination) -> Tensor:
     table = "".join(sorted(step.output + step.symbol))
-    if step.size > _LARGEST_TABLE:
-        largest = max((dims_of(x) for x in operands), key=len)
-        inside = [x for x in operands if set(dims_of(x)) <= set(largest)]
-        outside = [x for x in operands if not set(dims_of(x)) <= set(largest)]
-        if outside:
-            left, right = _union(inside), _union(outside)
-            equation = f"{left},{right}->{step.output}"
-            return named(torch_log.einsum(equation, _added(inside, left), _added(outside, right)), step.output)
     return named(log_sum_exp(_added(operands, table), table.index(step.symbol)), step.output)
 
 
@@ -187,19 +176,16 @@ def _components(factors: Sequence[Factor], symbols: frozenset[str]) -> list[list
     return [members for _, members in groups]
 
 
-def _common_scale(component: Sequence[Factor], keep: str) -> float | Tensor:
+def _common_scale(component: Sequence[Factor]) -> float | Tensor:
     """The one scale of factors that are summed together, which alone can be taken outside the logsumexp."""
     first = component[0].scale
     for factor in component:
         scale = factor.scale
-        if isinstance(scale, Tensor) and not set(dims_of(scale)) <= set(keep):
+        if isinstance(scale, Tensor) and not factor.plates.issuperset(dims_of(scale)):
             raise ValueError(
-                f"site '{factor.site}': a scale that varies within a row has no meaning under a sum over discrete "
-                "sites; use one number, or one weight per row."
+                f"site '{factor.site}': its poutine.scale varies along dims that are no plates of the site."
             )
-        if scale is first:
-            continue
-        same = (
+        same = scale is first or (
             torch.equal(torch.as_tensor(scale), torch.as_tensor(first))
             if isinstance(scale, Tensor) or isinstance(first, Tensor)
             else math.isclose(scale, first, rel_tol=1e-9)
@@ -207,8 +193,8 @@ def _common_scale(component: Sequence[Factor], keep: str) -> float | Tensor:
         if not same:
             raise ValueError(
                 f"sites '{component[0].site}' and '{factor.site}' are summed together over discrete sites, but their "
-                f"scales differ ({first} and {scale}). Give both the same poutine.scale, and do not subsample a plate "
-                "that lies inside the data plate."
+                f"scales differ ({first} and {scale}). Give both the same poutine.scale (one number, or one weight per "
+                "row), and do not subsample a plate that lies inside the data plate."
             )
     return first
 
@@ -233,29 +219,26 @@ def contract(
     total: Tensor | None = None
     for component in _components(factors, symbols):
         dims = {d for factor in component for d in factor.dims if d in symbols}
-        if dims:
-            term: Tensor = _contracted(component, dims, keep, steps)
-            scale = _common_scale(component, keep)
-            term = term if not isinstance(scale, Tensor) and scale == 1 else term * scale
-        else:
-            (factor,) = component
-            term = _summed(scaled(factor.value, factor.scale), keep)
+        scale = _common_scale(component)
+        wide = keep + "".join(set(dims_of(scale)) - set(keep)) if isinstance(scale, Tensor) else keep
+        term = _contracted(component, dims, wide, steps) if dims else component[0].value
+        term = _summed(_scaled(term, scale), keep)
         total = term if total is None else total + term
     if total is None:
         raise ValueError("nothing to contract: no factor was given.")
-    return total
+    return total[...]  # a view without the names of the packed dims
 
 
-def scaled(value: Tensor, scale: float | Tensor) -> Tensor:
-    if isinstance(scale, Tensor) and scale.dim():
+def _scaled(value: Tensor, scale: float | Tensor) -> Tensor:
+    if isinstance(scale, Tensor):
         dims = _union([value, scale])
         return named(_aligned(value, dims) * _aligned(scale, dims), dims)
-    return value if not isinstance(scale, Tensor) and scale == 1 else named(value * scale, dims_of(value))
+    return value if scale == 1 else named(value * scale, dims_of(value))
 
 
 def _summed(value: Tensor, keep: str) -> Tensor:
     dims = [i for i, d in enumerate(dims_of(value)) if d not in keep]
-    return value.sum(dims) if dims else value
+    return named(value.sum(dims), "".join(d for d in dims_of(value) if d in keep)) if dims else value
 
 
 def _contracted(component: Sequence[Factor], dims: set[str], keep: str, steps: list[Step] | None) -> Tensor:
@@ -275,7 +258,7 @@ def _contracted(component: Sequence[Factor], dims: set[str], keep: str, steps: l
                 f"the plates around the sites {sites} cross, so that a sum over their discrete sites is exponentially "
                 "large. Nest one plate in the other, or make one of them a sequential plate (a for loop)."
             ) from error
-    return torch.where(result <= torch.finfo(result.dtype).min / 2, -torch.inf, result)
+    return named(torch.where(result <= torch.finfo(result.dtype).min / 2, -torch.inf, result), dims_of(result))
 
 
 def backward_draws(steps: Sequence[Step], draws: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -65,12 +65,16 @@ def _plate_frame(trace: Trace, data_plate: str) -> Any:
     return frames[data_plate]
 
 
+def _dims(site: Any) -> str:
+    return dims_of(site["packed"]["unscaled_log_prob"])
+
+
 def _local(trace: Trace, data_plate: str | None) -> dict[str, bool]:
     """By site: does it belong to the rows (inside the data plate, or touched by a discrete site), or to the prior?"""
     symbols = summed_symbols(trace)
 
     def belongs(site: Any) -> bool:
-        if is_discrete(site) or not symbols.isdisjoint(dims_of(site["packed"]["unscaled_log_prob"])):
+        if is_discrete(site) or not symbols.isdisjoint(_dims(site)):
             return True
         if data_plate is None:
             return bool(site["is_observed"])
@@ -156,11 +160,17 @@ def factor_marginals(trace: Trace, data_plate: str | None = "data") -> FactorMar
     Masks and scales are inside the weights: a masked entry weighs nothing. Everything is detached.
     """
     names = [name for name, local in _local(trace, data_plate).items() if local]
+    return _marginals(trace, names, data_plate)
+
+
+def _marginals(trace: Trace, names: Sequence[str], data_plate: str | None, *, scaled: bool = True) -> FactorMarginals:
     log_probs = {name: trace.nodes[name]["packed"]["unscaled_log_prob"] for name in names}
     with torch.enable_grad():
         leaves = {n: named(lp.detach().clone().requires_grad_(), dims_of(lp)) for n, lp in log_probs.items()}
         factors = [_factor(trace, name, data_plate, leaf) for name, leaf in leaves.items()]
-        total = contract(factors, summed_symbols(trace)).sum()
+        if not scaled:
+            factors = [Factor(f.site, f.value, f.plates) for f in factors]
+        total = contract(factors, summed_symbols(trace))
         gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     weights = {
         name: named(torch.zeros_like(leaf) if gradient is None else gradient, dims_of(leaf))
@@ -213,7 +223,9 @@ def discrete_marginals(trace: Trace) -> dict[str, Tensor]:
 
     Shape: the site's own batch shape (the plates around it), then the number of its values. Rows sum to one.
     """
-    weights = factor_marginals(trace, None).weights
+    symbols = summed_symbols(trace)
+    touched = [name for name, site in packed_sites(trace) if is_discrete(site) or not symbols.isdisjoint(_dims(site))]
+    weights = _marginals(trace, touched, None, scaled=False).weights if touched else {}
     marginals = {}
     for name, site in packed_sites(trace):
         if is_discrete(site):
@@ -224,7 +236,7 @@ def discrete_marginals(trace: Trace) -> dict[str, Tensor]:
             table = weight.sum(others) if others else weight
             order = [d for d in plates if d in dims] + [d for d in own if d in dims]
             table = table.permute([dims.index(d) for d in order]).reshape(*batch_shape(site), len(support(site)))
-            marginals[name] = table / table.sum(-1, keepdim=True)
+            marginals[name] = table
     return marginals
 
 
@@ -237,13 +249,12 @@ def sample_discrete(
     program sees (no enumeration dims), with ``draws`` in front if given. `poutine.scale` does not temper the posterior.
     Raises ValueError where the data has density zero, so that there is no posterior.
     """
-    names = [name for name, _ in packed_sites(trace)]
     symbols = summed_symbols(trace)
     count = 1 if draws is None else draws
     steps: list[Step] = []
     with torch.no_grad():
-        factors = [f for f in (_factor(trace, n, None) for n in names) if not symbols.isdisjoint(f.dims)]
-        factors = [Factor(f.site, f.value, f.plates) for f in factors]
+        every = [_factor(trace, name, None) for name, _ in packed_sites(trace)]
+        factors = [Factor(f.site, f.value, f.plates) for f in every if not symbols.isdisjoint(f.dims)]
         if factors and not torch.isfinite(contract(factors, symbols, steps=steps)):
             raise ValueError("the data has density zero, or NaN, at these values: there is no posterior to draw from.")
         indices = backward_draws(steps, count, generator)
