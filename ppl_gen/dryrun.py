@@ -9,6 +9,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import ExpandedDistribution
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.program import Program, filtered
@@ -146,8 +147,8 @@ def _sample_nodes(trace: poutine.Trace) -> list[tuple[str, dict[str, Any]]]:
 def _site(name: str, node: dict[str, Any], data_plate: str) -> Site:
     fn = node["fn"]
     base = fn
-    while hasattr(base, "base_dist"):  # Independent, Masked, Expanded wrap what the user wrote
-        base = base.base_dist
+    while isinstance(base, dist.Independent | dist.MaskedDistribution | ExpandedDistribution):
+        base = base.base_dist  # wrappers around what the user wrote
     deterministic = bool(node["infer"].get("_deterministic"))
     kind = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
     plates = tuple(f.name for f in sorted(node["cond_indep_stack"], key=lambda f: f.dim or 0) if f.vectorized)

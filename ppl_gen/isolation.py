@@ -168,10 +168,8 @@ class Workspace:
             self._adopted[id(module)] = module
             parameters, buffers, training = dict(module._parameters), dict(module._buffers), module.training
 
-            def put_back() -> None:
-                module._parameters.clear()
+            def put_back() -> None:  # what an autoguide made when it was first called stays
                 module._parameters.update(parameters)
-                module._buffers.clear()
                 module._buffers.update(buffers)
                 module.training = training
 

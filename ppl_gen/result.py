@@ -115,7 +115,9 @@ class Fit:
     def bound(self, seed: int | None = None) -> Iterator[Workspace]:
         """The program at its learned parameters, networks in evaluation mode, under a seed; all put back on exit."""
         parts = {"model": self.program.model, "guide": self.guide}
-        modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        # All that training knew, not only what model and guide will register: what a program offers beside them (its
+        # evidence, energy or time steps) calls the same networks without a `pyro.module` statement of its own.
+        modules = {**self.module_names, **{n: part for n, part in parts.items() if isinstance(part, nn.Module)}}
         with (
             isolated(self.seed if seed is None else seed, dtype=self.data.dtype),
             Workspace(self.state, device=self.data.device, dtype=self.data.dtype, training=False, modules=modules) as w,

@@ -39,7 +39,8 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
         _add_predictive(fit, batch, groups, kept)
         if kept or not fit.info.select():
             _add_log_likelihood(fit, batch, groups, kept, attrs)
-        groups["prior"] = _lead(prior_rows(fit.program.model, batch, min(draws, 500)), fit, latent=True)
+        if any(site.kind != "observed" for site in fit.info.sites.values()):
+            groups["prior"] = _lead(prior_rows(fit.program.model, batch, min(draws, 500)), fit, latent=True)
         groups["observed_data"] = {name: _array(value) for name, value in observed_rows(fit, fit.data).items()}
         inputs = {name: _array(v) for name, v in {**_named(fit, batch)}.items() if name not in groups["observed_data"]}
         groups["constant_data"] = inputs

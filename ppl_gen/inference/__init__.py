@@ -1,9 +1,23 @@
 """Inference algorithms and objectives, one per file."""
 
 from ppl_gen.inference.base import Algorithm, Iterative
+from ppl_gen.inference.objectives.adversarial import Adversarial
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, Player
+from ppl_gen.inference.objectives.contrastive import ContrastiveDivergence
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.iwae import IWAE
 from ppl_gen.inference.svi import SVI
 
-__all__ = ["ELBO", "IWAE", "SVI", "Algorithm", "Game", "Iterative", "Loss", "Objective", "Player"]
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "SVI",
+    "Adversarial",
+    "Algorithm",
+    "ContrastiveDivergence",
+    "Game",
+    "Iterative",
+    "Loss",
+    "Objective",
+    "Player",
+]

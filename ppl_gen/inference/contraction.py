@@ -5,8 +5,8 @@ is summed in which plate; within one plate context the sum is done here, one dim
 
 .. math:: m(\text{rest}) = \log \sum_k \exp \sum_{f \ni k} f(k, \text{rest}).
 
-Pyro's own kernel exponentiates each factor by itself, which underflows when two factors contradict each other, and on
-long chains of small tables it takes about ten times as long.
+Pyro's own kernel exponentiates each factor by itself, which gives minus infinity where two factors contradict each
+other (in float32 from a hundred nats on), and takes four to eight times as long on chains of small tables.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
 from torch import Tensor
 
-__all__ = ["Factor", "Step", "backward_draws", "contract", "log_sum_exp", "named"]
+__all__ = ["Factor", "Step", "backward_draws", "contract", "dims_of", "log_sum_exp", "named"]
 
 # The name of the dim that holds several draws; packed dims are letters, so a blank never collides.
 _DRAWS = " "
@@ -63,6 +63,7 @@ class _Elimination:
 
 
 def dims_of(value: Tensor) -> str:
+    """The symbols of a packed tensor's dims, in order."""
     return value._pyro_dims  # type: ignore[attr-defined]
 
 

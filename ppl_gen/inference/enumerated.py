@@ -88,10 +88,10 @@ class _Enumerate(EnumMessenger):
             raise ValueError(f"site '{name}' cannot be enumerated: {error}. Write it as a Categorical.") from error
         if -msg["infer"]["_enumerate_dim"] > _MOST_DIMS:
             raise ValueError(
-                f"site '{name}' needs tensor dim {-msg['infer']['_enumerate_dim']}, more than {_MOST_DIMS}: every "
-                "discrete site takes a dim of its own. Write a time loop as `for t in pyro.markov(range(T))`, which reuses "
-                "dims (the value at t may then depend only on that at t - 1), and independent sites in a vectorised "
-                "pyro.plate."
+                f"site '{name}' needs tensor dim {-msg['infer']['_enumerate_dim']}, more than {_MOST_DIMS}: each "
+                "discrete site takes a dim of its own. Write a time loop as `for t in pyro.markov(range(T))`, which "
+                "reuses dims (the value at t may then depend only on that at t - 1), and independent sites in a "
+                "vectorised pyro.plate."
             )
 
 
@@ -122,8 +122,8 @@ def enumerated_trace(
     once: ``torch.vmap`` of a function that makes a trace and returns a density.
 
     Names in ``values`` that are no latent sites of the program (a guide's auxiliary ones, say) are passed over. Raises
-    ValueError for a latent site that is neither given nor enumerable, for ``discrete`` names that the program lacks, for
-    a wrong ``plate_nesting``, and where a loop without `pyro.markov` needs too many dims.
+    ValueError for a latent site that is neither given nor enumerable, for ``discrete`` names that the program lacks,
+    for a wrong ``plate_nesting``, and where a loop without `pyro.markov` needs too many dims.
 
     >>> import pyro, torch, pyro.distributions as dist
     >>> def mixture(x):
@@ -157,7 +157,8 @@ def _check_discrete(trace: Trace, discrete: Collection[str]) -> None:
     unknown = sorted(name for name in discrete if "_enumerate_dim" not in latent.get(name, {}))
     if unknown:
         raise ValueError(
-            f"`discrete` names {unknown}, but with this data the program has no such latent site; it has {sorted(latent)}."
+            f"`discrete` names {unknown}, but with this data the program has no such latent site; it has "
+            f"{sorted(latent)}."
         )
 
 

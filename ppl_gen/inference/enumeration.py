@@ -166,7 +166,7 @@ def factor_marginals(trace: Trace, data_plate: str | None = "data") -> FactorMar
 def _marginals(trace: Trace, names: Sequence[str], data_plate: str | None, *, scaled: bool = True) -> FactorMarginals:
     log_probs = {name: trace.nodes[name]["packed"]["unscaled_log_prob"] for name in names}
     with torch.enable_grad():
-        leaves = {n: named(lp.detach().clone().requires_grad_(), dims_of(lp)) for n, lp in log_probs.items()}
+        leaves = {n: named(lp.detach().requires_grad_(), dims_of(lp)) for n, lp in log_probs.items()}
         factors = [_factor(trace, name, data_plate, leaf) for name, leaf in leaves.items()]
         if not scaled:
             factors = [Factor(f.site, f.value, f.plates) for f in factors]

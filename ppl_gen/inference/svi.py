@@ -138,8 +138,9 @@ class SVI(Iterative):
         if guide is not None:
             run.info = dry_run(run.program, probe, guide=guide)
         minibatches = self.batch_size is not None and run.data.rows is not None and self.batch_size < run.data.rows
-        setting = Setting(run.program, run.program.model, guide, run.info, minibatches)
+        setting = Setting(run.program, run.program.model, guide, run.info, probe, minibatches)
         game = self.objective.build(setting)
+        _continue(game, run)
         return _State(self, run, game, guide, probe)
 
     def step(self, state: _State, source: Batches) -> tuple[_State, Info]:
@@ -158,7 +159,7 @@ class SVI(Iterative):
         return Outcome(
             posterior,
             values,
-            modules=dict(state.game.modules),
+            modules=copy.deepcopy(dict(state.game.modules)),  # the workspace puts back what it finds on exit
             cost={"gradient_evaluations": evaluations},
             guide=state.guide,
         )
@@ -197,7 +198,7 @@ class _State:
     def _owned(self, player: Player, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module = self.game.modules.get(player.name)
         if module is not None:
-            return dict(module.named_parameters())
+            return {name: p for name, p in module.named_parameters() if p.requires_grad}
         return {name: leaf for name, leaf in leaves.items() if player.owns is None or player.owns(name)}
 
     def _optimiser(self, player: Player) -> torch.optim.Optimizer:
@@ -270,6 +271,20 @@ def _fusable(params: Sequence[Tensor]) -> bool:
 
 def _is_auto(guide: Any) -> bool:
     return isinstance(guide, AutoGuide) or (isinstance(guide, type) and issubclass(guide, AutoGuide))
+
+
+def _continue(game: Game, run: Run) -> None:
+    """Networks of the game go on from those of the fit to continue from, unless they are of another shape."""
+    earlier = run.start.extra_modules if run.start is not None else {}
+    for name, module in game.modules.items():
+        if name not in earlier:
+            continue
+        old, new = earlier[name].state_dict(), module.state_dict()
+        if {k: v.shape for k, v in old.items()} == {k: v.shape for k, v in new.items()}:
+            module.load_state_dict(old)
+            run.notes[f"{name} starts"] = "from the fit that is continued"
+        else:
+            run.notes[f"{name} starts"] = "afresh: its parameters differ in names or shapes from the earlier fit's"
 
 
 def _as_whole(batch: Batch) -> Batch:

@@ -17,13 +17,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from ppl_gen.models.inputs import entries
 from ppl_gen.models.mixture_steps import Components, Mixture, Standard
 from ppl_gen.models.normal_gamma import NormalGamma
 from ppl_gen.models.normal_wishart import NormalWishart
 from ppl_gen.models.relabelling import matched_order, permuted
 from ppl_gen.program import Program, Recipe
 
-__all__ = ["gaussian_mixture"]
+__all__ = ["gaussian_mixture", "spread_means"]
 
 Covariance = Literal["spherical", "diagonal", "full"]
 Weights = Literal["free", "equal"]
@@ -34,7 +35,7 @@ def gaussian_mixture(
     *,
     covariance: Covariance = "full",
     weights: Weights = "free",
-    concentration: float = 1.0,
+    concentration: float = 2.0,
     strength: float = 0.01,
     degrees: float | None = None,
     spread: float | None = None,
@@ -61,7 +62,8 @@ def gaussian_mixture(
         components: K.
         covariance: what the covariances of vectors look like; for numbers all three are the same.
         weights: "equal" fixes them at 1 / K.
-        concentration: alpha of the Dirichlet prior of the weights; 1 is uniform.
+        concentration: alpha of the Dirichlet prior of the weights; 1 is uniform, 2 keeps each of
+            them above zero.
         strength: kappa, how many rows the prior of a mean is worth.
         degrees: nu, how many rows the prior of a variance is worth; d + 2 unless given.
         spread: the prior scale of a variance in units of the variance of the data; K^(-2/d) unless given.
@@ -126,15 +128,13 @@ def _check_arguments(components: int, covariance: str, weights: str) -> None:
 
 
 def _rows(data: Any, components: int) -> Tensor:
-    if isinstance(data, Mapping):
-        if "x" not in data:
-            raise ValueError(f"data: gaussian_mixture reads the entry 'x', and there is only {', '.join(data) or 'none'}")
-        data = data["x"]
-    rows = torch.as_tensor(data).detach().double()
+    (x,) = entries(data, "gaussian_mixture", "x")
+    assert x is not None  # the first entry
+    rows = x.double()
     if rows.dim() not in (1, 2):
         raise ValueError(f"data: gaussian_mixture takes numbers (N) or vectors (N x d), got shape {tuple(rows.shape)}")
     if len(rows) < components:
-        raise ValueError(f"components: {components} components need at least as many rows, and the data has {len(rows)}")
+        raise ValueError(f"components: {components} of them need at least as many rows, and the data has {len(rows)}")
     return rows
 
 
@@ -163,7 +163,7 @@ def _program(mixture: Mixture, rows: Tensor) -> Program:
 
     def start() -> dict[str, Tensor]:
         """Means spread over the data, and the variance of the data for all: a smooth start for EM."""
-        values = gaussian.start(_spread_means(rows, gaussian.components))
+        values = gaussian.start(spread_means(rows, gaussian.components))
         return values | ({"weights": mixture.equal(rows)} if mixture.free else {})
 
     def relabel(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ def _program(mixture: Mixture, rows: Tensor) -> Program:
     )
 
 
-def _spread_means(rows: Tensor, components: int) -> Tensor:
+def spread_means(rows: Tensor, components: int) -> Tensor:
     """Starting means: jittered quantiles of numbers; rows far from each other of vectors. K x d.
 
     References:

@@ -15,7 +15,7 @@ from torch.distributions import constraints, kl_divergence
 from ppl_gen.extensions import CAVIUpdates, EMSteps
 from ppl_gen.models.moments import Moments, moments
 
-__all__ = ["Components", "Mixture", "Standard"]
+__all__ = ["Components", "Mixture", "Standard", "maximised", "shares"]
 
 
 class Components(Protocol):
@@ -86,25 +86,13 @@ class Mixture:
         """
         return EMSteps(self.m_step)
 
-    def m_step(self, weights: Mapping[str, Tensor], values: Mapping[str, Tensor], prior: bool, x: Tensor) -> dict[str, Tensor]:
+    def m_step(
+        self, weights: Mapping[str, Tensor], values: Mapping[str, Tensor], prior: bool, x: Tensor
+    ) -> dict[str, Tensor]:
         """New values of all global sites from responsibilities N x K. A component without rows stays where it was."""
-        if prior and self.free and self.concentration < 1:
-            raise ValueError(
-                f"concentration: {self.concentration} < 1 makes the prior density of the weights infinite at their edge, "
-                "so there is no maximum a posteriori; take concentration >= 1, or CAVI() or NUTS()"
-            )
         groups = moments(self.standard.scaled(x), weights["assignment"], full=self.gaussian.full)
-        least = torch.finfo(groups.counts.dtype).eps
-        counted = Moments(groups.counts.clamp_min(least), groups.means, groups.scatter)
-        new = self.gaussian.maximise(counted, prior)
-        empty = groups.counts < least
-        if not prior and bool(empty.any()):
-            new = {name: torch.where(_beside(empty, value), values[name], value) for name, value in new.items()}
-        if self.free:
-            shares = groups.counts + (self.concentration - 1 if prior else 0.0)
-            new["weights"] = (shares / shares.sum()).clamp_min(least)
-            new["weights"] = new["weights"] / new["weights"].sum()
-        return new
+        new = maximised(self.gaussian, groups, values, prior)
+        return {**new, "weights": shares(groups.counts, self.concentration, prior)} if self.free else new
 
     def cavi(self, start: Callable[[], Mapping[str, Tensor]]) -> CAVIUpdates:
         """Coordinate updates of q(z) q(w) q(mu, Sigma), the conjugate mean field; z is at its optimum throughout."""
@@ -152,5 +140,37 @@ class Mixture:
         return bound
 
 
-def _beside(which: Tensor, value: Tensor) -> Tensor:
-    return which.reshape(-1, *[1] * (value.dim() - 1))
+def maximised(gaussian: Components, groups: Moments, values: Mapping[str, Tensor], prior: bool) -> dict[str, Tensor]:
+    """`Components.maximise`, where a component without rows keeps its ``values`` (its likelihood is flat)."""
+    least = torch.finfo(groups.counts.dtype).eps
+    new = gaussian.maximise(Moments(groups.counts.clamp_min(least), groups.means, groups.scatter), prior)
+    empty = groups.counts < least
+    if prior or not bool(empty.any()):
+        return new
+    beside = {name: empty.reshape(-1, *[1] * (value.dim() - 1)) for name, value in new.items()}
+    return {name: torch.where(beside[name], values[name], value) for name, value in new.items()}
+
+
+def shares(counts: Tensor, concentration: float, prior: bool) -> Tensor:
+    """The most likely (or most probable) probabilities of categories with these counts, along the last dimension.
+
+    Categories without counts keep a share at the rounding error, so that their logarithm is finite; a row without any
+    count gets equal shares.
+
+    Raises:
+        ValueError: if the prior's density is infinite at the edge, so that it has no mode.
+
+    Example:
+        >>> shares(torch.tensor([1.0, 3.0]), concentration=2.0, prior=True)
+        tensor([0.3333, 0.6667])
+    """
+    if prior and concentration < 1:
+        raise ValueError(
+            f"concentration: {concentration} < 1 makes the prior density of probabilities infinite at their edge, so "
+            "there is no maximum a posteriori; take concentration >= 1, or CAVI() or NUTS()"
+        )
+    least = torch.finfo(counts.dtype).eps
+    total = counts + (concentration - 1 if prior else 0.0)
+    total = torch.where(total.sum(-1, keepdim=True) < least, torch.ones_like(total), total)
+    bounded = (total / total.sum(-1, keepdim=True)).clamp_min(least)
+    return bounded / bounded.sum(-1, keepdim=True)

@@ -169,7 +169,8 @@ class NormalGamma:
         """KL(posterior || prior), summed over components."""
         mean, strength, shape, rate = self._parameters(parameters)
         own = torch.distributions.Gamma(shape, rate)
-        prior = torch.distributions.Gamma(torch.full_like(shape, self.degrees / 2), torch.full_like(rate, self.spread / 2))
+        half = torch.full_like(rate, 0.5)
+        prior = torch.distributions.Gamma(self.degrees * half, self.spread * half)
         ratio = self.strength / strength
         means = self.strength * (mean.square() * own.mean).sum() + self.size * (ratio - 1 - ratio.log()).sum()
         return kl_divergence(own, prior).sum() + means / 2

@@ -47,8 +47,8 @@ def permuted(
 def matched_order(features: Tensor, rounds: int = 20) -> Tensor:
     """The order of components that brings each draw nearest to the average of all draws.
 
-    The average and the orders are found in turn, each draw by the Hungarian method, until nothing changes. The average is
-    then sorted by its first feature.
+    The average and the orders are found in turn, each draw by the Hungarian method, until nothing changes. The average
+    is then sorted by its first feature.
 
     Args:
         features: draws x K x features, in comparable units.
@@ -66,7 +66,7 @@ def matched_order(features: Tensor, rounds: int = 20) -> Tensor:
         tensor([[0, 1],
                 [1, 0]])
     """
-    from scipy.optimize import linear_sum_assignment
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
     lead, flat = features.shape[:-2], features.flatten(0, -3).double().cpu()
     reference, order = flat[0], torch.zeros(flat.shape[:-1], dtype=torch.long)

@@ -1,8 +1,8 @@
 r"""The inverse Wishart distribution over covariances, written for their Cholesky factors.
 
-A covariance S = L L' with an inverse Wishart distribution is sampled as its lower Cholesky factor L. The factor is what a
-normal distribution takes, and it maps one-to-one to an unconstrained vector, which the matrix itself does not in torch:
-so NUTS and autoguides reach it.
+A covariance S = L L' with an inverse Wishart distribution is sampled as its lower Cholesky factor L. The factor is what
+a normal distribution takes, and it maps one-to-one to an unconstrained vector, which the matrix itself does not in
+torch: so NUTS and autoguides reach it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["InverseWishartCholesky", "multidigamma"]
 
 
 class _LowerFactor(constraints.Constraint):
-    """Lower triangular with a positive diagonal; a class of its own, so that torch's own constraint keeps its transform."""
+    """Lower triangular with a positive diagonal: a class of its own, so that torch's constraint keeps its transform."""
 
     is_discrete = False
     event_dim = 2
@@ -31,7 +31,7 @@ class _LowerFactor(constraints.Constraint):
 
 
 class _Packed(Transform):
-    """A vector of d (d + 1) / 2 numbers to a lower factor: logarithms of the diagonal first, then what is below by rows."""
+    """A vector of d (d + 1) / 2 numbers to a lower factor: logarithms of the diagonal, then what is below by rows."""
 
     domain = constraints.real_vector
     codomain = _LowerFactor()
@@ -76,8 +76,8 @@ def _packed(constraint: _LowerFactor) -> _Packed:
 class InverseWishartCholesky(TorchDistribution):
     r"""The lower Cholesky factor L of a covariance S = L L' that has an inverse Wishart distribution.
 
-    .. math:: p(L) = \frac{|\Psi|^{\nu/2}}{2^{\nu d/2} \Gamma_d(\nu/2)} |S|^{-(\nu+d+1)/2} e^{-\mathrm{tr}(\Psi S^{-1})/2}
-              \; 2^d \prod_{i=1}^d L_{ii}^{d-i+1}
+    .. math:: p(L) = \frac{|\Psi|^{\nu/2}}{2^{\nu d/2} \Gamma_d(\nu/2)}
+              |S|^{-(\nu+d+1)/2} e^{-\mathrm{tr}(\Psi S^{-1})/2} \; 2^d \prod_{i=1}^d L_{ii}^{d-i+1}
 
     The last factors are the Jacobian of S in L. Samples are made by Bartlett's decomposition: no matrix is factorised.
 

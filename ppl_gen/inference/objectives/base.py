@@ -48,12 +48,13 @@ class Loss:
 
 @dataclass(frozen=True)
 class Setting:
-    """What an objective is built for: the program with its guide, the dry run, and the number of rows."""
+    """What an objective is built for: the program with its guide, the dry run, and a batch to try shapes on."""
 
     program: Program
     model: Callable[..., Any]
     guide: Callable[..., Any] | None
     info: ProgramInfo
+    probe: Batch
     minibatches: bool = False
 
 

@@ -107,7 +107,10 @@ def choose_estimators(setting: Setting, enumerate_sites: bool = True) -> Estimat
     rest = {n: s for n, s in shared.items() if n not in summed}
     score = tuple(n for n, s in rest.items() if not s.reparameterised)
     ordered = [n for n in latent if n in shared] == [n for n in shared]
-    analytic = tuple(n for n, s in rest.items() if n not in score and ordered and _has_closed_form(latent[n], s))
+    apart = {n for n in rest if not (in_model and latent[n].local)}  # a local prior may hang on a site summed out
+    analytic = tuple(
+        n for n, s in rest.items() if n in apart and n not in score and ordered and _has_closed_form(latent[n], s)
+    )
     return Estimators(
         in_model, summed, analytic, score, tuple(n for n in rest if n not in score and n not in analytic)
     )
@@ -201,6 +204,8 @@ class _SampledGame(Game):
                 total = total + _scaled(_divergence(q["fn"], model.nodes[name]["fn"]), q).sum()
                 continue
             total = total + _scaled(q["fn"].log_prob(q["value"]), q).sum()
+            if self.estimators.model_sums and name in model.nodes and self.setting.info.sites[name].local:
+                continue  # its prior is summed together with the discrete sites it may hang on
             if name in model.nodes and is_sample(model.nodes[name]):
                 p = model.nodes[name]
                 total = total - _scaled(p["fn"].log_prob(p["value"]), p).sum()
@@ -216,22 +221,15 @@ class _SampledGame(Game):
         return total
 
     def _summed_log_likelihood(self, guide: poutine.Trace, batch: Batch) -> Tensor:
-        """log p(x, locals | globals), discrete sites summed out, minus the guide sites' own terms (they are in kl)."""
+        """log p(x, locals | globals) with the discrete sites summed out."""
         from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
 
         info = self.setting.info
-        values = {n: s["value"] for n, s in guide.nodes.items() if is_sample(s) and n in info.sites}
         trace = enumerated_trace(
-            self.setting.model, batch.args, batch.kwargs, discrete=self.estimators.model_sums, values=values,
-            plate_nesting=info.plate_nesting,
+            self.setting.model, batch.args, batch.kwargs, discrete=self.estimators.model_sums,
+            values={n: s["value"] for n, s in guide.nodes.items() if is_sample(s)}, plate_nesting=info.plate_nesting,
         )
-        rows = row_log_density(trace, info.data_plate)
-        local = [n for n in values if n in info.sites and info.sites[n].local]
-        total = rows.sum() * batch.rescale
-        for name in local:  # row densities hold these sites' prior terms; kl counts them already
-            site = trace.nodes[name]
-            total = total - _scaled(site["fn"].log_prob(site["value"]), site).sum() * batch.rescale
-        return total
+        return row_log_density(trace, info.data_plate).sum() * batch.rescale
 
     def _score_term(self, name: str, guide: poutine.Trace, cost: Tensor) -> Tensor:
         """(cost - baseline) grad log q: its value is zero, its gradient is the score-function estimate."""

@@ -41,7 +41,7 @@ def total_loss(
         with isolated():
             info = dry_run(program, batch, guide=guide)
         require(objective.label, objective.needs, program.name, info.offers)
-        per_model[key] = objective.build(Setting(program, model, guide, info))
+        per_model[key] = objective.build(Setting(program, model, guide, info, batch))
     game = per_model[key]
     if len(game.players) > 1:
         names = ", ".join(player.name for player in game.players)

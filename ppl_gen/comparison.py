@@ -1,0 +1,288 @@
+"""compare(): algorithms on one program, judged on the same held-out rows."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ppl_gen.driver import fit as learn
+from ppl_gen.errors import IncompatibleError, NonFiniteError
+from ppl_gen.inference.base import Algorithm
+from ppl_gen.program import Program, Recipe, as_recipe
+from ppl_gen.report.split import SPLIT_SEED, Task, counted, inspected, split_rows
+from ppl_gen.result import Fit, Status
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+    from ppl_gen.diagnostics.evidence import Evidence
+
+__all__ = ["Comparison", "Line", "compare"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One algorithm under one seed: its fit where there is one, and what the yardsticks say of it."""
+
+    label: str
+    seed: int
+    status: str
+    message: str
+    seconds: float = math.nan
+    fit: Fit | None = None
+    evidence: Evidence | None = None
+    verdict: str = ""
+    pareto_k: float = math.nan
+    summary: pandas.DataFrame | None = None
+    traceback: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """What `compare` found: one line per algorithm and seed, every one judged on the same rows.
+
+    ``lines`` in the order given; ``in_sample`` is True where no rows were held out, and then the values favour maximum
+    likelihood by construction; ``facts`` says what was compared (data, split, versions, the call).
+
+    Example:
+        >>> import pyro, torch, ppl_gen as pg
+        >>> import pyro.distributions as dist
+        >>> from ppl_gen.inference import SVI
+        >>> def model(x):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        >>> x = torch.linspace(-1.0, 1.0, 20)
+        >>> result = pg.compare(model, x, {"short": SVI(steps=5), "long": SVI(steps=500, lr=0.05)})
+        >>> result.table()["status"].tolist(), result["long"].seed
+        (['finished', 'finished'], 0)
+    """
+
+    lines: tuple[Line, ...]
+    program: str
+    in_sample: bool = False
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Fit:
+        """The fit of a label for the first seed, or of ``(label, seed)``.
+
+        Raises:
+            KeyError: for a label or seed that was not compared; the message lists those that were.
+            RuntimeError: if that algorithm left no fit; the message says why.
+        """
+        label, seed = key if isinstance(key, tuple) else (key, None)
+        found = [line for line in self.lines if line.label == label and seed in (None, line.seed)]
+        if not found:
+            labels = ", ".join(dict.fromkeys(repr(line.label) for line in self.lines))
+            seeds = ", ".join(dict.fromkeys(str(line.seed) for line in self.lines))
+            raise KeyError(f"no fit {key!r} in this comparison; labels: {labels}; seeds: {seeds}")
+        if found[0].fit is None:
+            raise RuntimeError(f"{label!r} left no fit with seed {found[0].seed} ({found[0].status}): {found[0].message}")
+        return found[0].fit
+
+    def __repr__(self) -> str:
+        from ppl_gen.report.table import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from ppl_gen.report.html import fragment
+
+        return fragment(self)
+
+    def table(self) -> pandas.DataFrame:
+        """One row per algorithm and seed, in the order given.
+
+        ``heldout`` is the mean log predictive density in nats per held-out row (``in_sample`` where none were held
+        out), ``heldout_se`` its spread over rows / sqrt(rows), ``mc_se`` its Monte Carlo error. ``difference`` is
+        ``heldout`` less that of the best algorithm at the same seed, and ``difference_se`` the standard error of that
+        difference, paired over rows: it decides whether two algorithms differ, ``heldout_se`` does not.
+        """
+        from ppl_gen.report.table import frame
+
+        return frame(self)
+
+    def best(self) -> str | None:
+        """The label with the highest mean over its seeds; None where nothing could be compared."""
+        from ppl_gen.report.table import best_label
+
+        return best_label(self)
+
+    def plot(self) -> Figure:
+        """Held-out values with paired errors, and a training curve per algorithm: a matplotlib Figure."""
+        from ppl_gen.report.plots import overview
+
+        return overview(self)
+
+    def report(self, path: str | Path) -> Path:
+        """Write one self-contained HTML file, in one step; gives its absolute path."""
+        from ppl_gen.report.html import write
+
+        return write(self, Path(path))
+
+    def save(self, path: str | Path) -> Path:
+        """Write a folder (``table.csv``, ``comparison.json``, ``rows.csv`` and every fit under ``fits``), in one step.
+
+        Raises:
+            ValueError: if ``path`` exists and is no saved comparison.
+        """
+        from ppl_gen.report.folder import save
+
+        return save(self, Path(path))
+
+
+def compare(
+    program: Program | Recipe | Callable[..., Any],
+    data: Any,
+    algorithms: Mapping[str, Algorithm],
+    *,
+    holdout: float = 0.2,
+    test: Any = None,
+    seeds: Sequence[int] = (0,),
+    n_jobs: int = 1,
+    particles: int = 100,
+    draws: int = 100,
+    threads: int = 1,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+) -> Comparison:
+    r"""Fit ``program`` with every algorithm under every seed, and judge all fits by log p(x) of the same held-out rows.
+
+    .. math:: \frac1n \sum_i \log \frac1S \sum_s p(x_i \mid \theta_s), \qquad \theta_s \sim q(\theta \mid \text{training rows})
+
+    A fit that fails, diverges or is refused is a row of the table with that status and message. Ctrl-C keeps what is done.
+
+    Args:
+        program: a Pyro model function, a `Program`, or a `Recipe` (built once per fit, on the training rows).
+        data: as for `pg.fit`; rows are the first dimension, and ``pg.constant`` entries are kept whole.
+        algorithms: label -> algorithm.
+        holdout: share of rows held out, drawn at random under a seed of its own (0), the same for all fits. 0: none;
+            values are then in-sample, which maximum likelihood wins by construction, and the table says so.
+        test: held-out rows of the user's choice; ``data`` is then used whole.
+        seeds: one fit per algorithm and seed.
+        n_jobs: processes (joblib; -1: one per core). The numbers do not depend on it.
+        particles, draws: importance samples of local latents and posterior draws of globals, as in `Fit.evidence`.
+        threads: of each fit, whatever ``n_jobs``, since sums in another order differ in their last bits. `pg.fit`
+            gives the same bits under ``torch.set_num_threads(threads)``.
+        device, dtype: as for `pg.fit`.
+        progress: progress bars; None: in terminals and notebooks only.
+
+    Raises:
+        ValueError, TypeError: before anything runs, for a mistake in program, data or settings.
+
+    References:
+        Strictly proper scoring rules, prediction, and estimation (Gneiting and Raftery, 2007).
+        Practical Bayesian model evaluation using leave-one-out cross-validation (Vehtari, Gelman and Gabry, 2017):
+        the paired standard error of a difference.
+
+    Example: see `Comparison`.
+    """
+    seeds = _checked_seeds(seeds)
+    _check(algorithms, holdout, {"particles": particles, "draws": draws, "threads": threads}, n_jobs)
+    recipe = as_recipe(program)
+    train, held = (data, test) if test is not None or not holdout else split_rows(data, holdout, program)
+    task = Task(recipe, train, held, particles, draws, threads, device, dtype)
+    info, mark = inspected(task)
+    if info.data_plate is None and held is not None and test is None:
+        raise ValueError(
+            f"holdout: the program {recipe.name!r} has no data plate, so its rows cannot be told apart and held out; "
+            "give test=..., or holdout=0 for in-sample values"
+        )
+    jobs = [(label, algorithm, seed) for label, algorithm in algorithms.items() for seed in seeds]
+    task = replace(task, mark=mark)
+    done = dict(_one_by_one(task, jobs, progress) if n_jobs == 1 else _side_by_side(task, jobs, n_jobs, progress))
+    lines = [done[i] if i in done else _not_run(label, seed) for i, (label, _, seed) in enumerate(jobs)]
+    from ppl_gen.report.facts import facts_of
+
+    settings = {"holdout": holdout, "seeds": seeds, "n_jobs": n_jobs, "particles": particles, "draws": draws}
+    facts = facts_of(task, algorithms, {**settings, "threads": threads, "device": device, "dtype": dtype}, test is not None)
+    return Comparison(tuple(lines), recipe.name, held is None, facts)
+
+
+def _check(algorithms: Any, holdout: Any, counts: Mapping[str, Any], n_jobs: Any) -> None:
+    if not isinstance(algorithms, Mapping):
+        raise TypeError(f'algorithms: expected a mapping such as {{"EM": EM()}}, got {type(algorithms).__name__}')
+    if not algorithms:
+        raise ValueError('algorithms: expected at least one, such as {"EM": EM()}, got an empty mapping')
+    for label, algorithm in algorithms.items():
+        if not isinstance(label, str) or not label.strip():
+            raise TypeError(f"algorithms: expected labels that are text, got {label!r}")
+        if not isinstance(algorithm, Algorithm):
+            kind = isinstance(algorithm, type)
+            hint = f"; write {algorithm.__name__}() with brackets" if kind else ", such as SVI(steps=1000)"
+            got = f"the class {algorithm.__name__}" if kind else f"{algorithm!r}"
+            raise TypeError(f"algorithms[{label!r}]: expected an algorithm, got {got}{hint}")
+    if isinstance(holdout, bool) or not isinstance(holdout, int | float) or not 0 <= holdout < 1:
+        raise ValueError(f"holdout: expected a share of the rows in [0, 1), got {holdout!r}")
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    if not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or n_jobs == 0:
+        raise ValueError(f"n_jobs: expected a number of processes, or -1 for one per core, got {n_jobs!r}")
+
+
+def _checked_seeds(seeds: Any) -> tuple[int, ...]:
+    if isinstance(seeds, int | str) or not hasattr(seeds, "__iter__"):
+        raise TypeError(f"seeds: expected several whole numbers, such as [0] or range(3), got {seeds!r}")
+    result = tuple(seeds)
+    if not result or any(not isinstance(s, int) or isinstance(s, bool) or s < 0 for s in result):
+        raise ValueError(f"seeds: expected at least one whole number, none below 0, got {list(result)!r}")
+    if len(set(result)) < len(result):
+        raise ValueError(f"seeds: expected each of them once, got {list(result)!r}")
+    return result
+
+
+def _not_run(label: str, seed: int) -> Line:
+    return Line(label, seed, str(Status.INTERRUPTED), "not run: the comparison was interrupted before")
+
+
+def _line(task: Task, label: str, algorithm: Algorithm, seed: int, progress: bool | None) -> Line:
+    """One fit and its yardsticks; whatever goes wrong is what the line says."""
+    began = time.perf_counter()
+    try:
+        with counted(task.threads):
+            result = learn(
+                task.recipe,
+                task.train,
+                algorithm,
+                seed=seed,
+                device=task.device,
+                dtype=task.dtype,
+                progress=progress,
+            )
+            return _judged(task, label, result)
+    except IncompatibleError as error:
+        status, text, kept = "incompatible", str(error), None
+    except NonFiniteError as error:
+        status, text, kept = str(Status.DIVERGED), str(error), error.fit
+    except Exception as error:  # whatever a program may raise is a row, and the row reports it
+        status, text, kept = str(Status.FAILED), f"{type(error).__name__}: {error}", None
+        return Line(label, seed, status, text, time.perf_counter() - began, traceback=traceback.format_exc())
+    verdict = f"do not trust: {status}"
+    return Line(label, seed, status, text, time.perf_counter() - began, kept, verdict=verdict)
+
+
+def _judged(task: Task, label: str, result: Fit) -> Line:
+    notes, evidence, summary = [result.message], None, None
+    try:
+        evidence = result.evidence(task.test, particles=task.particles, draws=task.draws)
+        summary = result.diagnose()
+        verdict = str(summary.attrs["verdict"])
+    except KeyboardInterrupt:
+        return Line(label, result.seed, str(Status.INTERRUPTED), "interrupted before it was judged", fit=result)
+    except Exception as error:  # reported in the row: a fit without a density, say, has no held-out value
+        what = "no held-out value" if evidence is None else "not diagnosed"
+        verdict = f"{what}: {error}"
+    return Line(label, result.seed, str(result.status), "; ".join(notes))

@@ -1,0 +1,275 @@
+"""Adversarial objectives: a critic tells the rows of the data from rows that the program makes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.errors import IncompatibleError
+from ppl_gen.inference.objectives.base import Game, Loss, Objective, Player, Setting
+from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, looking, reads_own_observation
+from ppl_gen.offers import Need
+
+__all__ = ["COSTS", "Adversarial", "Costs", "gradient_penalty"]
+
+Rowwise = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What both players pay for each row, as functions of the critic's output on it.
+
+    The critic minimises E ``real`` over observed rows plus E ``fake`` over made ones; the program E ``program`` over
+    made ones. ``classifier``: the output is the log odds of "observed", and zero is the border.
+
+    Example:
+        >>> odds = torch.tensor([0.0, 2.0])
+        >>> COSTS["minimax"].real(odds)
+        tensor([0.6931, 0.1269])
+    """
+
+    real: Rowwise
+    fake: Rowwise
+    program: Rowwise
+    classifier: bool
+
+
+#: The games by name; with classifiers, minus the critic's cost at its optimum is 2 JS(data, program) - log 4.
+COSTS: dict[str, Costs] = {
+    "non-saturating": Costs(lambda t: softplus(-t), softplus, lambda t: softplus(-t), classifier=True),
+    "minimax": Costs(lambda t: softplus(-t), softplus, lambda t: -softplus(t), classifier=True),
+    "wasserstein": Costs(lambda t: -t, lambda t: t, lambda t: -t, classifier=False),
+}
+
+
+@dataclass(frozen=True)
+class Adversarial(Objective):
+    r"""A game between a critic T and the program's samples; neither density nor guide is used.
+
+    With D = sigmoid(T), data p and program q:
+
+    - ``"minimax"``: min over the program, max over T of E_p log D + E_q log(1 - D);
+    - ``"non-saturating"``: the same critic; the program minimises -E_q log D, whose gradient does not vanish where
+      the critic is sure;
+    - ``"wasserstein"``: max over 1-Lipschitz T of E_p T - E_q T, the distance W1(p, q). A clipped critic estimates a
+      multiple K of it.
+
+    Losses are per row. The history keeps the critic's mean output on both kinds of rows (``critic_real``,
+    ``critic_fake``), ``penalty``, and what warns of a collapse: ``spread``, the standard deviation of the made rows
+    over that of the data, and for classifiers the shares judged rightly, ``critic_accuracy_real`` and
+    ``critic_accuracy_fake`` (both near 1: the critic has won and the program learns little; near 1/2: balance).
+
+    Args:
+        kind: which game.
+        critic: a network from rows to one number each, called with the observed site's values (rows x event;
+            several sites flattened and joined). The fit plays with a private copy, ``fit.module("critic")``. None:
+            a small perceptron on standardised rows, made under the fit's seed.
+        penalty: ``"gradient"`` adds ``penalty_weight`` E (|grad T| - 1)^2 between the two kinds of rows; ``"clip"``
+            clamps the critic's parameters to [-clip, clip] after each of its updates; ``"none"`` trusts the critic
+            to be Lipschitz by construction (spectral normalisation). None: clip for Wasserstein, otherwise none.
+        critic_steps: updates of the critic for each of the program, each on a fresh batch; None: 5 for Wasserstein,
+            otherwise 1.
+        weight: what taking a made row for an observed one costs, relative to the opposite mistake (classifiers).
+        clip: bound of the parameters under ``"clip"``.
+        penalty_weight: of the gradient penalty.
+        site: the observed site to compare; None: all of them, joined.
+        relaxation: temperature of straight-through draws of discrete observed sites; None: they are compared by mean.
+
+    Raises:
+        ValueError, TypeError: for settings out of range, or a critic that does not give one number per row.
+        IncompatibleError: if the program gives its observed sites no gradient, or reads x in order to make x.
+
+    Source: Goodfellow et al. (2014); Arjovsky, Chintala and Bottou (2017) with their defaults for clipping (RMSProp
+    5e-5, clip 0.01, batches of 64, 5 critic steps); Gulrajani et al. (2017) for the gradient penalty.
+
+    Example:
+        >>> Adversarial("wasserstein", penalty="gradient").critic_updates
+        5
+    """
+
+    kind: str = "non-saturating"
+    critic: nn.Module | None = None
+    penalty: str | None = None
+    critic_steps: int | None = None
+    weight: float = 1.0
+    clip: float = 0.01
+    penalty_weight: float = 10.0
+    site: str | None = None
+    relaxation: float | None = None
+
+    uses_guide = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in COSTS:
+            raise ValueError(f"kind: expected one of {', '.join(map(repr, COSTS))}, got {self.kind!r}")
+        if self.critic is not None and not isinstance(self.critic, nn.Module):
+            hint = f"{self.critic.__name__}(...) (an instance)" if isinstance(self.critic, type) else "a torch network"
+            raise TypeError(f"critic: expected {hint} or None, got {self.critic!r}")
+        if self.penalty not in (None, "gradient", "clip", "none"):
+            raise ValueError(f"penalty: expected 'gradient', 'clip', 'none' or None, got {self.penalty!r}")
+        steps = self.critic_steps
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+            raise ValueError(f"critic_steps: expected a whole number of at least 1, got {steps!r}")
+        for name in ("weight", "clip", "penalty_weight", "relaxation"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name}: expected a positive number, got {value!r}")
+        if self.weight != 1 and not COSTS[self.kind].classifier:
+            raise ValueError(f"weight: the {self.kind} game weighs both kinds of rows alike, got {self.weight!r}")
+        if self.critic is None and self.kind == "wasserstein" and self.penalty == "none":
+            raise ValueError("penalty: the default critic is not Lipschitz by construction; take 'gradient' or 'clip'")
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        return (("differentiable samples",), ("samples",))
+
+    @property
+    def critic_updates(self) -> int:
+        """Updates of the critic for each update of the program."""
+        return self.critic_steps or (1 if COSTS[self.kind].classifier else 5)
+
+    @property
+    def constraint(self) -> str:
+        """What keeps the critic in bounds: "gradient", "clip" or "none"."""
+        return self.penalty or ("none" if COSTS[self.kind].classifier else "clip")
+
+    def optimiser(self, params: list[Tensor]) -> torch.optim.Optimizer:
+        """The optimiser of either player where the algorithm names none: the one its game was published with."""
+        if self.constraint == "clip":
+            return torch.optim.RMSprop(params, lr=5e-5)
+        rate, betas = (5e-4, (0.5, 0.9)) if self.constraint == "gradient" else (2e-4, (0.5, 0.999))
+        fused = all(p.device.type in ("cpu", "cuda", "mps") for p in params)
+        return torch.optim.Adam(params, lr=rate, betas=betas, fused=fused or None)
+
+    def build(self, setting: Setting) -> Game:
+        return _AdversarialGame(self, setting)
+
+
+def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """E (|grad T(x)| - 1)^2 at random points x between ``real`` and ``fake`` rows (Gulrajani et al. 2017).
+
+    Example:
+        >>> flat = nn.Linear(2, 1)
+        >>> _ = nn.init.constant_(flat.weight, 3.0)
+        >>> gradient_penalty(flat, torch.zeros(4, 2), torch.ones(4, 2)).item()  # (3 sqrt 2 - 1)^2
+        10.5147...
+    """
+    share = torch.rand((len(real), *[1] * (real.dim() - 1)), dtype=real.dtype, device=real.device)
+    between = torch.lerp(fake, real, share).requires_grad_()
+    (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    return (torch.linalg.vector_norm(slope.flatten(1), dim=1) - 1.0).square().mean()
+
+
+class _AdversarialGame(Game):
+    def __init__(self, objective: Adversarial, setting: Setting) -> None:
+        self.objective, self.costs = objective, COSTS[objective.kind]
+        sites = compared_sites(setting.info, objective.site, objective.relaxation)
+        self.rows = ObservedRows(setting.model, setting.info, sites, objective.relaxation)
+        self._refuse_teacher_forcing(setting)
+        with looking():
+            real, _ = self.rows(setting.probe)
+        critic = _default_critic(real) if objective.critic is None else copy.deepcopy(objective.critic)
+        self.critic = critic.to(device=real.device, dtype=real.dtype)
+        _check_output(self.critic, real)
+        if not any(p.requires_grad for p in self.critic.parameters()):
+            raise ValueError("critic: none of its parameters requires a gradient, so it cannot learn; unfreeze some")
+        self.modules: Mapping[str, nn.Module] = {"critic": self.critic}
+        after = self._clamp if objective.constraint == "clip" else None
+        self.players = (
+            Player("critic", objective.critic_updates, optimiser=objective.optimiser, after=after),
+            Player("program", optimiser=objective.optimiser),
+        )
+        columns = real[0].numel()
+        made = f"perceptron on {columns} standardised column(s) (default)" if objective.critic is None else "as given"
+        self.notes = {"critic": f"{made}; constraint: {objective.constraint}", "gradients": self.rows.notes()}
+
+    def loss(self, player: str, batch: Batch) -> Loss:
+        return self._critic_loss(batch) if player == "critic" else self._program_loss(batch)
+
+    def _critic_loss(self, batch: Batch) -> Loss:
+        with torch.no_grad():
+            real, fake = self.rows(batch)
+        on_real, on_fake = self.critic(real), self.critic(fake)
+        value = self.costs.real(on_real).mean() + self.objective.weight * self.costs.fake(on_fake).mean()
+        parts = {"critic_real": on_real.detach().mean(), "critic_fake": on_fake.detach().mean()}
+        if self.costs.classifier:
+            parts["critic_accuracy_real"] = (on_real > 0).to(value.dtype).mean()
+            parts["critic_accuracy_fake"] = (on_fake < 0).to(value.dtype).mean()
+        if self.objective.constraint == "gradient":
+            penalty = gradient_penalty(self.critic, real, fake)
+            value = value + self.objective.penalty_weight * penalty
+            parts["penalty"] = penalty.detach()
+        return Loss(value, parts)
+
+    def _program_loss(self, batch: Batch) -> Loss:
+        real, fake = self.rows(batch)
+        value = self.costs.program(self.critic(fake)).mean()
+        if self.objective.kind == "minimax":  # what the critic gains, the program loses
+            value = self.objective.weight * value
+        deviation = real.std(0, correction=0).sum().clamp_min(torch.finfo(real.dtype).tiny)
+        return Loss(value, {"spread": fake.detach().std(0, correction=0).sum() / deviation})
+
+    def _clamp(self) -> None:
+        bound = self.objective.clip
+        with torch.no_grad():
+            for parameter in self.critic.parameters():
+                if parameter.requires_grad:
+                    parameter.clamp_(-bound, bound)
+
+    def _refuse_teacher_forcing(self, setting: Setting) -> None:
+        traced = poutine.trace(poutine.uncondition(setting.model))
+        names = [site.name for site in self.rows.sites]
+        reads = reads_own_observation(lambda b: traced.get_trace(*b.args, **b.kwargs), setting.probe, names)
+        if reads:
+            raise IncompatibleError(
+                f"the program {setting.program.name!r} reads its own observation of {', '.join(reads)} to make it, so "
+                "a critic would compare the data with copies of themselves; generate step by step inside the model"
+            )
+
+
+class _Standardise(nn.Module):
+    """Rows flattened, minus the mean and over the standard deviation of the rows it was made from."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        flat = rows.flatten(1)
+        scale = flat.std(0, correction=0)
+        self.register_buffer("loc", flat.mean(0))
+        self.register_buffer("scale", torch.where(scale > 0, scale, torch.ones_like(scale)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) - self.loc) / self.scale
+
+
+def _default_critic(real: Tensor) -> nn.Module:
+    width = 128
+    layers = [nn.Linear(real[0].numel(), width), nn.LeakyReLU(0.2), nn.Linear(width, width), nn.LeakyReLU(0.2)]
+    return nn.Sequential(_Standardise(real), *layers, nn.Linear(width, 1))
+
+
+def _check_output(critic: nn.Module, real: Tensor) -> None:
+    """Call the critic once in evaluation mode, where it changes nothing of its own."""
+    if any(nn.parameter.is_lazy(p) for p in (*critic.parameters(), *critic.buffers())):
+        raise ValueError("critic: it has lazy layers without shapes; call it once on some rows before the fit")
+    modes = {module: module.training for module in critic.modules()}
+    critic.eval()
+    try:
+        with looking():
+            shape = tuple(critic(real).shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"critic: it cannot take the observed rows, a tensor of shape {tuple(real.shape)}: {error}"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if shape not in ((len(real),), (len(real), 1)):
+        raise ValueError(f"critic: expected one number for each of {len(real)} rows, got a tensor of shape {shape}")

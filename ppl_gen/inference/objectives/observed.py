@@ -1,0 +1,231 @@
+"""Rows a program makes at its observed sites, beside the rows that were observed there: what implicit losses compare."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.dryrun import ProgramInfo, Site
+from ppl_gen.errors import IncompatibleError
+from ppl_gen.isolation import isolated
+
+__all__ = ["ObservedRows", "compared_sites", "looking", "reads_own_observation"]
+
+_RELAXED = ("Bernoulli", "Categorical", "OneHotCategorical")
+
+
+def compared_sites(info: ProgramInfo, site: str | None, temperature: float | None) -> list[Site]:
+    """The observed sites to compare: the one named ``site``, or all of them.
+
+    Raises:
+        ValueError: if ``site`` is not observed in this program.
+        IncompatibleError: if a `pyro.factor` makes draws of the program differ from what it describes, or a site has
+            no relaxation although a ``temperature`` asks for one.
+    """
+    observed = [s for s in info.select(kind="observed") if s.distribution != "Unit"]
+    factors = [s.name for s in info.sites.values() if s.distribution == "Unit"]
+    if factors:
+        raise IncompatibleError(
+            f"the program {info.name!r} weighs its draws by pyro.factor at {', '.join(map(repr, factors))}, so running "
+            "it forward does not sample what it describes; write the factor as sample statements"
+        )
+    chosen = [s for s in observed if site is None or s.name == site]
+    if not chosen:
+        raise ValueError(f"site: {site!r} is not observed in {info.name!r}; observed: {[s.name for s in observed]}")
+    if temperature is not None:
+        stuck = [s for s in chosen if not s.reparameterised and s.distribution not in _RELAXED]
+        if stuck:
+            raise IncompatibleError(
+                f"relaxation: at site {stuck[0].name!r}, {stuck[0].distribution} has none (there is one for "
+                f"{', '.join(_RELAXED)}); leave relaxation out to compare its mean"
+            )
+    return chosen
+
+
+@dataclass(frozen=True)
+class ObservedRows:
+    """Observed and newly made rows of the same batch, as two tensors, rows first.
+
+    The program runs with its observations removed. One site keeps the shape of its rows; several are flattened and
+    joined. What a mask hides is zero in both. Gradients reach the parameters through reparameterised draws; a site
+    without them is compared by its mean (categories by their probabilities against one-hot rows) or, at a
+    ``temperature``, by straight-through relaxed draws (Maddison, Mnih and Teh 2017). No log density is computed.
+    """
+
+    model: Callable[..., Any]
+    info: ProgramInfo
+    sites: Sequence[Site]
+    temperature: float | None = None
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        carrier = _Carrier([site.name for site in self.sites], self.temperature)
+        with carrier:
+            trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*batch.args, **batch.kwargs)
+        pairs = [self._pair(trace.nodes[site.name], carrier.values.get(site.name), batch) for site in self.sites]
+        if len(pairs) == 1:
+            return pairs[0]
+        real, made = (torch.cat([rows.flatten(1) for rows in column], 1) for column in zip(*pairs, strict=True))
+        return real, made
+
+    def _pair(self, node: Mapping[str, Any], carried: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
+        made, real = node["value"] if carried is None else carried, torch.as_tensor(node["infer"]["obs"])
+        fn, extra = node["fn"], 0
+        if carried is not None and _base(fn, dist.Categorical):
+            real = real.unsqueeze(-1) == torch.arange(made.shape[-1])
+            extra = 1
+        real = real.to(made).expand_as(made)
+        shown = _shown(node)
+        if shown is not None:
+            shown = shown.reshape(shown.shape + (1,) * extra)
+            real, made = torch.where(shown, real, 0.0), torch.where(shown, made, 0.0)
+        frames = [f for f in node["cond_indep_stack"] if f.name == self.info.data_plate]
+        axis = frames[0].dim - fn.event_dim - extra if frames else None
+        return _rows_first(real, axis, batch), _rows_first(made, axis, batch)
+
+    def notes(self) -> str:
+        """How gradients reach the parameters, site by site."""
+        return "; ".join(f"{site.name}: {self._how(site)}" for site in self.sites)
+
+    def _how(self, site: Site) -> str:
+        if site.reparameterised:
+            return "reparameterised draws"
+        if self.temperature is not None:
+            return f"relaxed draws of {site.distribution} at temperature {self.temperature:g}, straight through"
+        if site.distribution == "Categorical":
+            return "probabilities of Categorical against one-hot rows"
+        what = "a discrete draw carries no gradient" if site.discrete else "its draws are not reparameterised"
+        return f"mean of {site.distribution} ({what})"
+
+
+class _Carrier(Messenger):
+    """For named sites without reparameterised draws, keeps a value that carries their gradient."""
+
+    def __init__(self, names: Sequence[str], temperature: float | None) -> None:
+        super().__init__()
+        self.names, self.temperature = set(names), temperature
+        self.values: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if name not in self.names or msg["is_observed"] or fn.has_rsample:
+            return
+        if self.temperature is None:
+            # The site itself is drawn as written, so that statements below it see values of their own kind.
+            self.values[name] = _mean(name, fn)
+            return
+        self.values[name] = drawn = _relaxed(fn, self.temperature)
+        msg["value"] = drawn.detach().argmax(-1) if _base(fn, dist.Categorical) else drawn
+        msg["done"] = True
+
+
+def _base(fn: Any, kind: type | tuple[type, ...]) -> Any:
+    """The ``kind`` inside wrappers such as Independent and Masked; None if it is something else."""
+    while hasattr(fn, "base_dist") and not isinstance(fn, kind):
+        fn = fn.base_dist
+    return fn if isinstance(fn, kind) else None
+
+
+def _mean(name: str, fn: Any) -> Tensor:
+    categories = _base(fn, dist.Categorical)
+    if categories is not None:
+        return categories.probs.expand(*fn.shape(), categories.probs.shape[-1])
+    try:
+        mean = fn.mean
+    except (NotImplementedError, AttributeError) as error:
+        raise IncompatibleError(
+            f"the observed site {name!r} ({type(fn).__name__}) has neither reparameterised draws nor a mean, so no "
+            "gradient reaches its parameters"
+        ) from error
+    return mean.expand(fn.shape())
+
+
+def _relaxed(fn: Any, temperature: float) -> Tensor:
+    inner = _base(fn, (dist.Bernoulli, dist.Categorical, dist.OneHotCategorical))
+    heat = inner.logits.new_tensor(temperature)
+    if isinstance(inner, dist.Bernoulli):
+        return dist.RelaxedBernoulliStraightThrough(heat, logits=inner.logits.expand(fn.shape())).rsample()
+    states = inner.logits.shape[-1:] if isinstance(inner, dist.Categorical) else ()
+    logits = inner.logits.expand(*fn.shape(), *states)
+    return dist.RelaxedOneHotCategoricalStraightThrough(heat, logits=logits).rsample()
+
+
+def _shown(node: Mapping[str, Any]) -> Tensor | None:
+    """Which entries of a site no mask hides, in the shape of its value; None where nothing is masked."""
+    fn, masks = node["fn"], []
+    if node["mask"] is not None:
+        masks.append((node["mask"], fn))
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            masks.append((fn._mask, fn))
+        fn = fn.base_dist
+    shape, total = node["fn"].shape(), None
+    for mask, layer in masks:
+        mask = torch.as_tensor(mask)
+        aligned = mask.reshape(mask.shape + (1,) * layer.event_dim).expand(shape)
+        total = aligned if total is None else total & aligned
+    return total
+
+
+def _rows_first(value: Tensor, axis: int | None, batch: Batch) -> Tensor:
+    """Rows in front and at least one column: without a data plate the first dimension, where it counts the rows."""
+    if axis is not None:
+        value = value.movedim(axis, 0)
+    elif not (value.dim() and value.shape[0] == batch.rows):
+        value = value.unsqueeze(0)
+    return value.unsqueeze(-1) if value.dim() == 1 else value
+
+
+@contextlib.contextmanager
+def looking() -> Iterator[None]:
+    """Run a program only to look at it: no gradients, and buffers and generators are put back on exit."""
+    kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def keep(module: torch.nn.Module, _inputs: object) -> None:
+        if id(module) not in kept:
+            kept[id(module)] = [(b, b.clone()) for b in module._buffers.values() if b is not None]
+
+    hook = register_module_forward_pre_hook(keep)
+    try:
+        with isolated(0), torch.no_grad():
+            yield
+    finally:
+        hook.remove()
+        for buffers in kept.values():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def reads_own_observation(
+    run: Callable[[Batch], poutine.Trace], batch: Batch, names: Sequence[str]
+) -> list[str]:
+    """Those of the sites ``names`` whose draws change with the very rows that they replace.
+
+    Such a program (an autoregressive one under teacher forcing, say) reads x in order to make x, so taking its
+    observation away does not make new rows. ``run`` traces it with its observations removed.
+    """
+    with looking():
+        first = run(batch)
+    names = [name for name in names if name in first.nodes]
+    observed = {id(first.nodes[name]["infer"].get("obs")) for name in names}
+    other = replace(
+        batch,
+        args=tuple(_blanked(value) if id(value) in observed else value for value in batch.args),
+        kwargs={key: _blanked(value) if id(value) in observed else value for key, value in batch.kwargs.items()},
+    )
+    with looking():
+        second = run(other)
+    return [name for name in names if not torch.equal(first.nodes[name]["value"], second.nodes[name]["value"])]
+
+
+def _blanked(value: Tensor) -> Tensor:
+    return value.flip(0).logical_not() if value.dtype is torch.bool else torch.zeros_like(value)
