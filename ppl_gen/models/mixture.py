@@ -100,13 +100,14 @@ def gaussian_mixture(
         standard = _standard(rows, common=covariance == "spherical")
         size = rows.shape[1] if rows.dim() == 2 else 1
         nu = size + 2.0 if degrees is None else float(degrees)
-        least = size - 1 if covariance == "full" else 1
-        if not nu > least:
-            raise ValueError(f"degrees: expected more than {least} for {size}-dimensional rows, got {degrees}")
         wide = components ** (-2 / size) if spread is None else float(spread)
         event = tuple(rows.shape[1:])
+        matrices = covariance == "full" and bool(event)
+        least = max(size - 1, 1) if matrices else 1
+        if not nu > least:
+            raise ValueError(f"degrees: expected more than {least} for {size}-dimensional rows, got {degrees}")
         gaussian: Components
-        if covariance == "full" and event:
+        if matrices:
             gaussian = NormalWishart(components, event, strength, nu, wide, floor)
         else:
             shared = covariance == "spherical" and bool(event)
@@ -140,8 +141,8 @@ def _rows(data: Any, components: int) -> Tensor:
 
 def _standard(rows: Tensor, common: bool) -> Standard:
     middle, variance = rows.mean(0), rows.var(0, correction=0)
-    constant = (rows == rows[:1]).all(0)
-    if bool(constant.any()):
+    constant = (rows == rows[:1]).all(0) | (variance == 0)
+    if bool(constant.all() if common else constant.any()):
         columns = ", ".join(map(str, constant.reshape(-1).nonzero().squeeze(-1).tolist()))
         where = f"column(s) {columns} of the data are" if rows.dim() == 2 else "all values of the data are"
         raise ValueError(f"data: {where} constant: a density in that direction does not exist; leave them out")

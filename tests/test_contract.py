@@ -1,0 +1,107 @@
+"""The contract: every registered algorithm meets every registered program, or says on both sides why it does not.
+
+A new algorithm adds a row to ALGORITHMS, a new model one to the catalogue and one line to FITS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pyro.infer
+import pytest
+import torch
+
+import ppl_gen as pg
+from ppl_gen.inference import CAVI, ELBO, EM, IWAE, NUTS, SVI, Adversarial, Algorithm, ContrastiveDivergence
+from ppl_gen.models.catalogue import CATALOGUE
+from ppl_gen.offers import OFFERS
+
+STEPS = 5
+
+ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
+    "SVI(ELBO)": lambda: SVI(objective=ELBO(), steps=STEPS),
+    "SVI(IWAE)": lambda: SVI(objective=IWAE(particles=3), steps=STEPS),
+    "SVI(Trace_ELBO)": lambda: SVI(objective=pyro.infer.TraceEnum_ELBO(), steps=STEPS),
+    "SVI(Adversarial)": lambda: SVI(objective=Adversarial("non-saturating"), steps=STEPS),
+    "SVI(ContrastiveDivergence)": lambda: SVI(objective=ContrastiveDivergence(), steps=STEPS),
+    "EM": lambda: EM(steps=STEPS),
+    "CAVI": lambda: CAVI(steps=STEPS),
+    "NUTS": lambda: NUTS(draws=10, warmup=10, chains=1),
+}
+
+#: Which algorithms fit which program. Written by hand, so that a check that accepts everything is noticed.
+FITS: dict[str, set[str]] = {
+    "gaussian_mixture": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "EM", "CAVI", "NUTS"},
+    "hidden_markov": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "EM", "NUTS"},
+    "gan": {"SVI(Adversarial)"},
+    "rbm": {"SVI(ContrastiveDivergence)"},
+    "denoising_diffusion": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
+}
+
+PAIRS = [(program, algorithm) for program in CATALOGUE for algorithm in ALGORITHMS]
+
+
+def test_every_program_has_a_line() -> None:
+    assert set(FITS) == set(CATALOGUE)
+    assert set().union(*FITS.values()) == set(ALGORITHMS), "every algorithm meets some program"
+
+
+@pytest.mark.parametrize(("program", "algorithm"), PAIRS, ids=lambda value: str(value))
+def test_algorithm_meets_program(program: str, algorithm: str) -> None:
+    entry, chosen = CATALOGUE[program], ALGORITHMS[algorithm]()
+    rng = torch.get_rng_state()
+    if algorithm not in FITS[program]:
+        with pytest.raises(pg.IncompatibleError) as caught:
+            pg.fit(entry.recipe(), entry.data(), chosen, seed=1)
+        text = str(caught.value)
+        assert "needs:" in text and "offers:" in text and "missing:" in text
+        assert program in text and chosen.label in text
+        return
+    fit = pg.fit(entry.recipe(), entry.data(), chosen, seed=1)
+    assert torch.equal(rng, torch.get_rng_state())
+    _check_fit(fit, program)
+
+
+def _check_fit(fit: pg.Fit, program: str) -> None:
+    rows = fit.data.rows
+    assert rows is not None
+    assert fit.status in (pg.Status.CONVERGED, pg.Status.FINISHED)
+    assert fit.message and fit.seed == 1 and fit.cost["seconds"] > 0
+    assert all(value.isfinite().all() for value in fit.params.values())
+    assert fit.history.sizes.get("step", 0) > 0 or fit.learned.kind == "chains"
+    observed = [site.name for site in fit.info.select(kind="observed")]
+    samples = fit.sample(7)
+    for name in observed:
+        assert samples[name].shape[0] == 7, "new rows come in the number asked for"
+    if fit.info.select() and fit.learned.kind != "point":
+        draws = fit.posterior(draws=3)
+        assert draws and all(value.shape[0] == 3 for value in draws.values())
+    if "density" in fit.info.offers or "exact evidence" in fit.info.offers:
+        evidence = fit.evidence(particles=5, draws=5)
+        assert evidence.rows == rows and math.isfinite(evidence.mean) and evidence.stderr > 0
+    else:
+        with pytest.raises(pg.IncompatibleError, match="no density"):
+            fit.evidence()
+    verdict = fit.diagnose(draws=50).attrs["verdict"]
+    assert verdict.startswith(("trust:", "doubtful:", "do not trust:"))
+
+
+@pytest.mark.parametrize("program", CATALOGUE)
+def test_every_offer_is_in_the_vocabulary(program: str) -> None:
+    entry = CATALOGUE[program]
+    info = pg.check(entry.recipe(), entry.data())
+    assert info.offers <= set(OFFERS) and info.offers
+    assert all(offer in OFFERS for make in ALGORITHMS.values() for need in make().needs for offer in need)
+
+
+@pytest.mark.parametrize("program", CATALOGUE)
+def test_same_seed_same_fit(program: str) -> None:
+    entry = CATALOGUE[program]
+    algorithm = ALGORITHMS[sorted(FITS[program])[-1]]()
+    first, again = (pg.fit(entry.recipe(), entry.data(), algorithm, seed=5) for _ in range(2))
+    assert first.records == again.records
+    assert all(torch.equal(first.params[name], again.params[name]) for name in first.params)
+    if first.info.select() and first.learned.kind != "point":
+        one, two = first.posterior(draws=2), again.posterior(draws=2)
+        assert all(torch.equal(one[name], two[name]) for name in one)
