@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import pickle
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from ppl_gen.driver import fit as learn
-from ppl_gen.errors import IncompatibleError, NonFiniteError
 from ppl_gen.inference.base import Algorithm
 from ppl_gen.program import Program, Recipe, as_recipe
-from ppl_gen.report.split import SPLIT_SEED, Task, counted, inspected, split_rows
+from ppl_gen.report.split import settled, split_rows
+from ppl_gen.report.trials import Line, Task, inspected, one_by_one, side_by_side
 from ppl_gen.result import Fit, Status
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-    from ppl_gen.diagnostics.evidence import Evidence
-
-__all__ = ["Comparison", "Line", "compare"]
-
-
-@dataclass(frozen=True)
-class Line:
-    """One algorithm under one seed: its fit where there is one, and what the yardsticks say of it."""
-
-    label: str
-    seed: int
-    status: str
-    message: str
-    seconds: float = math.nan
-    fit: Fit | None = None
-    evidence: Evidence | None = None
-    verdict: str = ""
-    pareto_k: float = math.nan
-    summary: pandas.DataFrame | None = None
-    traceback: str = ""
+__all__ = ["Comparison", "compare"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,7 +62,9 @@ class Comparison:
             seeds = ", ".join(dict.fromkeys(str(line.seed) for line in self.lines))
             raise KeyError(f"no fit {key!r} in this comparison; labels: {labels}; seeds: {seeds}")
         if found[0].fit is None:
-            raise RuntimeError(f"{label!r} left no fit with seed {found[0].seed} ({found[0].status}): {found[0].message}")
+            raise RuntimeError(
+                f"{label!r} left no fit with seed {found[0].seed} ({found[0].status}): {found[0].message}"
+            )
         return found[0].fit
 
     def __repr__(self) -> str:
@@ -193,21 +169,22 @@ def compare(
     _check(algorithms, holdout, {"particles": particles, "draws": draws, "threads": threads}, n_jobs)
     recipe = as_recipe(program)
     train, held = (data, test) if test is not None or not holdout else split_rows(data, holdout, program)
-    task = Task(recipe, train, held, particles, draws, threads, device, dtype)
+    task = Task(recipe, train, settled(data if held is None else held), particles, draws, threads, device, dtype)
     info, mark = inspected(task)
     if info.data_plate is None and held is not None and test is None:
         raise ValueError(
             f"holdout: the program {recipe.name!r} has no data plate, so its rows cannot be told apart and held out; "
             "give test=..., or holdout=0 for in-sample values"
         )
-    jobs = [(label, algorithm, seed) for label, algorithm in algorithms.items() for seed in seeds]
     task = replace(task, mark=mark)
-    done = dict(_one_by_one(task, jobs, progress) if n_jobs == 1 else _side_by_side(task, jobs, n_jobs, progress))
+    jobs = [(label, algorithm, seed) for label, algorithm in algorithms.items() for seed in seeds]
+    done = dict(one_by_one(task, jobs, progress) if n_jobs == 1 else side_by_side(task, jobs, n_jobs, progress))
     lines = [done[i] if i in done else _not_run(label, seed) for i, (label, _, seed) in enumerate(jobs)]
     from ppl_gen.report.facts import facts_of
 
     settings = {"holdout": holdout, "seeds": seeds, "n_jobs": n_jobs, "particles": particles, "draws": draws}
-    facts = facts_of(task, algorithms, {**settings, "threads": threads, "device": device, "dtype": dtype}, test is not None)
+    settings |= {"threads": threads, "device": device, "dtype": dtype}
+    facts = facts_of(task, info, algorithms, settings, given_test=test is not None)
     return Comparison(tuple(lines), recipe.name, held is None, facts)
 
 
@@ -246,43 +223,3 @@ def _checked_seeds(seeds: Any) -> tuple[int, ...]:
 
 def _not_run(label: str, seed: int) -> Line:
     return Line(label, seed, str(Status.INTERRUPTED), "not run: the comparison was interrupted before")
-
-
-def _line(task: Task, label: str, algorithm: Algorithm, seed: int, progress: bool | None) -> Line:
-    """One fit and its yardsticks; whatever goes wrong is what the line says."""
-    began = time.perf_counter()
-    try:
-        with counted(task.threads):
-            result = learn(
-                task.recipe,
-                task.train,
-                algorithm,
-                seed=seed,
-                device=task.device,
-                dtype=task.dtype,
-                progress=progress,
-            )
-            return _judged(task, label, result)
-    except IncompatibleError as error:
-        status, text, kept = "incompatible", str(error), None
-    except NonFiniteError as error:
-        status, text, kept = str(Status.DIVERGED), str(error), error.fit
-    except Exception as error:  # whatever a program may raise is a row, and the row reports it
-        status, text, kept = str(Status.FAILED), f"{type(error).__name__}: {error}", None
-        return Line(label, seed, status, text, time.perf_counter() - began, traceback=traceback.format_exc())
-    verdict = f"do not trust: {status}"
-    return Line(label, seed, status, text, time.perf_counter() - began, kept, verdict=verdict)
-
-
-def _judged(task: Task, label: str, result: Fit) -> Line:
-    notes, evidence, summary = [result.message], None, None
-    try:
-        evidence = result.evidence(task.test, particles=task.particles, draws=task.draws)
-        summary = result.diagnose()
-        verdict = str(summary.attrs["verdict"])
-    except KeyboardInterrupt:
-        return Line(label, result.seed, str(Status.INTERRUPTED), "interrupted before it was judged", fit=result)
-    except Exception as error:  # reported in the row: a fit without a density, say, has no held-out value
-        what = "no held-out value" if evidence is None else "not diagnosed"
-        verdict = f"{what}: {error}"
-    return Line(label, result.seed, str(result.status), "; ".join(notes))

@@ -271,9 +271,7 @@ class _progress:
             self.bar.stop()
 
 
-def _finished(
-    recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outcome: Outcome, seconds: float
-) -> Fit:
+def _finished(recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outcome: Outcome, seconds: float) -> Fit:
     status, message = _status(outcome)
     modules = dict(outcome.modules)
     return Fit(
@@ -288,7 +286,7 @@ def _finished(
         extra_modules=modules,
         module_names=dict(run.workspace.modules),
         records={name: list(values) for name, values in outcome.history.items()},
-        checks=dict(outcome.checks),
+        checks={name: list(values) for name, values in outcome.checks.items()},
         status=status,
         message=message,
         seed=run.seed,
@@ -309,4 +307,3 @@ def _status(outcome: Outcome) -> tuple[Status, str]:
     if outcome.converged is not None:
         return Status.CONVERGED, outcome.converged
     return Status.FINISHED, outcome.message or f"ran all {steps} steps"
-

@@ -91,10 +91,12 @@ class ProgramInfo:
         rows += [(name, "parameter", "", "", str(list(shape)), "", "") for name, shape in self.params.items()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        plate = f"data plate {self.data_plate!r} over {self.rows} rows" if self.data_plate else "no data plate: whole data only"
-        return "\n".join(
-            [f"{self.name}: {plate}", *lines, "offers: " + ", ".join(sorted(self.offers)), *self.warnings]
+        plate = (
+            f"data plate {self.data_plate!r} over {self.rows} rows"
+            if self.data_plate
+            else "no data plate: whole data only"
         )
+        return "\n".join([f"{self.name}: {plate}", *lines, "offers: " + ", ".join(sorted(self.offers)), *self.warnings])
 
 
 def _guide_cell(guide_sites: dict[str, Site], site: Site) -> str:
@@ -245,9 +247,7 @@ class explained:
         )
 
 
-def _check_plate(
-    program: Program, batch: Batch, sites: dict[str, Site], frame: Any, frames: dict[str, Any]
-) -> None:
+def _check_plate(program: Program, batch: Batch, sites: dict[str, Site], frame: Any, frames: dict[str, Any]) -> None:
     observed = [site for site in sites.values() if site.kind == "observed"]
     if frame is None:
         over_rows = [f.name for f in frames.values() if f.size == batch.rows]
@@ -260,8 +260,8 @@ def _check_plate(
         return
     if batch.rows is not None and frame.size not in (batch.rows,) and (frame.full_size or 0) != batch.rows:
         raise ValueError(
-            f"pyro.plate({frame.name!r}) has size {frame.size}, but the data has {batch.rows} rows here; size it by the "
-            f"data it is given, pyro.plate({frame.name!r}, len(x)), so that minibatches and new rows fit too"
+            f"pyro.plate({frame.name!r}) has size {frame.size}, but the data has {batch.rows} rows here; size it by "
+            f"the data it is given, pyro.plate({frame.name!r}, len(x)), so that minibatches and new rows fit too"
         )
     outside = [site.name for site in observed if not site.local]
     if outside and batch.rows is not None and batch.rows > 1:
@@ -341,4 +341,3 @@ def _derived_offers(program: Program, sites: dict[str, Site], plate: bool, free:
         "time steps": program.time_steps is not None,
     }
     return frozenset(name for name, held in offers.items() if held)
-

@@ -109,7 +109,7 @@ class Workspace:
         plain = {k: v.detach().clone().requires_grad_() for k, v in self._state.unconstrained.items() if "$$$" not in k}
         constraints = {k: self._state.constraints[k] for k in plain if k in self._state.constraints}
         store = pyro.get_param_store()
-        self._stack.enter_context(store.scope({"params": plain, "constraints": constraints}))  # type: ignore[arg-type]
+        self._stack.enter_context(store.scope({"params": plain, "constraints": constraints}))
         self._stack.enter_context(self._patched_module_statement())
         self._stack.enter_context(_OwnInitialValues())
         if self.device is not None:

@@ -77,7 +77,11 @@ def _completed(fit: Fit, batch: Batch, values: Mapping[str, Tensor], finite: lis
     from ppl_gen.inference.enumeration import enumerated_trace, sample_discrete
 
     trace = enumerated_trace(
-        fit.program.model, batch.args, batch.kwargs, discrete=finite, values={**values, **drawn},
+        fit.program.model,
+        batch.args,
+        batch.kwargs,
+        discrete=finite,
+        values={**values, **drawn},
         plate_nesting=fit.info.plate_nesting,
     )
     return drawn | sample_discrete(trace)
@@ -238,7 +242,9 @@ def _refuse_teacher_forcing(fit: Fit, batch: Batch, values: Mapping[str, Tensor]
     torch.set_rng_state(state)
     second = _run(fit, other, values, replicate=True)
     torch.set_rng_state(state)
-    reads = [n for n in observed if n not in values and not torch.equal(first.nodes[n]["value"], second.nodes[n]["value"])]
+    reads = [
+        n for n in observed if n not in values and not torch.equal(first.nodes[n]["value"], second.nodes[n]["value"])
+    ]
     if reads and fit.program.energy is None:
         raise IncompatibleError(
             f"the program {fit.program.name!r} reads its own observation of {', '.join(reads)} to generate it, so "

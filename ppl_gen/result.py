@@ -67,8 +67,8 @@ class Fit:
     recipe: Recipe | None = None
 
     def __repr__(self) -> str:
-        seconds = self.cost.get("seconds", 0.0)
-        return f"Fit({self.program.name}, {self.algorithm}, seed={self.seed}: {self.status}, {seconds:.1f} s; {self.message})"
+        head = f"{self.program.name}, {self.algorithm}, seed={self.seed}"
+        return f"Fit({head}: {self.status}, {self.cost.get('seconds', 0.0):.1f} s; {self.message})"
 
     @property
     def params(self) -> dict[str, Tensor]:

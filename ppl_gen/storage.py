@@ -136,7 +136,9 @@ class SavedFit:
         self.cost, self.notes, self.algorithm = meta["cost"], meta["notes"], meta["algorithm"]
 
     def __repr__(self) -> str:
-        return f"SavedFit({self._meta['program']}, {self.algorithm}, seed={self.seed}: {self.status}; without its program)"
+        return (
+            f"SavedFit({self._meta['program']}, {self.algorithm}, seed={self.seed}: {self.status}; without its program)"
+        )
 
     def to_arviz(self) -> Any:
         """The draws as they were saved."""
@@ -210,7 +212,9 @@ def _checked_meta(folder: Path, shown: str) -> dict[str, Any]:
         raise ValueError(f"path: {shown} has format {meta['format']}, this version of ppl_gen reads {FORMAT}")
     for name, digest in meta["files"].items():
         if not (folder / name).exists() or _digest(folder / name) != digest:
-            raise ValueError(f"path: {folder / name} is missing or damaged; the fit cannot be trusted and is not loaded")
+            raise ValueError(
+                f"path: {folder / name} is missing or damaged; the fit cannot be trusted and is not loaded"
+            )
     return meta
 
 
@@ -269,4 +273,3 @@ def _digest(path: Path) -> str:
 
 def _sha(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-

@@ -261,7 +261,9 @@ def _common_rows(entries: Mapping[str, Any]) -> int | None:
         if size is None:
             raise ValueError(f"data {name!r}: expected rows along the first dimension, got a single number")
         if size == 0 or 0 in entries[name].shape:
-            raise ValueError(f"data {name!r}: expected at least one row and one column, got {tuple(entries[name].shape)}")
+            raise ValueError(
+                f"data {name!r}: expected at least one row and one column, got {tuple(entries[name].shape)}"
+            )
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
         raise ValueError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -72,8 +73,10 @@ def row_evidence(
 def _require_density(fit: Fit) -> None:
     if "density" in fit.info.offers or fit.program.evidence is not None:
         return
-    why = "its energy has no normaliser in closed form" if fit.program.energy is not None else (
-        "its observations come from a deterministic map (Delta)"
+    why = (
+        "its energy has no normaliser in closed form"
+        if fit.program.energy is not None
+        else ("its observations come from a deterministic map (Delta)")
     )
     raise IncompatibleError(
         f"the program {fit.program.name!r} has no density: {why}, so there is no evidence to compute. "
@@ -133,7 +136,7 @@ def _whole_row(log_joint: Tensor, theta: dict[str, Tensor], fit: Fit, batch: Bat
     """A program without a data plate is one row: its likelihood without the priors of ``theta``."""
     from pyro import poutine
 
-    from ppl_gen.predictive import Substitute
+    from ppl_gen.inference.objectives.particles import Substitute
 
     with Substitute(theta):
         trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
@@ -141,7 +144,7 @@ def _whole_row(log_joint: Tensor, theta: dict[str, Tensor], fit: Fit, batch: Bat
     return (log_joint - priors).reshape(1, 1)
 
 
-def _proposal(fit: Fit) -> object | None:
+def _proposal(fit: Fit) -> Callable[..., Any] | None:
     """The guide where its local sites follow the rows it is called with; autoguides know training rows only."""
     from pyro.infer.autoguide import AutoGuide
 
@@ -173,7 +176,7 @@ def _shared_error(
 
 
 def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | None = None) -> Evidence:
-    r"""log p(all data) by importance weighting: log 1/S sum_s p(x, theta_s) / q(theta_s); see `Fit.marginal_likelihood`.
+    r"""log p(all data) by importance weighting, log 1/S sum_s p(x, theta_s) / q(theta_s).
 
     Raises:
         IncompatibleError: for point estimates and chains, which have no density to propose from.
@@ -198,7 +201,7 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
 
 
 def joint_log_weights(fit: Fit, draws: int, particles: int = 1) -> Tensor:
-    """log p(x, theta_s) - log q(theta_s) for ``draws`` draws of the guide; locals integrated; inside ``fit.bound()``."""
+    """log p(x, theta_s) - log q(theta_s) at draws of the guide, locals integrated; inside ``fit.bound()``."""
     from pyro import poutine
 
     from ppl_gen.inference.objectives.elbo import is_sample

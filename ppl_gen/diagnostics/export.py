@@ -184,7 +184,9 @@ def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any]) -> list[str
         attrs["pareto_k"] = joint if joint is not None else float("nan")
         if rows is not None:
             attrs["pareto_k_rows"] = [float(k) for k in rows]
-    losses = {name: np.asarray(values, dtype=np.float64) for name, values in fit.records.items() if name.endswith("loss")}
+    losses = {
+        name: np.asarray(values, dtype=np.float64) for name, values in fit.records.items() if name.endswith("loss")
+    }
     if not losses:
         losses = {k: np.asarray(v, dtype=np.float64) for k, v in fit.records.items() if k in ("elbo", "log_likelihood")}
     renamed = {("loss" if name == "program_loss" else name): values for name, values in losses.items()}
@@ -205,7 +207,11 @@ def _joint_densities(fit: Fit, count: int) -> tuple[np.ndarray, np.ndarray]:
 
             values = {n: s["value"] for n, s in q.nodes.items() if is_sample(s) and n in fit.info.sites}
             trace = enumerated_trace(
-                fit.program.model, batch.args, batch.kwargs, discrete=sums, values=values,
+                fit.program.model,
+                batch.args,
+                batch.kwargs,
+                discrete=sums,
+                values=values,
                 plate_nesting=fit.info.plate_nesting,
             )
             log_p.append(float(log_joint(trace, fit.info.data_plate)))
@@ -263,5 +269,3 @@ def latent_summary_names(fit: Fit) -> list[str]:
     """Sites a summary table shows: globals and what is derived from them; locals by row only when they are few."""
     few = [s.name for s in fit.info.select(local=True) if not s.finite and (fit.data.rows or 0) <= 50]
     return [s.name for s in fit.info.sites.values() if s.kind != "observed" and (not s.local or s.name in few)]
-
-

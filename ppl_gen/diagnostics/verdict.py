@@ -30,7 +30,7 @@ MAX_ROWS = 200  # rows whose k-hat a verdict looks at: the share of bad rows is 
 
 
 def diagnose(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> pandas.DataFrame:
-    """See `Fit.diagnose`; ``attrs`` also holds ``pareto_k_rows`` and ``pareto_k_threshold`` where they mean anything."""
+    """See `Fit.diagnose`; ``attrs`` also holds ``pareto_k_rows`` and ``pareto_k_threshold`` where they apply."""
     with fit.bound(seed):
         groups, _ = posterior_groups(fit, draws)
     posterior = {k: v for k, v in groups["posterior"].items() if k in latent_summary_names(fit)}

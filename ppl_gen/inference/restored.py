@@ -1,4 +1,4 @@
-"""Rebuilding a saved fit: the program runs once so that its parameters exist, then the saved values take their place."""
+"""Rebuilding a saved fit: the program runs once so that its parameters exist, then takes the saved values."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Restored(Algorithm):
         elif self.guide == "svi":
             guide = resolved_guide(run)
             run.info = dry_run(run.program, batch, guide=guide)
-            runs.append(partial(guide, *batch.args, **batch.kwargs))
+            if guide is not None:
+                runs.append(partial(guide, *batch.args, **batch.kwargs))
         leaves = run.workspace.collect(*runs)
         if self.guide == "cavi":
             assert run.program.cavi is not None

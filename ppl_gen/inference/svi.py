@@ -18,7 +18,7 @@ from ppl_gen.data.batching import Batch, Batches
 from ppl_gen.dryrun import dry_run
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.base import Info, Iterative, Outcome, Run
-from ppl_gen.inference.objectives.base import Game, Objective, Player, Setting
+from ppl_gen.inference.objectives.base import Game, Player, Setting
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.isolation import ProgramState, quiet
@@ -49,8 +49,8 @@ class SVI(Iterative):
         epochs: passes over the rows.
         batch_size: rows per batch; None: all rows at every step.
         lr: learning rate, or one per player, ``{"critic": 1e-4}``; the objective's own (usually 1e-3) when None.
-        optimiser: ``"adam"``, ``"adamw"``, ``"adamax"``, ``"rmsprop"``, ``"sgd"``, or ``f(params) -> Optimizer``; or one
-            per player. One optimiser holds all parameters of a player, fused where torch has a fused kernel.
+        optimiser: ``"adam"``, ``"adamw"``, ``"adamax"``, ``"rmsprop"``, ``"sgd"``, or ``f(params) -> Optimizer``; or
+            one per player. One optimiser holds all parameters of a player, fused where torch has a fused kernel.
         schedule: ``f(optimizer) -> torch.optim.lr_scheduler.LRScheduler``, stepped once per update.
         clip_norm: bound on the global norm of a player's gradient.
         stop: a pure function ``history -> sentence or None`` that ends the run as converged.
@@ -307,7 +307,7 @@ def resolved_guide(run: Run) -> Callable[..., Any] | None:
         run.notes["guide"] = f"{kind.__name__} over {', '.join(continuous)}" + ("" if guide else " (default)")
         model = poutine.block(run.program.model, expose=continuous)
         start = run.starting_values()
-        if start and "init_loc_fn" in inspect.signature(kind.__init__).parameters:
+        if start and "init_loc_fn" in inspect.signature(kind).parameters:
             return kind(model, init_loc_fn=init_to_value(values=start, fallback=init_to_feasible))
         return kind(model)
     if isinstance(guide, AutoGuide):

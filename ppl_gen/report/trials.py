@@ -1,4 +1,4 @@
-"""What a comparison runs: the split of the rows, one line per fit, one process or several."""
+"""What a comparison runs: one line per fit, in this process or in several."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ import math
 import pickle
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from pyro import poutine
-from torch import Tensor
 
-from ppl_gen.data.batching import Constant, Dataset, as_dataset
-from ppl_gen.data.rows import Rows
-from ppl_gen.data.sources import collected
-from ppl_gen.dryrun import ProgramInfo, dry_run
+from ppl_gen.data.batching import Batch, as_dataset
+from ppl_gen.driver import fit as learn
 from ppl_gen.errors import IncompatibleError, NonFiniteError
 from ppl_gen.inference.base import Algorithm
-from ppl_gen.isolation import Workspace, isolated
+from ppl_gen.isolation import isolated
 from ppl_gen.program import Program, Recipe, filtered
 from ppl_gen.result import Fit, Status
 
@@ -31,10 +27,9 @@ if TYPE_CHECKING:
     import pandas
 
     from ppl_gen.diagnostics.evidence import Evidence
+    from ppl_gen.dryrun import ProgramInfo
 
-__all__ = ["SPLIT_SEED", "Line", "Task", "inspected", "one_by_one", "side_by_side", "split_rows", "yardstick_rows"]
-
-SPLIT_SEED = 0  # of the one split that all algorithms and seeds share
+__all__ = ["Line", "Task", "counted", "inspected", "one_by_one", "side_by_side"]
 
 Job = tuple[str, Algorithm, int]
 
@@ -58,7 +53,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Task:
-    """What all fits of a comparison share. ``test`` None: the training rows are the yardstick."""
+    """What all fits of a comparison share; ``mark`` tells whether another process holds the same program."""
 
     recipe: Recipe
     train: Any
@@ -71,43 +66,205 @@ class Task:
     mark: str = ""
 
 
-def split_rows(data: Any, share: float, program: Any = None) -> tuple[Any, Any]:
-    """``data`` in two parts, the second of round(share * rows) rows; both keep the order of the rows.
+@contextlib.contextmanager
+def counted(threads: int) -> Iterator[None]:
+    """Torch on so many threads inside: the last bits of a sum depend on how it was shared out.
+
+    >>> before = torch.get_num_threads()
+    >>> with counted(1):
+    ...     torch.get_num_threads()
+    1
+    >>> torch.get_num_threads() == before
+    True
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def inspected(task: Task) -> tuple[ProgramInfo, str]:
+    """Dry-run the program on the training rows and check the held-out ones; with a mark of what it draws on a few.
+
+    The mark is the hash of one run of model and guide under a fixed seed: a process that imported a module of networks
+    anew holds other weights, and draws something else.
 
     Raises:
-        ValueError: if entries differ in their rows, or either part would have fewer than two of them.
-
-    Example:
-        >>> train, test = split_rows(torch.arange(10.0), 0.2)
-        >>> train.shape, test.shape, sorted([*train.tolist(), *test.tolist()]) == list(range(10))
-        (torch.Size([8]), torch.Size([2]), True)
+        ValueError, TypeError: as `pg.check` does, or where the held-out rows are unlike the training rows.
     """
-    data = collected(data)
-    if isinstance(data, Mapping) and not isinstance(data, Rows) and isinstance(program, Program):
-        data = _named(data, program)
-    rows = _count(data)
-    held = round(share * rows)
-    if held < 2 or rows - held < 2:
+    from ppl_gen.driver import _built, _dtype_of, _inspected, _modules_of
+    from ppl_gen.isolation import Workspace
+
+    place = None if task.device is None else torch.device(task.device)
+    with counted(task.threads), isolated(0, dtype=task.dtype or _dtype_of(task.train)):
+        built, dataset = _built(task.recipe, task.train, task.dtype, place, None)
+        with Workspace(device=place, dtype=dataset.dtype, training=False, modules=_modules_of(built, None)):
+            info = _inspected(built, dataset)
+            held = as_dataset(task.test, built.model)
+            for name, value in dataset.entries.items():
+                if name not in held.entries:
+                    raise ValueError(f"test: the training rows have an entry {name!r}, and the held-out rows do not")
+                if held.entries[name].shape[1:] != value.shape[1:]:
+                    got, expected = tuple(held.entries[name].shape), ("rows", *value.shape[1:])
+                    raise ValueError(f"test: expected {name!r} of shape {expected} as in training, got {got}")
+            with torch.no_grad():
+                return info, _mark(built, dataset.head(64))
+
+
+def _mark(program: Program, batch: Batch) -> str:
+    digest = hashlib.sha256()
+    guide = program.guide if _is_plain_guide(program.guide) else None
+    for part in (poutine.uncondition(program.model), guide and filtered(guide)):
+        if part is not None:
+            trace = poutine.trace(part).get_trace(*batch.args, **batch.kwargs)
+            for name in sorted(trace.nodes):
+                value = trace.nodes[name].get("value")
+                if isinstance(value, torch.Tensor):
+                    digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _is_plain_guide(guide: Any) -> bool:
+    from pyro.infer.autoguide import AutoGuide
+
+    return guide is not None and not isinstance(guide, type | AutoGuide)
+
+
+def one_by_one(task: Task, jobs: Sequence[Job], progress: bool | None) -> Iterator[tuple[int, Line]]:
+    """The lines in order, in this process; an interrupted fit is the last one."""
+    try:
+        for i, (label, algorithm, seed) in enumerate(jobs):
+            line = _line(task, label, algorithm, seed, progress)
+            yield i, line
+            if line.status == Status.INTERRUPTED:
+                return
+    except KeyboardInterrupt:
+        return
+
+
+def side_by_side(task: Task, jobs: Sequence[Job], n_jobs: int, progress: bool | None) -> Iterator[tuple[int, Line]]:
+    """The lines as they are done, by ``n_jobs`` processes; all numbers are those of `one_by_one`.
+
+    Raises:
+        TypeError: if program, data or an algorithm cannot be sent to another process.
+        ValueError: if joblib was told to run threads.
+    """
+    from joblib import Parallel, delayed
+    from joblib.parallel import get_active_backend
+
+    if get_active_backend()[0].supports_sharedmem:
         raise ValueError(
-            f"holdout: {share:g} of {rows} rows leaves {rows - held} to train on and {held} held out; at least two of "
-            "each are needed. Choose another share, give test=..., or holdout=0 for in-sample values"
+            "n_jobs: joblib is set to run threads, but fits of one process share Pyro's parameter store; "
+            'use joblib.parallel_config(backend="loky"), or n_jobs=1'
         )
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(SPLIT_SEED))
-    return _taken(data, order[held:].sort().values), _taken(data, order[:held].sort().values)
+    sent = _pickled(replace(task, device=None if task.device is None else str(task.device)), "the program or the data")
+    calls = [
+        delayed(_remote)(sent, i, label, _pickled(algorithm, label), seed) for i, (label, algorithm, seed) in enumerate(jobs)
+    ]
+    # Bytes go and come, so that joblib neither maps arrays into read-only memory nor fails on a result.
+    pool = Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
+    waiting = set(range(len(jobs)))
+    with _bar(progress, len(jobs)) as advance:
+        try:
+            for i, content in pool(calls):
+                line = _received(task, pickle.loads(content))
+                waiting.discard(i)
+                advance(line.label)
+                yield i, line
+        except KeyboardInterrupt:
+            return
+        except Exception as error:  # a process that died takes the lines it had not finished with it
+            for i in sorted(waiting):
+                label, _, seed = jobs[i]
+                yield i, Line(label, seed, str(Status.FAILED), f"its process ended: {type(error).__name__}: {error}")
 
 
-def _named(data: Mapping[str, Any], program: Program) -> Mapping[str, Any]:
-    """Entries that the model does not name are left out of a fit, so their lengths do not matter here."""
-    kept: dict[str, Any] = {}
-    filtered(_keywords(program.model, kept))(**data)
-    return kept
+def _pickled(value: Any, what: str) -> bytes:
+    from joblib.externals.loky.backend.reduction import dumps
+
+    try:
+        return bytes(dumps(value))
+    except Exception as error:
+        raise TypeError(f"n_jobs: {what} cannot be sent to another process ({error}); use n_jobs=1") from error
 
 
-def _keywords(model: Any, kept: dict[str, Any]) -> Any:
-    import functools
+def _remote(sent: bytes, index: int, label: str, algorithm: bytes, seed: int) -> tuple[int, bytes]:
+    """One fit in a process of its own."""
+    task: Task = pickle.loads(sent)
+    if inspected(task)[1] != task.mark:
+        text = (
+            "the program draws other values in another process: a module that it imports makes random numbers, such as "
+            "the first weights of a network. Make them in a pg.Recipe, or use n_jobs=1"
+        )
+        return index, _pickled(Line(label, seed, str(Status.FAILED), text), label)
+    line = _line(task, label, pickle.loads(algorithm), seed, False)
+    if line.fit is not None:  # the rows are at home already
+        bare = replace(line.fit, data=replace(line.fit.data, entries={}, constants={}, original=None, on_batch=None))
+        line = replace(line, fit=bare)
+    try:
+        return index, _pickled(line, label)
+    except TypeError as error:
+        return index, _pickled(replace(line, fit=None, message=f"{line.message}; its fit is lost: {error}"), label)
 
-    @functools.wraps(model.forward if isinstance(model, torch.nn.Module) else model)
-    def keep(**kwargs: Any) -> None:
-        kept.update(kwargs)
 
-    return keep
+def _received(task: Task, line: Line) -> Line:
+    if line.fit is None:
+        return line
+    kept = line.fit.data
+    rows = as_dataset(task.train, line.fit.program.model, dtype=kept.dtype, device=kept.device)
+    return replace(line, fit=replace(line.fit, data=rows))
+
+
+@contextlib.contextmanager
+def _bar(wanted: bool | None, total: int) -> Iterator[Any]:
+    import sys
+
+    if not (wanted if wanted is not None else sys.stderr.isatty() or "ipykernel" in sys.modules):
+        yield lambda label: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        row = bar.add_task("comparison", total=total)
+        yield lambda label: bar.update(row, advance=1, description=f"comparison, {label} done")
+
+
+def _line(task: Task, label: str, algorithm: Algorithm, seed: int, progress: bool | None) -> Line:
+    """One fit and its yardsticks; whatever goes wrong is what the line says."""
+    began = time.perf_counter()
+    kept, text, trail = None, "", ""
+    with counted(task.threads):
+        try:
+            result = learn(
+                task.recipe, task.train, algorithm, seed=seed, device=task.device, dtype=task.dtype, progress=progress
+            )
+            return _judged(task, label, result)
+        except IncompatibleError as error:
+            status, text = "incompatible", str(error)
+        except NonFiniteError as error:
+            status, text, kept = str(Status.DIVERGED), str(error), error.fit
+        except Exception as error:  # whatever a program may raise is a row, and the row reports it
+            status, text, trail = str(Status.FAILED), f"{type(error).__name__}: {error}", traceback.format_exc()
+    seconds = time.perf_counter() - began
+    return Line(label, seed, status, text, seconds, kept, verdict=f"do not trust: {status}", traceback=trail)
+
+
+def _judged(task: Task, label: str, result: Fit) -> Line:
+    line = Line(label, result.seed, str(result.status), result.message, float(result.cost["seconds"]), result)
+    try:
+        line = replace(line, evidence=result.evidence(task.test, particles=task.particles, draws=task.draws))
+    except KeyboardInterrupt:
+        return replace(line, status=str(Status.INTERRUPTED), message="interrupted before it was judged")
+    except Exception as error:  # a program without a density has no held-out value: the row says so
+        line = replace(line, message=f"{line.message}; no held-out value: {error}", traceback=traceback.format_exc())
+    try:
+        summary = result.diagnose()
+    except KeyboardInterrupt:
+        return replace(line, status=str(Status.INTERRUPTED), message="interrupted before it was judged")
+    except Exception as error:  # the row says why there is no verdict
+        return replace(line, verdict=f"not diagnosed: {type(error).__name__}: {error}", traceback=traceback.format_exc())
+    k = float(summary.attrs.get("pareto_k", math.nan))
+    return replace(line, summary=summary, verdict=str(summary.attrs["verdict"]), pareto_k=k)

@@ -70,13 +70,14 @@ class Game(ABC):
 
     @abstractmethod
     def loss(self, player: str, batch: Batch) -> Loss:
-        """The loss of ``player`` on ``batch``; differentiable, free of `.item()`, and with no side effect on parameters."""
+        """The loss of ``player`` on ``batch``; differentiable, free of `.item()`, without effect on parameters."""
 
 
 class Objective(ABC):
     """A frozen specification of what is optimised.
 
-    A one-player objective is also a loss for ordinary Pyro scripts: ``pyro.infer.SVI(model, guide, optim, loss=ELBO())``.
+    A one-player objective is also a loss for ordinary Pyro scripts:
+    ``pyro.infer.SVI(model, guide, optim, loss=ELBO())``.
     """
 
     @property

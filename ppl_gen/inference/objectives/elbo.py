@@ -111,14 +111,21 @@ def choose_estimators(setting: Setting, enumerate_sites: bool = True) -> Estimat
     analytic = tuple(
         n for n, s in rest.items() if n in apart and n not in score and ordered and _has_closed_form(latent[n], s)
     )
-    return Estimators(
-        in_model, summed, analytic, score, tuple(n for n in rest if n not in score and n not in analytic)
-    )
+    return Estimators(in_model, summed, analytic, score, tuple(n for n in rest if n not in score and n not in analytic))
 
 
 def _has_closed_form(model_site: Site, guide_site: Site) -> bool:
     """Only pairs of the same family: torch registers some mixed pairs, infinite where supports differ."""
-    names = {"Normal", "MultivariateNormal", "Gamma", "Beta", "Dirichlet", "Exponential", "Laplace", "LowRankMultivariateNormal"}
+    names = {
+        "Normal",
+        "MultivariateNormal",
+        "Gamma",
+        "Beta",
+        "Dirichlet",
+        "Exponential",
+        "Laplace",
+        "LowRankMultivariateNormal",
+    }
     return model_site.distribution == guide_site.distribution and model_site.distribution in names
 
 
@@ -152,7 +159,11 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 def is_sample(site: dict[str, Any]) -> bool:
     """A sample site with a density: not a deterministic value, not the plate's own subsample."""
-    return site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample" and not site["infer"].get("_deterministic")
+    return (
+        site["type"] == "sample"
+        and type(site["fn"]).__name__ != "_Subsample"
+        and not site["infer"].get("_deterministic")
+    )
 
 
 class _SampledGame(Game):
@@ -185,7 +196,7 @@ class _SampledGame(Game):
         """The part of the loss that each row contributes: all that a site of that row can influence."""
         total = torch.zeros(())
         for trace, sign in ((guide, 1.0), (model, -1.0)):
-            for name, site in trace.nodes.items():
+            for site in trace.nodes.values():
                 if is_sample(site) and any(f.name == self.setting.info.data_plate for f in site["cond_indep_stack"]):
                     total = total + sign * self._by_row(_scaled(site["fn"].log_prob(site["value"]), site))
         return total
@@ -226,8 +237,12 @@ class _SampledGame(Game):
 
         info = self.setting.info
         trace = enumerated_trace(
-            self.setting.model, batch.args, batch.kwargs, discrete=self.estimators.model_sums,
-            values={n: s["value"] for n, s in guide.nodes.items() if is_sample(s)}, plate_nesting=info.plate_nesting,
+            self.setting.model,
+            batch.args,
+            batch.kwargs,
+            discrete=self.estimators.model_sums,
+            values={n: s["value"] for n, s in guide.nodes.items() if is_sample(s)},
+            plate_nesting=info.plate_nesting,
         )
         return row_log_density(trace, info.data_plate).sum() * batch.rescale
 

@@ -94,7 +94,9 @@ class _ImportanceGame(Game):
         values: dict[str, Tensor] = {}
         if self.globals:
             once = sampled(guide, batch)
-            values = {n: s["value"] for n, s in once.nodes.items() if is_sample(s) and not _in_plate(s, info.data_plate)}
+            values = {
+                n: s["value"] for n, s in once.nodes.items() if is_sample(s) and not _in_plate(s, info.data_plate)
+            }
         weights = local_log_weights(
             model, guide, info, batch, self.particles, values=values, sums=self.sums, vectorise=self.vectorise
         )

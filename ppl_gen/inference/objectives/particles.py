@@ -52,7 +52,9 @@ class LogWeights:
     globals: Tensor
 
 
-def sampled(guide: Callable[..., Any] | None, batch: Batch, values: Mapping[str, Tensor] | None = None) -> poutine.Trace:
+def sampled(
+    guide: Callable[..., Any] | None, batch: Batch, values: Mapping[str, Tensor] | None = None
+) -> poutine.Trace:
     """A trace of the guide with some sites at given values."""
     if guide is None:
         return poutine.trace(lambda *a, **k: None).get_trace(*batch.args, **batch.kwargs)
@@ -129,9 +131,7 @@ def _single(
 
     drawn = {name: site["value"] for name, site in q.nodes.items() if is_sample(site)}
     known = {name: value for name, value in {**drawn, **values}.items() if name in info.sites}
-    p = enumerated_trace(
-        model, batch.args, batch.kwargs, discrete=sums, values=known, plate_nesting=info.plate_nesting
-    )
+    p = enumerated_trace(model, batch.args, batch.kwargs, discrete=sums, values=known, plate_nesting=info.plate_nesting)
     rows = row_log_density(p, info.data_plate)
     minus_q = _collect(None, q, info, 1, values)
     local = rows if minus_q.rows is None else rows + minus_q.rows[0]
