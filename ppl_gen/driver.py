@@ -13,6 +13,7 @@ from ppl_gen.data.batching import LARGE, Dataset, as_dataset
 from ppl_gen.dryrun import ProgramInfo, check_observed, dry_run
 from ppl_gen.errors import NonFiniteError
 from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
+from ppl_gen.inference.stopping import EarlyStop
 from ppl_gen.isolation import Workspace, isolated
 from ppl_gen.offers import require
 from ppl_gen.program import Program, Recipe, as_recipe
@@ -193,11 +194,10 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
     try:
         for step in range(1, limit + 1):
             state, info = algorithm.step(state, source)
-            for name, value in info.items():
-                history.setdefault(name, [float("nan")] * (step - 1)).append(value)
+            _append(history, info, step)
             for hook in run.hooks:
                 hook(step, info)
-            if step % algorithm.stop_every() == 0 and (converged := algorithm.stop(history)) is not None:
+            if step % algorithm.stop_every() == 0 and (converged := algorithm.stop({**history, **checks})) is not None:
                 break
             if run.validation is not None and run.validation.due(step, limit):
                 run.validation.record(checks, step, run, algorithm.outcome(state, run))
@@ -213,6 +213,14 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
     outcome.checks = checks
     outcome.cost = {"steps": step if not (interrupted or diverged) else step - 1, **outcome.cost}
     return outcome
+
+
+def _append(history: dict[str, list[Any]], info: Mapping[str, Any], step: int) -> None:
+    """One row of the history; what this step did not record is missing (NaN)."""
+    for name in info:
+        history.setdefault(name, [float("nan")] * (step - 1))
+    for name, values in history.items():
+        values.append(info.get(name, float("nan")))
 
 
 def floats(values: Sequence[Any]) -> list[float]:
@@ -304,6 +312,8 @@ def _status(outcome: Outcome) -> tuple[Status, str]:
         return Status.FAILED, outcome.failed
     if outcome.interrupted:
         return Status.INTERRUPTED, outcome.message or f"interrupted after {steps} steps; what was learned is kept"
+    if isinstance(outcome.converged, EarlyStop):
+        return Status.STOPPED, str(outcome.converged)
     if outcome.converged is not None:
         return Status.CONVERGED, outcome.converged
     return Status.FINISHED, outcome.message or f"ran all {steps} steps"

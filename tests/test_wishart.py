@@ -1,7 +1,7 @@
 """The inverse Wishart distribution of Cholesky factors against torch's Wishart and Gamma, and against its own draws.
 
-Float64; closed forms in three dimensions take a few dozen roundings on values of order 10, so 1e-10 is generous. Averages
-of draws are held to |z| < 6: false alarms below 20 * 2e-9.
+Float64; closed forms in three dimensions take a few dozen roundings on values of order 10, so 1e-10 is generous.
+Averages of draws are held to |z| < 6: false alarms below 20 * 2e-9.
 """
 
 from __future__ import annotations

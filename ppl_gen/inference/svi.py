@@ -53,7 +53,7 @@ class SVI(Iterative):
             one per player. One optimiser holds all parameters of a player, fused where torch has a fused kernel.
         schedule: ``f(optimizer) -> torch.optim.lr_scheduler.LRScheduler``, stepped once per update.
         clip_norm: bound on the global norm of a player's gradient.
-        stop: a pure function ``history -> sentence or None`` that ends the run as converged.
+        stop_rule: a pure function ``history -> sentence or None`` that ends the run: `Plateau()`, `Patience()`, yours.
         stratify: name of an integer entry: every batch holds its share of each value (partly labelled data).
 
     Raises:

@@ -40,7 +40,7 @@ def split_rows(data: Any, share: float, program: Any = None) -> tuple[Any, Any]:
     data = collected(data)
     if isinstance(data, Mapping) and not isinstance(data, Rows):
         data = _named(data, program)
-    rows = _count(data)
+    rows = row_count(data)
     held = round(share * rows)
     if held < 2 or rows - held < 2:
         raise ValueError(
@@ -78,7 +78,7 @@ def _has_rows(value: Any) -> bool:
     return not isinstance(value, Constant | bool | int | float | str | None) and np.ndim(value) > 0
 
 
-def _count(data: Any) -> int:
+def row_count(data: Any) -> int:
     if isinstance(data, Dataset):
         sizes = {name: len(value) for name, value in data.entries.items()}
     elif isinstance(data, Mapping):

@@ -154,7 +154,7 @@ def side_by_side(task: Task, jobs: Sequence[Job], n_jobs: int, progress: bool | 
     from joblib import Parallel, delayed
     from joblib.parallel import get_active_backend
 
-    if get_active_backend()[0].supports_sharedmem:
+    if getattr(get_active_backend()[0], "uses_threads", False):
         raise ValueError(
             "n_jobs: joblib is set to run threads, but fits of one process share Pyro's parameter store; "
             'use joblib.parallel_config(backend="loky"), or n_jobs=1'

@@ -1,0 +1,104 @@
+"""When to stop: pure functions of the history, to be given to an algorithm as ``stop_rule=``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["EarlyStop", "Patience", "Plateau"]
+
+History = Mapping[str, Sequence[Any]]
+
+
+class EarlyStop(str):
+    """A sentence that says the run was stopped early; a plain sentence says that it converged."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Converged when the mean loss of a window of steps no longer falls below that of the window before.
+
+    The fall counts as none when it is smaller than ``tolerance`` nats per row plus two standard errors of the
+    difference of the two means (steps taken as independent, which they nearly are for fresh noise at every step).
+
+    Args:
+        window: steps in each of the two windows compared.
+        tolerance: nats per row that still count as progress.
+        on: which record of the history.
+
+    Raises:
+        ValueError: if ``window`` < 2 or ``tolerance`` < 0.
+
+    Example:
+        >>> rule = Plateau(window=3, tolerance=0.01)
+        >>> rule({"program_loss": [3.0, 2.0, 1.0, 0.5, 0.4, 0.3]}) is None
+        True
+        >>> rule({"program_loss": [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]})
+        'converged: program_loss fell by less than 0.01 over the last 3 steps'
+    """
+
+    window: int = 500
+    tolerance: float = 1e-3
+    on: str = "program_loss"
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise ValueError(f"window: expected at least 2 steps, got {self.window}")
+        if self.tolerance < 0:
+            raise ValueError(f"tolerance: expected at least 0, got {self.tolerance}")
+
+    def __call__(self, history: History) -> str | None:
+        """The sentence, or None to go on."""
+        values = [float(value) for value in history.get(self.on, ())[-2 * self.window :]]
+        if len(values) < 2 * self.window:
+            return None
+        before, after = values[: self.window], values[self.window :]
+        fall = _mean(before) - _mean(after)
+        error = math.sqrt((_variance(before) + _variance(after)) / self.window)
+        if fall > self.tolerance + 2 * error:
+            return None
+        return f"converged: {self.on} fell by less than {self.tolerance:g} over the last {self.window} steps"
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Stop early when the held-out evidence has not improved for some checks; needs ``fit(..., validation=)``.
+
+    Args:
+        checks: how many checks in a row without a new best are borne.
+        on: which record; larger is better.
+
+    Raises:
+        ValueError: if ``checks`` < 1.
+
+    Example:
+        >>> Patience(checks=2)({"validation_evidence": [-3.0, -2.0, -2.5, -2.1]})
+        'stopped early: validation_evidence has not improved for 2 checks'
+    """
+
+    checks: int = 5
+    on: str = "validation_evidence"
+
+    def __post_init__(self) -> None:
+        if self.checks < 1:
+            raise ValueError(f"checks: expected at least 1, got {self.checks}")
+
+    def __call__(self, history: History) -> str | None:
+        """The sentence, or None to go on."""
+        values = [float(value) for value in history.get(self.on, ())]
+        if len(values) <= self.checks or max(values[-self.checks :]) > max(values[: -self.checks]):
+            return None
+        return EarlyStop(f"stopped early: {self.on} has not improved for {self.checks} checks")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _variance(values: Sequence[float]) -> float:
+    centre = _mean(values)
+    return math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1)

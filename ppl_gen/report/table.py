@@ -1,0 +1,195 @@
+"""The table of a comparison, the differences that decide it, and the answer in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    import pandas
+
+    from ppl_gen.comparison import Comparison
+    from ppl_gen.diagnostics.evidence import Evidence
+    from ppl_gen.report.trials import Line
+
+__all__ = ["Standing", "answer", "as_text", "best_label", "frame", "paired", "standings", "trust"]
+
+#: Differences of fewer than so many standard errors are no differences.
+NOTABLE = 2.0
+
+_TRUST = {"trust": "trusted", "doubtful": "doubtful", "do not trust": "not trusted"}
+
+
+def frame(comparison: Comparison) -> pandas.DataFrame:
+    """See `Comparison.table`."""
+    import pandas
+
+    value = "in_sample" if comparison.in_sample else "heldout"
+    best = {line.seed: line for line in comparison.lines if line.label == best_label(comparison)}
+    rows = []
+    for line in comparison.lines:
+        mean, stderr, mc = _numbers(line.evidence)
+        difference, error = paired(line.evidence, best[line.seed].evidence if line.seed in best else None)
+        cost = {} if line.fit is None else line.fit.cost
+        rows.append(
+            {
+                "algorithm": line.label,
+                "seed": line.seed,
+                "status": line.status,
+                value: mean,
+                f"{value}_se": stderr,
+                "mc_se": mc,
+                "difference": difference,
+                "difference_se": error,
+                "pareto_k": line.pareto_k,
+                "verdict": line.verdict,
+                "seconds": line.seconds,
+                "steps": cost.get("steps", math.nan),
+                "gradient_evaluations": cost.get("gradient_evaluations", math.nan),
+                "message": line.message,
+            }
+        )
+    return pandas.DataFrame(rows)
+
+
+def _numbers(evidence: Evidence | None) -> tuple[float, float, float]:
+    return (math.nan,) * 3 if evidence is None else (evidence.mean, evidence.stderr, evidence.mc_stderr)
+
+
+def paired(one: Evidence | None, other: Evidence | None) -> tuple[float, float]:
+    r"""Difference of two evidences of the same rows, and its standard error.
+
+    With :math:`d_i = \log p_1(x_i) - \log p_2(x_i)`, the error is :math:`\mathrm{sd}(d) / \sqrt n` with the Monte Carlo
+    errors of both added in quadrature. What makes a row hard is the same for both and cancels.
+    """
+    if one is None or other is None:
+        return math.nan, math.nan
+    if one is other:
+        return 0.0, 0.0
+    d = one.values - other.values
+    spread = float(d.std() / math.sqrt(len(d))) if len(d) > 1 else math.nan
+    return one.mean - other.mean, math.hypot(spread, one.mc_stderr, other.mc_stderr)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One label over all its seeds: its mean, and its difference to the best label with a standard error."""
+
+    label: str
+    mean: float
+    stderr: float
+    difference: float
+    difference_se: float
+    seconds: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether the difference to the best is within `NOTABLE` of its standard errors."""
+        return self.difference_se == 0.0 or abs(self.difference) <= NOTABLE * self.difference_se
+
+
+def labels_of(comparison: Comparison) -> list[str]:
+    """Labels in the order given."""
+    return list(dict.fromkeys(line.label for line in comparison.lines))
+
+
+def _valued(comparison: Comparison, label: str) -> list[Line]:
+    lines = (line for line in comparison.lines if line.label == label)
+    return [line for line in lines if line.evidence is not None and math.isfinite(line.evidence.mean)]
+
+
+def best_label(comparison: Comparison) -> str | None:
+    """See `Comparison.best`."""
+    means = {}
+    for label in labels_of(comparison):
+        values = [line.evidence.mean for line in _valued(comparison, label) if line.evidence is not None]
+        if values:
+            means[label] = sum(values) / len(values)
+    return max(means, key=lambda label: means[label]) if means else None
+
+
+def standings(comparison: Comparison) -> list[Standing]:
+    """Labels with a value, best first. With several seeds, their spread is part of the error."""
+    best = best_label(comparison)
+    if best is None:
+        return []
+    reference = {line.seed: line.evidence for line in _valued(comparison, best)}
+    result = []
+    for label in labels_of(comparison):
+        lines = _valued(comparison, label)
+        if not lines:
+            continue
+        means = torch.tensor([line.evidence.mean for line in lines if line.evidence is not None], dtype=torch.float64)
+        pairs = [paired(line.evidence, reference.get(line.seed)) for line in lines if line.seed in reference]
+        difference, error = _pooled([d for d, _ in pairs], [e for _, e in pairs])
+        stderr = sum(line.evidence.stderr for line in lines if line.evidence is not None) / len(lines)
+        seconds = sum(line.seconds for line in lines) / len(lines)
+        result.append(Standing(label, float(means.mean()), stderr, difference, error, seconds))
+    return sorted(result, key=lambda s: -s.mean)
+
+
+def _pooled(differences: Sequence[float], errors: Sequence[float]) -> tuple[float, float]:
+    """Over seeds: all share the held-out rows, so their row errors do not average out; the seeds' own spread does."""
+    if not differences:
+        return math.nan, math.nan
+    d = torch.tensor(differences, dtype=torch.float64)
+    seeds = float(d.std() / math.sqrt(len(d))) if len(d) > 1 else 0.0
+    return float(d.mean()), math.hypot(sum(errors) / len(errors), seeds)
+
+
+def answer(comparison: Comparison) -> str:
+    """Which algorithm, in one sentence."""
+    ranks = standings(comparison)
+    if not ranks:
+        return "No algorithm gave a value that could be compared."
+    unit = "nats per row, in-sample" if comparison.in_sample else "nats per held-out row"
+    best = ranks[0]
+    if len(ranks) == 1:
+        return f"{best.label} reached {best.mean:.4g} {unit}; nothing else gave a value to compare it with."
+    equal = [s for s in ranks if s.equal]
+    worse = [s for s in ranks if not s.equal]
+    quick = min(equal, key=lambda s: s.seconds)
+    many = "All" if not worse else f"{_listed(s.label for s in equal)}"
+    if len(equal) == 1:
+        text = f"{best.label} predicts best ({best.mean:.4g} {unit})"
+    else:
+        who = f"All {len(equal)} algorithms predict" if not worse else f"{many} predict"
+        text = f"{who} equally well ({best.mean:.4g} {unit}); {quick.label} is the quickest of them"
+    if worse:
+        text += "; " + ", ".join(f"{s.label} is worse by {-s.difference:.2g} ± {s.difference_se:.1g}" for s in worse)
+    if comparison.in_sample:
+        text += ". In-sample values favour maximum likelihood by construction: hold out rows to compare predictions"
+    return text + "."
+
+
+def trust(comparison: Comparison) -> dict[str, list[str]]:
+    """Labels by how far they can be trusted; a label counts by the worst of its seeds."""
+    order = ["trusted", "doubtful", "not trusted", "not diagnosed", "no fit"]
+    groups: dict[str, list[str]] = {name: [] for name in order}
+    for label in labels_of(comparison):
+        grades = [_grade(line) for line in comparison.lines if line.label == label]
+        groups[max(grades, key=order.index)].append(label)
+    return {name: labels for name, labels in groups.items() if labels}
+
+
+def _grade(line: Line) -> str:
+    if line.fit is None:
+        return "no fit"
+    return _TRUST.get(line.verdict.split(":")[0], "not diagnosed")
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def as_text(comparison: Comparison) -> str:
+    """What a terminal shows: the answer and the numbers that carry it."""
+    table = frame(comparison).drop(columns=["verdict", "message", "gradient_evaluations"])
+    grades = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in trust(comparison).items())
+    numbers = table.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="-")
+    return f"{answer(comparison)}\n{grades}\n{numbers}"
