@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppl_gen.data.batching import LARGE, Dataset, as_dataset
+from ppl_gen.data.batching import LARGE, Dataset, as_dataset, is_double
+from ppl_gen.data.sources import collected
 from ppl_gen.dryrun import ProgramInfo, check_observed, dry_run
 from ppl_gen.errors import NonFiniteError
 from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
 from ppl_gen.inference.stopping import EarlyStop
-from ppl_gen.isolation import Workspace, isolated
+from ppl_gen.isolation import Workspace, isolated, looking
 from ppl_gen.offers import require
 from ppl_gen.program import Program, Recipe, as_recipe
 from ppl_gen.result import Fit, Status
@@ -77,12 +79,15 @@ def fit(
         name = algorithm.__name__ if isinstance(algorithm, type) else type(algorithm).__name__
         hint = f"{name}() (with brackets)" if isinstance(algorithm, type) else "SVI(), EM() or NUTS()"
         raise TypeError(f"algorithm: expected an instance such as {hint}, got {name}")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"seed: expected a whole number of at least 0, got {seed!r}")
-    recipe = as_recipe(program)
+    seed, place = _checked_seed(seed), _checked_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype!r}")
+    if validate_every is not None and (not isinstance(validate_every, int) or validate_every < 1):
+        raise ValueError(f"validate_every: expected a whole number of at least 1, got {validate_every!r}")
+    recipe, data = as_recipe(program), collected(data)
+    _check_start(recipe, start)
     dtype = dtype or algorithm.dtype
-    place = None if device is None else torch.device(device)
-    with isolated(seed, dtype=dtype or _dtype_of(data)):
+    with isolated(seed, dtype=dtype or _dtype_of(data)), torch.inference_mode(False), torch.enable_grad():
         built, dataset = _built(recipe, data, dtype, place, start)
         state = start.state if start is not None else None
         with Workspace(state, device=place, dtype=dataset.dtype, modules=_modules_of(built, start)) as workspace:
@@ -91,7 +96,6 @@ def fit(
             require(algorithm.label, algorithm.needs, built.name, info.offers)
             run = Run(built, dataset, info, workspace, seed, start)
             algorithm.check(run)
-            _warn_unregistered(workspace, run)
             with _progress(progress, algorithm.label) as report:
                 run.progress = report
                 run.hooks = tuple(callbacks)
@@ -99,6 +103,7 @@ def fit(
                 began = time.perf_counter()
                 outcome = algorithm.run(run)
                 seconds = time.perf_counter() - began
+            _note_unregistered(workspace, run)
             result = _finished(recipe, algorithm, run, outcome, seconds)
     if result.status is Status.DIVERGED:
         raise NonFiniteError(result.message, result)
@@ -127,6 +132,7 @@ def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -
     """
     from pyro.infer.autoguide import AutoGuide
 
+    data = collected(data)
     with isolated(0, dtype=_dtype_of(data)):
         built, dataset = _built(as_recipe(program), data, None, None, None)
         guide = built.guide
@@ -136,10 +142,40 @@ def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -
             return _inspected(built, dataset, guide)
 
 
+def _checked_seed(seed: Any) -> int:
+    try:
+        value = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        value = -1
+    if not 0 <= value < 2**32:
+        raise ValueError(f"seed: expected a whole number of at least 0 and below 2**32, got {seed!r}")
+    return value
+
+
+def _checked_device(device: str | torch.device | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: {str(error).splitlines()[0]}") from error
+
+
+def _check_start(recipe: Recipe, start: Fit | None) -> None:
+    if start is None:
+        return
+    names = {start.program.name, *([start.recipe.name] if start.recipe is not None else [])}
+    if recipe.name not in names:
+        raise ValueError(
+            f"start: that fit is of the program {start.program.name!r}, and not of {recipe.name!r}; continue from a fit "
+            "of the same program"
+        )
+
+
 def _dtype_of(data: Any) -> torch.dtype:
+    """The one decision about a fit's dtype: float64 where any entry holds it (a list of floats does), else float32."""
+    if isinstance(data, Dataset):
+        return data.dtype or torch.float32
     values = list(data.values()) if isinstance(data, Mapping) else [data]
-    doubles = any("float64" in str(getattr(value, "dtype", "")) for value in values)
-    return torch.float64 if doubles else torch.float32
+    return torch.float64 if any(is_double(value) for value in values) else torch.float32
 
 
 def _built(
@@ -147,7 +183,7 @@ def _built(
 ) -> tuple[Program, Dataset]:
     with torch.device(device or "cpu"):
         built = start.program if start is not None else recipe(_as_given(data, dtype))
-    return built, as_dataset(data, built.model, dtype=dtype, device=device)
+    return built, as_dataset(data, built.model, dtype=dtype or torch.get_default_dtype(), device=device)
 
 
 def _as_given(data: Any, dtype: torch.dtype | None) -> Any:
@@ -170,11 +206,12 @@ def _modules_of(program: Program, start: Fit | None) -> dict[str, nn.Module]:
 
 def _inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInfo:
     batch = data.head(DRY_ROWS) if data.elements > LARGE else data.batch()
-    with isolated():
+    with looking():
         return dry_run(program, batch, guide=guide)
 
 
-def _warn_unregistered(workspace: Workspace, run: Run) -> None:
+def _note_unregistered(workspace: Workspace, run: Run) -> None:
+    """Asked at the end: by then the guide has run too, which may register what the model only calls."""
     names = workspace.unregistered()
     if names:
         run.notes["not trained"] = (
@@ -190,11 +227,12 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
     checks: dict[str, list[float]] = {}
     converged = diverged = None
     interrupted = False
-    step = 0
+    done = 0
     try:
         for step in range(1, limit + 1):
             state, info = algorithm.step(state, source)
             _append(history, info, step)
+            done = step
             for hook in run.hooks:
                 hook(step, info)
             if step % algorithm.stop_every() == 0 and (converged := algorithm.stop({**history, **checks})) is not None:
@@ -207,11 +245,15 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
         interrupted = True
     except FloatingPointError as error:
         diverged = str(error)
-    outcome = algorithm.outcome(state, run)
-    outcome.converged, outcome.diverged, outcome.interrupted = converged, diverged, interrupted
+    try:
+        outcome = algorithm.outcome(state, run)
+    except FloatingPointError as error:  # from here on the outcome is the last finite state
+        diverged, outcome = str(error), algorithm.outcome(state, run)
+    outcome.converged, outcome.interrupted = converged, interrupted
+    outcome.diverged = diverged or outcome.diverged
     outcome.history = {**outcome.history, **{name: floats(values) for name, values in history.items()}}
     outcome.checks = checks
-    outcome.cost = {"steps": step if not (interrupted or diverged) else step - 1, **outcome.cost}
+    outcome.cost = {"steps": done, **outcome.cost}
     return outcome
 
 
@@ -241,6 +283,7 @@ class _validation:
         return None if data is None else super().__new__(cls)
 
     def __init__(self, data: Any, every: int | None, program: Program, train: Dataset) -> None:
+        data = collected(data)
         self.data = as_dataset(data, program.model, dtype=train.dtype, device=train.device)
         self.every = every
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+import numbers
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["IncompatibleError", "MissingExtraError", "NonFiniteError"]
+__all__ = ["IncompatibleError", "MissingExtraError", "NonFiniteError", "require_positive", "require_whole"]
 
 
 class IncompatibleError(ValueError):
@@ -31,3 +33,27 @@ class NonFiniteError(ArithmeticError):
     def __init__(self, message: str, fit: Fit | None = None) -> None:
         super().__init__(message)
         self.fit = fit
+
+
+def require_whole(name: str, value: Any) -> None:
+    """Raise ValueError, naming the argument, unless ``value`` is a whole number of at least 1.
+
+    >>> require_whole("particles", 2.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: particles: expected a whole number of at least 1, got 2.5
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Raise ValueError, naming the argument, unless ``value`` is a positive finite number.
+
+    >>> require_positive("lr", 0.0)
+    Traceback (most recent call last):
+    ...
+    ValueError: lr: expected a positive number, got 0.0
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["ProgramState", "Workspace", "isolated", "quiet"]
+__all__ = ["ProgramState", "Workspace", "isolated", "looking", "quiet"]
 
 
 @contextlib.contextmanager
@@ -29,6 +30,7 @@ def isolated(seed: int | None = None, *, dtype: torch.dtype | None = None) -> It
     True
     """
     kept = torch.get_rng_state(), np.random.get_state(), random.getstate(), torch.get_default_dtype()
+    validate = torch.distributions.Distribution._validate_args  # Pyro knows its own flag and overwrites torch's
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     try:
         with pyro.validation_enabled(True):
@@ -38,12 +40,33 @@ def isolated(seed: int | None = None, *, dtype: torch.dtype | None = None) -> It
                 torch.set_default_dtype(dtype)
             yield
     finally:
+        torch.distributions.Distribution._validate_args = validate
         torch.set_default_dtype(kept[3])
         torch.set_rng_state(kept[0])
         np.random.set_state(kept[1])
         random.setstate(kept[2])
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def looking() -> Iterator[None]:
+    """Run a program only to look at it: no gradients, and buffers and generators are put back on exit."""
+    kept: dict[int, tuple[nn.Module, dict[str, tuple[Tensor, Tensor]]]] = {}
+
+    def keep(module: nn.Module, _inputs: object) -> None:
+        if id(module) not in kept:
+            kept[id(module)] = module, {k: (b, b.clone()) for k, b in module._buffers.items() if b is not None}
+
+    hook = register_module_forward_pre_hook(keep)
+    try:
+        with isolated(), torch.no_grad():
+            yield
+    finally:
+        hook.remove()
+        for module, buffers in kept.values():
+            for name, (buffer, value) in buffers.items():
+                module._buffers[name] = buffer.copy_(value)
 
 
 def quiet() -> contextlib.AbstractContextManager[None]:
@@ -73,10 +96,20 @@ class ProgramState:
 class _OwnInitialValues(Messenger):
     """`pyro.param` keeps the very tensor it was given; copy it, so that training does not write into a closure."""
 
+    def __init__(self, own: Callable[[nn.Parameter], None]) -> None:
+        super().__init__()
+        self.own = own
+
     def _pyro_param(self, msg: Any) -> None:
-        if len(msg["args"]) > 1 and isinstance(msg["args"][1], Tensor) and not isinstance(msg["args"][1], nn.Parameter):
-            name, value, *rest = msg["args"]
+        if len(msg["args"]) < 2:
+            return
+        name, value, *rest = msg["args"]
+        if isinstance(value, nn.Parameter):
+            self.own(value)  # a module holds it, perhaps: the object has to stay the same
+        elif isinstance(value, Tensor):
             msg["args"] = (name, value.detach().clone(), *rest)
+        elif callable(value):
+            msg["args"] = (name, lambda: value().detach().clone(), *rest)
 
 
 class Workspace:
@@ -98,6 +131,7 @@ class Workspace:
         self.device, self.dtype, self.training = device, dtype, training
         self.modules: dict[str, nn.Module] = {}
         self.called: dict[int, nn.Module] = {}
+        self.others: list[nn.Module] = []  # trained by players that Pyro knows nothing of
         self._given = dict(modules or {})
         self._state = state or ProgramState()
         self._adopted: dict[int, nn.Module] = {}
@@ -106,19 +140,27 @@ class Workspace:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Workspace:
-        plain = {k: v.detach().clone().requires_grad_() for k, v in self._state.unconstrained.items() if "$$$" not in k}
+        try:
+            self._open()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _open(self) -> None:
+        plain = {k: self._place(v).requires_grad_() for k, v in self._state.unconstrained.items() if "$$$" not in k}
         constraints = {k: self._state.constraints[k] for k in plain if k in self._state.constraints}
         store = pyro.get_param_store()
         self._stack.enter_context(store.scope({"params": plain, "constraints": constraints}))
         self._stack.enter_context(self._patched_module_statement())
-        self._stack.enter_context(_OwnInitialValues())
+        self._stack.enter_context(pyro.settings.context(module_local_params=False))
+        self._stack.enter_context(_OwnInitialValues(lambda parameter: self._own(parameter, None)))
         if self.device is not None:
             self._stack.enter_context(torch.device(self.device))
         hook = register_module_forward_pre_hook(self._on_call)
         self._stack.callback(hook.remove)
         for name, module in self._given.items():
             self.adopt(module, name)
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
@@ -178,17 +220,34 @@ class Workspace:
                 module.training = self.training
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                self._own(parameter, first, self._state.unconstrained.get(f"{prefix}{key}"))
+                self._own(parameter, self._learned(module, prefix, key))
         for key, buffer in list(module._buffers.items()):
             value = self._state.buffers.get(f"{prefix}{key}") if prefix else None
             if buffer is not None and (first or value is not None):
                 module._buffers[key] = self._place(buffer if value is None else value)
 
-    def _own(self, parameter: nn.Parameter, first: bool, value: Tensor | None) -> None:
+    def _learned(self, module: nn.Module, prefix: str | None, key: str) -> Tensor | None:
+        """The state's value of a parameter: by `pyro.module`'s name or, in a PyroModule, by that of the attribute."""
+        values = self._state.unconstrained
+        if f"{prefix}{key}" in values or not isinstance(module, PyroModule):
+            return values.get(f"{prefix}{key}")
+        name = ".".join(part for part in (module._pyro_name, key.removesuffix("_unconstrained")) if part)
+        if name in values and name in pyro.get_param_store():
+            del pyro.get_param_store()[name]  # the module registers its own again when it is first read
+        return values.get(name)
+
+    def _own(self, parameter: nn.Parameter, value: Tensor | None) -> None:
         data = parameter.data
-        if first and id(parameter) not in self._owned:  # a tied weight has one original
+        if id(parameter) not in self._owned:  # a tied weight has one original
             self._owned[id(parameter)] = parameter
-            self._undo.append(lambda: setattr(parameter, "data", data))
+            gradient, parameter.grad = parameter.grad, None
+
+            def put_back() -> None:
+                parameter.grad = None
+                parameter.data = data
+                parameter.grad = gradient
+
+            self._undo.append(put_back)
             parameter.data = self._place(data)
         if value is not None:
             if value.shape != data.shape:
@@ -205,21 +264,19 @@ class Workspace:
 
     def collect(self, *runs: Callable[[], object]) -> dict[str, Tensor]:
         """Run the program once without changing buffers or generators, so that lazily made parameters exist."""
-        copies = {
-            key: {name: value.clone() for name, value in module._buffers.items() if value is not None}
-            for key, module in self._adopted.items()
-        }
-        with torch.no_grad():
+        with looking():
             for run in runs:
                 run()
-        for key, values in copies.items():
-            for name, value in values.items():
-                self._adopted[key]._buffers[name].copy_(value)  # type: ignore[union-attr]
         return self.leaves()
+
+    def buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """Copies of all buffers as they are now: what a step that fails has to put back."""
+        modules = self._adopted.values()
+        return [(m, name, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
 
     def unregistered(self) -> list[str]:
         """Modules that were called and hold trainable parameters Pyro does not know: they would silently not train."""
-        known = {id(p) for p in self.leaves().values()}
+        known = {id(p) for p in self.leaves().values()} | {id(p) for m in self.others for p in m.parameters()}
         return sorted(
             {
                 type(module).__name__

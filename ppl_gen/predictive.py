@@ -13,7 +13,9 @@ from torch import Tensor
 from ppl_gen.data.batching import LARGE, Batch, Dataset
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.objectives.elbo import is_sample
+from ppl_gen.inference.objectives.observed import reads_own_observation
 from ppl_gen.inference.objectives.particles import Substitute
+from ppl_gen.posterior import PointPosterior
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -98,12 +100,25 @@ def posterior_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[s
     _positive("draws", draws)
     if not fit.info.select():
         raise IncompatibleError(f"{fit.program.name!r} has no latent sites: there is nothing to draw a posterior of")
+    _refuse_prior(fit)
     dataset = fit.dataset(data)
     with fit.bound(seed):
         batch = dataset.batch()
         latents = latent_draws(fit, batch, draws, training=data is None)
         extended = [values | _deterministic(fit, batch, values) for values in latents]
     return _stacked(extended)
+
+
+def _refuse_prior(fit: Fit) -> None:
+    """Draws of the prior must not pass for draws of a posterior that nobody learned (an adversarial fit, say)."""
+    if not isinstance(fit.learned, PointPosterior):
+        return
+    unknown = [site.name for site in fit.info.select() if not site.finite and site.name not in fit.learned.values]
+    if unknown:
+        raise IncompatibleError(
+            f"{fit.algorithm} learned no posterior of {', '.join(unknown)} in {fit.program.name!r}; "
+            "fit.sample(n) and fit.predict() draw what the program makes"
+        )
 
 
 def _deterministic(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -230,30 +245,16 @@ def _fixed_value(fit: Fit, name: str, value: Any, n: int) -> Tensor:
 
 def _refuse_teacher_forcing(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> None:
     """A program that reads x in order to make x cannot generate by forgetting its observation: say so."""
-    state = torch.get_rng_state()
-    first = _run(fit, batch, values, replicate=True)
-    observed = [s.name for s in fit.info.select(kind="observed") if s.name in first.nodes]
-    entries = {id(first.nodes[name]["infer"].get("obs")) for name in observed}
-    other = replace(
-        batch,
-        args=tuple(_scrambled(a) if id(a) in entries else a for a in batch.args),
-        kwargs={k: _scrambled(v) if id(v) in entries else v for k, v in batch.kwargs.items()},
-    )
-    torch.set_rng_state(state)
-    second = _run(fit, other, values, replicate=True)
-    torch.set_rng_state(state)
-    reads = [
-        n for n in observed if n not in values and not torch.equal(first.nodes[n]["value"], second.nodes[n]["value"])
-    ]
-    if reads and fit.program.energy is None:
+    if fit.program.energy is not None:
+        return
+    observed = [site.name for site in fit.info.select(kind="observed")]
+    found = reads_own_observation(lambda b: _run(fit, b, values, replicate=True), batch, observed)
+    reads = [name for name in found if name not in values]
+    if reads:
         raise IncompatibleError(
             f"the program {fit.program.name!r} reads its own observation of {', '.join(reads)} to generate it, so "
             "removing the observation does not make new rows; generate step by step inside the model when it is None"
         )
-
-
-def _scrambled(value: Any) -> Any:
-    return value.flip(0).roll(1, 0).logical_not() if value.dtype is torch.bool else value.flip(0).roll(1, 0) * 0
 
 
 def _positive(name: str, value: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Batches", "Constant", "Dataset", "as_dataset", "constant"]
+__all__ = ["Batch", "Batches", "Constant", "Dataset", "as_dataset", "constant", "is_double"]
 
 LARGE = 1_000_000  # elements: beyond this a dry run looks at a slice, and posterior draws are not made for every row
 
@@ -205,7 +205,7 @@ def as_dataset(
     for name, value in {**entries, **constants}.items():
         _check_finite(name, value)
     if dtype is None:
-        dtype = _natural_dtype([*entries.values(), *constants.values()])
+        dtype = torch.float64 if any(map(is_double, (*entries.values(), *constants.values()))) else torch.float32
     return Dataset(entries, constants, positional, rows, device, dtype, on_batch, original)
 
 
@@ -289,6 +289,15 @@ def _check_finite(name: str, value: Any) -> None:
         )
 
 
-def _natural_dtype(values: list[Any]) -> torch.dtype:
-    doubles = (v.dtype in (torch.float64, np.float64) for v in values if isinstance(v, Tensor | np.ndarray))
-    return torch.float64 if any(doubles) else torch.float32
+def is_double(value: Any) -> bool:
+    """Whether ``value`` holds float64 as NumPy reads it; a plain number or text does not."""
+    if isinstance(value, Constant):
+        return is_double(value.value) if isinstance(value.value, Tensor | np.ndarray) else False
+    if isinstance(value, Tensor | np.ndarray):
+        return value.dtype in (torch.float64, np.float64)
+    if value is None or isinstance(value, bool | int | float | str):
+        return False
+    try:
+        return np.asarray(value).dtype == np.float64
+    except (TypeError, ValueError, RuntimeError):
+        return False  # what is wrong with it is said where it becomes an entry

@@ -103,7 +103,7 @@ class CAVI(Iterative):
 
     def stop(self, history: Mapping[str, Sequence[float]]) -> str | None:
         values = history["elbo"]
-        if len(values) < 2:
+        if len(values) < 2 or self.tolerance == 0:
             return None
         gain, threshold = float(values[-1]) - float(values[-2]), self.tolerance * max(1.0, abs(float(values[-1])))
         if not gain < threshold:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch, Batches
 from ppl_gen.dryrun import dry_run
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import IncompatibleError, require_positive, require_whole
 from ppl_gen.inference.base import Info, Iterative, Outcome, Run
 from ppl_gen.inference.objectives.base import Game, Player, Setting
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.plain import as_objective
-from ppl_gen.isolation import ProgramState, quiet
+from ppl_gen.isolation import ProgramState, looking, quiet
 from ppl_gen.offers import Need
 from ppl_gen.posterior import GuidePosterior, PointPosterior
 from ppl_gen.program import filtered
@@ -80,14 +80,16 @@ class SVI(Iterative):
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         for name in ("steps", "epochs", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+            if (value := getattr(self, name)) is not None:
+                require_whole(name, value)
         rates = self.lr.values() if isinstance(self.lr, Mapping) else [] if self.lr is None else [self.lr]
-        if any(not rate > 0 for rate in rates):
-            raise ValueError(f"lr: expected a positive number, got {self.lr!r}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm: expected a positive number, got {self.clip_norm!r}")
+        for rate in rates:
+            require_positive("lr", rate)
+        if self.clip_norm is not None:
+            require_positive("clip_norm", self.clip_norm)
+        for name in ("schedule", "stop_rule"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise TypeError(f"{name}: expected a function, got {type(getattr(self, name)).__name__}")
         named = self.optimiser.values() if isinstance(self.optimiser, Mapping) else [self.optimiser]
         for name in named:
             if isinstance(name, str) and name.lower() not in _OPTIMISERS:
@@ -136,8 +138,11 @@ class SVI(Iterative):
         whole = self.source(run).next() if self.batch_size is not None else run.data.batch()
         probe = _as_whole(whole)
         if guide is not None:
-            run.info = dry_run(run.program, probe, guide=guide)
+            with looking():
+                run.info = dry_run(run.program, probe, guide=guide)
         minibatches = self.batch_size is not None and run.data.rows is not None and self.batch_size < run.data.rows
+        if minibatches and guide is not None:
+            _refuse_row_parameters(run, guide, whole)
         setting = Setting(run.program, run.program.model, guide, run.info, probe, minibatches)
         game = self.objective.build(setting)
         _continue(game, run)
@@ -153,6 +158,7 @@ class SVI(Iterative):
 
     def outcome(self, state: _State, run: Run) -> Outcome:
         run.notes.update(state.game.notes)
+        state.check_finite()
         values = state.rolled_back() if state.bad else state.run.workspace.snapshot()
         posterior = PointPosterior() if state.guide is None else GuidePosterior(state.guide)
         evaluations = sum(p.updates for p in state.game.players) * state.count
@@ -186,6 +192,8 @@ class _State:
         if guide is not None:
             runs.append(partial(guide, *probe.args, **probe.kwargs))
         leaves = run.workspace.collect(*runs)
+        run.workspace.others.extend(game.modules.values())
+        self._check_players()
         self.leaves = {player.name: self._owned(player, leaves) for player in game.players}
         self.optimisers = {p.name: self._optimiser(p) for p in game.players if self.leaves[p.name]}
         self.schedules = {n: svi.schedule(o) for n, o in self.optimisers.items() if svi.schedule is not None}
@@ -194,6 +202,14 @@ class _State:
             raise IncompatibleError(
                 f"{svi.label} has nothing to learn in {run.program.name!r}: neither model nor guide has parameters"
             )
+
+    def _check_players(self) -> None:
+        players = [player.name for player in self.game.players]
+        for setting in ("lr", "optimiser"):
+            value = getattr(self.svi, setting)
+            unknown = [name for name in value if name not in players] if isinstance(value, Mapping) else []
+            if unknown:
+                raise ValueError(f"{setting}: {self.svi.objective.label} has no player {unknown}; it has {players}")
 
     def _owned(self, player: Player, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module = self.game.modules.get(player.name)
@@ -213,6 +229,11 @@ class _State:
             kind = (chosen or "adam").lower()
             fused = {"fused": True} if kind in ("adam", "adamw", "sgd") and _fusable(params) else {}
             built = _OPTIMISERS[kind](params, lr=rate or 1e-3, **fused)
+        if not isinstance(built, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimiser: expected a function of the parameters that makes a torch.optim.Optimizer, got "
+                f"{type(built).__name__} from {chosen!r}; write optimiser=torch.optim.Adam, say, not a pyro.optim one"
+            )
         if rate is not None:
             for group in built.param_groups:
                 group["lr"] = rate
@@ -223,6 +244,7 @@ class _State:
         leaves = list(self.leaves[player.name].values())
         if not leaves:
             return {}
+        buffers = self.run.workspace.buffers()
         if self.first:
             value, parts, grads = gradients(self.game, player.name, leaves, batch)
             self.first = False
@@ -232,6 +254,8 @@ class _State:
         norm = torch.nn.utils.get_total_norm(grads)
         if not bool(torch.isfinite(value + norm)):
             self.bad = True
+            for module, name, kept in buffers:
+                module._buffers[name] = kept
             raise FloatingPointError(self._complaint(player, value, norm))
         if self.svi.clip_norm is not None:
             torch._foreach_mul_(grads, (self.svi.clip_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -255,6 +279,15 @@ class _State:
             f"the {what} of player {player.name!r} is not finite at step {self.count} (loss {float(value):g}, gradient "
             f"norm {float(norm):g}){where}. Try a smaller lr, clip_norm=, or a prior that keeps scales off zero"
         )
+
+    def check_finite(self) -> None:
+        """What the last update did has no loss of its own yet that would show an overflow."""
+        bad = [n for ps in self.leaves.values() for n, p in ps.items() if not bool(p.isfinite().all())]
+        if bad and not self.bad:
+            self.bad = True
+            raise FloatingPointError(
+                f"the update of step {self.count} made {', '.join(bad)} infinite or NaN. Try a smaller lr or clip_norm="
+            )
 
     def rolled_back(self) -> ProgramState:
         """The parameters before the update that led to a non-finite loss."""
@@ -285,6 +318,27 @@ def _continue(game: Game, run: Run) -> None:
             run.notes[f"{name} starts"] = "from the fit that is continued"
         else:
             run.notes[f"{name} starts"] = "afresh: its parameters differ in names or shapes from the earlier fit's"
+
+
+def _refuse_row_parameters(run: Run, guide: Callable[..., Any], batch: Batch) -> None:
+    """A guide with one set of parameters per row of a batch would share them among all rows: run it on fewer rows."""
+    local = [n for n, s in (run.info.guide_sites or {}).items() if s.local and not s.likelihood_free]
+    if not local or batch.rows is None or batch.rows < 3 or batch.index is None:
+        return
+    fewer = run.data.batch(batch.index[:-1])
+    try:
+        with looking():
+            trace = poutine.trace(guide).get_trace(*fewer.args, **fewer.kwargs)
+        sizes = {f.size for n in local if n in trace for f in trace.nodes[n]["cond_indep_stack"] if f.name == run.info.data_plate}
+        if sizes == {fewer.rows}:
+            return
+    except (RuntimeError, ValueError, IndexError):
+        pass
+    raise IncompatibleError(
+        f"the guide's site(s) {local} cannot follow a batch of another size: it seems to hold parameters for each of "
+        f"{batch.rows} rows, which minibatches would share among all {run.data.rows}. Give an amortised guide (a network "
+        "of x), parameters that are picked by a row number in the data, or leave batch_size out."
+    )
 
 
 def _as_whole(batch: Batch) -> Batch:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ppl_gen.diagnostics.evidence import Evidence
     from ppl_gen.report.trials import Line
 
-__all__ = ["Standing", "answer", "as_text", "best_label", "frame", "paired", "standings", "trust"]
+__all__ = ["Standing", "answer", "as_text", "best_label", "frame", "grade", "labels_of", "paired", "standings", "trust"]
 
 #: Differences of fewer than so many standard errors are no differences.
 NOTABLE = 2.0
@@ -171,12 +171,13 @@ def trust(comparison: Comparison) -> dict[str, list[str]]:
     order = ["trusted", "doubtful", "not trusted", "not diagnosed", "no fit"]
     groups: dict[str, list[str]] = {name: [] for name in order}
     for label in labels_of(comparison):
-        grades = [_grade(line) for line in comparison.lines if line.label == label]
+        grades = [grade(line) for line in comparison.lines if line.label == label]
         groups[max(grades, key=order.index)].append(label)
     return {name: labels for name, labels in groups.items() if labels}
 
 
-def _grade(line: Line) -> str:
+def grade(line: Line) -> str:
+    """How far a fit can be trusted, from the first words of its verdict."""
     if line.fit is None:
         return "no fit"
     return _TRUST.get(line.verdict.split(":")[0], "not diagnosed")

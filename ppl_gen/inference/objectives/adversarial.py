@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
@@ -44,9 +44,9 @@ class Costs:
 
 #: The games by name; with classifiers, minus the critic's cost at its optimum is 2 JS(data, program) - log 4.
 COSTS: dict[str, Costs] = {
-    "non-saturating": Costs(lambda t: softplus(-t), softplus, lambda t: softplus(-t), classifier=True),
-    "minimax": Costs(lambda t: softplus(-t), softplus, lambda t: -softplus(t), classifier=True),
-    "wasserstein": Costs(lambda t: -t, lambda t: t, lambda t: -t, classifier=False),
+    "non-saturating": Costs(lambda t: -logsigmoid(t), lambda t: -logsigmoid(-t), lambda t: -logsigmoid(t), True),
+    "minimax": Costs(lambda t: -logsigmoid(t), lambda t: -logsigmoid(-t), lambda t: logsigmoid(-t), True),
+    "wasserstein": Costs(lambda t: -t, lambda t: t, lambda t: -t, False),
 }
 
 

@@ -15,7 +15,7 @@ from torch.distributions import kl_divergence
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import Site
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting
 from ppl_gen.offers import Need
 
@@ -52,8 +52,7 @@ class ELBO(Objective):
     time_step: str = "sampled"
 
     def __post_init__(self) -> None:
-        if self.particles < 1:
-            raise ValueError(f"particles: expected at least 1, got {self.particles}")
+        require_whole("particles", self.particles)
         if self.time_step not in ("sampled", "all"):
             raise ValueError(f"time_step: expected 'sampled' or 'all', got {self.time_step!r}")
 
@@ -286,7 +285,11 @@ def _parallel(names: set[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 class _TimeStepGame(Game):
-    """One time step per row, uniform over the chain: T times its term is unbiased for the sum."""
+    """One time step per row, uniform over the chain: T times its term is unbiased for the sum.
+
+    The steps of a batch are spread evenly over the chain and dealt to its rows at random, which takes a quarter to a
+    third off the noise of the loss (Kingma et al. 2021).
+    """
 
     def __init__(self, setting: Setting, particles: int) -> None:
         assert setting.program.time_steps is not None
@@ -294,11 +297,15 @@ class _TimeStepGame(Game):
         self.notes = {"gradients": f"one of {self.chain.steps} time steps sampled per row"}
 
     def loss(self, player: str, batch: Batch) -> Loss:
-        rows = batch.rows or 1
         terms = []
         for _ in range(self.particles):
-            t = torch.randint(1, self.chain.steps + 1, (rows,))
+            t = self._time_steps(batch.rows or 1)
             terms.append(self.chain.term(t, *batch.args, **batch.kwargs).mean() * self.chain.steps)
         constant = self.chain.constant(*batch.args, **batch.kwargs).mean()
         kl = torch.stack(terms).mean()
         return Loss(kl + constant, {"chain": kl.detach(), "constant": constant.detach()})
+
+    def _time_steps(self, rows: int) -> Tensor:
+        even = (torch.arange(rows) + torch.rand(rows)) / rows
+        dealt = even[torch.randperm(rows)]
+        return 1 + (dealt * self.chain.steps).long().clamp(max=self.chain.steps - 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting
 from ppl_gen.inference.objectives.elbo import is_sample
 from ppl_gen.inference.objectives.particles import can_vectorise, local_log_weights, sampled
@@ -46,8 +46,7 @@ class IWAE(Objective):
     particles: int = 5
 
     def __post_init__(self) -> None:
-        if self.particles < 1:
-            raise ValueError(f"particles: expected at least 1, got {self.particles}")
+        require_whole("particles", self.particles)
 
     @property
     def needs(self) -> Sequence[Need]:

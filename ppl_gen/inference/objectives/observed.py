@@ -228,4 +228,5 @@ def reads_own_observation(
 
 
 def _blanked(value: Tensor) -> Tensor:
-    return value.flip(0).logical_not() if value.dtype is torch.bool else torch.zeros_like(value)
+    """Other values of the same kind, different in every entry: one for zero, zero for the rest."""
+    return (value == 0).to(value.dtype)

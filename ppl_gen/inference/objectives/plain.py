@@ -39,7 +39,7 @@ def total_loss(
     if key not in per_model:
         program = Program(model, guide)
         with isolated():
-            info = dry_run(program, batch, guide=guide)
+            info = dry_run(program, batch, guide=guide if objective.uses_guide else None)
         require(objective.label, objective.needs, program.name, info.offers)
         per_model[key] = objective.build(Setting(program, model, guide, info, batch))
     game = per_model[key]

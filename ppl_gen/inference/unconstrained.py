@@ -1,0 +1,217 @@
+r"""The density of a program over one flat vector without constraints: what Hamiltonian samplers move in.
+
+.. math:: U(u) = -\log p(x, z(u)) - \log \left| \det \partial z / \partial u \right|,
+
+where each latent site is z = T(u), T being torch's bijection onto the support of the site, and finite discrete sites are
+summed out. Supports are read as the program runs, so that a bound may depend on another latent site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.dryrun import ProgramInfo
+from ppl_gen.errors import IncompatibleError
+from ppl_gen.inference.enumeration import enumerated_trace, log_joint
+from ppl_gen.isolation import quiet
+
+__all__ = ["Unconstrained", "starting_point"]
+
+TRIES = 100
+
+
+class _Placed(Messenger):
+    """Continuous latent sites at T(u), summing log |det dT/du|; discrete ones at one value of their support."""
+
+    def __init__(self, parts: Mapping[str, Tensor], state: int = 0) -> None:
+        super().__init__()
+        self.parts, self.state = parts, state
+        self.values: dict[str, Tensor] = {}
+        self.log_det: Tensor | float = 0.0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or type(msg["fn"]).__name__ == "_Subsample":
+            return
+        name, fn = msg["name"], msg["fn"]
+        if name in self.parts:
+            transform, part = biject_to(fn.support), self.parts[name]
+            value = self.values[name] = transform(part)
+            self.log_det = self.log_det + transform.log_abs_det_jacobian(part, value).sum()
+        else:
+            value = fn.enumerate_support(expand=True)[self.state]
+        msg["value"], msg["done"] = value, True
+
+
+class _Lifted(Messenger):
+    """Latent sites at given values z, keeping T^-1(z)."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+        self.parts: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if name not in self.values or msg["is_observed"]:
+            return
+        value = self.values[name]
+        if value.shape != fn.shape():
+            raise ValueError(f"start: site {name!r} has shape {tuple(fn.shape())}, and the value {tuple(value.shape)}")
+        self.parts[name] = biject_to(fn.support).inv(value)
+        msg["value"], msg["done"] = value, True
+
+
+class Unconstrained:
+    """A program at given data as a function of one flat vector.
+
+    Args:
+        model: the program's model.
+        batch: the data.
+        info: the site table; it says which sites are summed out and how plates nest.
+
+    Raises:
+        IncompatibleError: if nothing continuous is latent, if a plate subsamples, or if the support of a continuous
+            site depends on a discrete one.
+    """
+
+    def __init__(self, model: Callable[..., Any], batch: Batch, info: ProgramInfo) -> None:
+        self.model, self.batch = model, batch
+        self.nesting, self.data_plate = info.plate_nesting, info.data_plate
+        self.sites: dict[str, torch.Size] = {}
+        self.sums = False
+        with quiet(), torch.no_grad():
+            trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+            for name, node in trace.nodes.items():
+                if node["type"] == "sample" and not node["is_observed"]:
+                    self._add(name, node)
+        if not self.sites:
+            raise IncompatibleError(
+                f"NUTS moves continuous latent sites, and {info.name!r} has none: {', '.join(info.finite_latents)} are "
+                "finite and summed out, so that EM() or fit.posterior() with any algorithm gives them exactly"
+            )
+        self.size = sum(shape.numel() for shape in self.sites.values())
+        self._check_supports()
+
+    def _add(self, name: str, node: Any) -> None:
+        fn = node["fn"]
+        if type(fn).__name__ == "_Subsample":
+            if fn.subsample_size is not None and fn.subsample_size < fn.size:
+                raise IncompatibleError(
+                    f"the plate {name!r} takes {fn.subsample_size} of {fn.size} rows at random, and NUTS needs the density "
+                    "of all of them; leave out subsample_size"
+                )
+        elif getattr(fn.support, "is_discrete", False):
+            self.sums = True
+        else:
+            self.sites[name] = biject_to(fn.support).inv(node["value"]).shape
+
+    def _check_supports(self) -> None:
+        if not self.sums:
+            return
+        u = torch.zeros(self.size)
+        first, last = self._placed(u, 0).values, self._placed(u, -1).values
+        moved = [n for n in first if first[n].shape != last[n].shape or not torch.equal(first[n], last[n])]
+        if moved:
+            raise IncompatibleError(
+                f"the support of {', '.join(moved)} depends on a discrete latent site, which NUTS sums out; give it a "
+                "support that is the same for every value of that site"
+            )
+
+    def split(self, u: Tensor) -> dict[str, Tensor]:
+        """The part of each site, in the shape of its unconstrained value."""
+        parts = u.split([shape.numel() for shape in self.sites.values()])
+        return {name: part.reshape(shape) for (name, shape), part in zip(self.sites.items(), parts, strict=True)}
+
+    def _placed(self, u: Tensor, state: int = 0) -> _Placed:
+        placed = _Placed(self.split(u), state)
+        with quiet(), placed:
+            self.model(*self.batch.args, **self.batch.kwargs)
+        return placed
+
+    def values(self, u: Tensor) -> tuple[Tensor, ...]:
+        """The latent sites at ``u``, in the order of ``sites``."""
+        values = self._placed(u).values
+        return tuple(values[name] for name in self.sites)
+
+    def potential(self, u: Tensor) -> Tensor:
+        """U(u), a scalar."""
+        args, kwargs = self.batch.args, self.batch.kwargs
+        with quiet():
+            if self.sums:
+                placed = self._placed(u)
+                trace = enumerated_trace(self.model, args, kwargs, values=placed.values, plate_nesting=self.nesting)
+                return -(log_joint(trace, self.data_plate) + placed.log_det)
+            placed = _Placed(self.split(u))
+            with placed:
+                trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+            return -(trace.log_prob_sum() + placed.log_det)
+
+    def potential_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """U(u) and dU/du, detached."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_(True)
+            value = self.potential(u)
+            (gradient,) = torch.autograd.grad(value, u)
+        return value.detach(), gradient
+
+    def parts_of(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `values` for the sites given; those on the edge of their support or beyond are left out.
+
+        Raises:
+            ValueError: for a value whose shape is not that of its site.
+        """
+        lifted = _Lifted({name: value for name, value in values.items() if name in self.sites})
+        with quiet(), torch.no_grad(), lifted:
+            self.model(*self.batch.args, **self.batch.kwargs)
+        return {name: part for name, part in lifted.parts.items() if bool(part.isfinite().all())}
+
+    def trouble(self, u: Tensor) -> list[str]:
+        """What is not finite at ``u``: one line per site."""
+        lines = []
+        with quiet(), torch.no_grad(), _Placed(self.split(u)):
+            trace = poutine.trace(self.model).get_trace(*self.batch.args, **self.batch.kwargs)
+            for name, node in trace.nodes.items():
+                if node["type"] == "sample":
+                    total = node["fn"].log_prob(node["value"]).sum()
+                    if not bool(total.isfinite()):
+                        lines.append(f"site {name!r}: log density {float(total):g} at {_brief(node['value'])}")
+        if not lines:
+            gradients = self.split(self.potential_and_gradient(u)[1])
+            lines = [f"site {n!r}: gradient {_brief(g)}" for n, g in gradients.items() if not bool(g.isfinite().all())]
+        return lines
+
+
+def _brief(value: Tensor) -> str:
+    flat = value.detach().reshape(-1)
+    shown = ", ".join(f"{float(v):.4g}" for v in flat[:4])
+    return shown if flat.numel() == 1 else f"[{shown}{', ...' if flat.numel() > 4 else ''}]"
+
+
+def starting_point(density: Unconstrained, given: Mapping[str, Tensor], jitter: float) -> Tensor:
+    """A point with finite density and gradient: ``given`` parts moved by up to ``jitter``, others uniform on (-2, 2).
+
+    Raises:
+        ValueError: if 100 tries fail; the message lists the sites at fault.
+    """
+    for _ in range(TRIES):
+        parts = []
+        for name, shape in density.sites.items():
+            noise = 2.0 * torch.rand(shape) - 1.0
+            parts.append((given[name] + jitter * noise if name in given else 2.0 * noise).reshape(-1))
+        u = torch.cat(parts)
+        value, gradient = density.potential_and_gradient(u)
+        if bool(value.isfinite()) and bool(gradient.isfinite().all()):
+            return u
+    found = "\n  ".join(density.trouble(u) or [f"the log density is {-float(value):g}"])
+    raise ValueError(
+        f"NUTS found no starting point with a finite log density and gradient in {TRIES} tries; at the last one\n  {found}\n"
+        "Look at the priors and the likelihood of these sites, or give plausible values: pg.Program(model, start=...)"
+    )

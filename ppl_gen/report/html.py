@@ -1,0 +1,249 @@
+"""The report: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import io
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ppl_gen.report.draws import curve_of, distinct, global_scalars, replicates
+from ppl_gen.report.facts import written
+from ppl_gen.report.plots import colours, draw_curve, draw_density, draw_heldout, draw_predictive
+from ppl_gen.report.table import answer, as_text, frame, grade, labels_of, standings, trust
+
+if TYPE_CHECKING:
+    from ppl_gen.comparison import Comparison
+    from ppl_gen.report.trials import Line
+    from ppl_gen.result import Fit
+
+__all__ = ["fragment", "page", "write"]
+
+PANELS = 12  # posterior panels at most: more than a reader compares
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One panel: an SVG as a data address, what it shows in words, and its caption."""
+
+    source: str
+    alt: str
+    caption: str = ""
+    width: int = 0
+
+
+def write(comparison: Comparison, path: Path) -> Path:
+    """See `Comparison.report`: made beside ``path`` under another name, then put in its place in one step."""
+    path = path.expanduser().absolute()
+    text = page(comparison)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)  # mkstemp makes it private; a report is meant to be shown
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def page(comparison: Comparison) -> str:
+    """The whole file as text."""
+    from importlib import resources
+
+    from jinja2 import Environment, StrictUndefined
+
+    source = resources.files("ppl_gen.report").joinpath("template.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    fits = {label: fit for label in labels_of(comparison) if (fit := _first_fit(comparison, label)) is not None}
+    densities, left_out, without = _densities(fits)
+    predictive, no_predictive = _predictive(fits)
+    return environment.from_string(source).render(
+        program=comparison.program,
+        answer=answer(comparison),
+        trust=trust(comparison),
+        in_sample=comparison.in_sample,
+        facts=comparison.facts,
+        columns=_columns(comparison),
+        rows=[_cells(comparison, record) for record in frame(comparison).to_dict("records")],
+        heldout=_heldout(comparison),
+        curves=_curves(comparison),
+        densities=densities,
+        left_out=left_out,
+        without=without,
+        predictive=predictive,
+        no_predictive=no_predictive,
+        legend=[(label, *colours(labels_of(comparison))[label]) for label in fits],
+        verdicts=[_verdict(line) for line in comparison.lines if line.fit is not None],
+        failures=[line for line in comparison.lines if line.fit is None or line.traceback or line.status == "diverged"],
+        made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    )
+
+
+def fragment(comparison: Comparison) -> str:
+    """What a notebook shows: the answer and the table."""
+    from html import escape
+
+    table = frame(comparison).drop(columns=["message", "gradient_evaluations"])
+    body = table.to_html(index=False, float_format=lambda v: f"{v:.4g}", na_rep="-", border=0)
+    grades = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in trust(comparison).items())
+    return f"<p><strong>{escape(answer(comparison))}</strong><br>{escape(grades)}</p>{body}"
+
+
+def _first_fit(comparison: Comparison, label: str) -> Fit | None:
+    return next((line.fit for line in comparison.lines if line.label == label and line.fit is not None), None)
+
+
+def _columns(comparison: Comparison) -> list[tuple[str, str]]:
+    value = "in-sample" if comparison.in_sample else "held-out"
+    return [
+        ("algorithm", "Algorithm"),
+        ("status", "Ended"),
+        ("value", f"{value.capitalize()} nats/row"),
+        ("difference", "Less the best"),
+        ("mc", "MC error"),
+        ("k", "Pareto k"),
+        ("cost", "Cost"),
+        ("grade", "Verdict"),
+    ]
+
+
+def _cells(comparison: Comparison, record: dict[str, Any]) -> dict[str, str]:
+    value = "in_sample" if comparison.in_sample else "heldout"
+    several = len({line.seed for line in comparison.lines}) > 1
+    line = next(x for x in comparison.lines if (x.label, x.seed) == (record["algorithm"], record["seed"]))
+    best = record["difference"] == 0 and record["difference_se"] == 0
+    steps = "" if math.isnan(record["steps"]) else f", {int(record['steps'])} steps"
+    seconds = "–" if math.isnan(record["seconds"]) else f"{record['seconds']:.1f} s{steps}"
+    return {
+        "algorithm": record["algorithm"] + (f", seed {record['seed']}" if several else ""),
+        "status": record["status"],
+        "value": _pm(record[value], record[f"{value}_se"], 4),
+        "difference": "best" if best else _pm(record["difference"], record["difference_se"], 4),
+        "mc": _number(record["mc_se"], 2),
+        "k": _number(record["pareto_k"], 2),
+        "cost": seconds,
+        "grade": grade(line),
+    }
+
+
+def _number(value: float, digits: int) -> str:
+    return "–" if math.isnan(value) else f"{value:.{digits}g}".replace("-", "−")
+
+
+def _pm(value: float, error: float, digits: int) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.{digits}f} ± {error:.{digits}f}".replace("-", "−")
+
+
+def _verdict(line: Line) -> dict[str, Any]:
+    assert line.fit is not None
+    notes = {**line.fit.notes}
+    table = None
+    if line.summary is not None and len(line.summary):
+        table = line.summary.head(40).to_html(float_format=lambda v: f"{v:.3g}", na_rep="–", border=0)
+    return {
+        "label": line.label,
+        "seed": line.seed,
+        "grade": grade(line),
+        "text": line.verdict.split(": ", 1)[-1] if grade(line) != "not diagnosed" else line.verdict,
+        "message": line.message,
+        "settings": line.fit.settings,
+        "notes": notes,
+        "table": table,
+        "hidden": max(0, len(line.summary) - 40) if line.summary is not None else 0,
+    }
+
+
+def _picture(width: float, height: float, draw: Callable[[Any], None], alt: str, caption: str = "") -> Picture:
+    """A panel at the size at which it is read, so that its letters are as large on a telephone as on a desk."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    draw(figure.add_subplot())
+    target = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "ppl_gen"}):
+        figure.savefig(target, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
+    data = base64.b64encode(target.getvalue()).decode("ascii")
+    return Picture(f"data:image/svg+xml;base64,{data}", alt, caption, round(96 * width))
+
+
+def _heldout(comparison: Comparison) -> Picture | None:
+    ranks = standings(comparison)
+    if not ranks:
+        return None
+    said = "; ".join(f"{s.label} {s.mean:.4f}, {s.difference:+.4f} ± {s.difference_se:.4f}" for s in ranks)
+    alt = f"Difference of each algorithm to the best, in nats per row: {said}"
+    return _picture(5.6, 0.9 + 0.42 * len(ranks), lambda axes: draw_heldout(axes, comparison), alt)
+
+
+def _curves(comparison: Comparison) -> list[Picture]:
+    style = colours(labels_of(comparison))
+    pictures = []
+    for label in style:
+        curves = {x.seed: curve_of(x.fit) for x in comparison.lines if x.label == label and x.fit is not None}
+        curves = {seed: curve for seed, curve in curves.items() if len(curve[1]) > 1}
+        if not curves:
+            continue
+        name, values = next(iter(curves.values()))
+        alt = f"{label}: {name.replace('_', ' ')} over {len(values)} steps, from {values[0]:.4g} to {values[-1]:.4g}"
+        drawn = _picture(3.7, 2.5, _bind(draw_curve, curves, style[label][0]), alt, label)
+        pictures.append(drawn)
+    return pictures
+
+
+def _bind(draw: Callable[..., None], *rest: Any) -> Callable[[Any], None]:
+    return lambda axes: draw(axes, *rest)
+
+
+def _densities(fits: dict[str, Fit]) -> tuple[list[Picture], list[str], list[str]]:
+    """Panels, names left out, and reasons why a fit is in none."""
+    scalars, problems = [], []
+    good = {}
+    for label, fit in fits.items():
+        try:
+            if global_scalars({label: fit}, 2):
+                good[label] = fit
+        except Exception as error:  # a picture that cannot be drawn must not cost the report
+            problems.append(f"{label}: no draws of the global sites ({type(error).__name__}: {error})")
+    scalars = global_scalars(good)
+    shown, left = distinct(scalars)
+    style = colours(list(fits))
+    pictures = []
+    for scalar in shown[:PANELS]:
+        said = "; ".join(f"{k} mean {v.mean():.4g}, sd {v.std():.2g}" for k, v in scalar.draws.items())
+        draw = _bind(draw_density, scalar, style)
+        pictures.append(_picture(3.7, 1.9, draw, f"Posterior of {scalar.name}: {said}", scalar.name))
+    return pictures, [s.name for s in [*left, *shown[PANELS:]]], problems
+
+
+def _predictive(fits: dict[str, Fit]) -> tuple[list[Picture], list[str]]:
+    style = colours(list(fits))
+    pictures, problems = [], []
+    for label, fit in fits.items():
+        try:
+            found = replicates(fit)
+        except Exception as error:  # a picture that cannot be drawn must not cost the report
+            problems.append(f"{label}: no replicates ({type(error).__name__}: {error})")
+            continue
+        for shown in found[:2]:
+            what = f"{label}, {shown.site}" if len(found) > 1 else label
+            mean, again = shown.observed.mean(), shown.drawn.mean()
+            alt = (
+                f"{what}: {len(shown.observed)} observed rows beside replicates of them; "
+                f"observed mean {mean:.4g} and sd {shown.observed.std():.3g}, "
+                f"replicated mean {again:.4g} and sd {shown.drawn.std():.3g}"
+            )
+            draw = _bind(draw_predictive, shown, style[label][0])
+            pictures.append(_picture(3.7, 2.6, draw, alt, what))
+    return pictures, problems
