@@ -92,15 +92,20 @@ def demo(
     from ppl_gen.inference import CAVI, EM, NUTS, SVI
     from ppl_gen.models import gaussian_mixture
 
-    steps, draws, chains = (300, 100, 2) if quick else (2000, 500, 4)
-    algorithms = {"EM": EM(), "CAVI": CAVI(), "SVI": SVI(steps=steps, lr=0.01), "NUTS": NUTS(draws=draws, chains=chains)}
+    if quick:
+        algorithms = {"EM": EM(), "CAVI": CAVI(), "SVI": SVI(steps=300, lr=0.03), "NUTS": NUTS(draws=100, chains=2)}
+    else:
+        algorithms = {"EM": EM(), "CAVI": CAVI(), "SVI": SVI(steps=2000, lr=0.01), "NUTS": NUTS(draws=500, chains=4)}
     result = pg.compare(gaussian_mixture(components=2), pg.load_data("crabs"), algorithms, n_jobs=jobs)
     return _shown(result, out)
 
 
 def compare(
-    program: Annotated[str, typer.Argument(help="A program of the catalogue (name:option=value,...) or file.py:name.")],
-    data: Annotated[str, typer.Argument(help="A data set by name, or a .npy or .csv file.")],
+    program: Annotated[
+        str,
+        typer.Argument(metavar="PROGRAM", help="A program of the catalogue (name:option=value,...) or file.py:name."),
+    ],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A data set by name, or a .npy or .csv file.")],
     algorithm: Annotated[list[str], typer.Option(help="EM, SVI:steps=500,lr=0.01 ...; once for each.")],
     holdout: Annotated[float, typer.Option(min=0.0, max=0.99, help="Share of the rows held out; 0: in-sample.")] = 0.2,
     seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0",
@@ -120,8 +125,11 @@ def compare(
 
 
 def fit(
-    program: Annotated[str, typer.Argument(help="A program of the catalogue (name:option=value,...) or file.py:name.")],
-    data: Annotated[str, typer.Argument(help="A data set by name, or a .npy or .csv file.")],
+    program: Annotated[
+        str,
+        typer.Argument(metavar="PROGRAM", help="A program of the catalogue (name:option=value,...) or file.py:name."),
+    ],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A data set by name, or a .npy or .csv file.")],
     algorithm: Annotated[str, typer.Option(help="EM, NUTS, SVI:steps=500 ...")] = "SVI",
     seed: Annotated[int, typer.Option(min=0, help="The only source of randomness.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps, for algorithms that have them.")] = None,
@@ -150,11 +158,14 @@ def list_() -> None:
     from ppl_gen.offers import OFFERS
 
     offers = {offer: programs_offering(offer) for offer in OFFERS}
-    rows = {n: (e.about, "offers " + ", ".join(o for o, who in offers.items() if n in who)) for n, e in CATALOGUE.items()}
-    _listed("Programs", rows)
+    _listed("Programs", {name: (entry.about, _offered(name, offers)) for name, entry in CATALOGUE.items()})
     _listed("Algorithms", {name: _about(kind) for name, kind in _algorithms().items()})
     kept = {True: "read from disk, where PPL_GEN_DATA says", False: "comes with a package, nothing to download"}
     _listed("Data sets", {name: (kept[on_disk],) for name, on_disk in _NAMES.items()})
+
+
+def _offered(program: str, offers: Mapping[str, Sequence[str]]) -> str:
+    return "offers " + ", ".join(offer for offer, who in offers.items() if program in who)
 
 
 def _about(kind: type[Algorithm]) -> tuple[str, str]:
@@ -184,7 +195,7 @@ def _shown(result: Comparison, out: Path | None) -> int:
 
 
 def program_of(text: str) -> Any:
-    """A program from ``name``, ``name:option=value,...`` or ``file.py:name`` (a model, Program, Recipe, or their maker).
+    """A program from ``name``, ``name:option=value,...`` or ``file.py:name`` (a model, Program or Recipe, or a maker).
 
     >>> program_of("gaussian_mixture:components=3").arguments["components"]
     3

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ppl_gen.errors import require_whole
 from ppl_gen.inference.base import Algorithm
 from ppl_gen.program import Program, Recipe, as_recipe
 from ppl_gen.report.split import settled, split_rows
@@ -128,7 +129,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     n_jobs: int = 1,
     particles: int = 100,
-    draws: int = 100,
+    draws: int = 500,
     threads: int = 1,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -136,9 +137,10 @@ def compare(
 ) -> Comparison:
     r"""Fit ``program`` with every algorithm under every seed, and judge all fits by log p(x) of the same held-out rows.
 
-    .. math:: \frac1n \sum_i \log \frac1S \sum_s p(x_i \mid \theta_s), \qquad \theta_s \sim q(\theta \mid \text{training rows})
+    .. math:: \frac1n \sum_i \log \frac1S \sum_s p(x_i \mid \theta_s), \qquad \theta_s \sim q(\theta)
 
-    A fit that fails, diverges or is refused is a row of the table with that status and message. Ctrl-C keeps what is done.
+    A fit that fails, diverges or is refused is a row of the table with that status and message; Ctrl-C keeps the rows
+    that are done.
 
     Args:
         program: a Pyro model function, a `Program`, or a `Recipe` (built once per fit, on the training rows).
@@ -166,7 +168,9 @@ def compare(
     Example: see `Comparison`.
     """
     seeds = _checked_seeds(seeds)
-    _check(algorithms, holdout, {"particles": particles, "draws": draws, "threads": threads}, n_jobs)
+    _check(algorithms, holdout, n_jobs)
+    for name, value in {"particles": particles, "draws": draws, "threads": threads}.items():
+        require_whole(name, value)
     recipe = as_recipe(program)
     train, held = (data, test) if test is not None or not holdout else split_rows(data, holdout, program)
     task = Task(recipe, train, settled(data if held is None else held), particles, draws, threads, device, dtype)
@@ -188,7 +192,7 @@ def compare(
     return Comparison(tuple(lines), recipe.name, held is None, facts)
 
 
-def _check(algorithms: Any, holdout: Any, counts: Mapping[str, Any], n_jobs: Any) -> None:
+def _check(algorithms: Any, holdout: Any, n_jobs: Any) -> None:
     if not isinstance(algorithms, Mapping):
         raise TypeError(f'algorithms: expected a mapping such as {{"EM": EM()}}, got {type(algorithms).__name__}')
     if not algorithms:
@@ -203,9 +207,6 @@ def _check(algorithms: Any, holdout: Any, counts: Mapping[str, Any], n_jobs: Any
             raise TypeError(f"algorithms[{label!r}]: expected an algorithm, got {got}{hint}")
     if isinstance(holdout, bool) or not isinstance(holdout, int | float) or not 0 <= holdout < 1:
         raise ValueError(f"holdout: expected a share of the rows in [0, 1), got {holdout!r}")
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
     if not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or n_jobs == 0:
         raise ValueError(f"n_jobs: expected a number of processes, or -1 for one per core, got {n_jobs!r}")
 

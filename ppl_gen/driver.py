@@ -165,8 +165,8 @@ def _check_start(recipe: Recipe, start: Fit | None) -> None:
     names = {start.program.name, *([start.recipe.name] if start.recipe is not None else [])}
     if recipe.name not in names:
         raise ValueError(
-            f"start: that fit is of the program {start.program.name!r}, and not of {recipe.name!r}; continue from a fit "
-            "of the same program"
+            f"start: that fit is of the program {start.program.name!r}, and not of {recipe.name!r}; continue from a "
+            "fit of the same program"
         )
 
 
@@ -324,17 +324,16 @@ class _progress:
 
 def _finished(recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outcome: Outcome, seconds: float) -> Fit:
     status, message = _status(outcome)
-    modules = dict(outcome.modules)
     return Fit(
         program=run.program,
         algorithm=algorithm.label if algorithm is not None else "",
         settings=repr(algorithm),
         data=run.data,
-        info=run.info,
+        info=_with_guide(run, outcome),
         state=outcome.state,
         learned=outcome.posterior,
         guide=outcome.guide,
-        extra_modules=modules,
+        extra_modules=dict(outcome.modules),
         module_names=dict(run.workspace.modules),
         records={name: list(values) for name, values in outcome.history.items()},
         checks={name: list(values) for name, values in outcome.checks.items()},
@@ -345,6 +344,14 @@ def _finished(recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outc
         notes=dict(run.notes),
         recipe=recipe,
     )
+
+
+def _with_guide(run: Run, outcome: Outcome) -> ProgramInfo:
+    """The site table, with the sites of a guide that came into being during the run (coordinate updates)."""
+    if outcome.guide is None or run.info.guide_sites is not None:
+        return run.info
+    with Workspace(outcome.state, device=run.data.device, dtype=run.data.dtype), isolated():
+        return dry_run(run.program, run.data.batch(), guide=outcome.guide)
 
 
 def _status(outcome: Outcome) -> tuple[Status, str]:

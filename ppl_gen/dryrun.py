@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.distributions.torch_distribution import ExpandedDistribution
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.errors import IncompatibleError
 from ppl_gen.program import Program, filtered
 
 __all__ = ["ProgramInfo", "Site", "check_observed", "dry_run", "explained"]
@@ -22,7 +23,7 @@ class Site:
     """What the dry run saw of one sample site."""
 
     name: str
-    kind: str  # latent | observed | deterministic
+    kind: str  # latent | observed | deterministic | factor
     distribution: str
     batch_shape: tuple[int, ...]
     event_shape: tuple[int, ...]
@@ -153,6 +154,7 @@ def _site(name: str, node: dict[str, Any], data_plate: str) -> Site:
         base = base.base_dist  # wrappers around what the user wrote
     deterministic = bool(node["infer"].get("_deterministic"))
     kind = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
+    kind = "factor" if isinstance(base, dist.Unit) else kind
     plates = tuple(f.name for f in sorted(node["cond_indep_stack"], key=lambda f: f.dim or 0) if f.vectorized)
     discrete = bool(getattr(fn.support, "is_discrete", False)) if _has_support(fn) else False
     return Site(
@@ -195,12 +197,14 @@ def _check_log_prob_shape(node: dict[str, Any]) -> None:
         return
     sizes = {f.dim: f.size for f in node["cond_indep_stack"] if f.vectorized}
     expected = [sizes.get(-k, 1) for k in range(max((-d for d in sizes), default=0), 0, -1)]
+    weights = [w.shape for w in (node["mask"], node["scale"]) if isinstance(w, torch.Tensor)]
     try:
-        actual = list(torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim]))
+        actual = list(torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim], *weights))
     except RuntimeError as error:
         raise ValueError(
-            f"at site {node['name']!r}: the value has shape {tuple(value.shape)}, but the distribution has batch shape "
-            f"{tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}"
+            f"at site {node['name']!r}: shape mismatch: the value has shape {tuple(value.shape)}, but the distribution "
+            f"has batch shape {tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}"
+            + "".join(f", and a mask or scale has shape {tuple(shape)}" for shape in weights)
         ) from error
     while len(actual) > len(expected) and actual[0] == 1:
         actual = actual[1:]
@@ -210,6 +214,20 @@ def _check_log_prob_shape(node: dict[str, Any]) -> None:
             f"at site {node['name']!r}: invalid log_prob shape: expected {expected} (its plates), actual {actual}; "
             f"value {tuple(value.shape)}, batch shape {tuple(fn.batch_shape)}, event shape {tuple(fn.event_shape)}"
         )
+    if node["is_observed"]:
+        _check_support(node)
+
+
+def _check_support(node: dict[str, Any]) -> None:
+    """Torch checks observed values when a density is taken, and does not know the name of the site."""
+    try:
+        node["fn"].log_prob(node["value"])
+    except IncompatibleError:  # a distribution without a normalised density says so by itself when one is asked for
+        return
+    except ValueError as error:
+        raise ValueError(f"at site {node['name']!r}: {str(error).splitlines()[0]}") from error
+    except NotImplementedError:
+        return
 
 
 class explained:
@@ -241,6 +259,7 @@ class explained:
         plate, rows = self.program.data_plate, self.batch.rows
         return (
             f"  the rows ({rows}) are the last batch dimension inside pyro.plate({plate!r}, len(x)). Usual mends:\n"
+            f"  - a statement over rows outside every plate: put it under `with pyro.plate({plate!r}, len(x)):`\n"
             "  - dimensions to the right of the rows belong to the event: dist.Normal(loc, scale).to_event(1)\n"
             "  - a column (N, 1) against a vector (N,): use .squeeze(-1) or .to_event(1) on both sides\n"
             f"  - a plate whose size is written out: use pyro.plate({plate!r}, len(x))"
@@ -278,7 +297,11 @@ def _check_match(program: Program, sites: dict[str, Site], guide_sites: dict[str
     extra = sorted(set(guide_sites) - latents - {n for n, s in guide_sites.items() if s.kind == "deterministic"})
     observed = [name for name in extra if name in sites and sites[name].kind == "observed"]
     if observed:
-        return
+        raise ValueError(
+            f"model and guide of {program.name!r} do not match: site(s) {observed} are observed in the model and drawn "
+            "in the guide, where they would enter the bound as if they were unknown; draw them only where they are not "
+            "given, `if y is None:`"
+        )
     missing = sorted(latents - optional - set(guide_sites))
     if extra or missing:
         raise ValueError(
@@ -311,7 +334,7 @@ def _check_match(program: Program, sites: dict[str, Site], guide_sites: dict[str
 
 def check_observed(info: ProgramInfo) -> None:
     """Raise ValueError if no site is observed: then the data never reach the likelihood."""
-    if info.sites and not info.select(kind="observed"):
+    if not info.select(kind="observed") and not info.select(kind="factor"):
         raise ValueError(
             f"no site of {info.name!r} is observed, so the data never reach the likelihood: write "
             "pyro.sample(..., obs=x) at the site that generates the data"

@@ -15,6 +15,7 @@ from pyro import poutine
 
 import ppl_gen as pg
 from ppl_gen.data.crabs import crab_ratios
+from ppl_gen.inference.em import EM
 from ppl_gen.inference.enumeration import (
     discrete_marginals,
     enumerated_trace,
@@ -187,6 +188,18 @@ def test_em_raises_the_joint_density_with_priors(kind, dims):
     history, _ = em(gaussian_mixture(components=3, covariance=kind)(x), x, 40, prior=True)
     assert history[-1] - history[0] > 1
     assert bool((history.diff() >= -1e-9).all())
+
+
+@pytest.mark.parametrize(("kind", "dims"), [("full", 0), ("spherical", 2), ("diagonal", 2), ("full", 2)])
+@pytest.mark.parametrize("prior", [True, False])
+def test_the_closed_form_leads_where_gradients_lead(kind, dims, prior):
+    x, name = groups(dims, 60), "log_posterior" if prior else "log_likelihood"
+    recipe = gaussian_mixture(components=2, covariance=kind)
+    fits = [pg.fit(recipe, x, EM(steps=6, prior=prior, m_step=m), seed=2) for m in ("offered", "gradient")]
+    ours, theirs = (torch.as_tensor(fit.history[name].values) for fit in fits)
+    assert ours[-1] - ours[0] > 0.1
+    # L-BFGS takes twenty iterations per step, which leaves some 1e-5 nats of each.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
 
 
 def test_no_maximum_a_posteriori_where_the_prior_is_infinite_at_the_edge():

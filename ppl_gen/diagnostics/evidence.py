@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch, Dataset
+from ppl_gen.diagnostics.densities import densities
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.objectives.particles import can_vectorise, local_log_weights
 from ppl_gen.predictive import global_draws
@@ -57,17 +58,44 @@ def row_evidence(
         raise ValueError(f"particles, draws and chunk: expected at least 1, got {particles}, {draws}, {chunk}")
     with fit.bound(seed):
         thetas = _parameter_draws(fit, draws)
-        values, errors = zip(*(_chunk(fit, b, thetas, particles) for b in data.chunks(chunk)), strict=True)
+        groups = _Jackknife(len(thetas))
+        values, errors = [], []
+        for batch in data.chunks(chunk):
+            per_draw, variance = _chunk(fit, batch, thetas, particles)
+            values.append(torch.logsumexp(per_draw, 0) - math.log(len(per_draw)))
+            errors.append(variance)
+            groups.add(per_draw)
         rows = torch.cat(values).double().cpu()
-        variance = torch.cat(errors).double().cpu()
+        variances = torch.cat(errors).double().cpu()
     mean, n = float(rows.mean()), len(rows)
-    sampled = _integrated(fit)
-    kind, exact = _kind(fit, len(thetas), particles if sampled else 0)
-    # Parameter draws are shared by all rows, so their error does not average out over rows: batch it over draws.
-    shared = _shared_error(fit, data, thetas, particles, chunk, seed) if len(thetas) > 1 else 0.0
-    mc = math.sqrt(float(variance.sum()) / n**2 + shared**2)
+    kind, exact = _kind(fit, len(thetas), particles if _integrated(fit) else 0)
+    # Parameter draws are shared by all rows, so their error does not average out over rows: it is taken over draws.
+    mc = math.sqrt(float(variances.sum()) / n**2 + groups.error(n) ** 2)
     stderr = float(rows.std() / math.sqrt(n)) if n > 1 else 0.0
     return Evidence(mean, stderr, 0.0 if exact else mc, n, kind, exact, rows)
+
+
+class _Jackknife:
+    """The error of the mean evidence that comes from the finite number of parameter draws, over ten groups of them."""
+
+    GROUPS = 10
+
+    def __init__(self, draws: int) -> None:
+        self.active = draws >= 2 * self.GROUPS
+        self.totals = torch.zeros(self.GROUPS, dtype=torch.float64)
+
+    def add(self, per_draw: Tensor) -> None:
+        """Draws x rows of one chunk."""
+        if not self.active:
+            return
+        for group in range(self.GROUPS):
+            rest = torch.cat([per_draw[other :: self.GROUPS] for other in range(self.GROUPS) if other != group])
+            self.totals[group] += float((torch.logsumexp(rest, 0) - math.log(len(rest))).sum())
+
+    def error(self, rows: int) -> float:
+        """Standard error of the mean over ``rows`` rows."""
+        left_out = self.totals / rows
+        return float((((left_out - left_out.mean()) ** 2).sum() * (self.GROUPS - 1) / self.GROUPS).sqrt())
 
 
 def _require_density(fit: Fit) -> None:
@@ -106,42 +134,28 @@ def _kind(fit: Fit, draws: int, particles: int) -> tuple[str, bool]:
 
 
 def _chunk(fit: Fit, batch: Batch, thetas: list[dict[str, Tensor]], particles: int) -> tuple[Tensor, Tensor]:
-    """Per row of one chunk: log mean over draws, and the Monte Carlo variance of the particles."""
-    model, info = fit.program.model, fit.info
+    """Row densities of one chunk (draws x rows), and the Monte Carlo variance (rows) of the particles."""
     if fit.program.evidence is not None and not thetas[0]:
         rows = fit.program.evidence(*batch.args, **batch.kwargs)
-        return rows, torch.zeros_like(rows)
-    guide = _proposal(fit)
+        return rows[None], torch.zeros_like(rows)
+    if not _integrated(fit):
+        per_draw, _ = densities(fit, batch, thetas)
+        return per_draw, torch.zeros_like(per_draw[0])
+    model, info, guide = fit.program.model, fit.info, _proposal(fit)
     guided = set(fit.info.guide_sites or {}) if guide is not None else set()
     sums = tuple(name for name in info.finite_latents if name not in guided)
-    continuous = _integrated(fit)
-    count = particles if continuous else 1
-    vectorise = continuous and can_vectorise(model, guide, info, batch, sums)
-    densities, variances = [], []
+    vectorise = can_vectorise(model, guide, info, batch, sums)
+    rows_by_draw, variances = [], []
     for theta in thetas:
-        weights = local_log_weights(
-            model, guide if continuous else None, info, batch, count, values=theta, sums=sums, vectorise=vectorise
-        )
-        log_w = weights.rows if weights.rows is not None else _whole_row(weights.globals, theta, fit, batch)
-        densities.append(torch.logsumexp(log_w, 0) - math.log(count))
-        relative = (log_w - log_w.amax(0)).exp()
-        variances.append(relative.var(0) / count / relative.mean(0) ** 2 if count > 1 else torch.zeros_like(log_w[0]))
-    stacked = torch.stack(densities)
-    share = torch.softmax(stacked, 0)
-    variance = (share**2 * torch.stack(variances)).sum(0)
-    return torch.logsumexp(stacked, 0) - math.log(len(thetas)), variance
-
-
-def _whole_row(log_joint: Tensor, theta: dict[str, Tensor], fit: Fit, batch: Batch) -> Tensor:
-    """A program without a data plate is one row: its likelihood without the priors of ``theta``."""
-    from pyro import poutine
-
-    from ppl_gen.inference.objectives.particles import Substitute
-
-    with Substitute(theta):
-        trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
-    priors = sum(trace.nodes[k]["fn"].log_prob(trace.nodes[k]["value"]).sum() for k in theta if k in trace.nodes)
-    return (log_joint - priors).reshape(1, 1)
+        weights = local_log_weights(model, guide, info, batch, particles, values=theta, sums=sums, vectorise=vectorise)
+        assert weights.rows is not None
+        rows_by_draw.append(torch.logsumexp(weights.rows, 0) - math.log(particles))
+        relative = (weights.rows - weights.rows.amax(0)).exp()
+        spread = relative.var(0) / particles / relative.mean(0) ** 2 if particles > 1 else torch.zeros(len(relative[0]))
+        variances.append(spread)
+    per_draw = torch.stack(rows_by_draw)
+    share = torch.softmax(per_draw, 0)
+    return per_draw, (share**2 * torch.stack(variances)).sum(0)
 
 
 def _proposal(fit: Fit) -> Callable[..., Any] | None:
@@ -152,27 +166,6 @@ def _proposal(fit: Fit) -> Callable[..., Any] | None:
     if fit.guide is None or isinstance(fit.guide, AutoGuide) or not local.intersection(fit.info.guide_sites or {}):
         return None
     return fit.guide
-
-
-def _shared_error(
-    fit: Fit, data: Dataset, thetas: list[dict[str, Tensor]], particles: int, chunk: int, seed: int | None
-) -> float:
-    """Jackknife over ten groups of parameter draws of the mean evidence, on at most one chunk of rows."""
-    groups = [thetas[i::10] for i in range(10)]
-    if min(map(len, groups)) == 0 or len(thetas) < 20:
-        return 0.0
-    with fit.bound(seed):
-        batch = next(iter(data.chunks(min(chunk, 100))))
-        few = max(1, particles // 10)
-        per_draw = torch.stack([_chunk(fit, batch, [theta], few)[0] for theta in thetas])
-    total = torch.logsumexp(per_draw, 0)
-    left_out = []
-    for i in range(10):
-        rest = torch.cat([per_draw[j::10] for j in range(10) if j != i])
-        left_out.append(float((torch.logsumexp(rest, 0) - math.log(len(rest))).mean()))
-    spread = torch.tensor(left_out, dtype=torch.float64)
-    del total
-    return float((((spread - spread.mean()) ** 2).sum() * 9 / 10).sqrt())
 
 
 def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | None = None) -> Evidence:
@@ -208,21 +201,27 @@ def joint_log_weights(fit: Fit, draws: int, particles: int = 1) -> Tensor:
 
     info, batch = fit.info, fit.data.batch()
     guided = set(info.guide_sites or {})
-    sums = tuple(name for name in info.finite_latents if name not in guided)
-    local = any(site.local and site.name in guided for site in info.select())
-    count = particles if local else 1
-    vectorise = local and can_vectorise(fit.program.model, fit.guide, info, batch, sums)
-    result = []
+    outside, log_q = [], []
     for _ in range(draws):
         once = poutine.trace(fit.guide).get_trace(*batch.args, **batch.kwargs)
-        values = {
-            name: site["value"]
-            for name, site in once.nodes.items()
-            if is_sample(site) and not any(f.name == info.data_plate for f in site["cond_indep_stack"])
-        }
+        sites = {n: s for n, s in once.nodes.items() if is_sample(s) and not _in_plate(s, info.data_plate)}
+        outside.append({name: site["value"] for name, site in sites.items()})
+        log_q.append(sum((s["fn"].log_prob(s["value"]).sum() for s in sites.values()), torch.zeros(())))
+    if not any(site.local and site.name in guided for site in info.select()):
+        known = [{name: value for name, value in draw.items() if name in info.sites} for draw in outside]
+        rows, prior = densities(fit, batch, known)
+        return (rows.sum(-1) + prior - torch.stack(log_q)).double().cpu()
+    sums = tuple(name for name in info.finite_latents if name not in guided)
+    vectorise = can_vectorise(fit.program.model, fit.guide, info, batch, sums)
+    result = []
+    for values in outside:
         w = local_log_weights(
-            fit.program.model, fit.guide, info, batch, count, values=values, sums=sums, vectorise=vectorise
+            fit.program.model, fit.guide, info, batch, particles, values=values, sums=sums, vectorise=vectorise
         )
-        rows = 0.0 if w.rows is None else (torch.logsumexp(w.rows, 0) - math.log(count)).sum()
+        rows = 0.0 if w.rows is None else (torch.logsumexp(w.rows, 0) - math.log(particles)).sum()
         result.append(torch.as_tensor(w.globals + rows).double())
     return torch.stack(result).cpu()
+
+
+def _in_plate(site: dict[str, Any], plate: str | None) -> bool:
+    return any(frame.name == plate for frame in site["cond_indep_stack"])

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.bridge import to_tree
+from ppl_gen.diagnostics.densities import densities, derived
 from ppl_gen.inference.objectives.elbo import is_sample
 from ppl_gen.posterior import ChainPosterior
-from ppl_gen.predictive import _deterministic, _run, observed_rows, prior_rows
+from ppl_gen.predictive import _run, observed_rows, prior_rows
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -62,22 +63,20 @@ def posterior_groups(fit: Fit, draws: int) -> tuple[Groups, dict[str, Any]]:
     posterior: dict[str, np.ndarray] = {}
     if isinstance(fit.learned, ChainPosterior):
         posterior = {name: _array(value) for name, value in fit.learned.draws.items()}
-        wanted = [s.name for s in fit.info.select(kind="deterministic") if s.name not in posterior]
+        wanted = [s.name for s in fit.info.select(kind="deterministic", local=False) if s.name not in posterior]
         if wanted:
             flat = {n: v.flatten(0, 1) for n, v in fit.learned.draws.items()}
-            chains = fit.learned.chains
             total = len(next(iter(flat.values())))
-            batch = fit.data.batch()
-            rows = [_deterministic(fit, batch, {n: v[i] for n, v in flat.items()}) for i in range(total)]
+            rows = derived(fit, fit.data.batch(), [{n: v[i] for n, v in flat.items()} for i in range(total)])
             for name in wanted:
                 stacked = torch.stack([row[name] for row in rows])
-                posterior[name] = _array(stacked.unflatten(0, (chains, -1)))
+                posterior[name] = _array(stacked.unflatten(0, (fit.learned.chains, -1)))
     elif latents:
         known = fit.learned.draw(draws, fit.data.batch())
         known = [{k: v for k, v in draw.items() if k in latents} for draw in known]
         if known and known[0]:
-            batch = fit.data.batch()
-            full = [draw | _deterministic(fit, batch, draw) for draw in known]
+            extra = derived(fit, fit.data.batch(), known)
+            full = [draw | more for draw, more in zip(known, extra, strict=True)]
             posterior = {name: _array(torch.stack([d[name] for d in full]))[None] for name in full[0]}
     return {"posterior": posterior}, {"kind": fit.learned.kind}
 
@@ -130,41 +129,14 @@ def _add_log_likelihood(
     drawn = set(groups["posterior"])
     if any(not site.finite and site.name not in drawn for site in fit.info.select(local=True)):
         return
-    sums = [name for name in fit.info.finite_latents if name not in drawn]
     observed = [site.name for site in fit.info.select(kind="observed")]
     name = observed[0] if len(observed) == 1 else "_".join(observed)
     places: list[tuple[int, int] | None] = [*kept] or [None]
-    rows = []
-    for place in places:
-        values = _values(fit, groups, place) if place is not None else {}
-        rows.append(_pointwise(fit, batch, values, sums))
-    stacked = _array(torch.stack(rows))
-    groups["log_likelihood"] = {name: stacked.reshape(_chains(kept), -1, *stacked.shape[1:])}
+    values = [_values(fit, groups, place) if place is not None else {} for place in places]
+    rows = _array(densities(fit, batch, values)[0])
+    groups["log_likelihood"] = {name: rows.reshape(_chains(kept), -1, *rows.shape[1:])}
     if len(observed) > 1:
         attrs["log_likelihood"] = f"joint over the observed sites {', '.join(observed)}"
-
-
-def _pointwise(fit: Fit, batch: Batch, values: Mapping[str, Tensor], sums: list[str]) -> Tensor:
-    info = fit.info
-    if sums:
-        from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
-
-        trace = enumerated_trace(
-            fit.program.model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=info.plate_nesting
-        )
-        given = [n for n in values if info.sites[n].local]
-        return row_log_density(trace, info.data_plate, without=given)
-    trace = _run(fit, batch, values)
-    total: Tensor | None = None
-    for site in trace.nodes.values():
-        if is_sample(site) and site["is_observed"]:
-            value = site["fn"].log_prob(site["value"])
-            if site["mask"] is not None:
-                value = torch.where(torch.as_tensor(site["mask"]), value, value.new_zeros(()))
-            rows = value.reshape(-1, batch.rows or 1).sum(0) if value.dim() > 1 and info.plate_dim == -1 else value
-            total = rows if total is None else total + rows
-    assert total is not None
-    return total
 
 
 def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any]) -> list[str]:
@@ -197,28 +169,18 @@ def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any]) -> list[str
 def _joint_densities(fit: Fit, count: int) -> tuple[np.ndarray, np.ndarray]:
     """log p(x, z) and log q(z) in nats at the very draws of the posterior group (same seed, same order)."""
     batch = fit.data.batch()
-    sums = [n for n in fit.info.finite_latents if n not in (fit.info.guide_sites or {})]
-    log_p, log_q = [], []
+    draws, log_q = [], []
     for _ in range(count):
         q = poutine.trace(fit.guide).get_trace(*batch.args, **batch.kwargs)
         log_q.append(float(q.log_prob_sum()))
-        if sums:
-            from ppl_gen.inference.enumeration import enumerated_trace, log_joint
-
-            values = {n: s["value"] for n, s in q.nodes.items() if is_sample(s) and n in fit.info.sites}
-            trace = enumerated_trace(
-                fit.program.model,
-                batch.args,
-                batch.kwargs,
-                discrete=sums,
-                values=values,
-                plate_nesting=fit.info.plate_nesting,
-            )
-            log_p.append(float(log_joint(trace, fit.info.data_plate)))
-        else:
-            p = poutine.trace(poutine.replay(fit.program.model, trace=q)).get_trace(*batch.args, **batch.kwargs)
-            log_p.append(float(p.log_prob_sum()))
-    return np.asarray(log_p), np.asarray(log_q)
+        draws.append({n: s["value"] for n, s in q.nodes.items() if is_sample(s) and n in fit.info.sites})
+    rows, prior = densities(fit, batch, draws)
+    log_p = rows.sum(-1) + prior
+    local = [name for name in draws[0] if fit.info.sites[name].local]
+    for i, draw in enumerate(draws) if local else ():
+        trace = _run(fit, batch, draw)
+        log_p[i] += sum(trace.nodes[name]["fn"].log_prob(trace.nodes[name]["value"]).sum() for name in local)
+    return _array(log_p), np.asarray(log_q)
 
 
 def _named(fit: Fit, batch: Batch) -> dict[str, Tensor]:

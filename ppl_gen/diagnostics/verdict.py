@@ -120,7 +120,7 @@ def k_hats(fit: Fit, draws: int, seed: int | None = None) -> tuple[float | None,
     joint: float | None = None
     if any(not site.local for site in guided) or not local or _whole_vector(fit):
         with fit.bound(seed):
-            joint = float(pareto_k(joint_log_weights(fit, draws).numpy()))
+            joint = float(pareto_k(joint_log_weights(fit, draws, 1 if _whole_vector(fit) else 20).numpy()))
     if not local or _whole_vector(fit):
         return joint, None, threshold
     with fit.bound(seed):

@@ -1,6 +1,7 @@
 """Inference algorithms and objectives, one per file."""
 
 from ppl_gen.inference.base import Algorithm, Iterative
+from ppl_gen.inference.em import EM
 from ppl_gen.inference.objectives.adversarial import Adversarial
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, Player
 from ppl_gen.inference.objectives.contrastive import ContrastiveDivergence
@@ -10,6 +11,7 @@ from ppl_gen.inference.svi import SVI
 
 __all__ = [
     "ELBO",
+    "EM",
     "IWAE",
     "SVI",
     "Adversarial",

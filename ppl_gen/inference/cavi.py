@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from ppl_gen.data.batching import Batches
+from ppl_gen.errors import require_whole
 from ppl_gen.inference.base import Info, Iterative, Outcome, Run
 from ppl_gen.isolation import ProgramState
 from ppl_gen.offers import Need
@@ -63,8 +64,7 @@ class CAVI(Iterative):
     dtype: ClassVar[torch.dtype | None] = torch.float64
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise ValueError(f"steps: expected a whole number of at least 1, got {self.steps!r}")
+        require_whole("steps", self.steps)
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance: expected a number from 0 up to 1, got {self.tolerance!r}")
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.infer.mcmc import NUTS as PyroNUTS
+from pyro.infer.mcmc.adaptation import BlockMassMatrix
 from torch import Tensor
 
 from ppl_gen.inference.tape import Recording
@@ -124,6 +125,24 @@ class _Evaluated(torch.autograd.Function):
         return ctx.gradient, None  # of the potential itself, so the factor from outside is one
 
 
+class _Metric(BlockMassMatrix):
+    """Pyro's mass matrix with a regularisation that knows no units.
+
+    Pyro (as Stan) shrinks the covariance of n draws towards 0.001 I, which swamps a posterior whose sd is 0.001 (a
+    regression on many rows): trajectories grow several times longer. Here it shrinks towards its own diagonal.
+    """
+
+    def end_adaptation(self) -> None:
+        estimates = {}
+        for names, scheme in self._adapt_scheme.items():
+            count, covariance = scheme.n_samples, scheme.get_covariance(regularize=False)
+            variance = covariance if covariance.dim() == 1 else covariance.diagonal()
+            shrunk = covariance * (count / (count + 5.0))
+            own = variance.clamp(min=torch.finfo(variance.dtype).tiny) * (5.0 / (count + 5.0))
+            estimates[names] = shrunk + (own if covariance.dim() == 1 else own.diag())
+        self.inverse_mass_matrix = estimates
+
+
 class _Kernel(PyroNUTS):
     """Pyro's kernel, counting gradients and telling of each trajectory what ArviZ asks for."""
 
@@ -140,6 +159,7 @@ class _Kernel(PyroNUTS):
             target_accept_prob=chain.target_accept,
             max_tree_depth=chain.max_tree_depth,
         )
+        self.mass_matrix_adapter = _Metric()
         self.initial_params = {_LATENTS: chain.start}
 
     def _sample_r(self, name: str) -> Any:

@@ -1,6 +1,8 @@
 r"""The E-step of EM, and what its M-steps maximise.
 
-.. math:: Q(\theta) = E_{p(z \mid x, \theta_{\text{old}})}[\log p(x, z \mid \theta)] \; (+ \log p(\theta) \text{ a posteriori})
+.. math:: Q(\theta) = E_{p(z \mid x, \theta_{\text{old}})}[\log p(x, z \mid \theta)]
+
+plus log p(theta) where the posterior is maximised.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform, biject_to, transform_to
 
 from ppl_gen.inference.base import Run
 from ppl_gen.inference.contraction import dims_of
@@ -75,7 +77,7 @@ class Problem:
         """The problem of a run; parameters that the program makes on its first call exist afterwards."""
         batch, info = run.data.batch(), run.info
         names = [site.name for site in info.select(local=False) if not site.finite]
-        transforms = {name: biject_to(info.sites[name].support) for name in names}
+        transforms = {name: _transform(info.sites[name].support) for name in names}
         leaves = run.workspace.collect(lambda: run.program.model(*batch.args, **batch.kwargs))
         return Problem(
             program=run.program,
@@ -97,9 +99,7 @@ class Problem:
 
     def trace(self, values: Mapping[str, Tensor]) -> Trace:
         """The program with its finite sites enumerated and its global sites at ``values``."""
-        return enumerated_trace(
-            self.program.model, self.args, self.kwargs, values=values, plate_nesting=self.nesting
-        )
+        return enumerated_trace(self.program.model, self.args, self.kwargs, values=values, plate_nesting=self.nesting)
 
     def expect(self, values: dict[str, Tensor], *, offered: bool = True) -> Expectation:
         """The E-step at ``values``: the program's own where it is offered (and wanted), else by enumeration."""
@@ -117,7 +117,9 @@ class Problem:
     def _log_prior(self, values: Mapping[str, Tensor]) -> Tensor:
         """Without enumeration: the latent sites of a program that offers its E-step may be continuous."""
         with quiet():
-            trace = poutine.trace(poutine.condition(self.program.model, dict(values))).get_trace(*self.args, **self.kwargs)
+            trace = poutine.trace(poutine.condition(self.program.model, dict(values))).get_trace(
+                *self.args, **self.kwargs
+            )
             nodes: Mapping[str, Any] = trace.nodes
             terms = [nodes[name]["fn"].log_prob(values[name]).sum() for name in self.names]
         return torch.stack(terms).sum() if terms else torch.zeros(())
@@ -134,12 +136,19 @@ class Problem:
             leaves = {name: values[name].detach().clone().requires_grad_() for name in self.names}
             trace = self.trace(leaves)
             weights = factor_marginals(trace, self.plate).weights
-            terms = [trace.nodes[name]["packed"]["unscaled_log_prob"].sum() for name in weights]  # type: ignore[index]
+            terms = [trace.nodes[name]["packed"]["unscaled_log_prob"].sum() for name in weights]
             total = torch.stack([term for term in terms if term.requires_grad] or [torch.zeros(())]).sum()
             if not total.requires_grad:
                 return list(leaves)
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True) if leaves else ()
         return [name for name, gradient in zip(leaves, found, strict=True) if gradient is None]
+
+
+def _transform(support: Any) -> Transform:
+    try:
+        return biject_to(support)
+    except NotImplementedError:  # triangular matrices, for one, are known to the other registry only
+        return transform_to(support)
 
 
 def responsibilities(expectation: Expectation) -> Mapping[str, Tensor]:

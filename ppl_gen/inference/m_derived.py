@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributions as td
 
 from ppl_gen.inference.m_gradient import ascend
-from ppl_gen.inference.m_probe import Affine, Reading
+from ppl_gen.inference.m_probe import Affine
+from ppl_gen.inference.m_readings import Reading
 
 __all__ = ["Locations", "Ratios", "Table", "unequal"]
 
@@ -41,9 +41,11 @@ class Table:
 
     def __call__(self, value: Tensor, weights: Weights) -> Tensor:
         size = value.shape[-1]
-        counts = torch.stack([rows @ _counts(reading, weights[reading.site], size) for reading, rows in self.parts]).sum(0)
+        counts = torch.stack(
+            [rows @ _counts(reading, weights[reading.site], size) for reading, rows in self.parts]
+        ).sum(0)
         if self.extra is not None:
-            counts = counts + self.extra.reshape(counts.shape)
+            counts = counts + self.extra.expand(value.shape).reshape(counts.shape)
         total = counts.sum(-1, keepdim=True)
         least = torch.finfo(counts.dtype).eps
         shares = (counts / total).clamp_min(least)
@@ -112,7 +114,7 @@ class Ratios:
                 distance = x - self.located[reading.site].at(vector)
                 top, bottom = weight * (distance * torch.exp(-constant)).square(), weight
             elif self.role == "odds":
-                top, bottom = weight * x, weight * (1 - x)
+                top, bottom = weight * x, weight * ((1 if reading.trials is None else reading.trials) - x)
             elif reading.family == "poisson":
                 top, bottom = weight * x, weight * constant.exp()
             else:

@@ -8,124 +8,25 @@ a scale that is a power of a global site, times a constant, has a logarithm that
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 from torch import distributions as td
-from torch.distributions import Transform, constraints
+from torch.distributions import Transform
 
 from ppl_gen.inference.enumerated import packed_sites
 from ppl_gen.inference.expectation import Problem
+from ppl_gen.inference.m_readings import Key, Reading, read
 
-__all__ = ["Affine", "Coordinates", "Key", "Probe", "Reading", "probed"]
+__all__ = ["Affine", "Coordinates", "Probe", "probed", "unwrapped"]
 
 # Beyond these a probe takes longer, or its tables more memory (0.3 GB), than gradient steps would.
 MOST_COORDINATES = 300
 _MOST_ENTRIES = 40_000_000
 _TOLERANCE = 1e-9
-
-
-class Key(NamedTuple):
-    """One parameter of the density at one site: ``probs``, ``odds``, ``rate``, ``loc`` or ``scale``.
-
-    ``other`` stands for the whole log density of a row, ``prior`` for that of a site outside the rows.
-    """
-
-    site: str
-    role: str
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """A site inside the rows: its family, its value, and the parameters of its density in their coordinates.
-
-    ``shape`` is that of the log-prob, ``event`` that of one draw. Parameters and value keep dims of size one where they
-    do not vary. ``mask`` is a mask on the distribution itself (masks of the site are in the weights already).
-    """
-
-    site: str
-    family: str
-    shape: torch.Size
-    event: torch.Size
-    value: Tensor
-    mask: Tensor | None
-    parameters: dict[str, Tensor]
-
-    @property
-    def full(self) -> torch.Size:
-        return self.shape + self.event
-
-    def spread(self, weight: Tensor) -> Tensor:
-        """Packed weights of this site, over all its positions."""
-        wide = weight.reshape(*self.shape, *[1] * len(self.event)).expand(self.full)
-        return wide if self.mask is None else wide * self.mask
-
-
-def compact(value: Tensor) -> Tensor:
-    """Without the dims along which it was only expanded."""
-    for dim, (stride, size) in enumerate(zip(value.stride(), value.shape, strict=True)):
-        if stride == 0 and size > 1:
-            value = value.narrow(dim, 0, 1)
-    return value
-
-
-def padded(value: Tensor, dims: int) -> Tensor:
-    """With dims of size one in front, ``dims`` in all."""
-    return value.reshape(*[1] * (dims - value.dim()), *value.shape)
-
-
-def _read(name: str, site: Mapping[str, Any], *, inside: bool) -> Reading:
-    fn, value, log_prob = site["fn"], site["value"], site["packed"]["unscaled_log_prob"]
-    shape = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
-    event, mask = torch.Size(fn.event_shape), None
-    if not inside:
-        return Reading(name, "prior", shape, event, value.new_zeros(()), None, {"prior": log_prob})
-    if isinstance(fn, MaskedDistribution) and isinstance(fn._mask, Tensor):
-        mask, fn = fn._mask, fn.base_dist
-    while isinstance(fn, td.Independent | ExpandedDistribution):
-        fn = fn.base_dist
-    family, parameters = _family(fn, value)
-    if not parameters or shape.numel() != log_prob.numel():
-        return Reading(name, "other", shape, event, value, None, {"other": log_prob})
-    if family == "categories" and isinstance(fn, td.OneHotCategorical):
-        value, event = value.argmax(-1), event[:-1]
-    dims = len(shape) + len(event)
-    if mask is not None:
-        mask = mask.to(log_prob.dtype).reshape(*mask.shape, *[1] * len(event))
-    sized = {role: padded(compact(v), dims + (role == "probs")) for role, v in parameters.items()}
-    return Reading(name, family, shape, event, padded(compact(value), dims), mask, sized)
-
-
-def _family(fn: Any, value: Tensor) -> tuple[str, dict[str, Tensor]]:
-    if isinstance(fn, td.Normal):
-        return "normal", {"loc": fn.loc, "scale": compact(fn.scale).log()}
-    if isinstance(fn, td.Poisson):
-        return "poisson", {"rate": compact(fn.rate).log()}
-    if isinstance(fn, td.Exponential):
-        return "exponential", {"rate": compact(fn.rate).log()}
-    if isinstance(fn, td.Bernoulli):
-        return "successes", {"odds": _given(fn, "logits", _odds)}
-    if isinstance(fn, td.OneHotCategorical):
-        fn = fn._categorical
-    if isinstance(fn, td.Categorical):
-        return "categories", {"probs": _given(fn, "logits", lambda p: p, lambda v: v.softmax(-1))}
-    return "other", {}
-
-
-def _odds(probs: Tensor) -> Tensor:
-    return probs.log() - torch.log1p(-probs)
-
-
-def _given(fn: Any, logits: str, from_probs: Any, from_logits: Any = lambda v: v) -> Tensor:
-    """Of probabilities and logits, the one that the distribution was made with: the other is computed at full size."""
-    if "probs" in fn.__dict__:
-        return from_probs(compact(fn.probs))
-    return from_logits(compact(getattr(fn, logits)))
 
 
 class Coordinates:
@@ -157,10 +58,15 @@ class Coordinates:
         }
 
 
-def _elementwise(transform: Transform) -> bool:
+def unwrapped(transform: Transform) -> Transform:
+    """Without the dims that are only declared to belong to the event."""
     while isinstance(transform, td.transforms.IndependentTransform):
         transform = transform.base_transform
-    return transform.domain.event_dim == 0
+    return transform
+
+
+def _elementwise(transform: Transform) -> bool:
+    return unwrapped(transform).domain.event_dim == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,47 +108,70 @@ class Probe:
 
 
 def probed(problem: Problem, values: Mapping[str, Tensor], sites: set[str], seed: int) -> Probe | None:
-    """Probe ``sites`` (those that weights were found for) around ``values``; None if there are too many coordinates."""
+    """Probe ``sites`` (those that weights were found for) around ``values``.
+
+    None where there are too many coordinates, or where what is observed depends on them.
+    """
     coordinates = Coordinates(problem.transforms, values)
     if coordinates.size > MOST_COORDINATES:
         return None
     generator = torch.Generator().manual_seed(seed)
-    whole = [name for name in problem.names if name not in coordinates.transforms]
     first, second = ({n: _moved(problem.transforms[n], values[n], generator) for n in problem.names} for _ in range(2))
 
     def readings(point: Mapping[str, Tensor]) -> dict[str, Reading]:
         found = packed_sites(problem.trace(point))
-        return {name: _read(name, site, inside=name in sites) for name, site in found}
+        return {name: read(name, site, inside=name in sites) for name, site in found}
 
     with torch.no_grad():
-        origin = coordinates.vector(first)
         base, other = readings(first), readings(second)
-        if any(not _same(reading, other[name]) for name, reading in base.items()):
+        if base.keys() != other.keys() or not all(reading.alike(other[name]) for name, reading in base.items()):
             return None
         keys = {Key(name, role): v for name, reading in base.items() for role, v in reading.parameters.items()}
         moves: dict[Key, dict[str, Tensor]] = {key: {} for key in keys}
-        columns: dict[Key, dict[int, Tensor]] = {key: {} for key in keys}
-        room = _MOST_ENTRIES
-        for unit, name in coordinates.units():
-            step = torch.zeros_like(origin)
-            step[unit] = 1.0
-            for key, change in _changes(keys, readings(first | coordinates.values(origin + step))):
-                columns[key][unit] = change.reshape(-1)
-                moves[key][name] = _positions(key, change) | moves[key].get(name, False)
-                room -= change.numel()
-            if room < 0:
-                return None
+        columns = _columns(coordinates, first, keys, moves, readings)
+        if columns is None:
+            return None
+        whole = [name for name in problem.names if name not in coordinates.transforms]
         for name in whole:
             for key, change in _changes(keys, readings({**first, name: second[name]})):
                 moves[key][name] = _positions(key, change)
+        origin = coordinates.vector(first)
         affine = _affine(keys, other, columns, origin, coordinates.vector(second))
-        rows = {key: _rows(key, base, other, first, second, moves[key], whole) for key in keys if key.role == "probs"}
+        rows = {
+            key: _rows(value, other[key.site].parameters["probs"], first, second, [n for n in whole if n in moves[key]])
+            for key, value in keys.items()
+            if key.role == "probs"
+        }
+        nodes: Mapping[str, Any] = problem.trace(first).nodes
+        priors = {name: nodes[name]["fn"] for name in problem.names}
     for key in _learned(problem, first, sites):
         affine.pop(key, None)
         rows.pop(key, None)
-    nodes: Mapping[str, Any] = problem.trace(first).nodes
-    priors = {name: nodes[name]["fn"] for name in problem.names}
+        if key.role == "prior":
+            moves[key]["pyro.param"] = torch.ones(1, dtype=torch.bool)
     return Probe(coordinates, origin, base, affine, moves, rows, priors)
+
+
+def _columns(
+    coordinates: Coordinates,
+    point: Mapping[str, Tensor],
+    keys: Mapping[Key, Tensor],
+    moves: Mapping[Key, dict[str, Tensor]],
+    readings: Callable[[Mapping[str, Tensor]], dict[str, Reading]],
+) -> dict[Key, dict[int, Tensor]] | None:
+    """By parameter: how it changes with each coordinate that it changes with. ``moves`` is filled in beside."""
+    origin, room = coordinates.vector(point), _MOST_ENTRIES
+    columns: dict[Key, dict[int, Tensor]] = {key: {} for key in keys}
+    for unit, name in coordinates.units():
+        step = torch.zeros_like(origin)
+        step[unit] = 1.0
+        for key, change in _changes(keys, readings({**point, **coordinates.values(origin + step)})):
+            columns[key][unit] = change.reshape(-1)
+            moves[key][name] = _positions(key, change) | moves[key].get(name, False)
+            room -= change.numel()
+        if room < 0:
+            return None
+    return columns
 
 
 def _changes(keys: Mapping[Key, Tensor], found: Mapping[str, Reading]) -> Iterator[tuple[Key, Tensor]]:
@@ -266,11 +195,6 @@ def _moved(transform: Transform, value: Tensor, generator: torch.Generator) -> T
     return transform(noise)
 
 
-def _same(one: Reading, two: Reading) -> bool:
-    """What is observed must not depend on the point, or weighted sums of it could not be taken once and for all."""
-    return one.family == two.family and one.shape == two.shape and torch.equal(one.value, two.value)
-
-
 def _affine(
     keys: Mapping[Key, Tensor],
     other: Mapping[str, Reading],
@@ -287,29 +211,24 @@ def _affine(
         table = torch.stack([columns[key][int(u)] for u in which], -1) if len(which) else flat.new_zeros(len(flat), 0)
         affine = Affine(value.shape, flat - table @ origin[which], which, table)
         actual, expected = other[key.site].parameters[key.role], affine.at(second)
-        slack = _TOLERANCE * (1 + float(actual.abs().amax()))
-        if math.isfinite(slack) and actual.shape == value.shape and bool(((actual - expected).abs() <= slack).all()):
+        terms = affine.constant.abs() + table.abs() @ second[which].abs()
+        if bool(((actual - expected).abs() <= _TOLERANCE * terms.reshape(value.shape)).all()):
             found[key] = affine
     return found
 
 
 def _rows(
-    key: Key,
-    base: Mapping[str, Reading],
-    other: Mapping[str, Reading],
-    first: Mapping[str, Tensor],
-    second: Mapping[str, Tensor],
-    moves: Mapping[str, Tensor],
-    whole: list[str],
+    one: Tensor, two: Tensor, first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Iterable[str]
 ) -> dict[str, Tensor]:
-    one, two = (r[key.site].parameters["probs"].flatten(0, -2) for r in (base, other))
-    found = {}
-    for name in whole:
-        if name in moves and first[name].shape[-1] == one.shape[-1]:
-            pairs = ((one, first[name].flatten(0, -2)), (two, second[name].flatten(0, -2)))
-            if len(one) * pairs[0][1].numel() > _MOST_ENTRIES:
-                continue
-            near = [(table[:, None] - rows.reshape(-1, rows.shape[-1])).abs().amax(-1) < _TOLERANCE for table, rows in pairs]
+    """By site: which rows of a table of probabilities (``one`` at the first point, ``two`` at the second) are its."""
+    size, found = one.shape[-1], {}
+    for name in names:
+        if first[name].shape[-1] == size and one.numel() * first[name].numel() <= _MOST_ENTRIES:
+            pairs = ((one, first[name]), (two, second[name]))
+            near = [
+                (table.reshape(-1, 1, size) - ours.reshape(-1, size)).abs().amax(-1) < _TOLERANCE
+                for table, ours in pairs
+            ]
             found[name] = near[0] & near[1]
     return found
 
@@ -322,9 +241,7 @@ def _learned(problem: Problem, point: Mapping[str, Tensor], sites: set[str]) -> 
     with torch.enable_grad():
         trace = problem.trace(point)
         for name, site in packed_sites(trace):
-            if name not in sites:
-                continue
-            for role, value in _read(name, site, inside=True).parameters.items():
+            for role, value in read(name, site, inside=name in sites).parameters.items():
                 if value.requires_grad:
                     found = torch.autograd.grad(
                         value.sum(), list(problem.leaves.values()), allow_unused=True, retain_graph=True

@@ -13,7 +13,8 @@ from torch import distributions as td
 
 from ppl_gen.inference.expectation import Problem
 from ppl_gen.inference.m_derived import Locations, Ratios, Table, unequal
-from ppl_gen.inference.m_probe import Affine, Coordinates, Key, Probe, Reading
+from ppl_gen.inference.m_probe import Affine, Coordinates, Probe
+from ppl_gen.inference.m_readings import Key, Reading
 
 __all__ = ["Derived", "derived"]
 
@@ -165,17 +166,13 @@ def _check_single(probe: Probe, name: str, keys: list[Key]) -> None:
             raise _NotDerivedError(f"the {key.role} of {key.site!r} mixes it with other parameters")
         if key.role == "scale" and Key(key.site, "loc") not in probe.affine:
             raise _NotDerivedError(f"the location of {key.site!r} is of no known form")
-        if key.role == "scale" and not _rows_of(probe, key.site):
-            raise _NotDerivedError(f"{key.site!r} is no normal density")
-
-
-def _rows_of(probe: Probe, site: str) -> bool:
-    return probe.readings[site].family == "normal"
 
 
 def _table(problem: Problem, probe: Probe, name: str) -> Table:
     parts = [
-        (probe.readings[key.site], rows[name].T.to(probe.vector)) for key, rows in probe.rows.items() if name in rows
+        (probe.readings[key.site], rows[name].T.to(probe.vector))
+        for key, rows in probe.rows.items()
+        if name in rows and bool(rows[name].any())
     ]
     extra = None
     if problem.prior:
@@ -225,9 +222,7 @@ def _normal_prior(problem: Problem, probe: Probe, name: str) -> tuple[Tensor, Te
     return prior.loc.expand(shape).reshape(-1), prior.scale.expand(shape).reshape(-1) ** -2
 
 
-def _locations(
-    problem: Problem, probe: Probe, located: list[tuple[str, tuple[Tensor, Tensor] | None]]
-) -> Locations:
+def _locations(problem: Problem, probe: Probe, located: list[tuple[str, tuple[Tensor, Tensor] | None]]) -> Locations:
     slices = [probe.coordinates.slices[name] for name, _ in located]
     units = torch.cat([torch.arange(s.start, s.stop) for s in slices]).to(probe.vector.device)
     parts: list[tuple[Reading, Affine, Affine, Tensor]] = []

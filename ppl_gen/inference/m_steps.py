@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.expectation import Expectation, Problem, responsibilities
 from ppl_gen.inference.m_gradient import gradient_step
-from ppl_gen.inference.m_probe import probed
+from ppl_gen.inference.m_probe import Probe, probed
 from ppl_gen.inference.m_roles import Derived, derived
 
 __all__ = ["Maximiser"]
@@ -62,36 +63,37 @@ class Maximiser:
         if self.mode == "derived" and (self.rest or self.problem.leaves):
             self._refuse(self.rest, "; ".join(f"{name}: {self.derived.reasons[name]}" for name in self.rest))
 
-    def _refuse(self, names: object, why: str) -> None:
-        left = sorted([*(names if isinstance(names, list | tuple) else ()), *self.problem.leaves])
+    def _refuse(self, names: Iterable[str], why: str) -> None:
+        left = sorted([*names, *self.problem.leaves])
         raise IncompatibleError(
             f"EM(m_step={self.mode!r}) does not fit the program {self.problem.program.name!r}: nothing would move "
             f"{', '.join(left)} ({why or 'parameters of pyro.param and networks need gradients'}). Use EM()."
         )
 
-    def _verified(self, found: Derived, probe: object, values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Derived:
+    def _verified(
+        self, found: Derived, probe: Probe | None, values: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> Derived:
         """Without the closed forms that L-BFGS can still improve on."""
-        from ppl_gen.inference.m_probe import Probe
-
-        if not found.kinds or self._missed(found, tuple(found.kinds), values, weights) is None:
+        if not found.kinds or self._missed(found, found.kinds, values, weights) is None:
             return found
-        assert isinstance(probe, Probe)
-        reasons = dict(found.reasons)
-        for name in found.kinds:
-            gain = self._missed(found, (name,), values, weights)
-            if gain is not None:
-                reasons[name] = f"its closed form misses {gain:.1e} nats"
+        gains = {name: self._missed(found, (name,), values, weights) for name in found.kinds}
+        reasons = {name: f"its closed form misses {gain:.1e} nats" for name, gain in gains.items() if gain is not None}
         kept = derived(self.problem, probe, [name for name in found.kinds if name not in reasons])
-        if kept.kinds and self._missed(kept, tuple(kept.kinds), values, weights) is None:
-            return Derived(kept.kinds, {**reasons, **kept.reasons}, *_parts(kept))
-        return Derived({}, {**dict.fromkeys(found.kinds, "its closed form misses the maximum"), **reasons})
+        if kept.kinds and self._missed(kept, kept.kinds, values, weights) is None:
+            return replace(kept, reasons={**found.reasons, **reasons, **kept.reasons})
+        return Derived(
+            {}, {**found.reasons, **dict.fromkeys(found.kinds, "its closed form misses the maximum"), **reasons}
+        )
 
     def _missed(
-        self, found: Derived, names: tuple[str, ...], values: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+        self, found: Derived, names: Iterable[str], values: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     ) -> float | None:
         """By how many nats of Q the closed forms miss the maximum over ``names``; None if they do not."""
         with torch.no_grad():
-            new = {**values, **found(values, weights)}
+            try:
+                new = {**values, **found(values, weights)}
+            except FloatingPointError:  # there is no maximum, which the closed form found out
+                return None
             before, after = (float(self.problem.surrogate(v, weights)) for v in (values, new))
         slack = _MISSED * (1 + abs(before))
         if not after >= before - slack:
@@ -153,18 +155,14 @@ class Maximiser:
         return "; ".join(parts)
 
 
-def _parts(found: Derived) -> tuple[object, ...]:
-    return found.coordinates, found.tables, found.ratios, found.locations, found.coupled
-
-
 def _check_offered(found: Mapping[str, Tensor], values: Mapping[str, Tensor], program: str) -> None:
     for name, value in found.items():
         if name not in values:
             raise ValueError(
-                f"the M-step of {program!r} returned {name!r}, which is no global latent site; they are {sorted(values)}"
+                f"the M-step of {program!r} returned {name!r}, no global latent site; these are {sorted(values)}"
             )
         if value.shape != values[name].shape:
             raise ValueError(
-                f"the M-step of {program!r}: site {name!r} has shape {tuple(values[name].shape)}, and the step returned "
-                f"{tuple(value.shape)}"
+                f"the M-step of {program!r}: site {name!r} has shape {tuple(values[name].shape)}, and the step "
+                f"returned {tuple(value.shape)}"
             )

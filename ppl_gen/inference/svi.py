@@ -123,6 +123,12 @@ class SVI(Iterative):
         size = self.batch_size
         if run.data.rows is None or size is None or size >= run.data.rows:
             return
+        factors = [site.name for site in run.info.select(kind="factor", local=False)]
+        if factors:
+            raise IncompatibleError(
+                f"the pyro.factor(s) {factors} stand outside the data plate, and minibatches would have to scale them if "
+                "they hold data and to leave them if they do not; move them into the plate, or leave batch_size out"
+            )
         local = [site.name for site in run.info.select(local=True) if not site.finite]
         guide = run.program.guide
         if local and self.objective.uses_guide and (guide is None or _is_auto(guide)):
@@ -329,15 +335,16 @@ def _refuse_row_parameters(run: Run, guide: Callable[..., Any], batch: Batch) ->
     try:
         with looking():
             trace = poutine.trace(guide).get_trace(*fewer.args, **fewer.kwargs)
-        sizes = {f.size for n in local if n in trace for f in trace.nodes[n]["cond_indep_stack"] if f.name == run.info.data_plate}
+        frames = [f for n in local if n in trace for f in trace.nodes[n]["cond_indep_stack"]]
+        sizes = {f.size for f in frames if f.name == run.info.data_plate}
         if sizes == {fewer.rows}:
             return
     except (RuntimeError, ValueError, IndexError):
         pass
     raise IncompatibleError(
         f"the guide's site(s) {local} cannot follow a batch of another size: it seems to hold parameters for each of "
-        f"{batch.rows} rows, which minibatches would share among all {run.data.rows}. Give an amortised guide (a network "
-        "of x), parameters that are picked by a row number in the data, or leave batch_size out."
+        f"{batch.rows} rows, which minibatches would share among all {run.data.rows}. Give an amortised guide (a "
+        "network of x), parameters that are picked by a row number in the data, or leave batch_size out."
     )
 
 

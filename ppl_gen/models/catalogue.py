@@ -84,16 +84,9 @@ def programs_offering(offer: str) -> list[str]:
 @functools.cache
 def _offers(entry: Entry) -> frozenset[str]:
     """What one model offers. It serves the text of error messages, and must not replace one error by another."""
-    from ppl_gen.data.batching import as_dataset
-    from ppl_gen.dryrun import dry_run
-    from ppl_gen.isolation import Workspace, isolated
+    from ppl_gen.driver import inspect_program
 
     try:
-        with isolated(0):
-            data = entry.data()
-            program = entry.recipe()(data)
-            rows = as_dataset(data, program.model)
-            with Workspace(dtype=rows.dtype):
-                return dry_run(program, rows.batch()).offers
+        return inspect_program(entry.recipe(), entry.data()).offers
     except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError):
         return frozenset()

@@ -203,10 +203,10 @@ def _rows(data: Any, features: int) -> Tensor:
     rows = torch.as_tensor(data).detach().double()
     if rows.dim() != 2 or rows.shape[1] != features:
         raise ValueError(
-            f"data: denoising_diffusion(features={features}) takes rows of {features} columns, got shape {tuple(rows.shape)}"
+            f"data: denoising_diffusion(features={features}) takes rows of {features} columns, got {tuple(rows.shape)}"
         )
     constant = (rows == rows[:1]).all(0)
     if bool(constant.any()):
         columns = ", ".join(map(str, constant.nonzero().squeeze(-1).tolist()))
-        raise ValueError(f"data: column(s) {columns} are constant: there is no density in that direction; leave them out")
+        raise ValueError(f"data: column(s) {columns} are constant: no density exists in that direction; leave them out")
     return rows

@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
+from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.extensions import EMSteps
 from ppl_gen.models.hidden_markov_steps import active_steps, expectations
 from ppl_gen.models.inputs import entries
@@ -80,10 +81,16 @@ def hidden_markov(
         ('data', ['state_0', 'state_1', 'state_2'])
     """
     _check_arguments(states, emission, categories)
-    numbers = {"concentration": concentration, "strength": strength, "spread": spread, "floor": floor}
+    numbers = {
+        "concentration": concentration,
+        "strength": strength,
+        "degrees": degrees,
+        "spread": spread,
+        "floor": floor,
+    }
     for name, value in numbers.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
+        if value is not None:
+            require_positive(name, value)
     if not degrees > 1:
         raise ValueError(f"degrees: expected more than 1, got {degrees}")
 
@@ -227,12 +234,13 @@ def _program(states: int, emits: _Emission, concentration: float) -> Program:
 
 
 def _check_arguments(states: int, emission: str, categories: int | None) -> None:
-    if not isinstance(states, int) or isinstance(states, bool) or states < 1:
-        raise ValueError(f"states: expected a whole number of at least 1, got {states!r}")
+    require_whole("states", states)
     if emission not in ("normal", "categorical"):
         raise ValueError(f"emission: expected 'normal' or 'categorical', got {emission!r}")
     if categories is not None and emission == "normal":
         raise ValueError(f"categories: only categorical emissions have them, got {categories!r} with emission='normal'")
+    if categories is not None:
+        require_whole("categories", categories)
 
 
 def _sequences(data: Any) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.models.inputs import entries
 from ppl_gen.models.mixture_steps import Components, Mixture, Standard
 from ppl_gen.models.normal_gamma import NormalGamma
@@ -91,9 +92,16 @@ def gaussian_mixture(
         ...
     """
     _check_arguments(components, covariance, weights)
-    for name, value in (("concentration", concentration), ("strength", strength), ("spread", spread), ("floor", floor)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
+    numbers = {
+        "concentration": concentration,
+        "strength": strength,
+        "degrees": degrees,
+        "spread": spread,
+        "floor": floor,
+    }
+    for name, value in numbers.items():
+        if value is not None:
+            require_positive(name, value)
 
     def build(data: Any) -> Program:
         rows = _rows(data, components)
@@ -120,8 +128,7 @@ def gaussian_mixture(
 
 
 def _check_arguments(components: int, covariance: str, weights: str) -> None:
-    if not isinstance(components, int) or isinstance(components, bool) or components < 1:
-        raise ValueError(f"components: expected a whole number of at least 1, got {components!r}")
+    require_whole("components", components)
     if covariance not in ("spherical", "diagonal", "full"):
         raise ValueError(f"covariance: expected 'spherical', 'diagonal' or 'full', got {covariance!r}")
     if weights not in ("free", "equal"):

@@ -128,7 +128,8 @@ def _given(data: Dataset, observed: Mapping[str, Tensor]) -> tuple[str, np.ndarr
 
 
 def _among(array: np.ndarray, observed: Mapping[str, Tensor]) -> bool:
-    return any(v.numel() == array.size and np.allclose(_array(v).reshape(-1), array.reshape(-1)) for v in observed.values())
+    same = (_array(value).reshape(-1) for value in observed.values() if value.numel() == array.size)
+    return any(np.allclose(value, array.reshape(-1)) for value in same)
 
 
 def _array(value: Tensor) -> np.ndarray:

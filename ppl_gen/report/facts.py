@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["facts_of", "versions", "written"]
 
-_USUAL = {"n_jobs": 1, "particles": 100, "draws": 100, "threads": 1, "device": None, "dtype": None}
+_USUAL = {"n_jobs": 1, "particles": 100, "draws": 500, "threads": 1, "device": None, "dtype": None}
 
 
 def facts_of(
@@ -42,7 +42,7 @@ def facts_of(
     seeds = settings["seeds"]
     return {
         "program": _program_text(task.recipe),
-        "data": described(task.train),
+        "training data": described(task.train),
         "rows": split,
         "seeds": ", ".join(map(str, seeds)),
         "evidence": f"{settings['draws']} posterior draws, {settings['particles']} importance samples",

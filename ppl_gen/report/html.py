@@ -8,15 +8,14 @@ import io
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppl_gen.report.draws import curve_of, distinct, global_scalars, replicates
-from ppl_gen.report.facts import written
 from ppl_gen.report.plots import colours, draw_curve, draw_density, draw_heldout, draw_predictive
-from ppl_gen.report.table import answer, as_text, frame, grade, labels_of, standings, trust
+from ppl_gen.report.table import answer, frame, grade, labels_of, standings, trust
 
 if TYPE_CHECKING:
     from ppl_gen.comparison import Comparison
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
 __all__ = ["fragment", "page", "write"]
+
+Style = dict[str, tuple[str, str]]
 
 PANELS = 12  # posterior panels at most: more than a reader compares
 
@@ -63,14 +64,16 @@ def page(comparison: Comparison) -> str:
 
     source = resources.files("ppl_gen.report").joinpath("template.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    fits = {label: fit for label in labels_of(comparison) if (fit := _first_fit(comparison, label)) is not None}
-    densities, left_out, without = _densities(fits)
-    predictive, no_predictive = _predictive(fits)
+    style = colours(labels_of(comparison))
+    fits = {label: fit for label in style if (fit := _first_fit(comparison, label)) is not None}
+    densities, left_out, without = _densities(fits, style)
+    predictive, no_predictive = _predictive(fits, style)
     return environment.from_string(source).render(
         program=comparison.program,
         answer=answer(comparison),
         trust=trust(comparison),
         in_sample=comparison.in_sample,
+        several=_several(comparison),
         facts=comparison.facts,
         columns=_columns(comparison),
         rows=[_cells(comparison, record) for record in frame(comparison).to_dict("records")],
@@ -81,8 +84,8 @@ def page(comparison: Comparison) -> str:
         without=without,
         predictive=predictive,
         no_predictive=no_predictive,
-        legend=[(label, *colours(labels_of(comparison))[label]) for label in fits],
-        verdicts=[_verdict(line) for line in comparison.lines if line.fit is not None],
+        legend=[(label, *style[label]) for label in fits],
+        verdicts=[_verdict(line) for line in comparison.lines if line.fit is not None and line.status != "diverged"],
         failures=[line for line in comparison.lines if line.fit is None or line.traceback or line.status == "diverged"],
         made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
@@ -99,7 +102,12 @@ def fragment(comparison: Comparison) -> str:
 
 
 def _first_fit(comparison: Comparison, label: str) -> Fit | None:
-    return next((line.fit for line in comparison.lines if line.label == label and line.fit is not None), None)
+    lines = (line for line in comparison.lines if line.label == label and line.status != "diverged")
+    return next((line.fit for line in lines if line.fit is not None), None)
+
+
+def _several(comparison: Comparison) -> bool:
+    return len({line.seed for line in comparison.lines}) > 1
 
 
 def _columns(comparison: Comparison) -> list[tuple[str, str]]:
@@ -118,13 +126,12 @@ def _columns(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _cells(comparison: Comparison, record: dict[str, Any]) -> dict[str, str]:
     value = "in_sample" if comparison.in_sample else "heldout"
-    several = len({line.seed for line in comparison.lines}) > 1
     line = next(x for x in comparison.lines if (x.label, x.seed) == (record["algorithm"], record["seed"]))
     best = record["difference"] == 0 and record["difference_se"] == 0
-    steps = "" if math.isnan(record["steps"]) else f", {int(record['steps'])} steps"
+    steps = "" if math.isnan(record["steps"]) else f", {int(record['steps'])} step{'s' if record['steps'] != 1 else ''}"
     seconds = "–" if math.isnan(record["seconds"]) else f"{record['seconds']:.1f} s{steps}"
     return {
-        "algorithm": record["algorithm"] + (f", seed {record['seed']}" if several else ""),
+        "algorithm": record["algorithm"] + (f", seed {record['seed']}" if _several(comparison) else ""),
         "status": record["status"],
         "value": _pm(record[value], record[f"{value}_se"], 4),
         "difference": "best" if best else _pm(record["difference"], record["difference_se"], 4),
@@ -155,13 +162,17 @@ def _verdict(line: Line) -> dict[str, Any]:
         "label": line.label,
         "seed": line.seed,
         "grade": grade(line),
-        "text": line.verdict.split(": ", 1)[-1] if grade(line) != "not diagnosed" else line.verdict,
+        "text": _sentence(line.verdict.split(": ", 1)[-1] if grade(line) != "not diagnosed" else line.verdict),
         "message": line.message,
         "settings": line.fit.settings,
         "notes": notes,
         "table": table,
         "hidden": max(0, len(line.summary) - 40) if line.summary is not None else 0,
     }
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _picture(width: float, height: float, draw: Callable[[Any], None], alt: str, caption: str = "") -> Picture:
@@ -184,7 +195,7 @@ def _heldout(comparison: Comparison) -> Picture | None:
         return None
     said = "; ".join(f"{s.label} {s.mean:.4f}, {s.difference:+.4f} ± {s.difference_se:.4f}" for s in ranks)
     alt = f"Difference of each algorithm to the best, in nats per row: {said}"
-    return _picture(5.6, 0.9 + 0.42 * len(ranks), lambda axes: draw_heldout(axes, comparison), alt)
+    return _picture(3.9, 0.7 + 0.36 * len(ranks), lambda axes: draw_heldout(axes, comparison), alt)
 
 
 def _curves(comparison: Comparison) -> list[Picture]:
@@ -206,7 +217,7 @@ def _bind(draw: Callable[..., None], *rest: Any) -> Callable[[Any], None]:
     return lambda axes: draw(axes, *rest)
 
 
-def _densities(fits: dict[str, Fit]) -> tuple[list[Picture], list[str], list[str]]:
+def _densities(fits: dict[str, Fit], style: Style) -> tuple[list[Picture], list[str], list[str]]:
     """Panels, names left out, and reasons why a fit is in none."""
     scalars, problems = [], []
     good = {}
@@ -218,7 +229,6 @@ def _densities(fits: dict[str, Fit]) -> tuple[list[Picture], list[str], list[str
             problems.append(f"{label}: no draws of the global sites ({type(error).__name__}: {error})")
     scalars = global_scalars(good)
     shown, left = distinct(scalars)
-    style = colours(list(fits))
     pictures = []
     for scalar in shown[:PANELS]:
         said = "; ".join(f"{k} mean {v.mean():.4g}, sd {v.std():.2g}" for k, v in scalar.draws.items())
@@ -227,8 +237,7 @@ def _densities(fits: dict[str, Fit]) -> tuple[list[Picture], list[str], list[str
     return pictures, [s.name for s in [*left, *shown[PANELS:]]], problems
 
 
-def _predictive(fits: dict[str, Fit]) -> tuple[list[Picture], list[str]]:
-    style = colours(list(fits))
+def _predictive(fits: dict[str, Fit], style: Style) -> tuple[list[Picture], list[str]]:
     pictures, problems = [], []
     for label, fit in fits.items():
         try:

@@ -67,13 +67,17 @@ def draw_heldout(axes: Axes, comparison: Comparison) -> None:
         colour = style[s.label][0]
         error = 0.0 if math.isnan(s.difference_se) else 2 * s.difference_se
         axes.errorbar(s.difference, y, xerr=error, fmt="o", color=colour, capsize=3, markersize=6, linewidth=1.6)
-    axes.set_yticks(range(len(ranks)), [f"{s.label}  {s.mean:.4f}" for s in ranks])
+    axes.set_yticks(range(len(ranks)), [_short(s.label) for s in ranks])
     axes.set_ylim(-0.6, max(len(ranks), 1) - 0.4)
     where = "in-sample row" if comparison.in_sample else "held-out row"
-    axes.set_xlabel(f"nats per {where}, less the best (bars: 2 paired s.e.)", fontsize=9)
+    axes.set_xlabel(f"nats per {where}, less the best", fontsize=8)
     if not ranks:
         axes.text(0.5, 0.5, "no value to compare", transform=axes.transAxes, ha="center", color=GREY)
     axes.margins(x=0.08)
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 20 else label[:19] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def draw_curve(axes: Axes, curves: Mapping[int, tuple[str, np.ndarray]], colour: str) -> None:
@@ -92,6 +96,7 @@ def draw_curve(axes: Axes, curves: Mapping[int, tuple[str, np.ndarray]], colour:
         low, high = min(low, settled[0]), max(high, settled[1])
         if high > low:
             axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    axes.ticklabel_format(axis="y", useOffset=False)
     name = next((name for name, _ in curves.values() if name), "")
     axes.set_ylabel(name.replace("_", " ") + (", nats per row" if name.endswith("loss") else ", nats"), fontsize=8)
     axes.set_xlabel("step", fontsize=8)
@@ -109,7 +114,7 @@ def draw_density(axes: Axes, scalar: Scalar, style: Mapping[str, tuple[str, str]
             axes.axvline(float(values[0]), color=colour, linestyle=stroke, linewidth=1.6, label=label)
             continue
         where, density = smoothed(values)
-        axes.plot(where, density, color=colour, linestyle=stroke, linewidth=1.6, label=label)
+        axes.plot(where, density, color=colour, linestyle=stroke, linewidth=2.0 if stroke == ":" else 1.6, label=label)
         axes.fill_between(where, density, color=colour, alpha=0.10, linewidth=0)
     axes.set_xlim(low - room, high + room)
     axes.set_ylim(bottom=0.0)
@@ -192,8 +197,12 @@ def _draw_plane(axes: Axes, shown: Replicates, colour: str) -> None:
         axis = np.linalg.svd(observed - centre, full_matrices=False)[2][:2]
         observed, drawn = (observed - centre) @ axis.T, (drawn - centre) @ axis.T
         names = [f"{shown.site}, principal direction {i + 1}" for i in range(2)]
-    axes.scatter(*observed.T, s=5, color=GREY, alpha=0.6, linewidths=0, label="observed", rasterized=True)
-    axes.scatter(*drawn.T, s=5, color=colour, alpha=0.6, linewidths=0, label="one replicate", rasterized=True)
+    axes.scatter(
+        observed[:, 0], observed[:, 1], s=5, color=GREY, alpha=0.6, linewidths=0, label="observed", rasterized=True
+    )
+    axes.scatter(
+        drawn[:, 0], drawn[:, 1], s=5, color=colour, alpha=0.6, linewidths=0, label="one replicate", rasterized=True
+    )
     room = 0.15 * np.ptp(observed, axis=0)
     axes.set_xlim(observed[:, 0].min() - room[0], observed[:, 0].max() + room[0])
     axes.set_ylim(observed[:, 1].min() - room[1], observed[:, 1].max() + room[1])

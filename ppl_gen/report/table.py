@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ppl_gen.diagnostics.evidence import Evidence
     from ppl_gen.report.trials import Line
 
-__all__ = ["Standing", "answer", "as_text", "best_label", "frame", "grade", "labels_of", "paired", "standings", "trust"]
+__all__ = ["Standing", "answer", "as_text", "best_label", "frame", "grade", "labels_of", "paired", "rounded", "standings", "trust"]
 
 #: Differences of fewer than so many standard errors are no differences.
 NOTABLE = 2.0
@@ -153,17 +153,28 @@ def answer(comparison: Comparison) -> str:
     equal = [s for s in ranks if s.equal]
     worse = [s for s in ranks if not s.equal]
     quick = min(equal, key=lambda s: s.seconds)
-    many = "All" if not worse else f"{_listed(s.label for s in equal)}"
     if len(equal) == 1:
         text = f"{best.label} predicts best ({best.mean:.4g} {unit})"
     else:
-        who = f"All {len(equal)} algorithms predict" if not worse else f"{many} predict"
-        text = f"{who} equally well ({best.mean:.4g} {unit}); {quick.label} is the quickest of them"
+        who = _listed(s.label for s in equal) if worse else f"All {len(equal)} algorithms"
+        text = f"{who} predict equally well ({best.mean:.4g} {unit}); {quick.label} is the quickest of them"
     if worse:
-        text += "; " + ", ".join(f"{s.label} is worse by {-s.difference:.2g} ± {s.difference_se:.1g}" for s in worse)
+        text += "; " + ", ".join(f"{s.label} is worse by {rounded(-s.difference, s.difference_se)}" for s in worse)
     if comparison.in_sample:
         text += ". In-sample values favour maximum likelihood by construction: hold out rows to compare predictions"
-    return text + "."
+    return text.replace("(-", "(\N{MINUS SIGN}") + "."
+
+
+def rounded(value: float, error: float) -> str:
+    """A value and its error to the error's second digit.
+
+    >>> rounded(1.2345, 0.0567), rounded(36.7, 11.2)
+    ('1.234 ± 0.057', '37 ± 11')
+    """
+    if not (error > 0 and math.isfinite(error) and math.isfinite(value)):
+        return f"{value:.2g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def trust(comparison: Comparison) -> dict[str, list[str]]:

@@ -59,7 +59,7 @@ class Task:
     train: Any
     test: Any
     particles: int = 100
-    draws: int = 100
+    draws: int = 500
     threads: int = 1
     device: str | torch.device | None = None
     dtype: torch.dtype | None = None
@@ -160,9 +160,8 @@ def side_by_side(task: Task, jobs: Sequence[Job], n_jobs: int, progress: bool | 
             'use joblib.parallel_config(backend="loky"), or n_jobs=1'
         )
     sent = _pickled(replace(task, device=None if task.device is None else str(task.device)), "the program or the data")
-    calls = [
-        delayed(_remote)(sent, i, label, _pickled(algorithm, label), seed) for i, (label, algorithm, seed) in enumerate(jobs)
-    ]
+    packed = [(label, _pickled(algorithm, label), seed) for label, algorithm, seed in jobs]
+    calls = [delayed(_remote)(sent, i, *job) for i, job in enumerate(packed)]
     # Bytes go and come, so that joblib neither maps arrays into read-only memory nor fails on a result.
     pool = Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
     waiting = set(range(len(jobs)))
@@ -265,6 +264,7 @@ def _judged(task: Task, label: str, result: Fit) -> Line:
     except KeyboardInterrupt:
         return replace(line, status=str(Status.INTERRUPTED), message="interrupted before it was judged")
     except Exception as error:  # the row says why there is no verdict
-        return replace(line, verdict=f"not diagnosed: {type(error).__name__}: {error}", traceback=traceback.format_exc())
+        verdict = f"not diagnosed: {type(error).__name__}: {error}"
+        return replace(line, verdict=verdict, traceback=traceback.format_exc())
     k = float(summary.attrs.get("pareto_k", math.nan))
     return replace(line, summary=summary, verdict=str(summary.attrs["verdict"]), pareto_k=k)

@@ -29,7 +29,8 @@ class ContrastiveDivergence(Objective):
 
     CD-k (``persistent=False``) starts its chains at the rows of every batch. Persistent CD starts them once, at the
     rows of the first batch, and moves on from where the last update left them; they belong to one fit, and a fit that
-    continues another (``start=``) begins new ones.
+    continues another (``start=``) begins new ones. They follow the program only while it changes slowly: let the
+    learning rate fall towards zero (``SVI(schedule=...)``), or the fit gets worse where CD-k would have settled.
 
     The history holds ``free_energy`` (data), ``chain_free_energy`` and ``reconstruction_error``: entries of a row that
     one sweep from it changes, squared and summed.
@@ -63,7 +64,7 @@ class ContrastiveDivergence(Objective):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
         if self.chains is not None and not self.persistent:
-            raise ValueError("chains: without persistent=True there is one chain for each row of the batch; leave it out")
+            raise ValueError("chains: without persistent=True each row of the batch has its own chain; leave it out")
 
     @property
     def needs(self) -> Sequence[Need]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.dryrun import Site
+from ppl_gen.dryrun import ProgramInfo, Site
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting
 from ppl_gen.offers import Need
@@ -64,6 +64,7 @@ class ELBO(Objective):
         if setting.program.time_steps is not None and self.time_step == "sampled":
             return _TimeStepGame(setting, self.particles)
         estimators = choose_estimators(setting, self.enumerate)
+        refuse_tied_rows(setting, estimators.model_sums)
         if estimators.guide_sums:
             return _EnumeratedGuideGame(setting, estimators, self.particles)
         return _SampledGame(setting, estimators, self.particles)
@@ -156,6 +157,34 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
+def rows_plate(info: ProgramInfo, sums: Sequence[str]) -> str | None:
+    """The plate whose rows stay apart when ``sums`` are summed out; None where a global one ties them together."""
+    return info.data_plate if all(info.sites[name].local for name in sums) else None
+
+
+def refuse_tied_rows(setting: Setting, sums: Sequence[str]) -> None:
+    """A sum over a global site would hold N / B inside its logarithm, which is neither unbiased nor a bound."""
+    if sums and setting.minibatches and rows_plate(setting.info, sums) is None:
+        names = [name for name in sums if not setting.info.sites[name].local]
+        raise IncompatibleError(
+            f"the discrete site(s) {names} stand outside the data plate and are summed out in the model, which "
+            "minibatches do not allow; leave batch_size out, or draw them in the guide"
+        )
+
+
+def own_scale(trace: poutine.Trace, plate: str | None) -> float:
+    """N / B of a data plate that the program itself subsamples; 1 where it does not."""
+    frames = (f for site in trace.nodes.values() for f in site.get("cond_indep_stack", ()) if f.name == plate)
+    return next((f.full_size / f.size for f in frames if f.full_size), 1.0)
+
+
+def _weighed_alike(q: dict[str, Any], p: dict[str, Any]) -> bool:
+    """Same mask and scale on both sides: only then does one divergence stand for the difference of two densities."""
+    scales = q["scale"], p["scale"]
+    same = scales[0] is scales[1] or (all(isinstance(s, float | int) for s in scales) and scales[0] == scales[1])
+    return same and q["mask"] is p["mask"]
+
+
 def is_sample(site: dict[str, Any]) -> bool:
     """A sample site with a density: not a deterministic value, not the plate's own subsample."""
     return (
@@ -174,6 +203,9 @@ class _SampledGame(Game):
         self.baseline: dict[str, Tensor] = {}
 
     def loss(self, player: str, batch: Batch) -> Loss:
+        if self.estimators.score and not self.baseline:
+            with torch.no_grad():  # a baseline made of the very cost it is taken from would bias the first step
+                self._particle(batch)
         drawn = [self._particle(batch) for _ in range(self.particles)]
         surrogate, reconstruction, kl = (torch.stack(column).mean() for column in zip(*drawn, strict=True))
         return Loss(surrogate, {"reconstruction": reconstruction.detach(), "kl": kl.detach()})
@@ -181,8 +213,8 @@ class _SampledGame(Game):
     def _particle(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         guide, model = traces(self.setting, batch)
         rows = batch.total or 1
-        kl = self._kl(guide, model)
-        reconstruction = -self._log_likelihood(guide, model, batch)
+        touched, likelihood = self._log_likelihood(guide, model, batch)
+        kl, reconstruction = self._kl(guide, model, touched), -likelihood
         loss = (reconstruction + kl) / rows
         surrogate = loss
         for name in self.estimators.score:
@@ -205,34 +237,36 @@ class _SampledGame(Game):
         value = value.sum(tuple(range(dim + 1, 0))) if dim < -1 else value
         return value.flatten(0, -2).sum(0) if value.dim() > 1 else value
 
-    def _kl(self, guide: poutine.Trace, model: poutine.Trace) -> Tensor:
+    def _kl(self, guide: poutine.Trace, model: poutine.Trace, touched: Collection[str]) -> Tensor:
+        """Sum of log q - log p over the guide's sites; the priors of those ``touched`` are counted elsewhere."""
         total = torch.zeros(())
         for name, q in guide.nodes.items():
             if not is_sample(q):
                 continue
-            if name in self.estimators.analytic:
-                total = total + _scaled(_divergence(q["fn"], model.nodes[name]["fn"]), q).sum()
+            p = model.nodes.get(name)
+            if name in self.estimators.analytic and name not in touched and _weighed_alike(q, p):
+                total = total + _scaled(_divergence(q["fn"], p["fn"]), q).sum()
                 continue
             total = total + _scaled(q["fn"].log_prob(q["value"]), q).sum()
-            if self.estimators.model_sums and name in model.nodes and self.setting.info.sites[name].local:
-                continue  # its prior is summed together with the discrete sites it may hang on
-            if name in model.nodes and is_sample(model.nodes[name]):
-                p = model.nodes[name]
+            if p is not None and is_sample(p) and name not in touched:
                 total = total - _scaled(p["fn"].log_prob(p["value"]), p).sum()
         return total
 
-    def _log_likelihood(self, guide: poutine.Trace, model: poutine.Trace, batch: Batch) -> Tensor:
+    def _log_likelihood(self, guide: poutine.Trace, model: poutine.Trace, batch: Batch) -> tuple[set[str], Tensor]:
+        """What the guide does not draw: the data, factors, and sums over discrete sites (see `_summed`)."""
         if self.estimators.model_sums:
-            return self._summed_log_likelihood(guide, batch)
+            return self._summed(guide, batch)
         total = torch.zeros(())
         for name, site in model.nodes.items():
             if is_sample(site) and name not in guide.nodes:
                 total = total + _scaled(site["fn"].log_prob(site["value"]), site).sum()
-        return total
+        return set(), total
 
-    def _summed_log_likelihood(self, guide: poutine.Trace, batch: Batch) -> Tensor:
-        """log p(x, locals | globals) with the discrete sites summed out."""
-        from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
+    def _summed(self, guide: poutine.Trace, batch: Batch) -> tuple[set[str], Tensor]:
+        """The guide's sites whose priors hang on discrete sites, and the log density of these, the data and factors."""
+        from ppl_gen.inference.contraction import dims_of
+        from ppl_gen.inference.enumerated import packed_sites, summed_symbols
+        from ppl_gen.inference.enumeration import enumerated_trace, log_prior, row_log_density
 
         info = self.setting.info
         trace = enumerated_trace(
@@ -240,10 +274,16 @@ class _SampledGame(Game):
             batch.args,
             batch.kwargs,
             discrete=self.estimators.model_sums,
-            values={n: s["value"] for n, s in guide.nodes.items() if is_sample(s)},
+            values={n: s["value"] for n, s in guide.nodes.items() if s["type"] == "sample"},
             plate_nesting=info.plate_nesting,
         )
-        return row_log_density(trace, info.data_plate).sum() * batch.rescale
+        symbols, drawn = summed_symbols(trace), [n for n, s in guide.nodes.items() if is_sample(s)]
+        dims = {name: dims_of(site["packed"]["unscaled_log_prob"]) for name, site in packed_sites(trace)}
+        touched = {name for name in drawn if not symbols.isdisjoint(dims.get(name, ""))}
+        others = [name for name in drawn if name not in touched]
+        plate = rows_plate(info, self.estimators.model_sums)
+        rows = row_log_density(trace, plate, without=others).sum() * (batch.rescale * own_scale(trace, plate))
+        return touched, rows + log_prior(trace, plate, without=others)
 
     def _score_term(self, name: str, guide: poutine.Trace, cost: Tensor) -> Tensor:
         """(cost - baseline) grad log q: its value is zero, its gradient is the score-function estimate."""
@@ -260,7 +300,8 @@ class _EnumeratedGuideGame(Game):
 
     def __init__(self, setting: Setting, estimators: Estimators, particles: int) -> None:
         self.setting, self.particles = setting, particles
-        self.notes = estimators.notes()
+        drawn = (*estimators.analytic, *estimators.reparameterised)  # its divergences are all taken from draws
+        self.notes = replace(estimators, analytic=(), reparameterised=drawn).notes()
         sums = {*estimators.model_sums, *estimators.guide_sums}
         self.model = poutine.infer_config(setting.model, _parallel(sums))
         self.guide = poutine.infer_config(setting.guide, _parallel(sums))

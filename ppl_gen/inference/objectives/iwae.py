@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting
-from ppl_gen.inference.objectives.elbo import is_sample
+from ppl_gen.inference.objectives.elbo import is_sample, refuse_tied_rows
 from ppl_gen.inference.objectives.particles import can_vectorise, local_log_weights, sampled
 from ppl_gen.offers import Need
 
@@ -62,7 +62,9 @@ class IWAE(Objective):
                 "site out of the guide (it is summed out in the model), or use ELBO(), which sums it out in the guide "
                 "or takes the score function."
             )
-        return _ImportanceGame(setting, self.particles)
+        game = _ImportanceGame(setting, self.particles)
+        refuse_tied_rows(setting, game.sums)
+        return game
 
 
 class _ImportanceGame(Game):
@@ -71,7 +73,8 @@ class _ImportanceGame(Game):
         guided = set(info.guide_sites or {})
         self.setting, self.particles = setting, particles
         self.sums = tuple(n for n in info.finite_latents if n not in guided)
-        self.local = any(site.local and site.name in guided for site in info.select())
+        # A guide that maps one joint vector onto all sites (full rank, a flow) has no locals that could be drawn alone.
+        self.local = any(s.local and not s.likelihood_free for s in (info.guide_sites or {}).values())
         self.globals = [site.name for site in info.select(local=False) if site.name in guided]
         self.vectorise: bool | None = None
         inside = "per row, plate scale outside" if self.local else "joint over the global latents"
@@ -101,14 +104,14 @@ class _ImportanceGame(Game):
         )
         assert weights.rows is not None
         rows = torch.logsumexp(weights.rows, 0) - math.log(self.particles)
-        return rows.sum() * batch.rescale + weights.globals
+        return rows.sum() * (batch.rescale * weights.scale) + weights.globals
 
     def _joint(self, batch: Batch) -> Tensor:
         model, guide, info = self.setting.model, self.setting.guide, self.setting.info
         joint = []
         for _ in range(self.particles):
             one = local_log_weights(model, guide, info, batch, 1, values={}, sums=self.sums, vectorise=False)
-            rows = 0.0 if one.rows is None else one.rows.sum() * batch.rescale
+            rows = 0.0 if one.rows is None else one.rows.sum() * (batch.rescale * one.scale)
             joint.append(rows + one.globals)
         log_weights = torch.stack(joint)
         if batch.rows is not None and batch.total != batch.rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
-from ppl_gen.inference.objectives.elbo import is_sample
+from ppl_gen.inference.objectives.elbo import is_sample, own_scale, rows_plate
+from ppl_gen.isolation import looking
 
 __all__ = ["LocalParticles", "LogWeights", "can_vectorise", "local_log_weights", "sampled"]
 
@@ -46,10 +47,14 @@ class Substitute(Messenger):
 
 @dataclass(frozen=True)
 class LogWeights:
-    """log w of one batch: ``rows`` particles x rows (None without a data plate), ``globals`` a scalar."""
+    """log w of one batch: ``rows`` particles x rows (None without a data plate), ``globals`` a scalar.
+
+    ``scale`` is N / B where the program itself subsamples its data plate: it belongs outside every logsumexp.
+    """
 
     rows: Tensor | None
     globals: Tensor
+    scale: float = 1.0
 
 
 def sampled(
@@ -65,15 +70,46 @@ def sampled(
 def can_vectorise(
     model: Callable[..., Any], guide: Callable[..., Any] | None, info: ProgramInfo, batch: Batch, sums: tuple[str, ...]
 ) -> bool:
-    """Whether particles as one more dimension on the left go through networks and shapes of this program."""
+    """Whether particles as one more dimension on the left go through this program, and come to the same numbers."""
     if sums or info.data_plate is None:
         return False
     try:
-        with torch.no_grad():
-            weights = _vectorised(model, guide, info, batch, 2, {})
-            return tuple(weights.rows.shape) == (2, batch.rows) if weights.rows is not None else False
+        with looking():
+            return _same_one_by_one(model, guide, info, batch)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
         return False  # convolutions and batch norm refuse the extra dimension: unroll instead
+
+
+def _same_one_by_one(
+    model: Callable[..., Any], guide: Callable[..., Any] | None, info: ProgramInfo, batch: Batch
+) -> bool:
+    """A softmax over dim=1, say, takes the extra dimension without a word and means something else by it."""
+    p, q = _traced_together(model, guide, info, batch, 2, {})
+    together = _collect(p, q, info, 2, {})
+    nodes = {name: site for trace in (p, q) for name, site in trace.nodes.items() if site["type"] == "sample"}
+    for k in range(2):
+        values = {n: _of_particle(s, k, info) for n, s in nodes.items() if not s["is_observed"]}
+        alone_p, alone_q = _traced_alone(model, guide, batch, values)
+        alone = _collect(alone_p, alone_q, info, 1, {})
+        if together.rows is None or alone.rows is None or together.rows.shape[1:] != alone.rows.shape[1:]:
+            return False
+        if not torch.allclose(together.rows[k], alone.rows[0], rtol=1e-3, atol=1e-3, equal_nan=True):
+            return False
+    return True
+
+
+def _of_particle(site: dict[str, Any], k: int, info: ProgramInfo) -> Tensor:
+    """The value of one particle, in the shape that the site has without a plate of particles."""
+    value: Tensor = site["value"]
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != "_particles"]
+    if not any(f.name == info.data_plate for f in frames):
+        return value
+    axis = value.dim() - site["fn"].event_dim - 1 - info.plate_nesting
+    if axis < 0:
+        return value
+    depth = max(-f.dim for f in frames)
+    one = value.select(axis, min(k, value.shape[axis] - 1))
+    return one.reshape(one.shape[axis + info.plate_nesting - depth :])
 
 
 def local_log_weights(
@@ -94,9 +130,13 @@ def local_log_weights(
     """
     if vectorise:
         return _vectorised(model, guide, info, batch, particles, values)
-    drawn = [_single(model, guide, info, batch, values, sums) for _ in range(particles)]
+    drawn: list[LogWeights] = []
+    for _ in range(particles):
+        weights, chosen = _single(model, guide, info, batch, values, sums)
+        drawn.append(weights)
+        values = {**values, **chosen}  # a program that subsamples keeps to one subsample: weights of the same rows
     rows = None if drawn[0].rows is None else torch.stack([w.rows for w in drawn if w.rows is not None])
-    return LogWeights(rows, torch.stack([w.globals for w in drawn]).mean(0))
+    return LogWeights(rows, torch.stack([w.globals for w in drawn]).mean(0), drawn[0].scale)
 
 
 def _vectorised(
@@ -107,11 +147,30 @@ def _vectorised(
     count: int,
     values: Mapping[str, Tensor],
 ) -> LogWeights:
+    p, q = _traced_together(model, guide, info, batch, count, values)
+    return _collect(p, q, info, count, values)
+
+
+def _traced_together(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    info: ProgramInfo,
+    batch: Batch,
+    count: int,
+    values: Mapping[str, Tensor],
+) -> tuple[poutine.Trace, poutine.Trace]:
     assert info.data_plate is not None
     with LocalParticles(count, info.data_plate, info.plate_nesting):
-        q = sampled(guide, batch, values)
-        p = poutine.trace(poutine.replay(_substituted(model, values), trace=q)).get_trace(*batch.args, **batch.kwargs)
-    return _collect(p, q, info, count, values)
+        return _traced_alone(model, guide, batch, values)
+
+
+def _traced_alone(
+    model: Callable[..., Any], guide: Callable[..., Any] | None, batch: Batch, values: Mapping[str, Tensor]
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Model replayed against guide, and the guide."""
+    q = sampled(guide, batch, values)
+    p = poutine.trace(poutine.replay(_substituted(model, values), trace=q)).get_trace(*batch.args, **batch.kwargs)
+    return p, q
 
 
 def _single(
@@ -121,21 +180,28 @@ def _single(
     batch: Batch,
     values: Mapping[str, Tensor],
     sums: tuple[str, ...],
-) -> LogWeights:
-    q = sampled(guide, batch, values)
+) -> tuple[LogWeights, dict[str, Tensor]]:
+    """One particle, and the rows that a program which subsamples has chosen."""
     if not sums:
-        p = poutine.trace(poutine.replay(_substituted(model, values), trace=q)).get_trace(*batch.args, **batch.kwargs)
+        p, q = _traced_alone(model, guide, batch, values)
         weights = _collect(p, q, info, 1, values)
-        return LogWeights(None if weights.rows is None else weights.rows[0], weights.globals)
+        rows = None if weights.rows is None else weights.rows[0]
+        return replace(weights, rows=rows), {**_subsamples(p), **_subsamples(q)}
     from ppl_gen.inference.enumeration import enumerated_trace, log_prior, row_log_density
 
-    drawn = {name: site["value"] for name, site in q.nodes.items() if is_sample(site)}
-    known = {name: value for name, value in {**drawn, **values}.items() if name in info.sites}
+    q = sampled(guide, batch, values)
+    drawn = {name: site["value"] for name, site in q.nodes.items() if site["type"] == "sample"}
+    known = {**drawn, **values}
     p = enumerated_trace(model, batch.args, batch.kwargs, discrete=sums, values=known, plate_nesting=info.plate_nesting)
-    rows = row_log_density(p, info.data_plate)
-    minus_q = _collect(None, q, info, 1, values)
-    local = rows if minus_q.rows is None else rows + minus_q.rows[0]
-    return LogWeights(local, log_prior(p, info.data_plate) + minus_q.globals)
+    plate = rows_plate(info, sums)
+    rows, minus_q = row_log_density(p, plate), _collect(None, q, info, 1, values)
+    if minus_q.rows is not None:
+        rows = rows + (minus_q.rows[0] if plate is not None else minus_q.rows[0].sum())
+    return LogWeights(rows, log_prior(p, plate) + minus_q.globals, own_scale(p, plate)), _subsamples(q)
+
+
+def _subsamples(trace: poutine.Trace) -> dict[str, Tensor]:
+    return {n: s["value"] for n, s in trace.nodes.items() if type(s.get("fn")).__name__ == "_Subsample"}
 
 
 def _substituted(model: Callable[..., Any], values: Mapping[str, Tensor]) -> Callable[..., Any]:
@@ -163,7 +229,7 @@ def _collect(
                 rows = sign * value if rows is None else rows + sign * value
             else:
                 total = total + sign * value.sum()
-    return LogWeights(rows, total)
+    return LogWeights(rows, total, own_scale(q if p is None else p, info.data_plate))
 
 
 def _unplated(site: dict[str, Any], info: ProgramInfo) -> Tensor:

@@ -5,7 +5,7 @@ r"""The binary restricted Boltzmann machine: an energy, a Gibbs sampler, and log
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -53,7 +53,7 @@ class BoltzmannMachine(nn.Module):
         return x
 
     def log_partition(self) -> Tensor:
-        r"""log Z, by summing over every state of the smaller side with the other side summed out by hand; in float64."""
+        r"""log Z, by summing over every state of the smaller side, the other side summed out by hand; float64."""
         weight, inside, outside = self.weight.double(), self.hidden_bias.double(), self.visible_bias.double()
         if weight.shape[0] < weight.shape[1]:
             weight, inside, outside = weight.T, outside, inside
@@ -171,7 +171,7 @@ def rbm(visible: int, hidden: int, *, scale: float = 0.01, sweeps: int = 1000) -
 
 
 def _rows(data: Any, visible: int) -> Tensor:
-    if isinstance(data, dict):
+    if isinstance(data, Mapping):
         if "x" not in data:
             raise ValueError(f"data: rbm reads the entry 'x', and there is only {', '.join(data) or 'none'}")
         data = data["x"]

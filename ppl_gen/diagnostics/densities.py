@@ -1,0 +1,98 @@
+"""log p(x_i | theta_s) for many draws of theta at once, finite latents summed out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.inference.enumeration import enumerated_trace, log_prior, row_log_density
+
+if TYPE_CHECKING:
+    from ppl_gen.result import Fit
+
+__all__ = ["densities", "derived"]
+
+CELLS = 2_000_000  # draws x rows held at once
+
+
+def densities(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Row densities (draws x rows) given each draw, and the log prior (draws) of its global sites, in nats.
+
+    Local sites with a value are conditioned on; the finite ones without are summed out. Call inside ``fit.bound()``.
+    All draws go through the program at once (`torch.vmap`) where that gives what one draw at a time gives.
+    """
+    one = _single(fit, batch, draws[0])
+    if len(draws) == 1 or not draws[0]:
+        rows, prior = one(dict(draws[0]))
+        return rows.expand(len(draws), -1), prior.expand(len(draws))
+    stacked = {name: torch.stack([torch.as_tensor(draw[name]) for draw in draws]) for name in draws[0]}
+    checked: tuple[Tensor, Tensor] | None = _vectorised(one, stacked, len(draws), batch.rows or 1)
+    if checked is not None:
+        return checked
+    pairs = [one(dict(draw)) for draw in draws]
+    return torch.stack([rows for rows, _ in pairs]), torch.stack([prior for _, prior in pairs])
+
+
+def _single(
+    fit: Fit, batch: Batch, names: Mapping[str, Tensor]
+) -> Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]:
+    info = fit.info
+    local = [name for name in names if name in info.sites and info.sites[name].local]
+    sums = [name for name in info.finite_latents if name not in names]
+
+    def one(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        trace = enumerated_trace(
+            fit.program.model,
+            batch.args,
+            batch.kwargs,
+            discrete=sums,
+            values=values,
+            plate_nesting=info.plate_nesting,
+        )
+        rows = row_log_density(trace, info.data_plate, without=local)
+        return rows, torch.as_tensor(log_prior(trace, info.data_plate), dtype=rows.dtype)
+
+    return one
+
+
+def derived(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The deterministic sites outside the data plate at each draw; call inside ``fit.bound()``."""
+    names = [site.name for site in fit.info.select(kind="deterministic", local=False)]
+    if not names or not draws:
+        return [{} for _ in draws]
+    sums = [name for name in fit.info.finite_latents if name not in draws[0]]
+    nesting = fit.info.plate_nesting
+
+    def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        trace = enumerated_trace(
+            fit.program.model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=nesting
+        )
+        return {name: trace.nodes[name]["value"] for name in names}
+
+    if len(draws) > 1:
+        stacked = {name: torch.stack([torch.as_tensor(draw[name]) for draw in draws]) for name in draws[0]}
+        together = _vectorised(one, stacked, len(draws), batch.rows or 1)
+        if together is not None:
+            return [{name: value[i] for name, value in together.items()} for i in range(len(draws))]
+    return [one(dict(draw)) for draw in draws]
+
+
+def _vectorised(
+    one: Callable[[dict[str, Tensor]], Any], stacked: dict[str, Tensor], count: int, rows: int
+) -> Any | None:
+    """All draws at once, or None where the program does not allow it (or gives something else then)."""
+    try:
+        result = torch.vmap(one, chunk_size=max(1, CELLS // rows))(stacked)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+        return None  # indexing by a drawn value, data-dependent Python: one draw at a time then
+    for index in (0, count - 1):
+        alone = tree_leaves(one({name: value[index] for name, value in stacked.items()}))
+        for together, single in zip(tree_leaves(result), alone, strict=True):
+            if not torch.allclose(together[index], single, rtol=1e-4, atol=1e-4, equal_nan=True):
+                return None
+    return result
