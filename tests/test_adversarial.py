@@ -72,12 +72,12 @@ def test_program_gradients_non_saturating_against_minimax():
 
 def test_gradient_penalty_of_a_linear_critic_is_exact():
     flat = nn.Linear(3, 1).double()
-    expected = (float(flat.weight.norm()) - 1) ** 2
+    expected = (float(flat.weight.detach().norm()) - 1) ** 2
     rows = torch.randn(2, 7, 3, dtype=torch.float64)
     penalty = gradient_penalty(flat, *rows)
-    assert abs(float(penalty) - expected) < 1e-12
+    assert abs(float(penalty.detach()) - expected) < 1e-12
     (pull,) = torch.autograd.grad(penalty, [flat.weight])  # it is the critic that the penalty moves
-    norm = flat.weight.norm()
+    norm = flat.weight.detach().norm()
     torch.testing.assert_close(pull, 2 * (norm - 1) * flat.weight.detach() / norm, rtol=1e-10, atol=0)
 
 
@@ -173,18 +173,19 @@ def _affine(x):
         pyro.sample("x", dist.Delta(loc + scale * z), obs=x)
 
 
-def test_a_wasserstein_game_learns_location_and_scale():
-    objective = Adversarial("wasserstein", penalty="gradient", critic_steps=2)
+def test_a_game_learns_location_and_scale():
+    rates = {"critic": 5e-3, "program": 2e-2}
     fits = [
-        pg.fit(_affine, _rows(), SVI(objective=objective, steps=steps, batch_size=128, lr=5e-3), seed=0)
-        for steps in (1, 800)
+        pg.fit(_affine, _rows(), SVI(objective=Adversarial(), steps=steps, batch_size=128, lr=rates), seed=0)
+        for steps in (1, 400)
     ]
-    # The fixed seed makes this repeatable; 0.15 is a tenth of what separates the start from the answer.
-    errors = [abs(float(f.params["loc"]) - 3.0) + abs(float(f.params["scale"]) - 0.5) for f in fits]
-    assert errors[0] > 3 and errors[1] < 0.35
-    assert abs(float(fits[1].history["spread"][-50:].mean()) - 1) < 0.25
+    # Two other seeds end within 0.02 of (3, 0.5); players of a game circle their optimum, hence ten times that.
+    errors = [max(abs(float(f.params["loc"]) - 3.0), abs(float(f.params["scale"]) - 0.5)) for f in fits]
+    assert errors[0] > 2.9 and errors[1] < 0.2
+    assert abs(float(fits[1].history["spread"][-50:].mean()) - 1) < 0.25 < abs(float(fits[0].history["spread"][0]) - 1)
     samples = fits[1].sample(2000)["x"]
-    assert abs(float(samples.mean()) - 3) < 0.35
+    # Monte Carlo error of the mean: 0.5 / sqrt(2000) = 0.011.
+    assert abs(float(samples.mean()) - float(fits[1].params["loc"])) < 0.06
 
 
 def _vae_like(x):

@@ -172,7 +172,7 @@ def test_a_program_without_density_has_no_value_but_a_row() -> None:
 
     critic = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
     x = rows().float()[:, None]
-    comparison = pg.compare(implicit, x, {"gan": SVI(Adversarial(critic), steps=3)})
+    comparison = pg.compare(implicit, x, {"gan": SVI(Adversarial(critic=critic), steps=3)})
     row = comparison.table().iloc[0]
     assert row["status"] == "finished" and math.isnan(row["heldout"]) and "density" in row["message"]
     assert comparison["gan"].data.rows == 40

@@ -110,8 +110,8 @@ def test_autograd_of_the_exact_log_likelihood_is_data_minus_model():
 
 @pytest.mark.parametrize("sweeps", [1, 2])
 def test_a_gibbs_sweep_has_the_transition_probabilities_of_the_joint_distribution(sweeps):
-    made, count = machine(), 200_000
-    joint = log_weights(made).flatten().softmax(0).reshape(16, 8)
+    made, count = machine(scale=0.5), 200_000  # no state so rare that its count is far from normal
+    joint = log_weights(made).detach().flatten().softmax(0).reshape(16, 8)
     there, back = joint / joint.sum(1, keepdim=True), joint / joint.sum(0)
     move = torch.linalg.matrix_power(there @ back.T, sweeps)
     code = 2 ** torch.arange(3, -1, -1)
@@ -126,7 +126,7 @@ def test_a_row_is_a_chain_that_ends_near_the_model_and_has_no_log_density():
     made, count = machine(scale=0.5), 100_000
     drawn = GibbsRows(made, sweeps=60).expand(torch.Size([count])).sample()
     assert drawn.shape == (count, 4)
-    p = made.log_density(states(4)).exp()
+    p = made.log_density(states(4)).exp().detach()
     seen = torch.bincount((drawn.long() * 2 ** torch.arange(3, -1, -1)).sum(1), minlength=16) / count
     assert float(((seen - p) / (p * (1 - p) / count).sqrt()).abs().max()) < Z
     with pytest.raises(pg.IncompatibleError, match="ContrastiveDivergence"):
@@ -141,20 +141,20 @@ def made_program(x, energy=None):
     made = built.energy.free_energy.__self__
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter.normal_()
+            parameter.normal_(std=1.5)
     if energy is not None:
         built = pg.Program(built.model, energy=energy(made), name="rbm")
     return built, made
 
 
-def z_scores(objective, x, energy=None, burn=0, repeats=300):
+def z_scores(objective, x, energy=None, burn=0, repeats=200):
     """Of the objective's gradient against the exact one, from independent games at fixed weights."""
     program, made = made_program(x, energy)
     batch = Batch((x,), {}, len(x), len(x))
     info = dry_run(program, batch)
     draws = []
     for _ in range(repeats):
-        game = objective.build(Setting(program, program.model, None, info))
+        game = objective.build(Setting(program, program.model, None, info, batch))
         for _ in range(burn):
             game.loss("program", batch)
         _, _, grads = gradients(game, "program", list(made.parameters()), batch)
@@ -180,17 +180,18 @@ def test_the_gradient_is_exact_in_the_limit_of_long_chains_and_biased_for_short_
 def test_persistent_chains_at_fixed_weights_reach_the_exact_gradient():
     x = torch.bernoulli(torch.full((100, 4), 0.3))
     persistent = ContrastiveDivergence(persistent=True, chains=150)
-    assert float(z_scores(persistent, x, burn=200, repeats=100)) < Z
-    assert float(z_scores(persistent, x, burn=0)) > 3 * Z, "the chains have only started"
+    assert float(z_scores(persistent, x, burn=60, repeats=50)) < Z
+    assert float(z_scores(persistent, x, burn=0, repeats=50)) > 3 * Z, "the chains have only started"
 
 
 def test_the_chain_is_not_differentiated_and_the_parts_are_what_they_say():
     x = states(4)[:10]
     program, made = made_program(x)
-    info = dry_run(program, Batch((x,), {}, 10, 10))
-    game = ContrastiveDivergence(steps=3).build(Setting(program, program.model, None, info))
+    batch = Batch((x,), {}, 10, 10)
+    info = dry_run(program, batch)
+    game = ContrastiveDivergence(steps=3).build(Setting(program, program.model, None, info, batch))
     torch.manual_seed(1)
-    loss = game.loss("program", Batch((x,), {}, 10, 10))
+    loss = game.loss("program", batch)
     torch.manual_seed(1)
     once = made.gibbs(x, 1)
     ends = made.gibbs(once, 2)
@@ -267,7 +268,7 @@ def test_evidence_is_that_of_the_trained_weights_also_after_loading(tmp_path):
     torch.testing.assert_close(fit.evidence().values, expected, rtol=0, atol=1e-12)
     assert fit.evidence().mean != pytest.approx(untrained(rbm(9, 4), x).evidence().mean, abs=1e-3)
     loaded = pg.load(fit.save(tmp_path / "fit"), rbm(9, 4, sweeps=20))
-    assert torch.equal(loaded.evidence().values, fit.evidence().values)
+    torch.testing.assert_close(loaded.evidence().values, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("cast", [torch.Tensor.bool, torch.Tensor.byte, torch.Tensor.numpy, torch.Tensor.double])

@@ -1,18 +1,23 @@
 """Inference algorithms and objectives, one per file."""
 
 from ppl_gen.inference.base import Algorithm, Iterative
+from ppl_gen.inference.cavi import CAVI
 from ppl_gen.inference.em import EM
+from ppl_gen.inference.nuts import NUTS
 from ppl_gen.inference.objectives.adversarial import Adversarial
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, Player
 from ppl_gen.inference.objectives.contrastive import ContrastiveDivergence
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.iwae import IWAE
+from ppl_gen.inference.stopping import Patience, Plateau
 from ppl_gen.inference.svi import SVI
 
 __all__ = [
+    "CAVI",
     "ELBO",
     "EM",
     "IWAE",
+    "NUTS",
     "SVI",
     "Adversarial",
     "Algorithm",
@@ -21,5 +26,7 @@ __all__ = [
     "Iterative",
     "Loss",
     "Objective",
+    "Patience",
+    "Plateau",
     "Player",
 ]

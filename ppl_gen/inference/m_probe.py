@@ -123,19 +123,21 @@ def probed(problem: Problem, values: Mapping[str, Tensor], sites: set[str], seed
         return {name: read(name, site, inside=name in sites) for name, site in found}
 
     with torch.no_grad():
+        origin = coordinates.vector(first)
+        # There and back, so that a step in one coordinate leaves the others the same to the last bit.
+        first |= coordinates.values(origin)
         base, other = readings(first), readings(second)
         if base.keys() != other.keys() or not all(reading.alike(other[name]) for name, reading in base.items()):
             return None
         keys = {Key(name, role): v for name, reading in base.items() for role, v in reading.parameters.items()}
         moves: dict[Key, dict[str, Tensor]] = {key: {} for key in keys}
-        columns = _columns(coordinates, first, keys, moves, readings)
+        columns = _columns(coordinates, origin, first, keys, moves, readings)
         if columns is None:
             return None
         whole = [name for name in problem.names if name not in coordinates.transforms]
         for name in whole:
             for key, change in _changes(keys, readings({**first, name: second[name]})):
                 moves[key][name] = _positions(key, change)
-        origin = coordinates.vector(first)
         affine = _affine(keys, other, columns, origin, coordinates.vector(second))
         rows = {
             key: _rows(value, other[key.site].parameters["probs"], first, second, [n for n in whole if n in moves[key]])
@@ -154,13 +156,14 @@ def probed(problem: Problem, values: Mapping[str, Tensor], sites: set[str], seed
 
 def _columns(
     coordinates: Coordinates,
+    origin: Tensor,
     point: Mapping[str, Tensor],
     keys: Mapping[Key, Tensor],
     moves: Mapping[Key, dict[str, Tensor]],
     readings: Callable[[Mapping[str, Tensor]], dict[str, Reading]],
 ) -> dict[Key, dict[int, Tensor]] | None:
     """By parameter: how it changes with each coordinate that it changes with. ``moves`` is filled in beside."""
-    origin, room = coordinates.vector(point), _MOST_ENTRIES
+    room = _MOST_ENTRIES
     columns: dict[Key, dict[int, Tensor]] = {key: {} for key in keys}
     for unit, name in coordinates.units():
         step = torch.zeros_like(origin)

@@ -62,7 +62,8 @@ class NormalGamma:
 
     @property
     def constraints(self) -> dict[str, constraints.Constraint]:
-        return {name: constraints.positive for name in ("loc_strength", "precision_shape", "precision_rate")}
+        positive = dict.fromkeys(("loc_strength", "precision_shape", "precision_rate"), constraints.positive)
+        return {"loc_mean": constraints.real, **positive}
 
     def sample(self, like: Tensor) -> dict[str, Tensor]:
         """The prior statements; ``like`` gives dtype and device."""

@@ -42,6 +42,7 @@ class NormalWishart:
     full = True
     axes = {"loc_standard": -2, "loc": -2, "scale_tril_standard": -3, "covariance": -3}
     constraints = {
+        "loc_mean": constraints.real,
         "loc_strength": constraints.positive,
         "covariance_degrees": constraints.positive,
         "covariance_scatter_tril": constraints.lower_cholesky,
