@@ -149,7 +149,7 @@ class Workspace:
 
     def _open(self) -> None:
         plain = {k: self._place(v).requires_grad_() for k, v in self._state.unconstrained.items() if "$$$" not in k}
-        constraints = {k: self._state.constraints[k] for k in plain if k in self._state.constraints}
+        constraints = {k: self._state.constraints.get(k, torch.distributions.constraints.real) for k in plain}
         store = pyro.get_param_store()
         self._stack.enter_context(store.scope({"params": plain, "constraints": constraints}))
         self._stack.enter_context(self._patched_module_statement())

@@ -476,8 +476,12 @@ def test_zero_inflated_regression_reaches_scipys_maximum():
 
     def log_density(free):
         absent, rate = torch.sigmoid(free[0]), (free[1] + free[2] * a).exp()
-        table = torch.stack([absent.log() + dist.Poisson(1e-12 + 0 * a).log_prob(count),
-                             (1 - absent).log() + dist.Poisson(rate).log_prob(count)])
+        table = torch.stack(
+            [
+                absent.log() + dist.Poisson(1e-12 + 0 * a).log_prob(count),
+                (1 - absent).log() + dist.Poisson(rate).log_prob(count),
+            ]
+        )
         return table.logsumexp(0).sum()
 
     def loss(free):
@@ -488,7 +492,7 @@ def test_zero_inflated_regression_reaches_scipys_maximum():
     best = minimize(loss, [0.0, 0.0, 0.0], jac=True, method="BFGS", options={"gtol": 1e-8})
     fit = pg.fit(model, {"a": a, "count": count}, EM(tolerance=1e-11), seed=0)
     assert "absent: derived (weighted successes)" in fit.notes["M-step"]
-    assert "line: gradient (L-BFGS on the expected log-joint; the rate of 'count' bend" in fit.notes["M-step"]
+    assert "line: gradient (L-BFGS on the expected log-joint; the rate of 'count' mixes it" in fit.notes["M-step"]
     assert rises(fit) and fit.status is pg.Status.CONVERGED
     close(last(fit), -best.fun, 1e-5)
     close(fit.point["absent"], torch.sigmoid(tensor(*best.x[:1])).squeeze(), 1e-5)
@@ -619,13 +623,17 @@ def ppca_e_step(values, x):
 
 def ppca_m_step(weights, values, prior, x):
     loading = torch.linalg.solve(weights["square"], weights["mean"].T @ x).T
-    left = (x**2).sum() - 2 * (weights["mean"] * (x @ loading)).sum() + (weights["square"] * (loading.T @ loading)).sum()
+    left = (
+        (x**2).sum() - 2 * (weights["mean"] * (x @ loading)).sum() + (weights["square"] * (loading.T @ loading)).sum()
+    )
     return {"loading": loading, "noise": (left / x.numel()).sqrt()}
 
 
 def ppca_data():
     z = torch.randn(200, 2, generator=rng(7), dtype=F64)
-    return z @ tensor([2.0, 0.0, 1.0, 0.5], [0.0, 1.5, -1.0, 0.2]) + 0.4 * torch.randn(200, 4, generator=rng(8), dtype=F64)
+    return z @ tensor([2.0, 0.0, 1.0, 0.5], [0.0, 1.5, -1.0, 0.2]) + 0.4 * torch.randn(
+        200, 4, generator=rng(8), dtype=F64
+    )
 
 
 PPCA_START = {"loading": tensor([1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.1, -0.2]), "noise": tensor(1.0).squeeze()}
@@ -781,9 +789,9 @@ def test_same_seed_same_bits_and_starts_are_compared():
     one, two = (pg.fit(normals, x, EM(steps=4), seed=5) for _ in range(2))
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(one.point[name], two.point[name]) for name in NORMALS_START)
-    other = pg.fit(normals, x, EM(steps=4, restarts=1), seed=5)
-    assert other.cost["restarts"] == 1 and one.cost["restarts"] == 5
-    assert last(one) >= last(other) - 1e-9
+    best, other = (pg.fit(normals, x, EM(steps=10, restarts=n), seed=5) for n in (None, 1))
+    assert other.cost["restarts"] == 1 and one.cost["restarts"] == best.cost["restarts"] == 5
+    assert last(best) >= last(other), "the other start is the first of the five"
     zoo = pg.fit(gaussian_mixture(components=3), x, EM(steps=12, restarts=4), seed=0)
     assert zoo.cost["restarts"] == 4
     same = pg.fit(started(normals, NORMALS_START), x, EM(steps=2, restarts=4), seed=0)
@@ -811,7 +819,9 @@ def test_everything_that_can_be_asked_of_a_fit(prior, tmp_path):
     assert fit.predict(draws=3)["x"].shape == (3, len(x)) and len(fit.sample(9)["x"]) == 9
     tree = fit.to_arviz(draws=10)
     close(float(tree.posterior["loc"].mean()), float(draws["loc"].mean()), 1e-9)
-    assert "verdict" in fit.diagnose(draws=10).attrs and repr(fit).startswith("Fit(gaussian_mixture, EM, seed=0: converged")
+    assert "verdict" in fit.diagnose(draws=10).attrs and repr(fit).startswith(
+        "Fit(gaussian_mixture, EM, seed=0: converged"
+    )
     loaded = pg.load(fit.save(tmp_path / "fit"), program=gaussian_mixture(components=2))
     close(loaded.evidence().mean, evidence.mean, 1e-12)
     assert last(loaded) == last(fit) and loaded.notes["M-step"] == fit.notes["M-step"]

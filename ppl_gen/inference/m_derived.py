@@ -153,30 +153,38 @@ class Locations:
         units: the coordinates, as positions in the whole vector.
         parts: at each normal site, the location, the logarithm of its scale, and its columns for ``units``.
         prior: mean and precision of the normal priors of ``units``; None under maximum likelihood.
+        separate: whether no location has more than one of ``units`` in it: then each has an equation of its own.
     """
 
     units: Tensor
     parts: list[tuple[Reading, Affine, Affine, Tensor]]
     prior: tuple[Tensor, Tensor] | None
+    separate: bool
 
     def __call__(self, vector: Tensor, weights: Weights) -> Tensor:
         """The whole vector with our coordinates at their best, all others fixed."""
         own = vector[self.units]
-        matrix, slope = own.new_zeros(len(own), len(own)), torch.zeros_like(own)
+        slope = torch.zeros_like(own)
+        matrix = slope if self.separate else own.new_zeros(len(own), len(own))
         for reading, loc, scale, columns in self.parts:
             precision = reading.spread(weights[reading.site]) * torch.exp(-2 * scale.at(vector))
             pull = precision * (reading.value.to(vector) - loc.at(vector))
-            summed = precision.sum_to_size(loc.shape).reshape(-1, 1)
-            matrix = matrix + columns.T @ (summed * columns)
+            summed = precision.sum_to_size(loc.shape).reshape(-1)
+            matrix = matrix + (
+                columns.T.square() @ summed if self.separate else columns.T @ (summed[:, None] * columns)
+            )
             slope = slope + columns.T @ pull.sum_to_size(loc.shape).reshape(-1)
         if self.prior is not None:
             mean, precision = self.prior
-            matrix, slope = matrix + precision.diag(), slope + precision * (mean - own)
+            matrix = matrix + (precision if self.separate else precision.diag())
+            slope = slope + precision * (mean - own)
         return vector.index_copy(0, self.units, own + _solved(matrix, slope))
 
 
 def _solved(matrix: Tensor, slope: Tensor) -> Tensor:
     """The shortest step that solves the normal equations: a direction without weight does not move."""
+    if matrix.dim() == 1:
+        return torch.where(matrix > 0, slope / matrix, 0.0)
     diagonal = matrix.diagonal()
     unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     scaled = unit.unsqueeze(-1) * matrix * unit

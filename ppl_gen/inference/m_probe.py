@@ -1,14 +1,15 @@
 """What the densities of a program's rows look like as functions of its global sites, found by running it.
 
-The program is traced at two random points, and once with each coordinate moved. Parameters of densities that are
-affine in the coordinates are recognised by their values at the second point, rows of probability tables by being equal
-to rows of a global site at both. Coordinates are unconstrained: the logarithm of a positive site, for instance, so that
-a scale that is a power of a global site, times a constant, has a logarithm that is affine.
+The program is traced at two random points, and between them with one site moved at a time. Where every position of a
+parameter follows one coordinate of that site, two random moves tell which one, and how; else each coordinate is moved by
+itself. What is affine in the coordinates is recognised by its values at the second point, rows of probability tables by
+being equal to rows of a global site at both. Coordinates are unconstrained: the logarithm of a positive site, for
+instance, so that a scale that is a power of a global site, times a constant, has a logarithm that is affine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,10 @@ from ppl_gen.inference.m_readings import Key, Reading, read
 __all__ = ["Affine", "Coordinates", "Probe", "probed", "unwrapped"]
 
 # Beyond these a probe takes longer, or its tables more memory (0.3 GB), than gradient steps would.
-MOST_COORDINATES = 300
+_MOST_MOVES = 300
 _MOST_ENTRIES = 40_000_000
 _TOLERANCE = 1e-9
+_SLOPED = ("loc", "scale", "rate", "odds")
 
 
 class Coordinates:
@@ -41,11 +43,6 @@ class Coordinates:
             self.slices[name] = slice(start, start + shape.numel())
             start += shape.numel()
         self.size = start
-
-    def units(self) -> Iterator[tuple[int, str]]:
-        """Each coordinate and the site that it belongs to."""
-        for name, units in self.slices.items():
-            yield from ((unit, name) for unit in range(units.start, units.stop))
 
     def vector(self, values: Mapping[str, Tensor]) -> Tensor:
         parts = [t.inv(values[name]).reshape(-1) for name, t in self.transforms.items()]
@@ -108,13 +105,8 @@ class Probe:
 
 
 def probed(problem: Problem, values: Mapping[str, Tensor], sites: set[str], seed: int) -> Probe | None:
-    """Probe ``sites`` (those that weights were found for) around ``values``.
-
-    None where there are too many coordinates, or where what is observed depends on them.
-    """
+    """Probe ``sites`` (those that weights were found for) around ``values``; None where what is observed moves too."""
     coordinates = Coordinates(problem.transforms, values)
-    if coordinates.size > MOST_COORDINATES:
-        return None
     generator = torch.Generator().manual_seed(seed)
     first, second = ({n: _moved(problem.transforms[n], values[n], generator) for n in problem.names} for _ in range(2))
 
@@ -124,21 +116,26 @@ def probed(problem: Problem, values: Mapping[str, Tensor], sites: set[str], seed
 
     with torch.no_grad():
         origin = coordinates.vector(first)
-        # There and back, so that a step in one coordinate leaves the others the same to the last bit.
-        first |= coordinates.values(origin)
         base, other = readings(first), readings(second)
         if base.keys() != other.keys() or not all(reading.alike(other[name]) for name, reading in base.items()):
             return None
         keys = {Key(name, role): v for name, reading in base.items() for role, v in reading.parameters.items()}
         moves: dict[Key, dict[str, Tensor]] = {key: {} for key in keys}
-        columns = _columns(coordinates, origin, first, keys, moves, readings)
-        if columns is None:
-            return None
+        tables: dict[Key, dict[str, Tensor | None]] = {key: {} for key in keys}
+        for name, units in coordinates.slices.items():
+
+            def changed(step: Tensor, name: str = name, units: slice = units) -> dict[Key, Tensor]:
+                moved = coordinates.values(
+                    torch.cat([origin[: units.start], origin[units] + step, origin[units.stop :]])
+                )
+                return _changes(keys, readings({**first, name: moved[name]}))
+
+            _columns(name, changed, origin[units], generator, moves, tables)
         whole = [name for name in problem.names if name not in coordinates.transforms]
         for name in whole:
-            for key, change in _changes(keys, readings({**first, name: second[name]})):
+            for key, change in _changes(keys, readings({**first, name: second[name]})).items():
                 moves[key][name] = _positions(key, change)
-        affine = _affine(keys, other, columns, origin, coordinates.vector(second))
+        affine = _affine(keys, other, tables, coordinates, origin, coordinates.vector(second))
         rows = {
             key: _rows(value, other[key.site].parameters["probs"], first, second, [n for n in whole if n in moves[key]])
             for key, value in keys.items()
@@ -154,35 +151,58 @@ def probed(problem: Problem, values: Mapping[str, Tensor], sites: set[str], seed
     return Probe(coordinates, origin, base, affine, moves, rows, priors)
 
 
-def _columns(
-    coordinates: Coordinates,
-    origin: Tensor,
-    point: Mapping[str, Tensor],
-    keys: Mapping[Key, Tensor],
-    moves: Mapping[Key, dict[str, Tensor]],
-    readings: Callable[[Mapping[str, Tensor]], dict[str, Reading]],
-) -> dict[Key, dict[int, Tensor]] | None:
-    """By parameter: how it changes with each coordinate that it changes with. ``moves`` is filled in beside."""
-    room = _MOST_ENTRIES
-    columns: dict[Key, dict[int, Tensor]] = {key: {} for key in keys}
-    for unit, name in coordinates.units():
-        step = torch.zeros_like(origin)
-        step[unit] = 1.0
-        for key, change in _changes(keys, readings({**point, **coordinates.values(origin + step)})):
-            columns[key][unit] = change.reshape(-1)
-            moves[key][name] = _positions(key, change) | moves[key].get(name, False)
-            room -= change.numel()
-        if room < 0:
-            return None
-    return columns
-
-
-def _changes(keys: Mapping[Key, Tensor], found: Mapping[str, Reading]) -> Iterator[tuple[Key, Tensor]]:
+def _changes(keys: Mapping[Key, Tensor], found: Mapping[str, Reading]) -> dict[Key, Tensor]:
     """By parameter that differs from what it was: by how much. Infinities that stay do not differ."""
-    for key, before in keys.items():
-        after = found[key.site].parameters[key.role]
-        if not torch.equal(after, before):
-            yield key, torch.where(after == before, 0.0, after - before)
+    pairs = ((key, before, found[key.site].parameters[key.role]) for key, before in keys.items())
+    return {key: torch.where(a == b, 0.0, a - b) for key, b, a in pairs if not torch.equal(a, b)}
+
+
+def _columns(
+    name: str,
+    changed: Callable[[Tensor], dict[Key, Tensor]],
+    origin: Tensor,
+    generator: torch.Generator,
+    moves: Mapping[Key, dict[str, Tensor]],
+    tables: Mapping[Key, dict[str, Tensor | None]],
+) -> None:
+    """Fill in which positions of each parameter one site moves, and the slopes: None where they are too many to find."""
+    count = len(origin)
+    steps = [1 + torch.rand(count, generator=generator, dtype=origin.dtype).to(origin.device) for _ in range(2)]
+    one, two = (changed(step) for step in steps)
+    several = []
+    for key in {**one, **two}:
+        pair = [found.get(key, torch.zeros(1, dtype=origin.dtype)) for found in (one, two)]
+        moves[key][name] = torch.stack([_positions(key, change) for change in torch.broadcast_tensors(*pair)]).any(0)
+        if key.role in _SLOPED:
+            tables[key][name] = _single(pair[0].reshape(-1), pair[1].reshape(-1), steps)
+            if tables[key][name] is None and pair[0].numel() * count <= _MOST_ENTRIES:
+                several.append(key)
+    if several and count <= _MOST_MOVES:
+        alone = [changed(unit) for unit in torch.eye(count, dtype=origin.dtype, device=origin.device)]
+        for key in several:
+            size = len(moves[key][name])
+            tables[key][name] = torch.stack(
+                [c[key].reshape(-1) if key in c else origin.new_zeros(size) for c in alone], -1
+            )
+
+
+def _single(one: Tensor, two: Tensor, steps: list[Tensor]) -> Tensor | None:
+    """Slopes where every position follows one coordinate at most: the ratio of two moves says which."""
+    used = (one != 0) | (two != 0)
+    count = len(steps[0])
+    if one.shape != two.shape or len(one) * count > _MOST_ENTRIES:
+        return None
+    ratio, (known, order) = one[used] / two[used], (steps[0] / steps[1]).sort()
+    after = (
+        torch.searchsorted(known, ratio).clamp(1, max(count - 1, 1)) if count > 1 else torch.zeros_like(ratio).long()
+    )
+    nearest = torch.where((known[after] - ratio).abs() < (known[after - 1] - ratio).abs(), after, after - 1)
+    unit = order[nearest]
+    if not bool(((known[nearest] - ratio).abs() <= _TOLERANCE).all()):
+        return None
+    table = one.new_zeros(len(one), count)
+    table[used.nonzero().squeeze(-1), unit] = one[used] / steps[0][unit]
+    return table
 
 
 def _positions(key: Key, change: Tensor) -> Tensor:
@@ -201,17 +221,22 @@ def _moved(transform: Transform, value: Tensor, generator: torch.Generator) -> T
 def _affine(
     keys: Mapping[Key, Tensor],
     other: Mapping[str, Reading],
-    columns: Mapping[Key, Mapping[int, Tensor]],
+    tables: Mapping[Key, Mapping[str, Tensor | None]],
+    coordinates: Coordinates,
     origin: Tensor,
     second: Tensor,
 ) -> dict[Key, Affine]:
     found = {}
+    numbers = torch.arange(coordinates.size, device=origin.device)
     for key, value in keys.items():
-        if key.role in ("probs", "other", "prior"):
+        columns = {name: table for name, table in tables[key].items() if table is not None}
+        if key.role not in _SLOPED or len(columns) < len(tables[key]):
             continue
-        which = torch.tensor(sorted(columns[key]), dtype=torch.long, device=origin.device)
         flat = value.reshape(-1)
-        table = torch.stack([columns[key][int(u)] for u in which], -1) if len(which) else flat.new_zeros(len(flat), 0)
+        which = torch.cat([numbers[:0], *(numbers[coordinates.slices[name]] for name in columns)])
+        table = torch.cat([flat.new_zeros(len(flat), 0), *columns.values()], -1)
+        used = (table != 0).any(0)
+        which, table = which[used], table[:, used]
         affine = Affine(value.shape, flat - table @ origin[which], which, table)
         actual, expected = other[key.site].parameters[key.role], affine.at(second)
         terms = affine.constant.abs() + table.abs() @ second[which].abs()

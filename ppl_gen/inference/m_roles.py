@@ -70,7 +70,7 @@ class Derived:
 def derived(problem: Problem, probe: Probe | None, names: Collection[str]) -> Derived:
     """The closed forms that ``names`` have."""
     if probe is None:
-        return Derived({}, dict.fromkeys(names, "too many parameters, or its observations change with them"))
+        return Derived({}, dict.fromkeys(names, "what is observed changes with it"))
     linked = _linked(problem, probe) if problem.prior else set()
     roles: dict[str, str] = {}
     reasons: dict[str, str] = {}
@@ -232,9 +232,10 @@ def _locations(problem: Problem, probe: Probe, located: list[tuple[str, tuple[Te
             wide[:, affine.which] = affine.columns
             scale = probe.affine[Key(key.site, "scale")]
             parts.append((probe.readings[key.site], affine, scale, wide[:, units]))
+    separate = all(bool(((columns != 0).sum(-1) <= 1).all()) for *_, columns in parts)
     priors = [prior for _, prior in located if prior is not None]
     joined = (torch.cat([p[0] for p in priors]), torch.cat([p[1] for p in priors])) if priors else None
-    return Locations(units, parts, joined)
+    return Locations(units, parts, joined, separate)
 
 
 def _uneven(locations: Locations, vector: Tensor) -> bool:
