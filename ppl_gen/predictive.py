@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from ppl_gen.data.batching import LARGE, Batch, Dataset
@@ -15,12 +17,21 @@ from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.objectives.elbo import is_sample
 from ppl_gen.inference.objectives.observed import reads_own_observation
 from ppl_gen.inference.objectives.particles import Substitute
+from ppl_gen.isolation import looking
 from ppl_gen.posterior import PointPosterior
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["global_draws", "latent_draws", "posterior_draws", "predictive_draws", "prior_predictive", "sample_rows"]
+__all__ = [
+    "amortised",
+    "global_draws",
+    "latent_draws",
+    "posterior_draws",
+    "predictive_draws",
+    "prior_predictive",
+    "sample_rows",
+]
 
 
 def global_draws(fit: Fit, count: int) -> list[dict[str, Tensor]]:
@@ -40,8 +51,7 @@ def latent_draws(fit: Fit, batch: Batch, count: int, *, training: bool) -> list[
     Local sites known only for the training rows (chains, autoguides) come from the model's prior for other rows.
     """
     local = {site.name for site in fit.info.select(local=True)}
-    amortised = fit.guide is not None and _amortised(fit, batch)
-    if training or amortised:
+    if training or amortised(fit):
         draws = fit.learned.draw(count, batch)
     else:
         draws = [{k: v for k, v in draw.items() if k not in local} for draw in global_draws(fit, count)]
@@ -55,16 +65,22 @@ def latent_draws(fit: Fit, batch: Batch, count: int, *, training: bool) -> list[
     return result
 
 
-def _amortised(fit: Fit, batch: Batch) -> bool:
-    """Whether the guide's local sites follow the rows of ``batch``."""
-    local = {site.name for site in fit.info.select(local=True)}
-    if not local.intersection(fit.info.guide_sites or {}):
+def amortised(fit: Fit) -> bool:
+    """Whether the guide's local sites follow the rows it is called with; inside ``fit.bound()``.
+
+    A guide that holds parameters for each training row (an autoguide does) cannot be run on another number of rows.
+    """
+    local = {site.name for site in fit.info.select(local=True)}.intersection(fit.info.guide_sites or {})
+    if fit.guide is None or isinstance(fit.guide, AutoGuide) or not local:
         return False
+    few = fit.data.template(3 if fit.data.rows != 3 else 4)
     try:
-        draw = fit.learned.draw(1, batch)[0]
-    except (RuntimeError, ValueError, TypeError):
+        with looking():
+            trace = poutine.trace(fit.guide).get_trace(*few.args, **few.kwargs)
+    except (RuntimeError, ValueError, TypeError, IndexError):
         return False
-    return all(len(value) == batch.rows or value.shape[0] == batch.rows for k, value in draw.items() if k in local)
+    frames = [frame for name in local if name in trace for frame in trace.nodes[name]["cond_indep_stack"]]
+    return {frame.size for frame in frames if frame.name == fit.info.data_plate} == {few.rows}
 
 
 def _completed(fit: Fit, batch: Batch, values: Mapping[str, Tensor], finite: list[str]) -> dict[str, Tensor]:
@@ -196,7 +212,7 @@ def prior_rows(model: Any, batch: Batch, draws: int) -> dict[str, Tensor]:
             {
                 name: node["value"]
                 for name, node in trace.nodes.items()
-                if node["type"] == "sample" and type(node["fn"]).__name__ != "_Subsample"
+                if (is_sample(node) or _is_derived(node)) and not isinstance(node["fn"], Unit)
             }
         )
     return _stacked(runs)
@@ -217,7 +233,11 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
         _refuse_teacher_forcing(fit, batch, values)
         trace = _run(fit, batch, values | {}, replicate=True)
         nodes = trace.nodes.items()
-        return {name: node["value"].detach() for name, node in nodes if is_sample(node) or _is_derived(node)}
+        return {
+            name: node["value"].detach()
+            for name, node in nodes
+            if (is_sample(node) or _is_derived(node)) and not isinstance(node["fn"], Unit)
+        }
 
 
 def _is_derived(node: Mapping[str, Any]) -> bool:
@@ -230,17 +250,29 @@ def _template(fit: Fit, n: int, inputs: Mapping[str, Any]) -> Batch:
     for name, value in inputs.items():
         if name in kwargs:
             value = torch.as_tensor(value).to(kwargs[name])
-            kwargs[name] = value.expand(kwargs[name].shape) if value.dim() < kwargs[name].dim() else value
+            kwargs[name] = _spread(name, value, tuple(kwargs[name].shape))
     return replace(batch, kwargs=kwargs)
 
 
 def _fixed_value(fit: Fit, name: str, value: Any, n: int) -> Tensor:
     site = fit.info.sites.get(name)
-    tensor = torch.as_tensor(value)
+    tensor = torch.as_tensor(value, device=fit.data.device)
+    if site is not None and not site.discrete:
+        tensor = tensor.to(fit.data.dtype)
     if site is None or not site.local:
         return tensor
-    shape = (*([n] if site.batch_shape else []), *site.event_shape)
-    return tensor.expand(shape) if tensor.dim() < len(shape) else tensor
+    return _spread(name, tensor, (*([n] if site.batch_shape else []), *site.event_shape))
+
+
+def _spread(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """One value for all rows, or one for each; raises ValueError for another number of them."""
+    try:
+        spread = value.expand(shape) if value.dim() < len(shape) else value
+    except RuntimeError:
+        spread = value
+    if spread.shape[:1] != shape[:1]:
+        raise ValueError(f"given: {name!r} has shape {tuple(value.shape)}, expected {shape} or one value for all rows")
+    return spread
 
 
 def _refuse_teacher_forcing(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> None:

@@ -40,7 +40,7 @@ class Status(enum.StrEnum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Fit:
     """What an algorithm learned: parameters, posterior, history, status, seed and cost. A value: nothing changes it.
 
@@ -109,7 +109,7 @@ class Fit:
                 raise KeyError(f"no network named {name!r} in this fit; there is: {', '.join(known)}")
             module = self.module_names[name]
             workspace.adopt(module, name)
-            return copy.deepcopy(module).eval().requires_grad_(True)
+            return copy.deepcopy(module).eval()
 
     @contextlib.contextmanager
     def bound(self, seed: int | None = None) -> Iterator[Workspace]:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from ppl_gen.data.batching import Dataset
 from ppl_gen.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
 
 if TYPE_CHECKING:
+    from ppl_gen.dryrun import ProgramInfo
     from ppl_gen.program import Program, Recipe
     from ppl_gen.result import Fit
 
@@ -37,7 +38,8 @@ def save_fit(fit: Fit, path: Path) -> Path:
     if path.exists() and not (path / "fit.json").exists():
         raise ValueError(f"path: {path} exists and is no saved fit; choose a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    folder = path.parent / f".{path.name}-{uuid.uuid4().hex}"
+    folder.mkdir()
     try:
         save_file(_tensors(fit), folder / "tensors.safetensors")
         _write_draws(fit, folder)
@@ -57,9 +59,13 @@ def _replace(folder: Path, path: Path) -> None:
     if not path.exists():
         os.rename(folder, path)
         return
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
-    os.rename(path, aside / "old")
-    os.rename(folder, path)
+    aside = path.parent / f".{path.name}-old-{uuid.uuid4().hex}"
+    os.rename(path, aside)
+    try:
+        os.rename(folder, path)
+    except BaseException:
+        os.rename(aside, path)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -71,15 +77,29 @@ def _tensors(fit: Fit) -> dict[str, Tensor]:
     if isinstance(fit.learned, ChainPosterior):
         tensors |= {f"draws/{name}": value for name, value in fit.learned.draws.items()}
         tensors |= {f"stats/{name}": value for name, value in fit.learned.stats.items()}
-    if _data_bytes(fit.data) <= MAX_DATA:
-        tensors |= {f"data/{name}": torch.as_tensor(np.asarray(value)) for name, value in fit.data.entries.items()}
+    if _left_out(fit.data) is None:
+        tensors |= {f"data/{name}": value for name, value in _entries(fit.data).items()}
         constants = fit.data.constants.items()
         tensors |= {f"constant/{name}": value for name, value in constants if isinstance(value, Tensor)}
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    plain = {n: v if isinstance(v, Tensor) else torch.as_tensor(np.asarray(v)) for n, v in tensors.items()}
+    return {name: value.detach().cpu().contiguous().clone() for name, value in plain.items()}
 
 
-def _data_bytes(data: Dataset) -> int:
-    return sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in data.entries.values())
+def _entries(data: Dataset) -> dict[str, Any]:
+    """Entries of the training data, those included that only a recipe reads (labels, say)."""
+    rest = data.original if isinstance(data.original, Mapping) else {}
+    return {**{k: v for k, v in rest.items() if isinstance(v, Tensor | np.ndarray) and v.ndim}, **data.entries}
+
+
+def _left_out(data: Dataset) -> str | None:
+    """Why the training data are not saved with a fit, or None when they are."""
+    if data.on_batch is not None:
+        return "are drawn afresh for every batch, by a function that is not saved"
+    size = sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in _entries(data).values())
+    if size > MAX_DATA:
+        return "were too large to be saved with the fit"
+    odd = [name for name, value in data.constants.items() if not isinstance(value, Tensor | bool | int | float | str)]
+    return f"hold {', '.join(odd)}, which cannot be saved with the fit" if odd else None
 
 
 def _write_draws(fit: Fit, folder: Path) -> None:
@@ -112,9 +132,16 @@ def _meta(fit: Fit) -> dict[str, Any]:
         "checks": {name: [float(v) for v in values] for name, values in fit.checks.items()},
         "dtype": str(fit.data.dtype).removeprefix("torch."),
         "positional": fit.data.positional,
+        "data": _left_out(fit.data),
+        "sites": _site_table(fit.info),
         "constants": plain,
         "guide": _guide_source(fit),
     }
+
+
+def _site_table(info: ProgramInfo) -> dict[str, list[Any]]:
+    """What a program has to have in common with the one that was fitted, whatever its data."""
+    return {n: [s.kind, s.distribution, list(s.event_shape), list(s.plates)] for n, s in info.sites.items()}
 
 
 def _guide_source(fit: Fit) -> str | None:
@@ -226,15 +253,20 @@ def _restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, da
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    if data is None:
-        data = _saved_data(meta, part("data/"), part("constant/"))
-    if data is None:
+    if data is None and meta["data"] is not None:
         raise ValueError(
-            "data: the training data were too large to be saved with the fit; pass them as data=... (a recipe "
+            f"data: the training data {meta['data']}; pass them as data=... (a recipe "
             f"{'needs' if isinstance(program, Recipe) else 'may need'} them to build its program)"
         )
+    if data is None:
+        data = _saved_data(meta, part("data/"), part("constant/"))
     algorithm = Restored(meta["algorithm"], meta["guide"], part("param/"), part("buffer/"))
     built = run_fit(program, data, algorithm, seed=meta["seed"], dtype=getattr(torch, meta["dtype"]), progress=False)
+    if _site_table(built.info) != meta["sites"]:
+        raise ValueError(
+            f"program: {built.program.name!r} is not the program of this fit: its sites are {_site_table(built.info)}, "
+            f"those of the fit {meta['sites']}"
+        )
     learned: Posterior = PointPosterior(part("point/"))
     if meta["kind"] == "chains":
         learned = ChainPosterior(part("draws/"), part("stats/"))
@@ -259,8 +291,6 @@ def _restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, da
 def _saved_data(meta: dict[str, Any], entries: dict[str, Tensor], constants: dict[str, Tensor]) -> Any:
     from ppl_gen.data.batching import constant
 
-    if not entries:
-        return None
     if meta["positional"] is not None:
         return next(iter(entries.values()))
     whole = {name: constant(value) for name, value in constants.items()}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
-import os
 import sys
 from dataclasses import dataclass
 
@@ -59,13 +59,13 @@ def result():
 def test_heldout_is_the_closed_form_predictive_density() -> None:
     x = rows(200)
     train, test = split_rows(x, 0.25)
-    comparison = pg.compare(normal_mean, x, {"good": SVI(steps=1500, lr=0.02), "short": SHORT}, holdout=0.25, draws=1000)
+    comparison = pg.compare(normal_mean, x, {"good": SVI(steps=800, lr=0.03), "short": SHORT}, holdout=0.25)
     precision = 1 / 100 + len(train)
     predictive = dist.Normal(train.sum() / precision, math.sqrt(1 + 1 / precision))
     exact = float(predictive.log_prob(test).mean())
     table = comparison.table().set_index("algorithm")
     # AutoNormal holds the true posterior. A mean off by e posterior standard deviations shifts log p of a row by about
-    # e / sqrt(150) / sqrt(50) on average over 50 rows; Adam's jitter at lr 0.02 is below 1, so 0.02 is generous, and the
+    # e / sqrt(150) / sqrt(50) on average over 50 rows; Adam's jitter at lr 0.03 is below 1, so 0.02 is generous, and the
     # Monte Carlo error (5 s.e., a false alarm in 2 million) comes on top.
     tolerance = 0.02 + 5 * table.loc["good", "mc_se"]
     assert abs(table.loc["good", "heldout"] - exact) < tolerance
@@ -212,7 +212,9 @@ def test_two_processes_give_the_same_bits() -> None:
     one = pg.compare(model, data, algorithms, seeds=[0, 1])
     two = pg.compare(model, data, algorithms, seeds=[0, 1], n_jobs=2)
     assert torch.get_num_threads() == threads
-    pandas.testing.assert_frame_equal(one.table().drop(columns="seconds"), two.table().drop(columns="seconds"), rtol=0, atol=0)
+    pandas.testing.assert_frame_equal(
+        one.table().drop(columns="seconds"), two.table().drop(columns="seconds"), rtol=0, atol=0
+    )
     for label in ("a", "b"):
         for name, value in one[label, 1].params.items():
             assert torch.equal(value, two[label, 1].params[name])
@@ -243,7 +245,6 @@ def test_a_process_with_other_weights_is_found_out(tmp_path, monkeypatch) -> Non
         "        pyro.sample('x', dist.Normal(net(torch.ones(1)), 1.0), obs=x)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     model = importlib.import_module("nets_of_mine").model
     try:
         message = pg.compare(model, rows(), {"a": SHORT, "b": SHORT}, n_jobs=2).table()["message"]
@@ -332,15 +333,22 @@ def test_fresh_draws_become_one_draw_for_the_yardstick() -> None:
         ({"draws": 0}, ValueError, "draws: expected a whole number of at least 1, got 0"),
         ({"data": {"y": rows()}}, ValueError, "the model needs the argument 'x'"),
         ({"data": {"x": rows(), "y": rows(3)}, "program": lambda x, y: None}, ValueError, "x: 50, y: 3"),
-        ({"test": torch.zeros(4, 2)}, ValueError, r"test: expected 'x' of shape \('rows',\) as in training, got \(4, 2\)"),
+        (
+            {"test": torch.zeros(4, 2)},
+            ValueError,
+            r"test: expected 'x' of shape \('rows',\) as in training, got \(4, 2\)",
+        ),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(change, error, message) -> None:
-    arguments = {"program": normal_mean, "data": rows(), "algorithms": {"never": Broken(error=AssertionError())}, **change}
+    arguments = {
+        "program": normal_mean,
+        "data": rows(),
+        "algorithms": {"never": Broken(error=AssertionError())},
+        **change,
+    }
     with pytest.raises(error, match=message):
-        pg.compare(
-            arguments.pop("program"), arguments.pop("data"), arguments.pop("algorithms"), **arguments
-        )
+        pg.compare(arguments.pop("program"), arguments.pop("data"), arguments.pop("algorithms"), **arguments)
 
 
 def test_rows_without_a_plate_are_not_held_out() -> None:
@@ -382,17 +390,18 @@ def test_the_call_is_written_as_one_would_write_it(result) -> None:
 
 def test_save_writes_table_values_and_fits(result, tmp_path) -> None:
     small = pg.Comparison(
-        tuple(line for line in result.lines if line.seed == 3), result.program, result.in_sample, result.facts
+        tuple(line for line in result.lines if line.seed == 3 and line.label in ("good", "broken")),
+        result.program,
+        result.in_sample,
+        result.facts,
     )
     folder = small.save(tmp_path / "kept")
     table = pandas.read_csv(folder / "table.csv")
-    assert table["algorithm"].tolist() == ["good", "short", "wild", "broken"]
+    assert table["algorithm"].tolist() == ["good", "broken"]
     values = pandas.read_csv(folder / "rows.csv", index_col="row")
     assert values["good, seed 3"].mean() == pytest.approx(table["heldout"][0], rel=1e-12)
-    import json
-
     content = json.loads((folder / "comparison.json").read_text())
-    assert content["table"][3]["heldout"] is None and content["fits"][3]["why"] == "RuntimeError: it gives up"
+    assert content["table"][1]["heldout"] is None and content["fits"][1]["why"] == "RuntimeError: it gives up"
     again = pg.load(folder / content["fits"][0]["folder"], program=normal_mean)
     assert torch.equal(again.params["AutoNormal.locs.loc"], small["good"].params["AutoNormal.locs.loc"])
     assert small.save(folder) == folder, "a saved comparison may be replaced"

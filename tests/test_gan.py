@@ -73,7 +73,9 @@ def test_sizes_are_whole_numbers(settings, message):
 
 
 def test_data_of_another_width_is_refused():
-    with pytest.raises(ValueError, match=r"features: gan was made for 3 number\(s\) per row, got data of shape \(30, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"features: gan was made for 3 number\(s\) per row, got data of shape \(30, 2\)"
+    ):
         pg.fit(gan(3), torch.randn(30, 2), SVI(objective=Adversarial(), steps=1))
 
 

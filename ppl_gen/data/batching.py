@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_gen.data.rows import Rows
+
 __all__ = ["Batch", "Batches", "Constant", "Dataset", "as_dataset", "constant", "is_double"]
 
 LARGE = 1_000_000  # elements: beyond this a dry run looks at a slice, and posterior draws are not made for every row
@@ -115,11 +117,19 @@ class Dataset:
     def subset(self, index: Tensor) -> Dataset:
         """A dataset of the rows of ``index`` only."""
         entries = {name: self._rows(value, index) for name, value in self.entries.items()}
-        original = next(iter(entries.values())) if self.positional else {**entries, **self._marked()}
-        return replace(self, entries=entries, rows=len(index), original=original)
+        return replace(self, entries=entries, rows=len(index), original=self._chosen(entries, index))
 
-    def _marked(self) -> dict[str, Any]:
-        return {name: Constant(value) for name, value in self.constants.items()}
+    def _chosen(self, entries: dict[str, Any], index: Tensor) -> Any:
+        """What the user would have passed for these rows: labels that only a recipe reads, and `Rows`, are kept."""
+        if self.positional:
+            return next(iter(entries.values()))
+        rest = {} if not isinstance(self.original, Mapping) else dict(self.original)
+        for name, value in rest.items():
+            if isinstance(value, Tensor | np.ndarray) and value.ndim and len(value) == self.rows:
+                rest[name] = entries[name] if name in entries else self._rows(value, index)
+        if self.on_batch is not None:
+            return Rows({**rest, **entries}, self.on_batch)
+        return {**{name: Constant(value) for name, value in self.constants.items()}, **rest, **entries}
 
 
 class Batches:
@@ -243,6 +253,11 @@ def _array(value: Any, name: str) -> Any:
         return value
     if isinstance(value, Tensor):
         return value.detach()
+    if isinstance(value, tuple) and any(isinstance(part, Tensor | np.ndarray) and part.ndim for part in value):
+        raise TypeError(
+            f"data {name!r}: got a tuple of {len(value)} arrays; pass a mapping from the model's arguments to them, "
+            'such as {"x": x, "y": y}'
+        )
     try:
         array = np.asarray(value)
         if array.dtype == object or array.dtype.kind in "USOMm":

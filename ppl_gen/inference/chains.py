@@ -32,6 +32,7 @@ __all__ = ["STATISTICS", "Chain", "Table", "one_thread", "run_chains", "workers"
 STATISTICS = ("diverging", "energy", "lp", "acceptance_rate", "n_steps", "tree_depth", "step_size")
 
 _LATENTS = "latents"
+_EARLY_DEPTH = 8
 _POLL = 0.2  # seconds between two looks at the workers
 _IDLE = 60  # seconds that workers stay for the next fit
 _WORTHWHILE = 6.0  # seconds: starting a worker costs about three, most of it importing torch and Pyro
@@ -129,18 +130,23 @@ class _Metric(BlockMassMatrix):
     """Pyro's mass matrix with a regularisation that knows no units.
 
     Pyro (as Stan) shrinks the covariance of n draws towards 0.001 I, which swamps a posterior whose sd is 0.001 (a
-    regression on many rows): trajectories grow several times longer. Here it shrinks towards its own diagonal.
+    regression on many rows): its trajectories grow three times longer. Here it shrinks towards its own diagonal, by a
+    weight that vanishes once there are many more draws than dimensions.
     """
+
+    estimated = False
 
     def end_adaptation(self) -> None:
         estimates = {}
         for names, scheme in self._adapt_scheme.items():
             count, covariance = scheme.n_samples, scheme.get_covariance(regularize=False)
             variance = covariance if covariance.dim() == 1 else covariance.diagonal()
+            weight = 5.0 / (count + 5.0) * min(1.0, len(variance) / count) ** 2
+            own = weight * variance.clamp(min=torch.finfo(variance.dtype).tiny)
             shrunk = covariance * (count / (count + 5.0))
-            own = variance.clamp(min=torch.finfo(variance.dtype).tiny) * (5.0 / (count + 5.0))
             estimates[names] = shrunk + (own if covariance.dim() == 1 else own.diag())
         self.inverse_mass_matrix = estimates
+        self.estimated = True
 
 
 class _Kernel(PyroNUTS):
@@ -159,13 +165,19 @@ class _Kernel(PyroNUTS):
             target_accept_prob=chain.target_accept,
             max_tree_depth=chain.max_tree_depth,
         )
-        self.mass_matrix_adapter = _Metric()
+        self.mass_matrix_adapter = self.metric = _Metric()
+        self.depth = chain.max_tree_depth
         self.initial_params = {_LATENTS: chain.start}
 
     def _sample_r(self, name: str) -> Any:
         r, unscaled = super()._sample_r(name)
         self.energy = float(self._kinetic_energy(unscaled) + self._potential_energy_last)
         return r, unscaled
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Before the mass matrix has been estimated once, long trajectories cost most of a run and teach little.
+        self._max_tree_depth = self.depth if self.metric.estimated else min(self.depth, _EARLY_DEPTH)
+        return super().sample(params)  # type: ignore[no-any-return]
 
     @property
     def mean_acceptance(self) -> float:

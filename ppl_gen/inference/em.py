@@ -135,8 +135,8 @@ class EM(Iterative):
         idle = [] if self.prior else problem.untouched(values)
         if idle:
             raise IncompatibleError(
-                f"EM() drops the priors of the global sites, and in {run.program.name!r} no density of the data depends "
-                f"on {', '.join(idle)}. Use EM(prior=True)"
+                f"EM() drops the priors of global sites, and in {run.program.name!r} no density of the data depends on "
+                f"{', '.join(idle)}. Use EM(prior=True)"
             )
         if problem.offered:
             own, summed = (problem.expect(values, offered=o).log_likelihood for o in (True, False))

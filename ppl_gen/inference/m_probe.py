@@ -1,9 +1,9 @@
 """What the densities of a program's rows look like as functions of its global sites, found by running it.
 
-The program is traced at two random points, and between them with one site moved at a time. Where every position of a
-parameter follows one coordinate of that site, two random moves tell which one, and how; else each coordinate is moved by
-itself. What is affine in the coordinates is recognised by its values at the second point, rows of probability tables by
-being equal to rows of a global site at both. Coordinates are unconstrained: the logarithm of a positive site, for
+The program is traced at two random points, and beside the first with one site moved at a time. Where every position of
+a parameter follows one coordinate of that site, two random moves tell which one, and how; else each coordinate is moved
+by itself. What is affine in the coordinates is recognised by its values at the second point, rows of probability tables
+by being equal to rows of a global site at both. Coordinates are unconstrained: the logarithm of a positive site, for
 instance, so that a scale that is a power of a global site, times a constant, has a logarithm that is affine.
 """
 
@@ -165,7 +165,7 @@ def _columns(
     moves: Mapping[Key, dict[str, Tensor]],
     tables: Mapping[Key, dict[str, Tensor | None]],
 ) -> None:
-    """Fill in which positions of each parameter one site moves, and the slopes: None where they are too many to find."""
+    """Fill in which positions of each parameter one site moves, and the slopes (None: too many to find)."""
     count = len(origin)
     steps = [1 + torch.rand(count, generator=generator, dtype=origin.dtype).to(origin.device) for _ in range(2)]
     one, two = (changed(step) for step in steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_gen.models.gan import gan
 from ppl_gen.models.hidden_markov import hidden_markov
 from ppl_gen.models.mixture import gaussian_mixture
 from ppl_gen.program import Recipe
@@ -51,6 +53,11 @@ def _two_regimes() -> Tensor:
     return 3.0 * regime + 0.7 * torch.randn(6, 8, generator=generator, dtype=torch.float64)
 
 
+def _ring() -> Tensor:
+    angle = torch.arange(40) * (2 * math.pi / 40)
+    return 2 * torch.stack([angle.cos(), angle.sin()], -1)
+
+
 #: Every model, by name. A new model adds one row here, which also enters it into the contract test.
 CATALOGUE: dict[str, Entry] = {
     entry.name: entry
@@ -66,6 +73,12 @@ CATALOGUE: dict[str, Entry] = {
             lambda: hidden_markov(states=2),
             _two_regimes,
             "hidden Markov model of sequences with normal or categorical emissions",
+        ),
+        Entry(
+            "gan",
+            lambda: gan(2, latent=4, hidden=(16,)),
+            _ring,
+            "generative adversarial network: a perceptron of normal noise, without a density",
         ),
     )
 }

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppl_gen.errors import require_whole
 from ppl_gen.models.inputs import entries
 from ppl_gen.program import Program, Recipe
 
@@ -57,14 +58,15 @@ def gan(features: int, *, latent: int = 16, hidden: Sequence[int] = (128, 128)) 
     """
     widths = tuple(hidden)
     for name, value in (("features", features), ("latent", latent), *(("hidden", width) for width in widths)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        require_whole(name, value)
 
     def build(data: Any) -> Program:
         (x,) = entries(data, "gan", "x")
         assert x is not None  # the first entry
         if x.dim() == 0 or x[:1].numel() != features:
-            raise ValueError(f"features: gan was made for {features} number(s) per row, got data of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"features: gan was made for {features} number(s) per row, got data of shape {tuple(x.shape)}"
+            )
         return _program(_Generator(latent, widths, x), latent, x.dim() - 1)
 
     return Recipe(build, name="gan", arguments={"features": features, "latent": latent, "hidden": widths})
@@ -72,6 +74,9 @@ def gan(features: int, *, latent: int = 16, hidden: Sequence[int] = (128, 128)) 
 
 class _Generator(nn.Module):
     """A perceptron from noise to rows in the units of the data it was made for."""
+
+    loc: Tensor
+    scale: Tensor
 
     def __init__(self, latent: int, hidden: Sequence[int], rows: Tensor) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_gen.data.batching import Constant, Dataset
+from ppl_gen.data.batching import Constant, Dataset, as_dataset
 from ppl_gen.data.rows import Rows
 from ppl_gen.data.sources import collected
 from ppl_gen.isolation import isolated
@@ -38,8 +38,11 @@ def split_rows(data: Any, share: float, program: Any = None) -> tuple[Any, Any]:
         (torch.Size([8]), torch.Size([2]), True)
     """
     data = collected(data)
-    if isinstance(data, Mapping) and not isinstance(data, Rows):
-        data = _named(data, program)
+    model = program.model if isinstance(program, Program) else program
+    if model is not None and not isinstance(model, Recipe):
+        as_dataset(data, model)  # what is wrong with the data is said as a fit says it
+        if isinstance(data, Mapping) and not isinstance(data, Rows):
+            data = _named(data, model)
     rows = row_count(data)
     held = round(share * rows)
     if held < 2 or rows - held < 2:
@@ -64,10 +67,7 @@ def settled(data: Any) -> Any:
         return Rows(data.on_batch(dict(data)))
 
 
-def _named(data: Mapping[str, Any], program: Any) -> dict[str, Any]:
-    model = program.model if isinstance(program, Program) else program
-    if model is None or isinstance(model, Recipe):
-        return dict(data)
+def _named(data: Mapping[str, Any], model: Any) -> dict[str, Any]:
     parameters = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return dict(data)

@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from ppl_gen.diagnostics.evidence import Evidence
     from ppl_gen.report.trials import Line
 
-__all__ = ["Standing", "answer", "as_text", "best_label", "frame", "grade", "labels_of", "paired", "rounded", "standings", "trust"]
+__all__ = [
+    "Standing",
+    "answer",
+    "as_text",
+    "best_label",
+    "frame",
+    "grade",
+    "labels_of",
+    "paired",
+    "rounded",
+    "standings",
+    "trust",
+]
 
 #: Differences of fewer than so many standard errors are no differences.
 NOTABLE = 2.0

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 import pickle
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -161,7 +162,7 @@ def side_by_side(task: Task, jobs: Sequence[Job], n_jobs: int, progress: bool | 
         )
     sent = _pickled(replace(task, device=None if task.device is None else str(task.device)), "the program or the data")
     packed = [(label, _pickled(algorithm, label), seed) for label, algorithm, seed in jobs]
-    calls = [delayed(_remote)(sent, i, *job) for i, job in enumerate(packed)]
+    calls = [delayed(_remote)(sys.path, sent, i, *job) for i, job in enumerate(packed)]
     # Bytes go and come, so that joblib neither maps arrays into read-only memory nor fails on a result.
     pool = Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
     waiting = set(range(len(jobs)))
@@ -189,8 +190,9 @@ def _pickled(value: Any, what: str) -> bytes:
         raise TypeError(f"n_jobs: {what} cannot be sent to another process ({error}); use n_jobs=1") from error
 
 
-def _remote(sent: bytes, index: int, label: str, algorithm: bytes, seed: int) -> tuple[int, bytes]:
-    """One fit in a process of its own."""
+def _remote(path: list[str], sent: bytes, index: int, label: str, algorithm: bytes, seed: int) -> tuple[int, bytes]:
+    """One fit in a process of its own, which may have been started before the caller's ``sys.path`` was complete."""
+    sys.path.extend(entry for entry in path if entry not in sys.path)
     task: Task = pickle.loads(sent)
     if inspected(task)[1] != task.mark:
         text = (
@@ -218,8 +220,6 @@ def _received(task: Task, line: Line) -> Line:
 
 @contextlib.contextmanager
 def _bar(wanted: bool | None, total: int) -> Iterator[Any]:
-    import sys
-
     if not (wanted if wanted is not None else sys.stderr.isatty() or "ipykernel" in sys.modules):
         yield lambda label: None
         return

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import IncompatibleError, require_positive, require_whole
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, Player, Setting
-from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, looking, reads_own_observation
+from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, reads_own_observation
+from ppl_gen.isolation import looking
 from ppl_gen.offers import Need
 
 __all__ = ["COSTS", "Adversarial", "Costs", "gradient_penalty"]
@@ -110,18 +111,18 @@ class Adversarial(Objective):
     def __post_init__(self) -> None:
         if self.kind not in COSTS:
             raise ValueError(f"kind: expected one of {', '.join(map(repr, COSTS))}, got {self.kind!r}")
-        if self.critic is not None and not isinstance(self.critic, nn.Module):
-            hint = f"{self.critic.__name__}(...) (an instance)" if isinstance(self.critic, type) else "a torch network"
-            raise TypeError(f"critic: expected {hint} or None, got {self.critic!r}")
+        critic: Any = self.critic  # whatever was passed
+        if critic is not None and not isinstance(critic, nn.Module):
+            hint = f"{critic.__name__}(...) (an instance)" if isinstance(critic, type) else "a torch network"
+            raise TypeError(f"critic: expected {hint} or None, got {critic!r}")
         if self.penalty not in (None, "gradient", "clip", "none"):
             raise ValueError(f"penalty: expected 'gradient', 'clip', 'none' or None, got {self.penalty!r}")
-        steps = self.critic_steps
-        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-            raise ValueError(f"critic_steps: expected a whole number of at least 1, got {steps!r}")
-        for name in ("weight", "clip", "penalty_weight", "relaxation"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: expected a positive number, got {value!r}")
+        if self.critic_steps is not None:
+            require_whole("critic_steps", self.critic_steps)
+        for name in ("weight", "clip", "penalty_weight"):
+            require_positive(name, getattr(self, name))
+        if self.relaxation is not None:
+            require_positive("relaxation", self.relaxation)
         if self.weight != 1 and not COSTS[self.kind].classifier:
             raise ValueError(f"weight: the {self.kind} game weighs both kinds of rows alike, got {self.weight!r}")
         if self.critic is None and self.kind == "wasserstein" and self.penalty == "none":
@@ -237,6 +238,9 @@ class _AdversarialGame(Game):
 
 class _Standardise(nn.Module):
     """Rows flattened, minus the mean and over the standard deviation of the rows it was made from."""
+
+    loc: Tensor
+    scale: Tensor
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()

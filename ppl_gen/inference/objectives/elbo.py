@@ -148,12 +148,12 @@ def _scaled(value: Tensor, site: dict[str, Any]) -> Tensor:
 def traces(setting: Setting, batch: Batch) -> tuple[poutine.Trace, poutine.Trace]:
     """Guide and replayed model on one batch, with the data plate rescaled; log densities not yet computed."""
     with RescalePlate(setting.info.data_plate, batch.total):
-        guide = poutine.trace(setting.guide or _nothing).get_trace(*batch.args, **batch.kwargs)
+        guide = poutine.trace(setting.guide or nothing).get_trace(*batch.args, **batch.kwargs)
         model = poutine.trace(poutine.replay(setting.model, trace=guide)).get_trace(*batch.args, **batch.kwargs)
     return guide, model
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
+def nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
@@ -303,8 +303,8 @@ class _EnumeratedGuideGame(Game):
         drawn = (*estimators.analytic, *estimators.reparameterised)  # its divergences are all taken from draws
         self.notes = replace(estimators, analytic=(), reparameterised=drawn).notes()
         sums = {*estimators.model_sums, *estimators.guide_sums}
-        self.model = poutine.infer_config(setting.model, _parallel(sums))
-        self.guide = poutine.infer_config(setting.guide, _parallel(sums))
+        self.model = poutine.infer_config(setting.model, parallel(sums))
+        self.guide = poutine.infer_config(setting.guide, parallel(sums))
 
     def loss(self, player: str, batch: Batch) -> Loss:
         from pyro.infer.traceenum_elbo import TraceEnum_ELBO, _compute_dice_elbo
@@ -318,7 +318,7 @@ class _EnumeratedGuideGame(Game):
         return Loss(total / (batch.total or 1))
 
 
-def _parallel(names: set[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def parallel(names: set[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def configure(site: dict[str, Any]) -> dict[str, Any]:
         return {"enumerate": "parallel", "expand": False} if site["name"] in names else {}
 

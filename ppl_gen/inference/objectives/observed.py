@@ -1,8 +1,7 @@
-"""Rows a program makes at its observed sites, beside the rows that were observed there: what implicit losses compare."""
+"""Rows that a program makes at its observed sites, beside those observed there: what implicit losses compare."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,14 +11,13 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo, Site
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.isolation import isolated
+from ppl_gen.isolation import looking
 
-__all__ = ["ObservedRows", "compared_sites", "looking", "reads_own_observation"]
+__all__ = ["ObservedRows", "compared_sites", "reads_own_observation"]
 
 _RELAXED = ("Bernoulli", "Categorical", "OneHotCategorical")
 
@@ -185,46 +183,41 @@ def _rows_first(value: Tensor, axis: int | None, batch: Batch) -> Tensor:
     return value.unsqueeze(-1) if value.dim() == 1 else value
 
 
-@contextlib.contextmanager
-def looking() -> Iterator[None]:
-    """Run a program only to look at it: no gradients, and buffers and generators are put back on exit."""
-    kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
-
-    def keep(module: torch.nn.Module, _inputs: object) -> None:
-        if id(module) not in kept:
-            kept[id(module)] = [(b, b.clone()) for b in module._buffers.values() if b is not None]
-
-    hook = register_module_forward_pre_hook(keep)
-    try:
-        with isolated(0), torch.no_grad():
-            yield
-    finally:
-        hook.remove()
-        for buffers in kept.values():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-
-
-def reads_own_observation(
-    run: Callable[[Batch], poutine.Trace], batch: Batch, names: Sequence[str]
-) -> list[str]:
+def reads_own_observation(run: Callable[[Batch], poutine.Trace], batch: Batch, names: Sequence[str]) -> list[str]:
     """Those of the sites ``names`` whose draws change with the very rows that they replace.
 
     Such a program (an autoregressive one under teacher forcing, say) reads x in order to make x, so taking its
-    observation away does not make new rows. ``run`` traces it with its observations removed.
+    observation away does not make new rows. ``run`` traces it with its observations removed. The entries of the batch
+    are blanked one after the other: where both the removed observation and the draw change, the program reads it.
     """
     with looking():
         first = run(batch)
-    names = [name for name in names if name in first.nodes]
-    observed = {id(first.nodes[name]["infer"].get("obs")) for name in names}
-    other = replace(
-        batch,
-        args=tuple(_blanked(value) if id(value) in observed else value for value in batch.args),
-        kwargs={key: _blanked(value) if id(value) in observed else value for key, value in batch.kwargs.items()},
-    )
-    with looking():
-        second = run(other)
-    return [name for name in names if not torch.equal(first.nodes[name]["value"], second.nodes[name]["value"])]
+    found = set()
+    for other in _blanked_each(batch):
+        try:
+            with looking():
+                second = run(other)
+        except (ArithmeticError, IndexError, RuntimeError, ValueError):
+            continue  # an input that cannot be anything else (an index, say)
+        for name in names:
+            if name in first.nodes and name in second.nodes:
+                one, two = first.nodes[name], second.nodes[name]
+                if _differ(one["infer"].get("obs"), two["infer"].get("obs")) and _differ(one["value"], two["value"]):
+                    found.add(name)
+    return [name for name in names if name in found]
+
+
+def _blanked_each(batch: Batch) -> Iterator[Batch]:
+    for i, value in enumerate(batch.args):
+        if isinstance(value, Tensor):
+            yield replace(batch, args=(*batch.args[:i], _blanked(value), *batch.args[i + 1 :]))
+    for key, value in batch.kwargs.items():
+        if isinstance(value, Tensor):
+            yield replace(batch, kwargs={**batch.kwargs, key: _blanked(value)})
+
+
+def _differ(one: Any, two: Any) -> bool:
+    return isinstance(one, Tensor) and isinstance(two, Tensor) and not torch.equal(one, two)
 
 
 def _blanked(value: Tensor) -> Tensor:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import copy
-import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer import ELBO as PyroELBO
+from pyro.infer import RenyiELBO, ReweightedWakeSleep, TraceEnum_ELBO
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting
+from ppl_gen.inference.objectives.elbo import nothing, parallel
 from ppl_gen.offers import Need
 
 __all__ = ["PyroObjective", "as_objective", "total_loss"]
 
-_GAMES: weakref.WeakKeyDictionary[Any, dict[Any, Game]] = weakref.WeakKeyDictionary()
+#: Games of the last few pairs that were trained by `pyro.infer.SVI`; a game holds its model, so weak keys are no use.
+_GAMES: OrderedDict[Any, Game] = OrderedDict()
+_KEPT = 16
 
 
 def total_loss(
@@ -26,23 +32,24 @@ def total_loss(
 ) -> Tensor:
     """The total loss of a one-player ``objective`` (nats) for a plain model/guide pair.
 
-    The game is built from a dry run at the first call for this pair and kept as long as the model lives.
+    The game is built from a dry run at the first call for this pair and kept for the next ones.
     """
     from ppl_gen.dryrun import dry_run
-    from ppl_gen.isolation import isolated
+    from ppl_gen.isolation import looking
     from ppl_gen.offers import require
     from ppl_gen.program import Program
 
     batch = Batch(args, kwargs, None, None)
-    per_model = _GAMES.setdefault(model, {})
-    key = (objective, id(guide))
-    if key not in per_model:
+    key = (objective, model, guide)
+    if key not in _GAMES:
         program = Program(model, guide)
-        with isolated():
+        with looking():
             info = dry_run(program, batch, guide=guide if objective.uses_guide else None)
         require(objective.label, objective.needs, program.name, info.offers)
-        per_model[key] = objective.build(Setting(program, model, guide, info, batch))
-    game = per_model[key]
+        _GAMES[key] = objective.build(Setting(program, model, guide, info, batch))
+        while len(_GAMES) > _KEPT:
+            _GAMES.popitem(last=False)
+    game = _GAMES[key]
     if len(game.players) > 1:
         names = ", ".join(player.name for player in game.players)
         raise TypeError(
@@ -67,7 +74,20 @@ class PyroObjective(Objective):
         return (("density",),)
 
     def build(self, setting: Setting) -> Game:
-        return _PyroGame(copy.deepcopy(self.elbo), setting)
+        guided = setting.info.guide_sites or {}
+        sums = {name for name in setting.info.finite_latents if name not in guided}
+        if sums and not isinstance(self.elbo, TraceEnum_ELBO):
+            raise IncompatibleError(
+                f"{self.label} cannot sum out the discrete site(s) {sorted(sums)}, which the guide does not draw; take "
+                "TraceEnum_ELBO, or ELBO() of ppl_gen.inference"
+            )
+        stuck = [name for name, site in guided.items() if name in setting.info.sites and not site.reparameterised]
+        if stuck and isinstance(self.elbo, RenyiELBO):
+            raise IncompatibleError(
+                f"{self.label} gives no gradient to the guide's site(s) {stuck}: not reparameterised; take ELBO()"
+            )
+        model = poutine.infer_config(setting.model, parallel(sums)) if sums else setting.model
+        return _PyroGame(copy.deepcopy(self.elbo), replace(setting, model=model))
 
 
 class _PyroGame(Game):
@@ -76,9 +96,11 @@ class _PyroGame(Game):
     def __init__(self, elbo: Any, setting: Setting) -> None:
         self.elbo, self.setting = elbo, setting
         self.surrogate = hasattr(type(elbo), "differentiable_loss")
+        if setting.minibatches and isinstance(elbo, RenyiELBO | ReweightedWakeSleep):
+            self.notes = {"bound": "none: this class of Pyro's puts N / B inside its logsumexp; IWAE() does not"}
 
     def loss(self, player: str, batch: Batch) -> Loss:
-        model, guide, plate = self.setting.model, self.setting.guide, self.setting.info.data_plate
+        model, guide, plate = self.setting.model, self.setting.guide or nothing, self.setting.info.data_plate
         rows = batch.total or 1
         with RescalePlate(plate, batch.total):
             if self.surrogate:

@@ -1,0 +1,34 @@
+"""Weldon's crabs: one kind or two? The predictive density of each algorithm and what held-out rows say."""
+
+import os
+
+import torch
+from matplotlib.figure import Figure
+
+import ppl_gen as pg
+from ppl_gen.inference import CAVI, EM, SVI
+from ppl_gen.models import gaussian_mixture
+
+quick = bool(os.environ.get("PPL_GEN_QUICK"))
+crabs = pg.load_data("crabs")
+grid = torch.linspace(0.57, 0.70, 400, dtype=torch.float64)
+algorithms = {"EM": EM(), "CAVI": CAVI(), "SVI": SVI(steps=200 if quick else 2000, lr=0.01)}
+
+fits = {"one kind": pg.fit(gaussian_mixture(components=1), crabs, EM(), seed=0)}
+fits |= {f"two kinds, {name}": pg.fit(gaussian_mixture(components=2), crabs, a, seed=0) for name, a in algorithms.items()}
+comparison = pg.compare(gaussian_mixture(components=2), crabs, algorithms, holdout=0.2, seeds=[0])
+
+figure = Figure(figsize=(10, 4), layout="constrained")
+left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+left.hist(crabs, bins=29, density=True, color="0.85", label="1000 crabs")
+for (label, fit), style in zip(fits.items(), (":", "-", "--", "-."), strict=True):
+    left.plot(grid, fit.evidence(grid).values.exp(), style, label=label)
+left.set(xlabel="forehead breadth / body length", ylabel="density", title="Predictive density")
+left.legend(frameon=False)
+table = comparison.table()
+right.errorbar(table["heldout"], range(len(table)), xerr=table["difference_se"].fillna(0), fmt="o", capsize=3)
+right.set_yticks(range(len(table)), table["algorithm"])
+right.invert_yaxis()
+right.set(xlabel="nats per held-out row (bar: error of the difference)", title="One yardstick")
+figure.savefig("crabs.png", dpi=120)
+print(table[["algorithm", "status", "heldout", "difference", "difference_se", "verdict"]].to_string())
