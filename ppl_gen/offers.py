@@ -40,6 +40,7 @@ def require(algorithm: str, needs: Iterable[Need], program: str, offers: Iterabl
       NUTS needs:   density
       gan offers:   samples
       missing:      density (every observed site has a normalised log density)
+      offered by:   density: ...
     """
     needs, have = list(needs), set(offers)
     missing = [need for need in needs if not have.intersection(need)]

@@ -65,7 +65,7 @@ def test_heldout_is_the_closed_form_predictive_density() -> None:
     exact = float(predictive.log_prob(test).mean())
     table = comparison.table().set_index("algorithm")
     # AutoNormal holds the true posterior. A mean off by e posterior standard deviations shifts log p of a row by about
-    # e / sqrt(150) / sqrt(50) on average over 50 rows; Adam's jitter at lr 0.03 is below 1, so 0.02 is generous, and the
+    # e / sqrt(150) / sqrt(50) on average over 50 rows; Adam's jitter at lr 0.03 is below 1, so 0.02 is generous; the
     # Monte Carlo error (5 s.e., a false alarm in 2 million) comes on top.
     tolerance = 0.02 + 5 * table.loc["good", "mc_se"]
     assert abs(table.loc["good", "heldout"] - exact) < tolerance
@@ -196,6 +196,7 @@ def test_ctrl_c_keeps_what_is_done_and_ends_the_rest() -> None:
 # One process and two.
 
 
+@pytest.mark.timeout(600)  # two interpreters start
 def test_two_processes_give_the_same_bits() -> None:
     net = nn.Linear(1, 1)
 
@@ -234,6 +235,7 @@ def test_pg_fit_gives_the_same_bits(result) -> None:
         assert torch.equal(value, result["good", 5].params[name])
 
 
+@pytest.mark.timeout(600)
 def test_a_process_with_other_weights_is_found_out(tmp_path, monkeypatch) -> None:
     """A module is imported anew in the other process; weights that it draws at random are others there."""
     (tmp_path / "nets_of_mine.py").write_text(

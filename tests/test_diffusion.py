@@ -1,8 +1,9 @@
 """Denoising diffusion against the algebra of joint Gaussians, and trained on rows whose density is known.
 
-Tolerances: chains of at most 50 products and sums in float64 round to below 1e-13 relative, on values of order 10. Costs
-are quadratic in x_t, so three-point Gauss-Hermite quadrature gives their expectations exactly. Monte Carlo means are held
-to |z| < 5, a false alarm of 6e-7 each, fewer than ten in all.
+Tolerances: chains of at most 50 products and sums in float64 round to below 1e-13 relative, on values of order 10.
+Costs are quadratic in x_t, so three-point Gauss-Hermite quadrature gives their expectations exactly. Monte Carlo means
+are held to |z| < 5, a false alarm of 6e-7 each, fewer than ten in all. Trained fits are held to at least twice the
+loss that they were measured to have for four seeds.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def log_density(chain, x):
 
 
 def exact_elbo(chain, x):
-    """The bound of a linear chain per row: E_q[log p(x_0..T)] from moments of q(x_{t-1}, x_t | x_0), plus q's entropy."""
+    """The bound of a linear chain per row: moments of q(x_{t-1}, x_t | x_0) give E_q[log p], and q has its entropy."""
     noising, back = chain.noising, chain.reverse
     start = (x - chain.middle) / chain.spread
     total = -chain.spread.log().expand_as(x)
@@ -290,7 +291,7 @@ def test_trained_on_a_correlated_gaussian_its_evidence_nears_the_truth_from_belo
         torch.tensor([10.0, 0.0]), torch.tensor([[4.0, 0.85], [0.85, 0.25]])
     )  # correlation 0.85: independent normals lose 0.64 nats
     x, new = truth.sample((1000,)).float(), truth.sample((1000,)).float()
-    recipe, near = denoising_diffusion(2, steps=50, hidden=32), 0.15
+    recipe, near = denoising_diffusion(2, steps=50, hidden=32), 0.1
     best = truth.log_prob(new.double())
 
     def lost(fit):
@@ -338,7 +339,7 @@ def test_trained_on_a_ring_it_finds_every_mode():
     assert near < 0.5 and least < 0.6 and distance > 0.05 and lost > 2.0, (near, least, distance, lost)
     anneal = SVI(steps=1200, lr=0.003, schedule=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 1200))
     near, least, distance, lost = judged(pg.fit(recipe, x.float(), anneal, seed=0))
-    assert near > 0.85 and least > 0.6 and distance < 0.02 and 0 < lost < 0.5, (near, least, distance, lost)
+    assert near > 0.85 and least > 0.6 and distance < 0.02 and 0 < lost < 0.4, (near, least, distance, lost)
 
 
 def test_the_same_fit_comes_out_bitwise():

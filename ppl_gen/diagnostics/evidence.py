@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.diagnostics.densities import densities
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.inference.objectives.particles import can_vectorise, local_log_weights
-from ppl_gen.predictive import global_draws
+from ppl_gen.isolation import looking
+from ppl_gen.predictive import amortised, global_draws
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -54,9 +55,10 @@ def row_evidence(
     proposal where it is amortised, else with the prior. Rows are taken ``chunk`` at a time.
     """
     _require_density(fit)
-    if particles < 1 or draws < 1 or chunk < 1:
-        raise ValueError(f"particles, draws and chunk: expected at least 1, got {particles}, {draws}, {chunk}")
+    for name, value in (("particles", particles), ("draws", draws), ("chunk", chunk)):
+        require_whole(name, value)
     with fit.bound(seed):
+        _require_observations(fit, next(iter(data.chunks(chunk))))
         thetas = _parameter_draws(fit, draws)
         groups = _Jackknife(len(thetas))
         values, errors = [], []
@@ -72,30 +74,28 @@ def row_evidence(
     # Parameter draws are shared by all rows, so their error does not average out over rows: it is taken over draws.
     mc = math.sqrt(float(variances.sum()) / n**2 + groups.error(n) ** 2)
     stderr = float(rows.std() / math.sqrt(n)) if n > 1 else 0.0
+    if fit.learned.kind != "point" and len(thetas) == 1 and thetas[0]:
+        mc = math.nan  # one draw of the parameters says nothing of how much they vary
     return Evidence(mean, stderr, 0.0 if exact else mc, n, kind, exact, rows)
 
 
 class _Jackknife:
     """The error of the mean evidence that comes from the finite number of parameter draws, over ten groups of them."""
 
-    GROUPS = 10
-
     def __init__(self, draws: int) -> None:
-        self.active = draws >= 2 * self.GROUPS
-        self.totals = torch.zeros(self.GROUPS, dtype=torch.float64)
+        self.groups = min(10, draws)
+        self.totals = torch.zeros(self.groups, dtype=torch.float64)
 
     def add(self, per_draw: Tensor) -> None:
         """Draws x rows of one chunk."""
-        if not self.active:
-            return
-        for group in range(self.GROUPS):
-            rest = torch.cat([per_draw[other :: self.GROUPS] for other in range(self.GROUPS) if other != group])
+        for group in range(self.groups) if self.groups > 1 else ():
+            rest = torch.cat([per_draw[other :: self.groups] for other in range(self.groups) if other != group])
             self.totals[group] += float((torch.logsumexp(rest, 0) - math.log(len(rest))).sum())
 
     def error(self, rows: int) -> float:
-        """Standard error of the mean over ``rows`` rows."""
+        """Standard error of the mean over ``rows`` rows; zero for a single draw, which shows none."""
         left_out = self.totals / rows
-        return float((((left_out - left_out.mean()) ** 2).sum() * (self.GROUPS - 1) / self.GROUPS).sqrt())
+        return float((((left_out - left_out.mean()) ** 2).sum() * (self.groups - 1) / self.groups).sqrt())
 
 
 def _require_density(fit: Fit) -> None:
@@ -112,8 +112,23 @@ def _require_density(fit: Fit) -> None:
     )
 
 
+def _require_observations(fit: Fit, batch: Batch) -> None:
+    from pyro import poutine
+
+    with looking():
+        trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
+    sites = [site.name for site in fit.info.sites.values() if site.kind in ("observed", "factor")]
+    if not any(trace.nodes[name]["is_observed"] for name in sites if name in trace.nodes):
+        raise ValueError(f"data: none of the observed sites {sites} has a value in these data, so there is no evidence")
+
+
+def _offered(fit: Fit) -> bool:
+    """Whether the program's own closed form applies: it holds at the parameters, and knows no draws of global sites."""
+    return fit.program.evidence is not None and not fit.info.select(local=False)
+
+
 def _integrated(fit: Fit) -> bool:
-    return fit.program.evidence is None and any(not site.finite for site in fit.info.select(local=True))
+    return not _offered(fit) and any(not site.finite for site in fit.info.select(local=True))
 
 
 def _parameter_draws(fit: Fit, draws: int) -> list[dict[str, Tensor]]:
@@ -128,14 +143,18 @@ def _kind(fit: Fit, draws: int, particles: int) -> tuple[str, bool]:
         parts.append(f"averaged over {draws} posterior draws")
     if particles:
         parts.append(f"importance weighted, {particles} particles")
-    elif fit.info.finite_latents and fit.program.evidence is None:
+    elif fit.info.finite_latents and not _offered(fit):
         parts.append("finite latents summed out")
-    return ("; ".join(parts) or "exact"), draws == 1 and not particles
+    drawn = fit.learned.kind != "point" and bool(fit.info.select(local=False))
+    if drawn and draws == 1:
+        parts.append("at one posterior draw")
+    return ("; ".join(parts) or "exact"), not drawn and not particles
 
 
 def _chunk(fit: Fit, batch: Batch, thetas: list[dict[str, Tensor]], particles: int) -> tuple[Tensor, Tensor]:
     """Row densities of one chunk (draws x rows), and the Monte Carlo variance (rows) of the particles."""
-    if fit.program.evidence is not None and not thetas[0]:
+    if _offered(fit):
+        assert fit.program.evidence is not None
         rows = fit.program.evidence(*batch.args, **batch.kwargs)
         return rows[None], torch.zeros_like(rows)
     if not _integrated(fit):
@@ -160,12 +179,7 @@ def _chunk(fit: Fit, batch: Batch, thetas: list[dict[str, Tensor]], particles: i
 
 def _proposal(fit: Fit) -> Callable[..., Any] | None:
     """The guide where its local sites follow the rows it is called with; autoguides know training rows only."""
-    from pyro.infer.autoguide import AutoGuide
-
-    local = {site.name for site in fit.info.select(local=True)}
-    if fit.guide is None or isinstance(fit.guide, AutoGuide) or not local.intersection(fit.info.guide_sites or {}):
-        return None
-    return fit.guide
+    return fit.guide if amortised(fit) else None
 
 
 def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | None = None) -> Evidence:

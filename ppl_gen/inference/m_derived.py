@@ -10,20 +10,23 @@ likelihood estimation via the ECM algorithm", 1993).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppl_gen.inference.m_gradient import ascend
 from ppl_gen.inference.m_probe import Affine
 from ppl_gen.inference.m_readings import Reading
 
-__all__ = ["Locations", "Ratios", "Table", "unequal"]
+__all__ = ["Locations", "Ratios", "Table", "highest", "unequal"]
 
 Weights = Mapping[str, Tensor]
+
+_NEWTON_STEPS = 50
+_HALVINGS = 30
+_STILL = 1e-13
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +78,8 @@ class Ratios:
         power: of each coordinate; the parameter's own coordinate is constant + power * ours.
         offset: that constant, where it is one for all positions of a coordinate (odds).
         located: locations of normal sites, by name.
-        prior: the prior distribution and the transform of our site; None under maximum likelihood.
+        prior: the prior distribution of one entry, the transform and the shape of our site; None under maximum
+            likelihood.
     """
 
     site: str
@@ -124,7 +128,7 @@ class Ratios:
         return above, below
 
     def _with_prior(self, best: Tensor, old: Tensor, above: Tensor, below: Tensor) -> Tensor:
-        """One-dimensional maxima of the expected log-likelihood, which the sums determine, plus the log prior."""
+        """Maxima of the expected log-likelihood, which the sums determine, plus the log prior: one per coordinate."""
         assert self.prior is not None
         fn, transform, shape = self.prior
 
@@ -136,13 +140,41 @@ class Ratios:
                 rows = above * own - below * own.exp()
             else:
                 rows = above * own - (above + below) * torch.nn.functional.softplus(own)
-            return rows.sum() + fn.log_prob(transform(free.reshape(shape))).sum()
+            return rows + fn.log_prob(transform(free.reshape(shape))).reshape(-1)
 
-        starts = [old.detach().clone().requires_grad_(), best.detach().clone().requires_grad_()]
-        rows = max(1.0, float((above + below).sum()) if self.role == "odds" else float(below.sum()))
-        start = max(starts, key=lambda free: float(torch.nan_to_num(objective(free.detach()), nan=-torch.inf)))
-        ascend([start], lambda: objective(start) / rows, steps=50)
-        return start.detach()
+        with torch.no_grad():
+            start = torch.where(objective(best) > objective(old), best, old)
+        return highest(objective, start)
+
+
+def highest(objective: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Maxima of functions of one coordinate each, all at once, by Newton steps that are halved until they climb.
+
+    Example:
+        >>> x = highest(lambda x: torch.tensor([1.0, 4.0]) * x - x.exp(), torch.zeros(2))
+        >>> x.exp()
+        tensor([1., 4.])
+    """
+    here = start.detach()
+    for _ in range(_NEWTON_STEPS):
+        with torch.enable_grad():
+            free = here.clone().requires_grad_()
+            value = objective(free)
+            (slope,) = torch.autograd.grad(value.sum(), free, create_graph=True)
+            (bend,) = torch.autograd.grad(slope.sum(), free)
+        value, slope = value.detach(), slope.detach()
+        step = torch.where(bend < 0, -slope / bend, slope.sign()).nan_to_num().clamp(-2.0, 2.0)
+        with torch.no_grad():
+            for _ in range(_HALVINGS):
+                lower = ~(objective(here + step) >= value)
+                if not bool(lower.any()):
+                    break
+                step = torch.where(lower, step / 2, step)
+            step = torch.where(objective(here + step) >= value, step, 0.0)
+        here = here + step
+        if bool((step.abs() <= _STILL * (1 + here.abs())).all()):
+            break
+    return here
 
 
 @dataclass(frozen=True, eq=False)

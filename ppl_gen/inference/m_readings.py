@@ -90,6 +90,8 @@ def read(name: str, site: Mapping[str, Any], *, inside: bool) -> Reading:
         return Reading(name, "other", shape, event, value, None, {"other": log_prob})
     if family == "categories" and isinstance(fn, td.OneHotCategorical):
         value, event = value.argmax(-1), event[:-1]
+    if isinstance(fn, td.LogNormal):
+        value = value.log()
     dims = len(shape) + len(event)
     if mask is not None:
         mask = mask.to(log_prob.dtype).reshape(*mask.shape, *[1] * len(event))
@@ -99,7 +101,7 @@ def read(name: str, site: Mapping[str, Any], *, inside: bool) -> Reading:
 
 
 def _family(fn: Any) -> tuple[str, dict[str, Tensor]]:
-    if isinstance(fn, td.Normal):
+    if isinstance(fn, td.Normal | td.LogNormal):
         return "normal", {"loc": fn.loc, "scale": compact(fn.scale).log()}
     if isinstance(fn, td.Poisson):
         return "poisson", {"rate": compact(fn.rate).log()}

@@ -13,7 +13,7 @@ from torch import distributions as td
 
 from ppl_gen.inference.expectation import Problem
 from ppl_gen.inference.m_derived import Locations, Ratios, Table, unequal
-from ppl_gen.inference.m_probe import Affine, Coordinates, Probe
+from ppl_gen.inference.m_probe import Affine, Coordinates, Probe, unwrapped
 from ppl_gen.inference.m_readings import Key, Reading
 
 __all__ = ["Derived", "derived"]
@@ -27,6 +27,9 @@ _KINDS = {
     "rate": "weighted events",
     "odds": "weighted successes",
 }
+
+
+_WORDS = {"probs": "table of probabilities", "loc": "location"}
 
 
 class _NotDerivedError(Exception):
@@ -128,7 +131,7 @@ def _role(problem: Problem, probe: Probe, name: str) -> str:
         for key in keys:
             rows = probe.rows.get(key, {}).get(name)
             if rows is None or bool((probe.moved[key][name] & ~rows.any(-1)).any()):
-                raise _NotDerivedError(f"the probabilities of {key.site!r} are not its rows")
+                raise _NotDerivedError(f"the table of probabilities of {key.site!r} does not consist of its rows")
         return "table"
     roles = {key.role for key in keys}
     if len(roles) > 1:
@@ -137,7 +140,7 @@ def _role(problem: Problem, probe: Probe, name: str) -> str:
     bent = [key.site for key in keys if key not in probe.affine]
     if role == "probs" or bent:
         site = bent[0] if bent else keys[0].site
-        raise _NotDerivedError(f"the {'probabilities' if role == 'probs' else role} of {site!r} bend in it")
+        raise _NotDerivedError(f"the {_WORDS.get(role, role)} of {site!r} is not affine in its coordinates")
     if role == "loc":
         _check_location(probe, name, keys)
     else:
@@ -209,7 +212,12 @@ def _ratios(problem: Problem, probe: Probe, name: str, role: str) -> Ratios:
     if bool((power == 0).any()):
         raise _NotDerivedError("part of it enters no density of the rows")
     located = {key.site: affine for key, affine in probe.affine.items() if key.role == "loc"}
-    prior = (probe.priors[name], problem.transforms[name], probe.coordinates.shapes[name]) if problem.prior else None
+    prior = None
+    if problem.prior:
+        entry = _inner(probe.priors[name])
+        if entry.event_shape:
+            raise _NotDerivedError("its prior ties its entries together")
+        prior = entry, unwrapped(problem.transforms[name]), probe.coordinates.shapes[name]
     return Ratios(name, units, role, parts, power, offset, located, prior)
 
 

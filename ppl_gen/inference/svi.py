@@ -126,8 +126,8 @@ class SVI(Iterative):
         factors = [site.name for site in run.info.select(kind="factor", local=False)]
         if factors:
             raise IncompatibleError(
-                f"the pyro.factor(s) {factors} stand outside the data plate, and minibatches would have to scale them if "
-                "they hold data and to leave them if they do not; move them into the plate, or leave batch_size out"
+                f"the pyro.factor(s) {factors} stand outside the data plate, and minibatches would have to scale them "
+                "if they hold data and to leave them if not; move them into the plate, or leave batch_size out"
             )
         local = [site.name for site in run.info.select(local=True) if not site.finite]
         guide = run.program.guide

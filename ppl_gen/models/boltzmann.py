@@ -15,7 +15,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.extensions import Energy
 from ppl_gen.program import Program, Recipe
 
@@ -144,8 +144,7 @@ def rbm(visible: int, hidden: int, *, scale: float = 0.01, sweeps: int = 1000) -
         (True, tensor(True))
     """
     for name, value in (("visible", visible), ("hidden", hidden), ("sweeps", sweeps)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        require_whole(name, value)
     if not scale >= 0:
         raise ValueError(f"scale: expected at least 0, got {scale!r}")
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_gen.models.boltzmann import rbm
+from ppl_gen.models.diffusion import denoising_diffusion
 from ppl_gen.models.gan import gan
 from ppl_gen.models.hidden_markov import hidden_markov
 from ppl_gen.models.mixture import gaussian_mixture
@@ -53,6 +55,12 @@ def _two_regimes() -> Tensor:
     return 3.0 * regime + 0.7 * torch.randn(6, 8, generator=generator, dtype=torch.float64)
 
 
+def _bars() -> Tensor:
+    lines = (torch.arange(8).unsqueeze(-1) >> torch.arange(3)) & 1
+    rows = lines.unsqueeze(-1).expand(8, 3, 3)
+    return torch.cat([rows, rows.mT]).flatten(1).to(torch.float64)
+
+
 def _ring() -> Tensor:
     angle = torch.arange(40) * (2 * math.pi / 40)
     return 2 * torch.stack([angle.cos(), angle.sin()], -1)
@@ -79,6 +87,18 @@ CATALOGUE: dict[str, Entry] = {
             lambda: gan(2, latent=4, hidden=(16,)),
             _ring,
             "generative adversarial network: a perceptron of normal noise, without a density",
+        ),
+        Entry(
+            "rbm",
+            lambda: rbm(9, 4, sweeps=20),
+            _bars,
+            "restricted Boltzmann machine of zeros and ones: an energy, trained by contrastive divergence",
+        ),
+        Entry(
+            "denoising_diffusion",
+            lambda: denoising_diffusion(2, steps=4, hidden=8),
+            _ring,
+            "diffusion model of vectors: a fixed chain into noise, a learnt chain back",
         ),
     )
 }

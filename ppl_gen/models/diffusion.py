@@ -17,6 +17,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppl_gen.errors import require_whole
 from ppl_gen.extensions import TimeSteps
 from ppl_gen.models.noising import Noising, Schedule, at, noise_schedule
 from ppl_gen.program import Program, Recipe
@@ -181,8 +182,7 @@ def denoising_diffusion(
         (torch.Size([3, 2]), 'one of 10 time steps sampled per row')
     """
     for name, value in (("features", features), ("hidden", hidden), ("layers", layers)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        require_whole(name, value)
     noise_schedule(schedule, steps)
 
     def build(data: Any) -> Program:

@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.errors import require_whole
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting
 from ppl_gen.offers import Need
 
@@ -59,10 +60,9 @@ class ContrastiveDivergence(Objective):
     uses_guide = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "chains"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        require_whole("steps", self.steps)
+        if self.chains is not None:
+            require_whole("chains", self.chains)
         if self.chains is not None and not self.persistent:
             raise ValueError("chains: without persistent=True each row of the batch has its own chain; leave it out")
 
