@@ -222,7 +222,7 @@ def _from_file(path: Path, rest: str) -> Any:
         raise Misuse(f"PROGRAM: no file {path}")
     # Under the name that run_path gives, its functions belong to no importable module, so processes receive them whole.
     found = {k: v for k, v in runpy.run_path(str(path)).items() if not k.startswith("_")}
-    if name not in found or not callable(found[name]):
+    if name not in found or not (callable(found[name]) or isinstance(found[name], Program | Recipe)):
         known = ", ".join(k for k, v in found.items() if inspect.isfunction(v) or isinstance(v, Program | Recipe))
         raise Misuse(f"PROGRAM: expected {path}:name with one of: {known}; got {rest!r}")
     made = found[name]

@@ -46,7 +46,7 @@ def require(algorithm: str, needs: Iterable[Need], program: str, offers: Iterabl
     missing = [need for need in needs if not have.intersection(need)]
     if not missing:
         return
-    width = max(len(algorithm), len(program)) + 8
+    width = max(len(algorithm), len(program)) + 9
     lines = [
         f"{algorithm} does not fit the program {program!r}.",
         f"  {algorithm + ' needs:':<{width}}" + ", ".join(" or ".join(need) for need in needs),

@@ -22,7 +22,7 @@ STEPS = 5
 ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "SVI(ELBO)": lambda: SVI(objective=ELBO(), steps=STEPS),
     "SVI(IWAE)": lambda: SVI(objective=IWAE(particles=3), steps=STEPS),
-    "SVI(Trace_ELBO)": lambda: SVI(objective=pyro.infer.TraceEnum_ELBO(), steps=STEPS),
+    "SVI(Trace_ELBO)": lambda: SVI(objective=pyro.infer.TraceEnum_ELBO(strict_enumeration_warning=False), steps=STEPS),
     "SVI(Adversarial)": lambda: SVI(objective=Adversarial("non-saturating"), steps=STEPS),
     "SVI(ContrastiveDivergence)": lambda: SVI(objective=ContrastiveDivergence(), steps=STEPS),
     "EM": lambda: EM(steps=STEPS),

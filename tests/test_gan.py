@@ -8,7 +8,7 @@ from torch import nn
 
 import ppl_gen as pg
 from ppl_gen.inference import IWAE, SVI, Adversarial
-from ppl_gen.models.gan import gan
+from ppl_gen.models.implicit import gan
 
 
 def test_rows_start_in_the_units_of_the_data():

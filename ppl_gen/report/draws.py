@@ -48,15 +48,13 @@ def curve_of(fit: Fit) -> tuple[str, np.ndarray]:
     return (names[0], np.asarray(fit.records[names[0]], dtype=np.float64)) if names else ("", np.empty(0))
 
 
-def global_scalars(fits: Mapping[str, Fit], count: int = 500) -> list[Scalar]:
-    """Scalars of all fits in the order of the program; derived ones (in the user's units) first."""
-    found: dict[str, Scalar] = {}
-    for label, fit in fits.items():
-        for name, values in _globals(fit, count).items():
-            for index in np.ndindex(values.shape[1:]):
-                full = name + (str(list(index)) if index else "")
-                found.setdefault(full, Scalar(full)).draws[label] = values[(slice(None), *index)]
-    return list(found.values())
+def global_scalars(fit: Fit, count: int = 500) -> dict[str, np.ndarray]:
+    """Draws of every number outside the data plate, by name; derived ones (in the user's units) first."""
+    found: dict[str, np.ndarray] = {}
+    for name, values in _globals(fit, count).items():
+        for index in np.ndindex(values.shape[1:]):
+            found[name + (str(list(index)) if index else "")] = values[(slice(None), *index)]
+    return found
 
 
 def _globals(fit: Fit, count: int) -> dict[str, np.ndarray]:

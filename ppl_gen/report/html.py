@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppl_gen.report.draws import curve_of, distinct, global_scalars, replicates
-from ppl_gen.report.plots import colours, draw_curve, draw_density, draw_heldout, draw_predictive
+from ppl_gen.report.draws import Scalar, distinct, global_scalars, replicates
+from ppl_gen.report.plots import colours, curves_of, draw_curve, draw_density, draw_heldout, draw_predictive
 from ppl_gen.report.table import answer, frame, grade, labels_of, standings, trust
 
 if TYPE_CHECKING:
@@ -201,11 +201,7 @@ def _heldout(comparison: Comparison) -> Picture | None:
 def _curves(comparison: Comparison) -> list[Picture]:
     style = colours(labels_of(comparison))
     pictures = []
-    for label in style:
-        curves = {x.seed: curve_of(x.fit) for x in comparison.lines if x.label == label and x.fit is not None}
-        curves = {seed: curve for seed, curve in curves.items() if len(curve[1]) > 1}
-        if not curves:
-            continue
+    for label, curves in curves_of(comparison).items():
         name, values = next(iter(curves.values()))
         alt = f"{label}: {name.replace('_', ' ')} over {len(values)} steps, from {values[0]:.4g} to {values[-1]:.4g}"
         drawn = _picture(3.7, 2.5, _bind(draw_curve, curves, style[label][0]), alt, label)
@@ -219,16 +215,15 @@ def _bind(draw: Callable[..., None], *rest: Any) -> Callable[[Any], None]:
 
 def _densities(fits: dict[str, Fit], style: Style) -> tuple[list[Picture], list[str], list[str]]:
     """Panels, names left out, and reasons why a fit is in none."""
-    scalars, problems = [], []
-    good = {}
+    found: dict[str, Scalar] = {}
+    problems = []
     for label, fit in fits.items():
         try:
-            if global_scalars({label: fit}, 2):
-                good[label] = fit
+            for name, draws in global_scalars(fit).items():
+                found.setdefault(name, Scalar(name)).draws[label] = draws
         except Exception as error:  # a picture that cannot be drawn must not cost the report
             problems.append(f"{label}: no draws of the global sites ({type(error).__name__}: {error})")
-    scalars = global_scalars(good)
-    shown, left = distinct(scalars)
+    shown, left = distinct(list(found.values()))
     pictures = []
     for scalar in shown[:PANELS]:
         said = "; ".join(f"{k} mean {v.mean():.4g}, sd {v.std():.2g}" for k, v in scalar.draws.items())

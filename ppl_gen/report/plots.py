@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ppl_gen.comparison import Comparison
 
-__all__ = ["colours", "draw_curve", "draw_density", "draw_heldout", "draw_predictive", "overview"]
+__all__ = ["colours", "curves_of", "draw_curve", "draw_density", "draw_heldout", "draw_predictive", "overview"]
 
 # Okabe and Ito's palette: told apart with every common colour blindness.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B")
@@ -40,21 +40,27 @@ def overview(comparison: Comparison) -> Figure:
     from matplotlib.figure import Figure
 
     style = colours(labels_of(comparison))
-    curves = [label for label in style if any(len(v) for _, v in _curves(comparison, label).values())]
+    curves = curves_of(comparison)
     columns = min(3, max(1, len(curves)))
     rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(3.4 * columns + 1.0, 0.9 + 0.42 * len(style) + 2.3 * rows), layout="constrained")
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[0.9 + 0.42 * len(style), *[2.3] * rows])
     draw_heldout(figure.add_subplot(grid[0, :]), comparison)
-    for i, label in enumerate(curves):
+    for i, (label, curve) in enumerate(curves.items()):
         axes = figure.add_subplot(grid[1 + i // columns, i % columns])
-        draw_curve(axes, _curves(comparison, label), style[label][0])
+        draw_curve(axes, curve, style[label][0])
         axes.set_title(label, fontsize=9, loc="left", color=INK)
     return figure
 
 
-def _curves(comparison: Comparison, label: str) -> dict[int, tuple[str, np.ndarray]]:
-    return {x.seed: curve_of(x.fit) for x in comparison.lines if x.label == label and x.fit is not None}
+def curves_of(comparison: Comparison) -> dict[str, dict[int, tuple[str, np.ndarray]]]:
+    """Label -> seed -> name and values, for the fits that recorded more than one step."""
+    found: dict[str, dict[int, tuple[str, np.ndarray]]] = {}
+    for line in comparison.lines:
+        name, values = ("", np.empty(0)) if line.fit is None else curve_of(line.fit)
+        if len(values) > 1:
+            found.setdefault(line.label, {})[line.seed] = (name, values)
+    return found
 
 
 def draw_heldout(axes: Axes, comparison: Comparison) -> None:
