@@ -18,6 +18,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 __all__ = ["ProgramState", "Workspace", "isolated", "looking", "quiet"]
 
+_PYRO_MODULE = pyro.primitives.module
+
 
 @contextlib.contextmanager
 def isolated(seed: int | None = None, *, dtype: torch.dtype | None = None) -> Iterator[None]:
@@ -172,7 +174,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def _patched_module_statement(self) -> Iterator[None]:
-        statement = pyro.primitives.module
+        outer = pyro.primitives.module
 
         def module(name: str, nn_module: nn.Module, update_module_params: bool = False) -> nn.Module:
             if isinstance(nn_module, nn.Module):
@@ -183,13 +185,13 @@ class Workspace:
                         "not be trained. Give each network its own name, and build networks outside model and guide."
                     )
                 self.adopt(nn_module, name)
-            return statement(name, nn_module, update_module_params)
+            return _PYRO_MODULE(name, nn_module, update_module_params)  # an outer workspace has its own networks
 
         pyro.module = pyro.primitives.module = module
         try:
             yield
         finally:
-            pyro.module = pyro.primitives.module = statement
+            pyro.module = pyro.primitives.module = outer
 
     def _on_call(self, module: nn.Module, _inputs: object) -> None:
         if id(module) not in self._adopted:

@@ -383,7 +383,9 @@ def test_arguments_out_of_range_are_refused():
 
 def test_algorithms_that_need_something_else_refuse_and_say_what_there_is():
     from ppl_gen import inference
+    from ppl_gen.models import catalogue
 
+    catalogue._offers.cache_clear()
     x, recipe = torch.randn(20, 2), denoising_diffusion(2, steps=4, hidden=8)
     wanting = [(inference.SVI(inference.ContrastiveDivergence(), steps=1), "energy")]
     wanting += [(inference.EM(), "finite local latents"), (inference.NUTS(), "no free parameters")]
@@ -393,3 +395,6 @@ def test_algorithms_that_need_something_else_refuse_and_say_what_there_is():
         message = str(caught.value)
         assert "needs:" in message and "denoising_diffusion offers:" in message and "time steps" in message
         assert missing in message.split("missing:")[1]
+        assert "offered by:" in message
+    # The zoo was looked through inside a fit whose network has the name that the zoo's own diffusion model uses.
+    assert "denoising_diffusion" in catalogue.programs_offering("time steps")

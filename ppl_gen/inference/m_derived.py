@@ -24,9 +24,9 @@ __all__ = ["Locations", "Ratios", "Table", "highest", "unequal"]
 
 Weights = Mapping[str, Tensor]
 
-_NEWTON_STEPS = 50
+_NEWTON_STEPS = 60
 _HALVINGS = 30
-_STILL = 1e-13
+_HIDDEN = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,15 +164,16 @@ def highest(objective: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
             (bend,) = torch.autograd.grad(slope.sum(), free)
         value, slope = value.detach(), slope.detach()
         step = torch.where(bend < 0, -slope / bend, slope.sign()).nan_to_num().clamp(-2.0, 2.0)
+        # So near the top that rounding hides the climb, Newton's step is trusted, and it is the last.
+        near = slope * step <= _HIDDEN * (1 + value.abs())
         with torch.no_grad():
             for _ in range(_HALVINGS):
-                lower = ~(objective(here + step) >= value)
+                lower = ~near & ~(objective(here + step) >= value)
                 if not bool(lower.any()):
                     break
                 step = torch.where(lower, step / 2, step)
-            step = torch.where(objective(here + step) >= value, step, 0.0)
-        here = here + step
-        if bool((step.abs() <= _STILL * (1 + here.abs())).all()):
+            here = here + torch.where(near | (objective(here + step) >= value), step, 0.0)
+        if bool(near.all()):
             break
     return here
 
