@@ -61,7 +61,7 @@ examples: $(READY)
 # markers in the file choose for the newer ones.
 lock: $(READY)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --group dev --upgrade \
-		--no-emit-index-url --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist

@@ -56,7 +56,7 @@ def numbers(posterior, sites):
 
 
 def grade(frame):
-    """"trust", "doubtful" or "do not trust"."""
+    """ "trust", "doubtful" or "do not trust"."""
     return frame.attrs["verdict"].split(":")[0]
 
 
@@ -111,7 +111,12 @@ def main():
         "## SVI",
         table(["posterior", "guide", *common, "k-hat", "verdict", "seconds"], svi),
     ]
-    write("posteriordb", "Six posteriors of posteriordb", "\n\n".join(part.strip() for part in body), time.perf_counter() - began)
+    write(
+        "posteriordb",
+        "Six posteriors of posteriordb",
+        "\n\n".join(part.strip() for part in body),
+        time.perf_counter() - began,
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ppl_gen.errors import NonFiniteError
 from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
 from ppl_gen.inference.stopping import EarlyStop
 from ppl_gen.isolation import Workspace, isolated, looking
+from ppl_gen.monitoring import ProgressBar, Validation
 from ppl_gen.offers import require
 from ppl_gen.program import Program, Recipe, as_recipe
 from ppl_gen.result import Fit, Status
@@ -75,15 +76,7 @@ def fit(
         >>> abs(float(result.posterior(draws=2000)["loc"].mean()) - 2.0) < 0.1
         True
     """
-    if isinstance(algorithm, type) or not isinstance(algorithm, Algorithm):
-        name = algorithm.__name__ if isinstance(algorithm, type) else type(algorithm).__name__
-        hint = f"{name}() (with brackets)" if isinstance(algorithm, type) else "SVI(), EM() or NUTS()"
-        raise TypeError(f"algorithm: expected an instance such as {hint}, got {name}")
-    seed, place = _checked_seed(seed), _checked_device(device)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype!r}")
-    if validate_every is not None and (not isinstance(validate_every, int) or validate_every < 1):
-        raise ValueError(f"validate_every: expected a whole number of at least 1, got {validate_every!r}")
+    seed, place = _checked(algorithm, seed, device, dtype, validate_every)
     recipe, data = as_recipe(program), collected(data)
     _check_start(recipe, start)
     dtype = dtype or algorithm.dtype
@@ -96,10 +89,11 @@ def fit(
             require(algorithm.label, algorithm.needs, built.name, info.offers)
             run = Run(built, dataset, info, workspace, seed, start)
             algorithm.check(run)
-            with _progress(progress, algorithm.label) as report:
+            with ProgressBar(progress, algorithm.label) as report:
                 run.progress = report
                 run.hooks = tuple(callbacks)
-                run.validation = _validation(validation, validate_every, built, dataset)
+                if validation is not None:
+                    run.validation = Validation(validation, validate_every, built, dataset)
                 began = time.perf_counter()
                 outcome = algorithm.run(run)
                 seconds = time.perf_counter() - began
@@ -140,6 +134,21 @@ def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -
             guide = None
         with Workspace(dtype=dataset.dtype, modules=_modules_of(built, None)):
             return _inspected(built, dataset, guide)
+
+
+def _checked(
+    algorithm: Any, seed: Any, device: Any, dtype: Any, validate_every: Any
+) -> tuple[int, torch.device | None]:
+    """The seed and the device, after everything that can be refused without looking at the data was looked at."""
+    if isinstance(algorithm, type) or not isinstance(algorithm, Algorithm):
+        name = algorithm.__name__ if isinstance(algorithm, type) else type(algorithm).__name__
+        hint = f"{name}() (with brackets)" if isinstance(algorithm, type) else "SVI(), EM() or NUTS()"
+        raise TypeError(f"algorithm: expected an instance such as {hint}, got {name}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype!r}")
+    if validate_every is not None and (not isinstance(validate_every, int) or validate_every < 1):
+        raise ValueError(f"validate_every: expected a whole number of at least 1, got {validate_every!r}")
+    return _checked_seed(seed), _checked_device(device)
 
 
 def _checked_seed(seed: Any) -> int:
@@ -238,7 +247,7 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
             if step % algorithm.stop_every() == 0 and (converged := algorithm.stop({**history, **checks})) is not None:
                 break
             if run.validation is not None and run.validation.due(step, limit):
-                run.validation.record(checks, step, run, algorithm.outcome(state, run))
+                run.validation.record(checks, step, _finished(None, None, run, algorithm.outcome(state, run), 0.0))
             if run.progress is not None and (step == limit or step % max(1, limit // 200) == 0):
                 run.progress(step, limit, _latest(info))
     except KeyboardInterrupt:
@@ -274,52 +283,6 @@ def floats(values: Sequence[Any]) -> list[float]:
 
 def _latest(info: Mapping[str, Any]) -> str:
     return "  ".join(f"{name} {float(value):.4g}" for name, value in list(info.items())[:3])
-
-
-class _validation:
-    """Evidence of held-out rows, estimated now and then during a run."""
-
-    def __new__(cls, data: Any, every: int | None, program: Program, train: Dataset) -> Any:
-        return None if data is None else super().__new__(cls)
-
-    def __init__(self, data: Any, every: int | None, program: Program, train: Dataset) -> None:
-        data = collected(data)
-        self.data = as_dataset(data, program.model, dtype=train.dtype, device=train.device)
-        self.every = every
-
-    def due(self, step: int, limit: int) -> bool:
-        return step % (self.every or max(1, limit // 10)) == 0 or step == limit
-
-    def record(self, checks: dict[str, list[float]], step: int, run: Run, outcome: Outcome) -> None:
-        estimate = _finished(None, None, run, outcome, 0.0).evidence(self.data, particles=16, draws=16)
-        checks.setdefault("step", []).append(step)
-        checks.setdefault("validation_evidence", []).append(estimate.mean)
-
-
-class _progress:
-    """A rich progress bar where somebody is looking."""
-
-    def __init__(self, wanted: bool | None, label: str) -> None:
-        import sys
-
-        self.wanted = wanted if wanted is not None else sys.stderr.isatty() or "ipykernel" in sys.modules
-        self.label = label
-
-    def __enter__(self) -> Callable[[int, int, str], None] | None:
-        if not self.wanted:
-            return None
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
-        self.bar.start()
-        task = self.bar.add_task(self.label, total=None, text="")
-        return lambda done, total, text: self.bar.update(task, completed=done, total=total, text=text)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.wanted:
-            self.bar.stop()
 
 
 def _finished(recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outcome: Outcome, seconds: float) -> Fit:

@@ -5,7 +5,7 @@ r"""The binary restricted Boltzmann machine: an energy, a Gibbs sampler, and log
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -17,6 +17,7 @@ from torch.nn.functional import softplus
 
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.extensions import Energy
+from ppl_gen.models.inputs import entries
 from ppl_gen.program import Program, Recipe
 
 __all__ = ["BoltzmannMachine", "GibbsRows", "rbm"]
@@ -170,11 +171,8 @@ def rbm(visible: int, hidden: int, *, scale: float = 0.01, sweeps: int = 1000) -
 
 
 def _rows(data: Any, visible: int) -> Tensor:
-    if isinstance(data, Mapping):
-        if "x" not in data:
-            raise ValueError(f"data: rbm reads the entry 'x', and there is only {', '.join(data) or 'none'}")
-        data = data["x"]
-    rows = torch.as_tensor(data).detach()
+    (rows,) = entries(data, "rbm", "x")
+    assert rows is not None
     if rows.dim() != 2 or rows.shape[1] != visible:
         raise ValueError(f"data: rbm(visible={visible}) takes rows of {visible} columns, got shape {tuple(rows.shape)}")
     return _binary(rows).double()

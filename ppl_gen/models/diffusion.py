@@ -8,7 +8,7 @@ r"""Denoising diffusion: a fixed chain that noises the rows as the guide, a lear
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ppl_gen.errors import require_whole
 from ppl_gen.extensions import TimeSteps
+from ppl_gen.models.inputs import entries
 from ppl_gen.models.noising import Noising, Schedule, at, noise_schedule
 from ppl_gen.program import Program, Recipe
 
@@ -196,11 +197,9 @@ def denoising_diffusion(
 
 
 def _rows(data: Any, features: int) -> Tensor:
-    if isinstance(data, Mapping):
-        if "x" not in data:
-            raise ValueError(f"data: denoising_diffusion reads the entry 'x'; there is {', '.join(data) or 'none'}")
-        data = data["x"]
-    rows = torch.as_tensor(data).detach().double()
+    (rows,) = entries(data, "denoising_diffusion", "x")
+    assert rows is not None
+    rows = rows.double()
     if rows.dim() != 2 or rows.shape[1] != features:
         raise ValueError(
             f"data: denoising_diffusion(features={features}) takes rows of {features} columns, got {tuple(rows.shape)}"

@@ -274,7 +274,7 @@ def _check_output(critic: nn.Module, real: Tensor) -> None:
     try:
         with looking():
             shape = tuple(critic(real).shape)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # both come from layers that refuse a shape
         raise ValueError(
             f"critic: it cannot take the observed rows, a tensor of shape {tuple(real.shape)}: {error}"
         ) from error

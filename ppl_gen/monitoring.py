@@ -1,0 +1,56 @@
+"""What is watched during a run: a progress bar, and the evidence of held-out rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ppl_gen.data.batching import Dataset, as_dataset
+from ppl_gen.data.sources import collected
+from ppl_gen.program import Program
+from ppl_gen.result import Fit
+
+__all__ = ["ProgressBar", "Validation"]
+
+
+class Validation:
+    """Evidence of held-out rows, estimated now and then during a run."""
+
+    def __init__(self, data: Any, every: int | None, program: Program, train: Dataset) -> None:
+        self.data = as_dataset(collected(data), program.model, dtype=train.dtype, device=train.device)
+        self.every = every
+
+    def due(self, step: int, limit: int) -> bool:
+        """Every so many steps (a tenth of all unless told), and at the last."""
+        return step % (self.every or max(1, limit // 10)) == 0 or step == limit
+
+    def record(self, checks: dict[str, list[float]], step: int, fit: Fit) -> None:
+        """Append the step and the mean evidence of the fit as it stands."""
+        estimate = fit.evidence(self.data, particles=16, draws=16)
+        checks.setdefault("step", []).append(step)
+        checks.setdefault("validation_evidence", []).append(estimate.mean)
+
+
+class ProgressBar:
+    """A rich progress bar where somebody is looking: in terminals and notebooks, unless told."""
+
+    def __init__(self, wanted: bool | None, label: str) -> None:
+        self.wanted = wanted if wanted is not None else sys.stderr.isatty() or "ipykernel" in sys.modules
+        self.label = label
+
+    def __enter__(self) -> Callable[[int, int, str], None] | None:
+        if not self.wanted:
+            return None
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
+        self.bar.start()
+        task = self.bar.add_task(self.label, total=None, text="")
+        return lambda done, total, text: self.bar.update(task, completed=done, total=total, text=text)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.wanted:
+            self.bar.stop()
