@@ -32,13 +32,13 @@ NUTS_SETTINGS = NUTS(draws=500, warmup=500, chains=4)
 GUIDES = {"AutoNormal": AutoNormal, "AutoMultivariateNormal": AutoMultivariateNormal}
 
 ABOUT = f"""
-Six posteriors with reference draws (tests/data/posteriordb). The error of a mean is in units of the reference's standard
-deviation, the largest over all parameters; the sd ratio is ours over the reference's, smallest and largest.
+Six posteriors with reference draws (tests/data/posteriordb). The error of a mean is in units of the reference's
+standard deviation, the largest over all parameters; the sd ratio is ours over the reference's, smallest and largest.
 
 - NUTS: draws={NUTS_SETTINGS.draws}, warmup={NUTS_SETTINGS.warmup}, chains={NUTS_SETTINGS.chains}, all else default, \
 seed 0; float64. ESS and R-hat are the worst over the parameters.
-- SVI: `ELBO()`, {STEPS} steps of Adam at {RATE} falling linearly to {RATE / 100}, all rows at each step, seed 0; means \
-and sds from 4000 draws of the guide. k-hat is the joint one; where there are local latents and the guide factorises \
+- SVI: `ELBO()`, {STEPS} steps of Adam at {RATE} falling linearly to {RATE / 100}, all rows at each step, seed 0; \
+means and sds from 4000 draws of the guide. k-hat is the joint one; where there are local latents and the guide factorises \
 over the rows, "rows" gives the largest k-hat of a row beside it.
 
 A mean-field guide is not expected to get the sds of correlated parameters right; the verdict should say so.

@@ -43,7 +43,7 @@ def require_whole(name: str, value: Any) -> None:
     ...
     ValueError: particles: expected a whole number of at least 1, got 2.5
     """
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
         raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
@@ -55,5 +55,5 @@ def require_positive(name: str, value: Any) -> None:
     ...
     ValueError: lr: expected a positive number, got 0.0
     """
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {value!r}")

@@ -92,7 +92,7 @@ def _ordered(draws):
 
 
 def hidden_markov(y):
-    """Flat initial state: all rows of the first transition are equal. Swapping the states costs e^-41 by their priors."""
+    """Flat initial state: all rows of the first transition are equal. Swapped states weigh e^-41, by their priors."""
     theta = [pyro.sample(f"theta{k}", dist.Dirichlet(y.new_ones(2))) for k in (1, 2)]
     mu = pyro.sample("mu", dist.Normal(y.new_tensor([3.0, 10.0]), 1.0).to_event(1))
     steps = torch.stack(theta).log().expand(len(y) - 1, 2, 2)

@@ -1,7 +1,7 @@
 """EM as a whole: published values, scikit-learn step by step, offered steps, guards, and what a fit can be asked.
 
-Float64 throughout. One step in closed form is a handful of sums over at most 1000 rows, so that two right implementations
-differ by some 1e-13 relative; ten steps of a contraction do not enlarge that. 1e-8 (asked for) leaves five digits.
+Float64 throughout. One step in closed form is a handful of sums over at most 1000 rows, so that two right programs differ
+by some 1e-13 relative; ten steps of a contraction do not enlarge that. 1e-8 (asked for) leaves five digits.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_crabs_by_a_derived_m_step_from_a_vague_prior():
 @pytest.mark.parametrize("steps", [1, 2, 10])
 @pytest.mark.parametrize("own", [False, True], ids=["offered", "derived"])
 def test_steps_are_those_of_scikit_learn(steps, own):
-    """The same start, no regularisation: parameters after each number of steps, diagonal covariances in two dimensions."""
+    """The same start, no regularisation: parameters after so many steps, diagonal covariances in two dimensions."""
     from sklearn.mixture import GaussianMixture
 
     x = torch.stack([two_groups(), two_groups().flip(0) * 0.7], -1)

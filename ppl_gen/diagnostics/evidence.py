@@ -232,8 +232,8 @@ def joint_log_weights(fit: Fit, draws: int, particles: int = 1) -> Tensor:
         w = local_log_weights(
             fit.program.model, fit.guide, info, batch, particles, values=values, sums=sums, vectorise=vectorise
         )
-        rows = 0.0 if w.rows is None else (torch.logsumexp(w.rows, 0) - math.log(particles)).sum()
-        result.append(torch.as_tensor(w.globals + rows).double())
+        inside = 0.0 if w.rows is None else (torch.logsumexp(w.rows, 0) - math.log(particles)).sum()
+        result.append(torch.as_tensor(w.globals + inside).double())
     return torch.stack(result).cpu()
 
 

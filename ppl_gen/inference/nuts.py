@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.inference.base import Algorithm, Outcome, Run
-from ppl_gen.inference.chains import Chain, Table, one_thread, run_chains, workers
+from ppl_gen.inference.chains import one_thread, run_chains, workers
+from ppl_gen.inference.nuts_kernel import Chain, Table
 from ppl_gen.inference.tape import Recording, RecordingRefused, record_checked
 from ppl_gen.inference.unconstrained import Unconstrained, starting_point
 from ppl_gen.isolation import isolated
@@ -35,8 +36,8 @@ class NUTS(Algorithm):
 
     Runs `pyro.infer.NUTS` on the density of the program over its unconstrained latent sites; finite discrete sites are
     summed out. Unlike Pyro's, it is a frozen specification that `pg.fit` runs: several chains side by side in worker
-    processes, the density replayed from a recording where the program allows it. The draws depend on the seed alone, not
-    on the number of processes. Ctrl-C keeps what was drawn.
+    processes, the density replayed from a recording where the program allows it. The draws depend on the seed alone,
+    not on the number of processes. Ctrl-C keeps what was drawn.
 
     The posterior of a program with several modes, or with exchangeable parts, is not found by any chain that starts in
     one of them: look at R-hat in `Fit.diagnose`, and let the program offer `relabel`.
@@ -91,13 +92,10 @@ class NUTS(Algorithm):
     )
 
     def __post_init__(self) -> None:
-        least = {"draws": 1, "chains": 1, "warmup": 1, "max_tree_depth": 1, "thin": 1, "processes": 1}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if name == "processes" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < bound:
-                raise ValueError(f"{name}: expected a whole number of at least {bound}, got {value!r}")
+        for name in ("draws", "chains", "warmup", "max_tree_depth", "thin"):
+            require_whole(name, getattr(self, name))
+        if self.processes is not None:
+            require_whole("processes", self.processes)
         if not 0.0 < self.target_accept < 1.0:
             raise ValueError(f"target_accept: expected a number between 0 and 1, got {self.target_accept!r}")
         if not self.jitter >= 0.0:

@@ -1,9 +1,9 @@
 """Recording a function of one tensor as a tape of torch operations, and replaying it without the Python that made it.
 
 A Pyro density spends nine tenths of its time in effect handlers and distribution objects. The tape keeps only the
-operations that depend on the argument, gradients included; everything else becomes a constant. TorchScript replays it in
-about a microsecond an operation and writes it as bytes, so that a worker process needs neither the program nor its
-closures. Recording takes milliseconds and, unlike `torch.fx`'s tracing, does not import the compiler (two to five seconds).
+operations that depend on the argument, gradients included; everything else becomes a constant. TorchScript replays it
+in about a microsecond an operation and writes it as bytes, so that a worker process needs neither the program nor its
+closures. Recording takes milliseconds and, unlike tracing by `torch.fx`, does not import the compiler (some seconds).
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Recording:
         """A new replay of the tape: tensor -> tensors."""
         with _no_deprecations():
             # The bare method: calling the module would run the forward hooks by which networks are found.
-            return torch.jit.load(io.BytesIO(self.content)).forward  # type: ignore[no-any-return]
+            return torch.jit.load(io.BytesIO(self.content)).forward
 
 
 def record(function: Function, example: Tensor) -> Recording:
     """Record what ``function`` does to ``example``; the replay serves arguments of the same shape, dtype and device.
 
-    Control flow and every number read into Python are frozen as they were at ``example``. Reading a number that depends
-    on the argument by ``.item()``, ``float()`` or ``if`` is refused; reading it through NumPy cannot be seen, so compare
-    the replay with the function at other points.
+    Control flow and every number read into Python are frozen as they were at ``example``. Reading a number that
+    depends on the argument by ``.item()``, ``float()`` or ``if`` is refused; reading it through NumPy cannot be seen, so
+    compare the replay with the function at other points (`record_checked`).
 
     Raises:
         RecordingRefused: for operations whose result cannot be replayed: random draws, shapes or Python numbers that
@@ -86,7 +86,9 @@ def record_checked(function: Function, points: Sequence[Tensor]) -> Recording:
         for ours, theirs in zip(replay(point), function(point), strict=True):
             # Fused operations may round differently, by a few units in the last place of the largest entry.
             scale = 1.0 + float(theirs.abs().nan_to_num(0.0, 0.0, 0.0).amax()) if theirs.numel() else 1.0
-            close = torch.isclose(ours, theirs, rtol=0.0, atol=1e3 * torch.finfo(theirs.dtype).eps * scale, equal_nan=True)
+            close = torch.isclose(
+                ours, theirs, rtol=0.0, atol=1e3 * torch.finfo(theirs.dtype).eps * scale, equal_nan=True
+            )
             if not bool(close.all()):
                 raise RecordingRefused("the replay gives other numbers than the program at another point")
     return recording

@@ -2,8 +2,8 @@ r"""The density of a program over one flat vector without constraints: what Hami
 
 .. math:: U(u) = -\log p(x, z(u)) - \log \left| \det \partial z / \partial u \right|,
 
-where each latent site is z = T(u), T being torch's bijection onto the support of the site, and finite discrete sites are
-summed out. Supports are read as the program runs, so that a bound may depend on another latent site.
+where each latent site is z = T(u), T being torch's bijection onto the support of the site, and finite discrete sites
+are summed out. Supports are read as the program runs, so that a bound may depend on another latent site.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Unconstrained:
         if type(fn).__name__ == "_Subsample":
             if fn.subsample_size is not None and fn.subsample_size < fn.size:
                 raise IncompatibleError(
-                    f"the plate {name!r} takes {fn.subsample_size} of {fn.size} rows at random, and NUTS needs the density "
-                    "of all of them; leave out subsample_size"
+                    f"the plate {name!r} takes {fn.subsample_size} of {fn.size} rows at random, and NUTS needs the "
+                    "density of all of them; leave out subsample_size"
                 )
         elif getattr(fn.support, "is_discrete", False):
             self.sums = True
@@ -212,6 +212,6 @@ def starting_point(density: Unconstrained, given: Mapping[str, Tensor], jitter: 
             return u
     found = "\n  ".join(density.trouble(u) or [f"the log density is {-float(value):g}"])
     raise ValueError(
-        f"NUTS found no starting point with a finite log density and gradient in {TRIES} tries; at the last one\n  {found}\n"
-        "Look at the priors and the likelihood of these sites, or give plausible values: pg.Program(model, start=...)"
+        f"NUTS found no starting point with a finite log density and gradient in {TRIES} tries; at the last one\n"
+        f"  {found}\nLook at the priors and the likelihood of these sites, or give plausible values: pg.Program(model, start=...)"
     )
