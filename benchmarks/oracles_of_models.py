@@ -1,4 +1,4 @@
-"""Mixtures, Markov chains, Boltzmann machines and noise against closed forms, sums over all states, scikit-learn, Pyro."""
+"""Mixtures, Markov chains, Boltzmann machines, noise: closed forms, sums over all states, scikit-learn, Pyro."""
 
 from __future__ import annotations
 
@@ -37,12 +37,8 @@ def crabs_by_em() -> Iterator[Check]:
     gain = two[-1] - one[-1]
     yield Check("crabs, published", f"gain over one normal {gain:.5f} and 26.604", abs(gain - 26.604), 2e-3)
     yield Check("crabs", f"equal weights {equal[-1]:.5f} and 2567.469", abs(equal[-1] - 2567.469), 2e-3)
-    yield Check(
-        "theorem",
-        f"largest fall of the log-likelihood in {len(two)} steps on the crabs",
-        float(-np.diff(two).min()),
-        1e-9,
-    )
+    said = f"largest fall of the log-likelihood in {len(two)} EM steps that gain {two[-1] - two[0]:.2f} on the crabs"
+    yield Check("theorem", said, float(-np.diff(two).min()), 1e-9)
 
 
 def mixture_rows(dims, rows=200):
@@ -108,11 +104,12 @@ def cavi() -> Iterator[Check]:
         yield Check(
             "closed form", f"ELBO of CAVI, one {max(dims, 1)}-D normal, and the evidence", abs(bound - exact), 1e-8
         )
-        elbo = pg.fit(gaussian_mixture(components=3, **prior), x, CAVI(steps=200, tolerance=0.0), seed=0).history[
-            "elbo"
-        ]
-        fall = float(-np.diff(elbo.values).min())
-        yield Check("theorem", f"largest fall of the ELBO in 200 sweeps, three {max(dims, 1)}-D normals", fall, 1e-9)
+        sweeps = CAVI(steps=200, tolerance=0.0)
+        elbo = pg.fit(gaussian_mixture(components=3, **prior), x, sweeps, seed=0).history["elbo"].values
+        said = (
+            f"largest fall of the ELBO in 200 sweeps that gain {elbo[-1] - elbo[0]:.2f}, three {max(dims, 1)}-D normals"
+        )
+        yield Check("theorem", said, float(-np.diff(elbo).min()), 1e-9)
 
 
 # ----------------------------------------------------------------------------------------------------- sums over states

@@ -15,8 +15,9 @@ grid = torch.linspace(0.57, 0.70, 400, dtype=torch.float64)
 algorithms = {"EM": EM(), "CAVI": CAVI(), "SVI": SVI(steps=200 if quick else 2000, lr=0.01)}
 
 fits = {"one kind": pg.fit(gaussian_mixture(components=1), crabs, EM(), seed=0)}
-fits |= {f"two kinds, {name}": pg.fit(gaussian_mixture(components=2), crabs, a, seed=0) for name, a in algorithms.items()}
-comparison = pg.compare(gaussian_mixture(components=2), crabs, algorithms, holdout=0.2, seeds=[0])
+two = gaussian_mixture(components=2)
+fits |= {f"two kinds, {name}": pg.fit(two, crabs, algorithm, seed=0) for name, algorithm in algorithms.items()}
+comparison = pg.compare(two, crabs, algorithms, holdout=0.2, seeds=[0])
 
 figure = Figure(figsize=(10, 4), layout="constrained")
 left, right = figure.subplots(1, 2, width_ratios=(2, 1))

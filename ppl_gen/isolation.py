@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["ProgramState", "Workspace", "isolated", "looking", "quiet"]
+__all__ = ["ProgramState", "Workspace", "copied", "isolated", "looking", "quiet"]
 
 _PYRO_MODULE = pyro.primitives.module
 
@@ -69,6 +71,20 @@ def looking() -> Iterator[None]:
         for module, buffers in kept.values():
             for name, (buffer, value) in buffers.items():
                 module._buffers[name] = buffer.copy_(value)
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy. Pyro's autoguides let go of their model when they are copied: both get it back."""
+    guides = [part for part in module.modules() if isinstance(part, AutoGuide)]
+    kept = [(part._model, part.master) for part in guides]
+    try:
+        made = copy.deepcopy(module)
+    finally:
+        for part, (model, master) in zip(guides, kept, strict=True):
+            part._model, part.master = model, master
+    for part, (model, _) in zip((p for p in made.modules() if isinstance(p, AutoGuide)), kept, strict=True):
+        part._model = model
+    return made
 
 
 def quiet() -> contextlib.AbstractContextManager[None]:

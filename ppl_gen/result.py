@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ppl_gen.data.batching import Dataset, as_dataset
 from ppl_gen.dryrun import ProgramInfo
-from ppl_gen.isolation import ProgramState, Workspace, isolated, quiet
+from ppl_gen.isolation import ProgramState, Workspace, copied, isolated, quiet
 from ppl_gen.posterior import PointPosterior, Posterior
 from ppl_gen.program import Program, Recipe
 
@@ -65,6 +65,7 @@ class Fit:
     cost: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     recipe: Recipe | None = None
+    computed: dict[Any, Any] = field(init=False, default_factory=dict, compare=False)  # k-hats, made once
 
     def __repr__(self) -> str:
         head = f"{self.program.name}, {self.algorithm}, seed={self.seed}"
@@ -109,7 +110,7 @@ class Fit:
                 raise KeyError(f"no network named {name!r} in this fit; there is: {', '.join(known)}")
             module = self.module_names[name]
             workspace.adopt(module, name)
-            return copy.deepcopy(module).eval()
+            return copied(module).eval()
 
     @contextlib.contextmanager
     def bound(self, seed: int | None = None) -> Iterator[Workspace]:

@@ -19,7 +19,7 @@ from ppl_gen.data.batching import Batch, Dataset, as_dataset
 from ppl_gen.dryrun import dry_run
 from ppl_gen.inference.objectives.base import Game, Setting
 from ppl_gen.inference.objectives.plain import as_objective
-from ppl_gen.isolation import Workspace, isolated
+from ppl_gen.isolation import Workspace, isolated, quiet
 
 #: Networks made by `network`, with the weights they were made with: the guard in conftest compares them after a test.
 REGISTRY: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -183,10 +183,11 @@ def layered(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
-def layered_evidence(x: Tensor) -> Tensor:
-    loc, scale = torch.tensor([-1.0, 2.0], dtype=x.dtype), torch.tensor([0.5, 1.0], dtype=x.dtype)
-    parts = dist.Normal(loc, (scale**2 + 1.0).sqrt()).log_prob(x[:, None])
-    return torch.logsumexp(parts + torch.tensor([0.3, 0.7], dtype=x.dtype).log(), -1)
+def layered_prior(z: Tensor) -> Tensor:
+    """log p(z_i) of `layered`, y summed out."""
+    loc, scale = torch.tensor([-1.0, 2.0], dtype=z.dtype), torch.tensor([0.5, 1.0], dtype=z.dtype)
+    parts = dist.Normal(loc, scale).log_prob(z[:, None]) + torch.tensor([0.3, 0.7], dtype=z.dtype).log()
+    return torch.logsumexp(parts, -1)
 
 
 # ------------------------------------------------------------------------------------------- other kinds
@@ -260,14 +261,15 @@ def playing(
 
 def losses(game: Game, batch: Batch, count: int) -> Tensor:
     """Independent draws of the program's loss (nats per row)."""
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         return torch.stack([game.loss("program", batch).value for _ in range(count)]).double()
 
 
 def gradient(game: Game, batch: Batch) -> dict[str, Tensor]:
     """One draw of the gradient with respect to the unconstrained parameters."""
     named = dict(pyro.get_param_store().named_parameters())
-    found = torch.autograd.grad(game.loss("program", batch).value, list(named.values()), allow_unused=True)
+    with quiet():
+        found = torch.autograd.grad(game.loss("program", batch).value, list(named.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
 
 

@@ -1,7 +1,7 @@
 """EM as a whole: published values, scikit-learn step by step, offered steps, guards, and what a fit can be asked.
 
-Float64 throughout. One step in closed form is a handful of sums over at most 1000 rows, so that two right programs differ
-by some 1e-13 relative; ten steps of a contraction do not enlarge that. 1e-8 (asked for) leaves five digits.
+Float64 throughout. One step in closed form is a handful of sums over at most 1000 rows, so that two right programs
+differ by some 1e-13 relative; ten steps of a contraction do not enlarge that. 1e-8 (asked for) leaves five digits.
 """
 
 from __future__ import annotations

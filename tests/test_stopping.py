@@ -46,7 +46,10 @@ def test_patience_stops_on_held_out_evidence():
     assert fit.history["validation_evidence"].sizes["check"] >= 3
 
 
-@pytest.mark.parametrize("make", [lambda: Plateau(window=1), lambda: Plateau(tolerance=-1.0), lambda: Patience(checks=0)])
+REFUSED = [lambda: Plateau(window=1), lambda: Plateau(tolerance=-1.0), lambda: Patience(checks=0)]
+
+
+@pytest.mark.parametrize("make", REFUSED)
 def test_settings_out_of_range_are_refused(make):
     with pytest.raises(ValueError, match="expected at least"):
         make()

@@ -112,6 +112,14 @@ def k_hats(fit: Fit, draws: int, seed: int | None = None) -> tuple[float | None,
 
     Returns (joint or None, per row or None, threshold). At most 200 rows are judged, spread evenly over the data.
     """
+    key = ("k_hats", draws, seed)
+    if key not in fit.computed:
+        fit.computed[key] = _k_hats(fit, draws, seed)
+    found: tuple[float | None, np.ndarray | None, float] = fit.computed[key]
+    return found
+
+
+def _k_hats(fit: Fit, draws: int, seed: int | None) -> tuple[float | None, np.ndarray | None, float]:
     threshold = pareto_k_threshold(draws)
     if _all_points(fit):
         return None, None, threshold

@@ -26,7 +26,7 @@ _MODES = ("auto", "offered", "derived", "gradient")
 # Starts tried where the program has none of its own; one where it has.
 _STARTS = 5
 # Sums over rows agree to a few units in the last place of their terms; a larger fall is a fall.
-_ROUNDING = 4096
+_ROUNDING = 256
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,13 @@ class EM(Iterative):
         problem = self._problem(run)
         first = first_values(run, problem)
         maximiser = Maximiser(problem, self.m_step, run.seed)
-        maximiser.prepare(_finite(problem.expect(first), "the start"))
+        maximiser.prepare(_finite(problem.expect(first)))
         continued = run.start is not None and run.start.point is not None
         own = run.program.start is not None or not problem.names
         count = 1 if continued or (own and self.restarts is None) else self.restarts or _STARTS
         starts = candidates(run, problem, maximiser, first, count)
         values = starts[0] if len(starts) == 1 else _best(problem, maximiser, starts)
-        expectation = _finite(problem.expect(values), "the start")
+        expectation = _finite(problem.expect(values))
         run.notes["M-step"] = maximiser.describe()
         chosen = f", the best of {len(starts)} after {TRIAL_STEPS} steps each" if len(starts) > 1 else ""
         run.notes["start"] = f"log-likelihood {expectation.log_likelihood:.6f} at the start{chosen}"
@@ -184,9 +184,7 @@ class EM(Iterative):
 
     def outcome(self, state: _State, run: Run) -> Outcome:
         if state.mended:
-            run.notes["mended"] = (
-                f"{state.mended} M-step(s) would have lowered the objective and were done by gradients"
-            )
+            run.notes["mended"] = f"{state.mended} M-step(s) would have lowered the objective; gradients made them"
         values = {name: value.detach().clone() for name, value in state.expectation.values.items()}
         trials = TRIAL_STEPS * state.starts if state.starts > 1 else 0
         return Outcome(
@@ -197,10 +195,10 @@ class EM(Iterative):
         )
 
 
-def _finite(expectation: Expectation, where: str) -> Expectation:
+def _finite(expectation: Expectation) -> Expectation:
     if not math.isfinite(expectation.objective):
         raise ValueError(
-            f"the log-likelihood is {expectation.log_likelihood} at {where} of EM: the starting values make some row "
+            f"the log-likelihood is {expectation.log_likelihood} at the start of EM: the starting values make some row "
             "impossible. Give plausible ones: Program(model, start=...)"
         )
     return expectation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pyro
@@ -59,7 +60,7 @@ def advanced(problem: Problem, maximiser: Maximiser, expectation: Expectation, s
     """After some EM steps. Raises FloatingPointError where they end nowhere."""
     for _ in range(steps):
         expectation = problem.expect(maximiser(expectation))
-        if not torch.isfinite(torch.tensor(expectation.objective)):
+        if not math.isfinite(expectation.objective):
             raise FloatingPointError("the log-likelihood is not finite")
     return expectation
 

@@ -123,14 +123,7 @@ def probed(problem: Problem, values: Mapping[str, Tensor], sites: set[str], seed
         moves: dict[Key, dict[str, Tensor]] = {key: {} for key in keys}
         tables: dict[Key, dict[str, Tensor | None]] = {key: {} for key in keys}
         for name, units in coordinates.slices.items():
-
-            def changed(step: Tensor, name: str = name, units: slice = units) -> dict[Key, Tensor]:
-                moved = coordinates.values(
-                    torch.cat([origin[: units.start], origin[units] + step, origin[units.stop :]])
-                )
-                return _changes(keys, readings({**first, name: moved[name]}))
-
-            _columns(name, changed, origin[units], generator, moves, tables)
+            _columns(name, _mover(coordinates, name, first, keys, readings), origin[units], generator, moves, tables)
         whole = [name for name in problem.names if name not in coordinates.transforms]
         for name in whole:
             for key, change in _changes(keys, readings({**first, name: second[name]})).items():
@@ -157,6 +150,19 @@ def _changes(keys: Mapping[Key, Tensor], found: Mapping[str, Reading]) -> dict[K
     return {key: torch.where(a == b, 0.0, a - b) for key, b, a in pairs if not torch.equal(a, b)}
 
 
+def _mover(
+    coordinates: Coordinates,
+    name: str,
+    point: Mapping[str, Tensor],
+    keys: Mapping[Key, Tensor],
+    readings: Callable[[Mapping[str, Tensor]], dict[str, Reading]],
+) -> Callable[[Tensor], dict[Key, Tensor]]:
+    """What a step of one site away from ``point`` changes, all other sites being the same to the last bit."""
+    transform, shape = coordinates.transforms[name], coordinates.shapes[name]
+    origin = transform.inv(point[name]).reshape(-1)
+    return lambda step: _changes(keys, readings({**point, name: transform((origin + step).reshape(shape))}))
+
+
 def _columns(
     name: str,
     changed: Callable[[Tensor], dict[Key, Tensor]],
@@ -167,7 +173,7 @@ def _columns(
 ) -> None:
     """Fill in which positions of each parameter one site moves, and the slopes (None: too many to find)."""
     count = len(origin)
-    steps = [1 + torch.rand(count, generator=generator, dtype=origin.dtype).to(origin.device) for _ in range(2)]
+    steps = [1 + _drawn(torch.rand, origin, generator) for _ in range(2)]
     one, two = (changed(step) for step in steps)
     several = []
     for key in {**one, **two}:
@@ -193,10 +199,9 @@ def _single(one: Tensor, two: Tensor, steps: list[Tensor]) -> Tensor | None:
     if one.shape != two.shape or len(one) * count > _MOST_ENTRIES:
         return None
     ratio, (known, order) = one[used] / two[used], (steps[0] / steps[1]).sort()
-    after = (
-        torch.searchsorted(known, ratio).clamp(1, max(count - 1, 1)) if count > 1 else torch.zeros_like(ratio).long()
-    )
-    nearest = torch.where((known[after] - ratio).abs() < (known[after - 1] - ratio).abs(), after, after - 1)
+    after = torch.searchsorted(known, ratio).clamp(max=count - 1)
+    before = (after - 1).clamp(min=0)
+    nearest = torch.where((known[after] - ratio).abs() < (known[before] - ratio).abs(), after, before)
     unit = order[nearest]
     if not bool(((known[nearest] - ratio).abs() <= _TOLERANCE).all()):
         return None
@@ -212,10 +217,15 @@ def _positions(key: Key, change: Tensor) -> Tensor:
 def _moved(transform: Transform, value: Tensor, generator: torch.Generator) -> Tensor:
     """A random point near ``value``; for a table of probabilities, anywhere."""
     free = transform.inv(value)
-    noise = torch.randn(free.shape, generator=generator, dtype=free.dtype).to(free.device)
+    noise = _drawn(torch.randn, free, generator)
     if _elementwise(transform):
         return transform(free + noise)
     return transform(noise)
+
+
+def _drawn(kind: Callable[..., Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+    """On the CPU, where the generator is, whatever device the program runs on."""
+    return kind(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def _affine(

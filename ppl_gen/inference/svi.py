@@ -21,7 +21,7 @@ from ppl_gen.inference.base import Info, Iterative, Outcome, Run
 from ppl_gen.inference.objectives.base import Game, Player, Setting
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.plain import as_objective
-from ppl_gen.isolation import ProgramState, looking, quiet
+from ppl_gen.isolation import ProgramState, copied, looking, quiet
 from ppl_gen.offers import Need
 from ppl_gen.posterior import GuidePosterior, PointPosterior
 from ppl_gen.program import filtered
@@ -264,7 +264,8 @@ class _State:
                 module._buffers[name] = kept
             raise FloatingPointError(self._complaint(player, value, norm))
         if self.svi.clip_norm is not None:
-            torch._foreach_mul_(grads, (self.svi.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            # Not in place: autograd may hand out one tensor as the gradient of two parameters.
+            grads = list(torch._foreach_mul(grads, (self.svi.clip_norm / (norm + 1e-6)).clamp(max=1.0)))
         torch._foreach_copy_(self.kept[player.name], [p.detach() for p in leaves])
         for leaf, grad in zip(leaves, grads, strict=True):
             leaf.grad = grad
@@ -372,8 +373,7 @@ def resolved_guide(run: Run) -> Callable[..., Any] | None:
             return kind(model, init_loc_fn=init_to_value(values=start, fallback=init_to_feasible))
         return kind(model)
     if isinstance(guide, AutoGuide):
-        memo = {id(part): part for part in [guide.model]}
-        return copy.deepcopy(guide, memo)
+        return copied(guide)
     if isinstance(guide, torch.nn.Module):
         return guide
     return filtered(guide)

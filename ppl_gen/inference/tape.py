@@ -30,23 +30,35 @@ class RecordingRefused(RuntimeError):
 
 @dataclass(frozen=True)
 class Recording:
-    """A recorded function as bytes. `load` makes a fresh callable, in any process."""
+    """A recorded function as bytes. `load` makes a fresh callable, in any process.
+
+    ``constants`` are the results that do not depend on the argument, None in place of those that do.
+    """
 
     content: bytes
+    constants: tuple[Tensor | None, ...]
 
     def load(self) -> Function:
         """A new replay of the tape: tensor -> tensors."""
         with _no_deprecations():
             # The bare method: calling the module would run the forward hooks by which networks are found.
-            return torch.jit.load(io.BytesIO(self.content)).forward
+            replay: Function = torch.jit.load(io.BytesIO(self.content)).forward
+        if all(constant is None for constant in self.constants):
+            return replay
+
+        def merged(x: Tensor) -> tuple[Tensor, ...]:
+            dependent = iter(replay(x))
+            return tuple(next(dependent) if constant is None else constant for constant in self.constants)
+
+        return merged
 
 
 def record(function: Function, example: Tensor) -> Recording:
     """Record what ``function`` does to ``example``; the replay serves arguments of the same shape, dtype and device.
 
     Control flow and every number read into Python are frozen as they were at ``example``. Reading a number that
-    depends on the argument by ``.item()``, ``float()`` or ``if`` is refused; reading it through NumPy cannot be seen, so
-    compare the replay with the function at other points (`record_checked`).
+    depends on the argument by ``.item()``, ``float()`` or ``if`` is refused; reading it through NumPy cannot be seen,
+    so compare the replay with the function at other points (`record_checked`).
 
     Raises:
         RecordingRefused: for operations whose result cannot be replayed: random draws, shapes or Python numbers that
@@ -68,10 +80,11 @@ def record(function: Function, example: Tensor) -> Recording:
     if script is None or not hasattr(script, "trace"):
         raise RecordingRefused("this torch has no TorchScript")
     with _no_deprecations():
-        traced = script.trace(lambda x: tape(x), (example,), check_trace=False)
+        # TorchScript refuses results that do not depend on the argument, and functions without any result.
+        traced = script.trace(lambda x: tape(x) or (x,), (example,), check_trace=False)
         buffer = io.BytesIO()
         script.save(traced, buffer)
-    return Recording(buffer.getvalue())
+    return Recording(buffer.getvalue(), tuple(constant for _, constant in tape.results))
 
 
 def record_checked(function: Function, points: Sequence[Tensor]) -> Recording:
@@ -139,9 +152,9 @@ class _Recorder(TorchDispatchMode):
         tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
         dependent = any(_storage(t) in self.dependent for t in tensors)
         self._refuse(func, tensors, dependent)
-        result = func(*args, **kwargs)
         if func._schema.is_mutable:
             self._note_writes(func, args, kwargs, dependent)
+        result = func(*args, **kwargs)
         outputs = tree_leaves(result)
         made = {_storage(t) for t in _tensors(outputs)}
         self.made |= made - {_storage(t) for t in tensors}
@@ -219,4 +232,4 @@ class _Tape:
         for operation, inputs, structure, outputs in self.steps:
             args, kwargs = tree_unflatten(list(filled(inputs)), structure)
             slots.update(zip(outputs, tree_leaves(operation(*args, **kwargs)), strict=True))
-        return tuple(filled(self.results))
+        return tuple(slots[slot] for slot, _ in self.results if slot is not None)

@@ -213,5 +213,6 @@ def starting_point(density: Unconstrained, given: Mapping[str, Tensor], jitter: 
     found = "\n  ".join(density.trouble(u) or [f"the log density is {-float(value):g}"])
     raise ValueError(
         f"NUTS found no starting point with a finite log density and gradient in {TRIES} tries; at the last one\n"
-        f"  {found}\nLook at the priors and the likelihood of these sites, or give plausible values: pg.Program(model, start=...)"
+        f"  {found}\n"
+        "Look at the priors and the likelihood of these sites, or give plausible values: pg.Program(model, start=...)"
     )

@@ -1,0 +1,185 @@
+"""A fit on disk: all of it comes back, damage is noticed, and a failed save loses nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import both, both_guide, conjugate, generator, regression, sine_rows
+from pyro.infer.autoguide import AutoMultivariateNormal
+
+import ppl_gen as pg
+from ppl_gen import storage
+from ppl_gen.inference import CAVI, EM, NUTS, SVI, Adversarial
+from ppl_gen.models import gaussian_mixture
+
+X = torch.linspace(-1.0, 2.0, 12)
+
+
+def fitted(kind: str) -> tuple[pg.Fit, Any]:
+    """A small fit of each kind of posterior, and the program that made it."""
+    mixture = gaussian_mixture(components=2)
+    if kind == "network":
+        program, _ = regression()
+        return pg.fit(program, sine_rows(), SVI(steps=20, batch_size=10), seed=2), program
+    if kind == "guide":
+        program = pg.Program(both, both_guide)
+        return pg.fit(program, X, SVI(steps=20), seed=2), program
+    if kind == "autoguide":
+        program = pg.Program(conjugate, AutoMultivariateNormal)
+        return pg.fit(program, X, SVI(steps=20), seed=2), program
+    if kind == "point":
+        return pg.fit(mixture, X, EM(steps=5), seed=2), mixture
+    if kind == "coordinates":
+        return pg.fit(mixture, X, CAVI(steps=5), seed=2), mixture
+    if kind == "chains":
+        return pg.fit(conjugate, X, NUTS(draws=30, warmup=20, chains=2, processes=1), seed=2), conjugate
+    program, _ = generator()
+    algorithm = SVI(objective=Adversarial("non-saturating"), steps=3)
+    return pg.fit(program, torch.randn(20, 1), algorithm, seed=2), program
+
+
+KINDS = ["network", "guide", "autoguide", "point", "coordinates", "chains", "implicit"]
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_comes_back(kind: str, tmp_path: Path) -> None:
+    fit, program = fitted(kind)
+    fit.save(tmp_path / "kept")
+    back = pg.load(tmp_path / "kept", program=program)
+    assert back.params.keys() == fit.params.keys()
+    assert all(torch.equal(back.params[name], fit.params[name]) for name in fit.params)
+    assert back.history.equals(fit.history), "the history is exact"
+    assert (back.status, back.message, back.seed, back.algorithm) == (fit.status, fit.message, fit.seed, fit.algorithm)
+    for name, value in fit.predict(draws=5).items():
+        assert torch.equal(back.predict(draws=5)[name], value), "the same seed gives the same draws"
+    if fit.point or fit.learned.kind != "point":
+        ours, theirs = fit.posterior(draws=5), back.posterior(draws=5)
+        assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    if "density" in fit.info.offers:
+        assert back.evidence(draws=5, particles=5).mean == fit.evidence(draws=5, particles=5).mean
+
+
+def test_without_its_program_draws_history_and_diagnosis_remain(tmp_path: Path) -> None:
+    fit, _ = fitted("chains")
+    fit.save(tmp_path / "kept")
+    back = pg.load(tmp_path / "kept")
+    frame, kept = fit.diagnose(), back.diagnose()
+    assert list(kept.index) == list(frame.index) and kept.attrs["verdict"] == frame.attrs["verdict"]
+    assert abs(kept["mean"] - frame["mean"]).max() < 1e-12
+    tree, ours = back.to_arviz(), fit.to_arviz()
+    assert tree.posterior["theta"].equals(ours.posterior["theta"])
+    with pytest.raises(AttributeError, match="needs the program"):
+        back.predict()
+
+
+def test_another_program_is_refused(tmp_path: Path) -> None:
+    fit, _ = fitted("guide")
+    fit.save(tmp_path / "kept")
+    with pytest.raises(ValueError, match="do not belong"):
+        pg.load(tmp_path / "kept", program=conjugate)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fitted("guide")[0].save(tmp_path_factory.mktemp("kept") / "fit")
+
+
+def test_every_flipped_bit_is_noticed(kept: Path) -> None:
+    chance = random.Random(0)
+    files = sorted(kept.iterdir())
+    assert len(files) == 4
+    program = pg.Program(both, both_guide)
+    for _ in range(100):
+        file = chance.choice(files)
+        good = file.read_bytes()
+        place = chance.randrange(len(good))
+        file.write_bytes(good[:place] + bytes([good[place] ^ (1 << chance.randrange(8))]) + good[place + 1 :])
+        with pytest.raises(ValueError, match="damaged|missing"):
+            pg.load(kept, program=program)
+        file.write_bytes(good)
+    pg.load(kept, program=program)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_every_truncated_file_is_noticed(kept: Path, share: float) -> None:
+    for file in sorted(kept.iterdir()):
+        good = file.read_bytes()
+        file.write_bytes(good[: int(share * len(good))])
+        with pytest.raises(ValueError, match="damaged"):
+            pg.load(kept)
+        file.unlink()
+        with pytest.raises(ValueError, match="missing"):
+            pg.load(kept)
+        file.write_bytes(good)
+
+
+def test_a_failed_save_leaves_the_old_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, program = fitted("guide")
+    first.save(tmp_path / "kept")
+    second = pg.fit(program, X, SVI(steps=21), seed=3)
+
+    def full_disk(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(storage, "_write_draws", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        second.save(tmp_path / "kept")
+    monkeypatch.undo()
+    assert pg.load(tmp_path / "kept", program=program).seed == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"], "nothing half-written lies about"
+    second.save(tmp_path / "kept")
+    assert pg.load(tmp_path / "kept", program=program).seed == 3
+
+
+def test_a_folder_of_somebody_else_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    fit, _ = fitted("guide")
+    with pytest.raises(ValueError, match="no saved fit"):
+        fit.save(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_a_pickle_is_not_run(kept: Path, tmp_path: Path) -> None:
+    import pickle
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "executed",))
+
+    file = kept / "tensors.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(ValueError, match="damaged"):
+        pg.load(kept, program=pg.Program(both, both_guide))
+    file.write_bytes(good)
+    assert not (tmp_path / "executed").exists()
+    assert "pickle" not in Path(storage.__file__).read_text().replace("no pickle", "")
+
+
+def test_another_format_is_refused(kept: Path) -> None:
+    import hashlib
+
+    file = kept / "fit.json"
+    good = file.read_text()
+    text = json.loads(good)["fit"].replace('"format": 1', '"format": 99')
+    file.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "fit": text}))
+    with pytest.raises(ValueError, match="format 99"):
+        pg.load(kept)
+    file.write_text(good)
+
+
+def test_data_too_large_to_keep_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "MAX_DATA", 10)
+    fit, program = fitted("coordinates")
+    fit.save(tmp_path / "kept")
+    with pytest.raises(ValueError, match="pass them as data="):
+        pg.load(tmp_path / "kept", program=program)
+    back = pg.load(tmp_path / "kept", program=program, data=X)
+    assert all(torch.equal(back.params[name], fit.params[name]) for name in fit.params)
