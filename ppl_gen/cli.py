@@ -95,7 +95,7 @@ def demo(
     if quick:
         algorithms = {"EM": EM(), "CAVI": CAVI(), "SVI": SVI(steps=300, lr=0.03), "NUTS": NUTS(draws=100, chains=2)}
     else:
-        algorithms = {"EM": EM(), "CAVI": CAVI(), "SVI": SVI(steps=2000, lr=0.01), "NUTS": NUTS(draws=500, chains=4)}
+        algorithms = {"EM": EM(), "CAVI": CAVI(), "SVI": SVI(steps=2000, lr=0.01), "NUTS": NUTS(draws=1000, chains=4)}
     result = pg.compare(gaussian_mixture(components=2), pg.load_data("crabs"), algorithms, n_jobs=jobs)
     return _shown(result, out)
 

@@ -255,6 +255,30 @@ def test_a_process_with_other_weights_is_found_out(tmp_path, monkeypatch) -> Non
     assert message.str.contains("draws other values in another process").all(), message.tolist()
 
 
+def test_a_comparison_leaves_everything_as_it_was() -> None:
+    net = nn.Linear(1, 1)
+    kept = {name: value.clone() for name, value in net.state_dict().items()}
+
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(net(torch.ones(1)), 1.0), obs=x)
+
+    x = rows()
+    before = (
+        torch.get_rng_state(),
+        np.random.get_state()[1].tolist(),
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+    )
+    comparison = pg.compare(model, x, {"a": SVI(steps=20, lr=0.1), "broken": Broken()})
+    comparison.plot()
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), torch.get_num_threads(), torch.get_default_dtype()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+    assert torch.equal(x, rows()) and all(torch.equal(net.state_dict()[k], v) for k, v in kept.items())
+    assert not torch.equal(comparison["a"].params["net$$$bias"].to(kept["bias"]), kept["bias"]), "something was learned"
+
+
 def test_what_cannot_travel_is_refused_before_anything_runs() -> None:
     lock = __import__("threading").Lock()
 
@@ -376,7 +400,7 @@ def test_the_answer_says_who_is_worse_and_by_how_much(result) -> None:
 
 def test_equals_are_called_equal() -> None:
     comparison = pg.compare(normal_mean, rows(), {"a": GOOD, "b": SVI(steps=500, lr=0.05)})
-    assert answer(comparison).startswith("All 2 algorithms predict equally well")
+    assert answer(comparison).startswith("All 2 algorithms predict equally well as far as 10 held-out rows can tell")
 
 
 def test_repr_and_html_show_the_answer(result) -> None:

@@ -188,8 +188,8 @@ def test_local_parameters_are_refused_on_minibatches() -> None:
 
     rows = {"x": X8, "row": torch.arange(8)}
     fit = pg.fit(pg.Program(lambda x, row: local(x), by_number), rows, SVI(steps=200, batch_size=4, lr=0.1))
-    # The optimum of row i is x_i / 2; Adam at 0.1 for 100 updates a row, with the noise of one draw (sd about 0.3).
-    assert float((fit.params["loc"] - X8 / 2).abs().mean()) < 0.35 < float((X8 / 2).abs().mean() + 0.1)
+    # The optimum of row i is x_i / 2; Adam at 0.1 leaves noise of about 0.1. Misaligned rows would be off by 0.5.
+    assert float((fit.params["loc"] - X8 / 2).abs().mean()) < 0.25 < float((X8 / 2).abs().mean())
 
 
 def test_whole_data_only_is_legal_and_minibatches_are_refused() -> None:
@@ -447,7 +447,7 @@ def test_our_elbo_is_a_loss_for_pyros_svi() -> None:
     assert abs(0.3 - float(exact.loc)) > 0.1, "it does not start at the answer"
     for _ in range(400):
         value = pyro_svi.step(X8)
-    assert float(pyro.param("loc")) == pytest.approx(float(exact.loc), abs=0.1)  # the noise of Adam at 0.05 is 0.02
+    assert pyro.param("loc").item() == pytest.approx(float(exact.loc), abs=0.1)  # the noise of Adam at 0.05 is 0.02
     assert 8.0 < value < 16.0, "total nats, as Pyro counts them"
     pyro.clear_param_store()
 
@@ -484,8 +484,10 @@ def test_svi_finds_the_exact_posterior_and_does_not_start_there() -> None:
 
 def test_an_amortised_guide_learns_the_exact_line() -> None:
     fit = pg.fit(pg.Program(local, local_guide), torch.randn(200) * math.sqrt(2.0), SVI(epochs=60, batch_size=50, lr=0.02))
-    assert float(fit.params["slope"]) == pytest.approx(0.5, abs=0.05) and 0.2 < 0.45, "it starts at 0.2"
-    assert float(fit.params["scale"]) == pytest.approx(math.sqrt(0.5), abs=0.08)
+    start = pg.fit(pg.Program(local, local_guide), torch.randn(200), SVI(steps=1, lr=1e-9))
+    for name, exact in (("slope", 0.5), ("scale", math.sqrt(0.5))):
+        # The noise of Adam at 0.02 is about 0.02; the start is off by 0.3.
+        assert abs(float(fit.params[name]) - exact) < 0.1 < abs(float(start.params[name]) - exact), name
     assert fit.cost["steps"] == 240
 
 

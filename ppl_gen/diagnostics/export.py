@@ -15,6 +15,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.bridge import to_tree
 from ppl_gen.diagnostics.densities import densities, derived
+from ppl_gen.diagnostics.psis import MIN_DRAWS
 from ppl_gen.inference.objectives.elbo import is_sample
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import _run, observed_rows, prior_rows
@@ -45,7 +46,7 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
         groups["observed_data"] = {name: _array(value) for name, value in observed_rows(fit, fit.data).items()}
         inputs = {name: _array(v) for name, v in {**_named(fit, batch)}.items() if name not in groups["observed_data"]}
         groups["constant_data"] = inputs
-    unsampled = _add_statistics(fit, groups, attrs)
+    unsampled = _add_statistics(fit, groups, attrs, seed)
     attrs.update(_provenance(fit))
     lacking = [g for g in ("posterior", "log_likelihood") if not groups.get(g)]
     if lacking:
@@ -139,7 +140,7 @@ def _add_log_likelihood(
         attrs["log_likelihood"] = f"joint over the observed sites {', '.join(observed)}"
 
 
-def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any]) -> list[str]:
+def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any], seed: int | None) -> list[str]:
     """Sampler statistics for chains; log p, log q and the losses for variational fits."""
     if isinstance(fit.learned, ChainPosterior):
         groups["sample_stats"] = {name: _array(value) for name, value in fit.learned.stats.items()}
@@ -147,15 +148,11 @@ def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any]) -> list[str
     statistics: dict[str, np.ndarray] = {}
     if fit.learned.kind == "variational" and fit.guide is not None and groups["posterior"]:
         count = next(iter(groups["posterior"].values())).shape[1]
-        with fit.bound():
+        with fit.bound(seed):
             log_p, log_q = _joint_densities(fit, count)
         statistics["log_p"], statistics["log_q"] = log_p[None], log_q[None]
-        from ppl_gen.diagnostics.verdict import k_hats
-
-        joint, rows, _ = k_hats(fit, count)
-        attrs["pareto_k"] = joint if joint is not None else float("nan")
-        if rows is not None:
-            attrs["pareto_k_rows"] = [float(k) for k in rows]
+        if count >= MIN_DRAWS:
+            _add_k_hats(fit, count, attrs)
     losses = {
         name: np.asarray(values, dtype=np.float64) for name, values in fit.records.items() if name.endswith("loss")
     }
@@ -164,6 +161,15 @@ def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any]) -> list[str
     renamed = {("loss" if name == "program_loss" else name): values for name, values in losses.items()}
     groups["sample_stats"] = {**statistics, **renamed}
     return list(renamed)
+
+
+def _add_k_hats(fit: Fit, count: int, attrs: dict[str, Any]) -> None:
+    from ppl_gen.diagnostics.verdict import k_hats  # which reads the posterior groups of this module
+
+    joint, rows, _ = k_hats(fit, count)
+    attrs["pareto_k"] = joint if joint is not None else float("nan")
+    if rows is not None:
+        attrs["pareto_k_rows"] = [float(k) for k in rows]
 
 
 def _joint_densities(fit: Fit, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Replicates", "Scalar", "curve_of", "distinct", "global_scalars", "replicates"]
 
 ROWS = 2000  # rows that a predictive picture shows at most
-SMALL = 8  # entries of a parameter that is still worth a panel each
+SMALL = 8  # entries of a parameter that are worth a panel each; weights of networks (name$$$weight) never are
 
 _CURVES = ("log_likelihood", "elbo", "program_loss")
 
@@ -68,7 +68,11 @@ def _globals(fit: Fit, count: int) -> dict[str, np.ndarray]:
             names = [*derived, *(name for name in values[0] if name in fit.info.sites and name not in derived)]
             stacks = {n: torch.stack([{**v, **e}[n] for v, e in zip(values, extra, strict=True)]) for n in names}
         else:
-            stacks = {n: v[None] for n, v in fit.params.items() if v.numel() <= SMALL and n in fit.info.params}
+            stacks = {
+                n: v[None]
+                for n, v in fit.params.items()
+                if v.numel() <= SMALL and n in fit.info.params and "$$$" not in n
+            }
     return {name: _array(value) for name, value in stacks.items() if value.is_floating_point()}
 
 

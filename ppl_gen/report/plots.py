@@ -104,7 +104,7 @@ def draw_curve(axes: Axes, curves: Mapping[int, tuple[str, np.ndarray]], colour:
             axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     axes.ticklabel_format(axis="y", useOffset=False)
     name = next((name for name, _ in curves.values() if name), "")
-    axes.set_ylabel(name.replace("_", " ") + (", nats per row" if name.endswith("loss") else ", nats"), fontsize=8)
+    axes.set_ylabel(name.replace("_", " ") + (" per row" if name.endswith("loss") else ", nats"), fontsize=8)
     axes.set_xlabel("step", fontsize=8)
 
 

@@ -97,6 +97,7 @@ class Standing:
     difference: float
     difference_se: float
     seconds: float
+    rows: int
 
     @property
     def equal(self) -> bool:
@@ -140,7 +141,8 @@ def standings(comparison: Comparison) -> list[Standing]:
         difference, error = _pooled([d for d, _ in pairs], [e for _, e in pairs])
         stderr = sum(line.evidence.stderr for line in lines if line.evidence is not None) / len(lines)
         seconds = sum(line.seconds for line in lines) / len(lines)
-        result.append(Standing(label, float(means.mean()), stderr, difference, error, seconds))
+        rows = max(line.evidence.rows for line in lines if line.evidence is not None)
+        result.append(Standing(label, float(means.mean()), stderr, difference, error, seconds, rows))
     return sorted(result, key=lambda s: -s.mean)
 
 
@@ -169,7 +171,9 @@ def answer(comparison: Comparison) -> str:
         text = f"{best.label} predicts best ({best.mean:.4g} {unit})"
     else:
         who = _listed(s.label for s in equal) if worse else f"All {len(equal)} algorithms"
-        text = f"{who} predict equally well ({best.mean:.4g} {unit}); {quick.label} is the quickest of them"
+        rows = f"{best.rows} {'rows' if comparison.in_sample else 'held-out rows'}"
+        text = f"{who} predict equally well as far as {rows} can tell ({best.mean:.4g} nats per row)"
+        text += f"; {quick.label} is the quickest of them"
     if worse:
         text += "; " + ", ".join(f"{s.label} is worse by {rounded(-s.difference, s.difference_se)}" for s in worse)
     if comparison.in_sample:

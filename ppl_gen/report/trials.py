@@ -257,7 +257,9 @@ def _judged(task: Task, label: str, result: Fit) -> Line:
         line = replace(line, evidence=result.evidence(task.test, particles=task.particles, draws=task.draws))
     except KeyboardInterrupt:
         return replace(line, status=str(Status.INTERRUPTED), message="interrupted before it was judged")
-    except Exception as error:  # a program without a density has no held-out value: the row says so
+    except IncompatibleError as error:  # a program without a density has no held-out value: the row says so
+        line = replace(line, message=f"{line.message}; no held-out value: {error}")
+    except Exception as error:  # the row says why there is no value
         line = replace(line, message=f"{line.message}; no held-out value: {error}", traceback=traceback.format_exc())
     try:
         summary = result.diagnose()

@@ -1,0 +1,23 @@
+"""Pearson's crabs, 1894: which algorithm, did it work, and how do we know? The answer is a page, crabs_report.html."""
+
+import os
+
+import ppl_gen as pg
+from ppl_gen.inference import CAVI, EM, NUTS, SVI
+from ppl_gen.models import gaussian_mixture
+
+quick = bool(os.environ.get("PPL_GEN_QUICK"))
+comparison = pg.compare(
+    gaussian_mixture(components=2),
+    pg.load_data("crabs"),  # 1000 ratios of forehead breadth to body length
+    {
+        "EM": EM(),
+        "CAVI": CAVI(),
+        "SVI": SVI(steps=200 if quick else 2000, lr=0.01),
+        "NUTS": NUTS(draws=100 if quick else 1000, chains=2 if quick else 4),
+    },
+    seeds=[0],
+)
+print(comparison)
+comparison.plot().savefig("crabs_report.png", dpi=120)
+print("the page:", comparison.report("crabs_report.html"))
