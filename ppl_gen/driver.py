@@ -89,6 +89,8 @@ def fit(
             require(algorithm.label, algorithm.needs, built.name, info.offers)
             run = Run(built, dataset, info, workspace, seed, start)
             algorithm.check(run)
+            if validation is not None:
+                require("validation", [("density", "exact evidence")], built.name, info.offers)
             with ProgressBar(progress, algorithm.label) as report:
                 run.progress = report
                 run.hooks = tuple(callbacks)

@@ -243,7 +243,7 @@ class explained:
         if error is None or not isinstance(error, ValueError | RuntimeError | TypeError):
             return
         text, head = str(error), f"the {self.what} of {self.program.name!r} failed on a dry run: "
-        if "on the same device" in text or "device type" in text:
+        if any(words in text for words in ("on the same device", "device type", "expected device")):
             raise ValueError(
                 head + "a tensor in its closure lives on another device than the data. Make it inside the model "
                 f"(programs run under torch.device), or pass it as data with pg.constant(...).\n  torch says: {text}"

@@ -51,9 +51,16 @@ def exact_guide(x: torch.Tensor) -> None:
     pyro.sample("theta", dist.Normal(conjugate_posterior(X8).loc, scale))
 
 
-def bounds(model: Any, guide: Any, objective: Any, size: int, epochs: int) -> torch.Tensor:
+def rough_guide(x: torch.Tensor) -> None:
+    loc = pyro.param("loc", torch.tensor(0.3, dtype=x.dtype))
+    theta = pyro.sample("theta", dist.Normal(loc, 0.4))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.2 * x + 0.0 * theta, 1.2))
+
+
+def bounds(model: Any, guide: Any, objective: Any, size: int, epochs: int, x: torch.Tensor = X8) -> torch.Tensor:
     """Draws of the bound on log p(all rows), one for every pass: the batches' weighed by their shares."""
-    with playing(model, guide, objective, X8, minibatches=size < 8) as (game, dataset):
+    with playing(model, guide, objective, x, minibatches=size < 8) as (game, dataset):
         torch.manual_seed(11)
         batches = [dataset.batch(index) for index in torch.arange(8).split(size)]
         values = [losses(game, batch, epochs) * len(batch.index) for batch in batches]
@@ -69,22 +76,23 @@ def test_the_bound_is_below_the_exact_evidence_for_every_batch_size(kind: str, s
         "local": (local, local_guide, float(local_evidence(X8).sum())),
         "global and local": (both, both_guide, both_evidence(X8)),
     }[kind]
-    draws = bounds(model, guide, IWAE(particles=20), size, 400 // (8 // size))
+    draws = bounds(model, guide, IWAE(particles=10 if kind == "global" else 20), size, 60)
     above = (float(draws.mean()) - exact) / (float(draws.std()) / math.sqrt(len(draws)))
-    assert above < 4.5  # one-sided 3e-6 (for the smallest sample, 50, Student's t: 2e-5 at equality, which is not near)
+    assert above < 5.5  # one-sided, Student's t with 59 degrees of freedom: 4e-7 even if the bound were tight
 
 
 @pytest.mark.parametrize("size", [4, 2, 1])
 def test_pyros_bound_exceeds_the_evidence_under_subsampling_and_ours_does_not(size: int) -> None:
     """N / B inside the logsumexp tempers the likelihood: its limit is log of E_p(theta) p(x_i | theta)^(N/B)."""
-    exact = conjugate_evidence(X8)
+    x = X8.sort().values  # batches that differ, as most do
+    exact = conjugate_evidence(x)
     renyi = pyro.infer.RenyiELBO(alpha=0, num_particles=200, vectorize_particles=True, max_plate_nesting=1)
-    theirs = bounds(conjugate, wide_guide, renyi, size, 40)
+    theirs = bounds(conjugate, wide_guide, renyi, size, 40, x)
     above = (float(theirs.mean()) - exact) / (float(theirs.std()) / math.sqrt(40))
     assert above > 6.0, "Pyro's is no bound here; if this fails, Pyro has mended it and the trap can be forgotten"
-    ours = bounds(conjugate, wide_guide, IWAE(particles=20), size, 40)
+    ours = bounds(conjugate, wide_guide, IWAE(particles=5), size, 40, x)
     assert float(ours.mean()) < exact - 1.0, "far below: averaged over the draws, as the notes say"
-    whole = bounds(conjugate, wide_guide, renyi, 8, 40)
+    whole = bounds(conjugate, wide_guide, renyi, 8, 40, x)
     assert abs(float(whole.mean()) - exact) < 0.5, "on the whole data theirs is a bound too, and a tight one"
 
 
@@ -93,12 +101,13 @@ def test_the_bound_rises_with_every_particle(kind: str) -> None:
     model, guide = {
         "global": (conjugate, wide_guide),
         "local": (local, local_guide),
-        "global and local": (both, both_guide),
+        "global and local": (both, rough_guide),
     }[kind]
-    draws = [bounds(model, guide, IWAE(particles=k), 8, 250) for k in (1, 3, 12)]
-    for fewer, more in zip(draws, draws[1:], strict=False):
+    draws = [bounds(model, guide, IWAE(particles=k), 8, 250) for k in (1, 3, 15)]
+    for fewer, more, gap in ((draws[0], draws[1], -4.5), (draws[1], draws[2], -4.5), (draws[0], draws[2], 4.0)):
+        # Never lower: at equality a false alarm in 300000. From first to last the true gap is above 8.5 errors.
         error = math.sqrt(float(fewer.var() + more.var()) / 250)
-        assert float(more.mean() - fewer.mean()) > 4.5 * error  # 3e-6; the true gaps are above 8 errors
+        assert float(more.mean() - fewer.mean()) > gap * error
 
 
 @pytest.mark.parametrize("particles", [1, 2, 7])
@@ -179,11 +188,11 @@ def test_a_dimension_counted_from_the_left_is_found_out_and_unrolled() -> None:
     """softmax(dim=1) is softmax(dim=-1) on rows x features, and something else once particles stand in front."""
     means = {}
     for dim in (-1, 1):
-        data = {"x": X8.expand(1, 8)[0], "dim": dim}
-        with playing(soft, soft_guide, IWAE(particles=8), data) as (game, dataset):
-            draws = losses(game, dataset.batch(), 300)
+        data = {"x": X8, "dim": dim}
+        with playing(soft, soft_guide, IWAE(particles=3), data) as (game, dataset):
+            draws = losses(game, dataset.batch(), 150)
             assert game.notes["particles"] == ("vectorised" if dim == -1 else "unrolled")
-        means[dim] = float(draws.mean()), float(draws.std()) / math.sqrt(300)
+        means[dim] = float(draws.mean()), float(draws.std()) / math.sqrt(150)
     assert abs(means[1][0] - means[-1][0]) < 4.5 * math.hypot(means[1][1], means[-1][1])  # 7e-6
 
 
@@ -275,10 +284,10 @@ def test_it_learns_more_than_the_elbo_from_a_poor_guide() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros_like(x), width))
 
-    x = 1.5 * torch.randn(400, dtype=torch.float64)
+    x = 1.5 * torch.randn(150, dtype=torch.float64)
     ideal = math.sqrt(float((x**2).mean()) - 0.25)  # maximum likelihood: variance loading^2 + 1/4
     found = {}
-    for objective in (ELBO(), IWAE(particles=30)):
-        fit = pg.fit(pg.Program(model, blind), x, SVI(objective, steps=300, lr=0.02))
+    for objective in (ELBO(), IWAE(particles=20)):
+        fit = pg.fit(pg.Program(model, blind), x, SVI(objective, steps=120, lr=0.05))
         found[type(objective).__name__] = abs(float(fit.params["loading"].abs()) - ideal)
     assert found["IWAE"] < 0.2 < 0.5 < found["ELBO"]

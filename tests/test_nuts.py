@@ -16,11 +16,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from pyro.ops.stats import effective_sample_size
 from torch import nn
 
 import ppl_gen as pg
-from ppl_gen.dryrun import dry_run
 from ppl_gen.data.batching import as_dataset
+from ppl_gen.dryrun import dry_run
 from ppl_gen.inference import EM, NUTS
 from ppl_gen.inference.tape import record_checked
 from ppl_gen.inference.unconstrained import Unconstrained, starting_point
@@ -29,15 +30,9 @@ from ppl_gen.isolation import isolated
 SIGMAS = 5.5
 
 
-def ess(draws):
-    import arviz
-
-    return float(arviz.ess(draws.numpy()))
-
-
 def assert_moments(draws, mean, sd):
     """Draws (chains x draws) against the exact mean and sd."""
-    size = ess(draws)
+    size = float(effective_sample_size(draws))
     assert size > 100
     assert abs(float(draws.mean()) - mean) < SIGMAS * sd / math.sqrt(size)
     # The sd of n normal draws has standard error sd / sqrt(2 n); skewed posteriors have up to twice that.
@@ -76,9 +71,9 @@ def double():
 
 
 def test_closed_form_posteriors() -> None:
-    fit = pg.fit(conjugate, DATA, NUTS(draws=800, warmup=300, chains=2, processes=1), seed=0)
+    fit = pg.fit(conjugate, DATA, NUTS(draws=400, warmup=200, chains=2, processes=1), seed=0)
     draws = fit.learned.draws
-    assert draws["loc"].shape == (2, 800) and draws["shares"].shape == (2, 800, 3)
+    assert draws["loc"].shape == (2, 400) and draws["shares"].shape == (2, 400, 3)
     precision = 1 / 4 + len(VALUES) / 1.5**2
     assert_moments(draws["loc"], float(VALUES.sum()) / 1.5**2 / precision, precision**-0.5)
     shape, rate = 2 + float(COUNTS.sum()), 1 + len(COUNTS)
@@ -89,7 +84,7 @@ def test_closed_form_posteriors() -> None:
         assert_moments(draws["shares"][..., k], share, math.sqrt(share * (1 - share) / (total + 1)))
     assert fit.status == pg.Status.FINISHED and fit.cost["divergences"] == 0
     prior = 2.0
-    assert abs(float(draws["loc"].std()) - prior) > 2 * SIGMAS * prior / math.sqrt(2 * 1600), "the prior would fail"
+    assert abs(float(draws["loc"].std()) - prior) > 2 * SIGMAS * prior / math.sqrt(2 * 800), "the prior would fail"
 
 
 def test_statistics_of_each_draw(double: None) -> None:
@@ -132,10 +127,9 @@ def test_density_is_the_hand_written_one_with_its_jacobian(double: None) -> None
         + shares[KINDS].log().sum()
     )
     assert float(function.potential(u)) == pytest.approx(-float(by_hand), abs=1e-12)
+    loc, site_rate, site_shares = function.values(u)
+    assert float(loc) == float(u[0]) and float(site_rate) == float(rate) and torch.equal(site_shares, shares)
     assert torch.autograd.gradcheck(function.potential, u.requires_grad_())
-    loc, site_rate, site_shares = function.values(u.detach())
-    assert float(loc) == float(u[0]) and float(site_rate) == float(rate.detach())
-    assert torch.equal(site_shares, shares.detach())
 
 
 def mixture(x):
@@ -187,7 +181,7 @@ def same(first, second):
 def by_branches(x):
     """A density that no recording serves."""
     loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
-    scale = 1.0 if float(loc) > 0 else 1.5
+    scale = 1.0 if float(loc.detach()) > 0 else 1.5
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(loc, scale), obs=x)
 
@@ -233,10 +227,9 @@ def model(x):
         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
 def branching(x):
-    loc = pyro.sample("loc", dist.Normal(0.0, width if len(x) > 1 else 1.0))
-    assert float(loc) > -100
+    loc = pyro.sample("loc", dist.Normal(0.0, width))
     with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        pyro.sample("x", dist.Normal(loc, 1.0 if float(loc.detach()) > 0 else width), obs=x)
 
 for program in (model, branching):
     fit = pg.fit(program, torch.ones(5), NUTS(draws=20, warmup=20, chains=2, processes=2), seed=0)
@@ -281,8 +274,8 @@ def test_interrupt_before_the_first_draw_is_passed_on() -> None:
 
 
 def test_interrupt_of_workers_keeps_what_was_drawn() -> None:
-    nuts = NUTS(draws=3000, warmup=50, chains=2, processes=2)
-    fit = pg.fit(conjugate, DATA, nuts, seed=2, callbacks=[interrupt_at(0.1, 6100)])
+    nuts = NUTS(draws=3000, warmup=20, chains=2, processes=2)
+    fit = pg.fit(conjugate, DATA, nuts, seed=2, callbacks=[interrupt_at(0.02, 6040)])
     chains, draws = fit.learned.draws["loc"].shape
     assert fit.status == pg.Status.INTERRUPTED and chains in (1, 2) and 0 < draws < 3000
     assert bool(fit.learned.draws["rate"].gt(0).all())
@@ -350,14 +343,12 @@ def ordered(draws):
 
 def test_relabelling_comes_after_the_run() -> None:
     nuts = NUTS(draws=50, warmup=50, chains=4, processes=1)
-    plain, sorted_ = (
-        pg.fit(pg.Program(mixture, relabel=relabel), VALUES, nuts, seed=0) for relabel in (None, ordered)
-    )
+    plain, sorted_ = (pg.fit(pg.Program(mixture, relabel=relabel), VALUES, nuts, seed=0) for relabel in (None, ordered))
     loc = plain.learned.draws["loc"]
     assert bool((loc[..., 0] > loc[..., 1]).any()), "without it some chains have the labels swapped"
     assert torch.equal(sorted_.learned.draws["loc"], loc.sort(-1).values)
     with pytest.raises(ValueError, match=r"relabel: expected 'loc' of shape \(200, 2\)"):
-        pg.fit(pg.Program(mixture, relabel=lambda draws: {"loc": draws["loc"][0]}), VALUES, nuts, seed=0)
+        pg.fit(pg.Program(mixture, relabel=lambda draws: {**draws, "loc": draws["loc"][0]}), VALUES, nuts, seed=0)
 
 
 def parameters(x):
@@ -498,5 +489,7 @@ def test_eight_schools_through_fit_and_arviz() -> None:
     tree = fit.to_arviz(draws=20)
     assert abs(float(tree.posterior["mu"].mean()) - 4.41) < 0.15 * 3.31
     assert tree.posterior["offset"].shape == (2, 400, 8)
-    assert {"diverging", "energy", "lp", "acceptance_rate", "tree_depth", "step_size"} <= set(tree.sample_stats.data_vars)
+    assert {"diverging", "energy", "lp", "acceptance_rate", "tree_depth", "step_size"} <= set(
+        tree.sample_stats.data_vars
+    )
     assert fit.data.dtype is torch.float64, "the algorithm's own dtype, where neither data nor user asks for one"

@@ -262,7 +262,9 @@ def _array(value: Any, name: str) -> Any:
         array = np.asarray(value)
         if array.dtype == object or array.dtype.kind in "USOMm":
             raise TypeError
-        return torch.as_tensor(np.ascontiguousarray(array))
+        tensor = torch.as_tensor(np.ascontiguousarray(array))
+        typed = hasattr(value, "dtype") or not tensor.is_floating_point()  # a list of numbers asks for no precision
+        return tensor if typed else tensor.to(torch.get_default_dtype())
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"data {name!r}: expected a tensor or an array of numbers, got {type(value).__name__}; "

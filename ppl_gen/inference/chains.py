@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
-from pickle import PicklingError
 
 import numpy as np
 import torch
@@ -48,8 +48,12 @@ def _run(chain: Chain, table: Table, tick: Callable[[], None]) -> None:
         sample_chain(chain, potential.load() if isinstance(potential, Recording) else potential, table, tick)
 
 
-def _work(chain: Chain, path: str) -> None:
+def _work(content: bytes, path: str) -> None:
     """What a worker does: one chain into one file."""
+    try:
+        chain: Chain = pickle.loads(content)
+    except Exception as error:
+        raise _CannotTravel(f"{type(error).__name__}: {error}") from error
     with Workspace(device=chain.device, dtype=chain.dtype, modules=dict(chain.modules)):
         _run(chain, Table.of(chain, Path(path), "r+"), lambda: None)
 
@@ -81,7 +85,7 @@ def run_chains(chains: Sequence[Chain], processes: int, report: Report) -> tuple
 
 
 class _CannotTravel(Exception):
-    """A chain could not be written in this process, or read in another."""
+    """A chain could not be pickled in this process, or unpickled in another."""
 
 
 def _here(chains: Sequence[Chain], report: Report) -> tuple[list[Table], bool]:
@@ -98,14 +102,19 @@ def _side_by_side(chains: Sequence[Chain], processes: int, report: Report) -> tu
     # loky starts fresh interpreters that do not import the user's script, so that no __main__ guard is needed; forking
     # a process whose torch has used threads can hang.
     from joblib.externals.loky import get_reusable_executor
+    from joblib.externals.loky.backend.reduction import dumps
 
+    try:
+        contents = [bytes(dumps(chain)) for chain in chains]
+    except Exception as error:
+        raise _CannotTravel(f"{type(error).__name__}: {error}") from error
     with tempfile.TemporaryDirectory(prefix="ppl_gen-chains-", ignore_cleanup_errors=True) as folder:
         paths = [Path(folder) / f"chain{i}" for i in range(len(chains))]
         tables = [Table.of(chain, path) for chain, path in zip(chains, paths, strict=True)]
         executor = get_reusable_executor(max_workers=processes, timeout=_IDLE)
         interrupted = False
         try:
-            _wait([executor.submit(_work, c, str(p)) for c, p in zip(chains, paths, strict=True)], tables, report)
+            _wait([executor.submit(_work, c, str(p)) for c, p in zip(contents, paths, strict=True)], tables, report)
         except BaseException as error:
             executor.shutdown(wait=True, kill_workers=True)
             if not isinstance(error, KeyboardInterrupt):
@@ -115,7 +124,6 @@ def _side_by_side(chains: Sequence[Chain], processes: int, report: Report) -> tu
 
 
 def _wait(futures: Sequence[Future[None]], tables: Sequence[Table], report: Report) -> None:
-    from joblib.externals.loky import BrokenProcessPool
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     pending = set(futures)
@@ -127,7 +135,5 @@ def _wait(futures: Sequence[Future[None]], tables: Sequence[Table], report: Repo
                 raise RuntimeError(
                     "a worker process that ran a chain has ended by itself, perhaps for lack of memory; try processes=1"
                 ) from error
-            if isinstance(error, PicklingError | BrokenProcessPool):
-                raise _CannotTravel(str(error.__cause__ or error).strip().splitlines()[-1]) from error
             future.result()
         report(tables)

@@ -252,7 +252,7 @@ class _State:
             return {}
         buffers = self.run.workspace.buffers()
         if self.first:
-            value, parts, grads = gradients(self.game, player.name, leaves, batch)
+            value, parts, grads = self._validated(player, leaves, batch)
             self.first = False
         else:
             with quiet():
@@ -277,6 +277,16 @@ class _State:
         if player.after is not None:
             player.after()
         return {f"{player.name}_loss": value, **{f"{k}": v for k, v in parts.items()}}
+
+    def _validated(self, player: Player, leaves: list[Tensor], batch: Batch) -> tuple[Tensor, Any, list[Tensor]]:
+        """The first step, with Pyro's checks on: a value they refuse because it is not finite is a non-finite loss."""
+        try:
+            return gradients(self.game, player.name, leaves, batch)
+        except ValueError as error:
+            if "invalid values" in str(error) and ("nan" in str(error) or "inf" in str(error)):
+                self.bad = True
+                raise FloatingPointError(f"the first step is not finite: {error}") from error
+            raise
 
     def _complaint(self, player: Player, value: Tensor, norm: Tensor) -> str:
         bad = [n for n, p in self.leaves[player.name].items() if not bool(p.isfinite().all())]
