@@ -182,7 +182,7 @@ def compare(
         )
     task = replace(task, mark=mark)
     jobs = [(label, algorithm, seed) for label, algorithm in algorithms.items() for seed in seeds]
-    done = dict(one_by_one(task, jobs, progress) if n_jobs == 1 else side_by_side(task, jobs, n_jobs, progress))
+    done = one_by_one(task, jobs, progress) if n_jobs == 1 else side_by_side(task, jobs, n_jobs, progress)
     lines = [done[i] if i in done else _not_run(label, seed) for i, (label, _, seed) in enumerate(jobs)]
     from ppl_gen.report.facts import facts_of
 

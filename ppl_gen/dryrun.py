@@ -225,7 +225,8 @@ def _check_support(node: dict[str, Any]) -> None:
     except IncompatibleError:  # a distribution without a normalised density says so by itself when one is asked for
         return
     except ValueError as error:
-        raise ValueError(f"at site {node['name']!r}: {str(error).splitlines()[0]}") from error
+        text = str(error).splitlines()[0].removesuffix(", but found invalid values:")
+        raise ValueError(f"at site {node['name']!r}: {text}; observed values lie outside") from error
     except NotImplementedError:
         return
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -173,6 +174,8 @@ class Workspace:
         self._stack.enter_context(self._patched_module_statement())
         self._stack.enter_context(pyro.settings.context(module_local_params=False))
         self._stack.enter_context(_OwnInitialValues(lambda parameter: self._own(parameter, None)))
+        self._stack.enter_context(warnings.catch_warnings())  # a frozen layer is meant to stay out of the store
+        warnings.filterwarnings("ignore", r".* was not registered in the param store because requires_grad=False")
         if self.device is not None:
             self._stack.enter_context(torch.device(self.device))
         hook = register_module_forward_pre_hook(self._on_call)

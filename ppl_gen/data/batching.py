@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -80,12 +81,12 @@ class Dataset:
         if index is None:
             return value
         if isinstance(value, np.ndarray):
-            return torch.as_tensor(np.ascontiguousarray(value[index.numpy()]))
+            return _shared(value[index.numpy()])
         return value[index.to(value.device)]
 
     def _placed(self, value: Any) -> Any:
         if isinstance(value, np.ndarray):
-            value = torch.as_tensor(np.ascontiguousarray(value))
+            value = _shared(value)
         if not isinstance(value, Tensor):
             return value
         return value.to(device=self.device, dtype=self.dtype if value.is_floating_point() else None)
@@ -98,20 +99,20 @@ class Dataset:
         """The first rows as if they were all: what a dry run looks at."""
         if self.rows is None or rows >= self.rows:
             return self.batch()
-        return self.batch(torch.arange(rows), total=rows)
+        return self.batch(torch.arange(rows, device="cpu"), total=rows)
 
     def template(self, rows: int) -> Batch:
         """``rows`` rows, the data's own repeated as often as needed: the shape on which new rows are drawn."""
         if self.rows is None:
             return self.batch()
-        return self.batch(torch.arange(rows) % self.rows, total=rows)
+        return self.batch(torch.arange(rows, device="cpu") % self.rows, total=rows)
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """All rows in order, at most ``size`` at a time; each chunk counts as the whole (no rescaling)."""
         if self.rows is None or self.rows <= size:
             yield self.batch()
             return
-        for index in torch.arange(self.rows).split(size):
+        for index in torch.arange(self.rows, device="cpu").split(size):
             yield self.batch(index, total=len(index))
 
     def subset(self, index: Tensor) -> Dataset:
@@ -137,8 +138,8 @@ class Batches:
 
     def __init__(self, data: Dataset, size: int | None, seed: int, stratify: str | None = None) -> None:
         self.data, self.size = data, size
-        self._generator = torch.Generator().manual_seed(seed)
-        self._order = torch.empty(0, dtype=torch.long)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+        self._order = torch.empty(0, dtype=torch.long, device="cpu")
         self._strata = _strata(data, stratify)
         self._whole = data.batch() if size is None and data.on_batch is None else None
         if size is not None:
@@ -165,14 +166,15 @@ class Batches:
     def _shuffled(self) -> Tensor:
         assert self.data.rows is not None
         if self._strata is None:
-            return torch.randperm(self.data.rows, generator=self._generator)
+            return torch.randperm(self.data.rows, generator=self._generator, device="cpu")
         # Each stratum is spread evenly over the epoch, so that every batch holds its share of every stratum.
-        places = torch.empty(self.data.rows)
+        # Dtype and device are written out: the order is the same whatever a fit's defaults are.
+        places = torch.empty(self.data.rows, dtype=torch.float64, device="cpu")
         for rows in self._strata:
-            offset = torch.rand((), generator=self._generator)
-            order = torch.randperm(len(rows), generator=self._generator)
-            places[rows[order]] = (torch.arange(len(rows)) + offset) / len(rows)
-        return places.argsort()
+            offset = torch.rand((), generator=self._generator, dtype=torch.float64, device="cpu")
+            order = torch.randperm(len(rows), generator=self._generator, device="cpu")
+            places[rows[order]] = (torch.arange(len(rows), dtype=torch.float64, device="cpu") + offset) / len(rows)
+        return places.argsort(stable=True)
 
 
 def _strata(data: Dataset, stratify: str | None) -> list[Tensor] | None:
@@ -180,7 +182,10 @@ def _strata(data: Dataset, stratify: str | None) -> list[Tensor] | None:
         return None
     if stratify not in data.entries:
         raise ValueError(f"stratify: no entry {stratify!r} in the data; there is {', '.join(data.entries)}")
-    labels = torch.as_tensor(np.asarray(data.entries[stratify]))
+    value = data.entries[stratify]
+    labels = value.cpu() if isinstance(value, Tensor) else _shared(value)
+    if labels.ndim != 1:
+        raise ValueError(f"stratify: expected one label per row in {stratify!r}, got shape {tuple(labels.shape)}")
     return [torch.nonzero(labels == value).squeeze(-1) for value in labels.unique()]
 
 
@@ -201,6 +206,10 @@ def as_dataset(
     on_batch = getattr(data, "on_batch", None)
     signature = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
     names = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    kinds = {p.kind for p in signature.parameters.values()}
+    open_kind = inspect.Parameter.VAR_KEYWORD if isinstance(data, Mapping) else inspect.Parameter.VAR_POSITIONAL
+    if not names and open_kind not in kinds and not (isinstance(data, Mapping) and not data):
+        raise ValueError("the model takes no arguments, so data cannot reach it; give it one, e.g. `def model(x):`")
     if isinstance(data, Mapping):
         entries, constants = _mapping_entries(data, signature)
         positional = None
@@ -208,14 +217,12 @@ def as_dataset(
     else:
         positional = names[0] if names else "data"
         entries, constants = {positional: _array(data, positional)}, {}
-        if not names and not any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
-            raise ValueError("the model takes no arguments, so data cannot reach it; give it one, e.g. `def model(x):`")
         _require_arguments(signature, {positional})
     rows = _common_rows(entries)
-    for name, value in {**entries, **constants}.items():
-        _check_finite(name, value)
     if dtype is None:
         dtype = torch.float64 if any(map(is_double, (*entries.values(), *constants.values()))) else torch.float32
+    for name, value in {**entries, **constants}.items():
+        _check_finite(name, value, dtype)
     return Dataset(entries, constants, positional, rows, device, dtype, on_batch, original)
 
 
@@ -223,6 +230,11 @@ def _mapping_entries(data: Mapping[str, Any], signature: inspect.Signature) -> t
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     entries: dict[str, Any] = {}
     constants: dict[str, Any] = {}
+    if data and not open_ended and not signature.parameters.keys() & data.keys():
+        raise ValueError(
+            f"data: none of its entries ({', '.join(map(str, data))}) is an argument of the model "
+            f"({', '.join(signature.parameters)}); give them the names of the model's arguments"
+        )
     for name, value in data.items():
         if not open_ended and name not in signature.parameters:
             continue
@@ -231,8 +243,10 @@ def _mapping_entries(data: Mapping[str, Any], signature: inspect.Signature) -> t
             constants[name] = _array(inside, name) if isinstance(inside, Tensor | np.ndarray) else inside
         elif value is None:
             continue
-        elif isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and value.ndim == 0):
+        elif isinstance(value, bool | int | float | str | np.generic):
             constants[name] = value
+        elif isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+            constants[name] = _array(value, name)
         else:
             entries[name] = _array(value, name)
     return entries, constants
@@ -252,24 +266,41 @@ def _array(value: Any, name: str) -> Any:
     if isinstance(value, np.memmap):
         return value
     if isinstance(value, Tensor):
+        _check_kind(name, value.layout is torch.strided, "a sparse tensor; pass .to_dense()")
+        _check_kind(name, not value.is_complex(), "complex ones; pass real and imaginary parts as columns")
         return value.detach()
     if isinstance(value, tuple) and any(isinstance(part, Tensor | np.ndarray) and part.ndim for part in value):
         raise TypeError(
             f"data {name!r}: got a tuple of {len(value)} arrays; pass a mapping from the model's arguments to them, "
             'such as {"x": x, "y": y}'
         )
+    _check_kind(
+        name,
+        not isinstance(value, np.ma.MaskedArray),
+        "a masked array; pass its filled values and its mask as two entries, the mask for poutine.mask",
+    )
+    if isinstance(value, list) and any(isinstance(part, Tensor) for part in value):
+        value = [part.detach().cpu() if isinstance(part, Tensor) else part for part in value]
     try:
         array = np.asarray(value)
-        if array.dtype == object or array.dtype.kind in "USOMm":
+        if array.dtype == object or array.dtype.kind in "USOMmc":
             raise TypeError
-        tensor = torch.as_tensor(np.ascontiguousarray(array))
-        typed = hasattr(value, "dtype") or not tensor.is_floating_point()  # a list of numbers asks for no precision
-        return tensor if typed else tensor.to(torch.get_default_dtype())
+        return _shared(array)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"data {name!r}: expected a tensor or an array of numbers, got {type(value).__name__}; "
             "wrap what has no rows in pg.constant(...)"
         ) from error
+
+
+def _check_kind(name: str, held: bool, got: str) -> None:
+    if not held:
+        raise TypeError(f"data {name!r}: expected a tensor or an array of real numbers, got {got}")
+
+
+def _shared(array: np.ndarray) -> Tensor:
+    """The array as a tensor; what torch cannot share (other byte order, odd strides, read-only) is copied."""
+    return torch.as_tensor(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]), device="cpu")
 
 
 def _common_rows(entries: Mapping[str, Any]) -> int | None:
@@ -290,31 +321,29 @@ def _common_rows(entries: Mapping[str, Any]) -> int | None:
     return next(iter(sizes.values()), None)
 
 
-def _check_finite(name: str, value: Any) -> None:
+def _check_finite(name: str, value: Any, dtype: torch.dtype) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"data {name!r}: expected a finite number, got {value}")
     if not isinstance(value, Tensor | np.ndarray) or isinstance(value, np.memmap):
         return
     tensor = torch.as_tensor(value)
     if not tensor.is_floating_point():
         return
-    bad = ~tensor.isfinite()
+    bad = ~(tensor.abs() <= min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max))
     count = int(bad.sum())
     if count:
         first = tuple(int(i) for i in bad.nonzero()[0])
+        beyond = f" (or too large for {dtype})" if bool(tensor[bad].isfinite().any()) else ""
         raise ValueError(
-            f"data {name!r}: {count} value(s) are NaN or infinite, the first at index {first}; drop these rows, or "
-            "pass a finite filler together with a mask that the program applies (poutine.mask)"
+            f"data {name!r}: {count} value(s) are NaN or infinite{beyond}, the first at index {first}; drop these rows, "
+            "or pass a finite filler together with a mask that the program applies (poutine.mask)"
         )
 
 
 def is_double(value: Any) -> bool:
-    """Whether ``value`` holds float64 as NumPy reads it; a plain number or text does not."""
+    """Whether ``value`` was made in float64; plain numbers and lists of them ask for no precision."""
     if isinstance(value, Constant):
         return is_double(value.value) if isinstance(value.value, Tensor | np.ndarray) else False
     if isinstance(value, Tensor | np.ndarray):
         return value.dtype in (torch.float64, np.float64)
-    if value is None or isinstance(value, bool | int | float | str):
-        return False
-    try:
-        return np.asarray(value).dtype == np.float64
-    except (TypeError, ValueError, RuntimeError):
-        return False  # what is wrong with it is said where it becomes an entry
+    return str(getattr(value, "dtype", "")) == "float64"

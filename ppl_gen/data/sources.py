@@ -15,18 +15,22 @@ def collected(data: Any) -> Any:
     """A tensor or mapping from a map-style Dataset or a DataLoader; anything else is returned as it is.
 
     The items of a Dataset are collated once and kept, so that batches are gathered from a resident tensor; a
-    DataLoader contributes its dataset and its collate function, while batch size and order are the algorithm's.
+    DataLoader contributes its dataset and its collate function, while batch size and order are the algorithm's. Of
+    items that are tuples the first tensor is taken, by the convention of labelled data: (x, label).
 
     Raises:
-        TypeError: for iterable-style data, whose number of rows (N in every plate scale) is unknown.
+        TypeError: for iterable-style data, whose number of rows (N in every plate scale) is unknown, and for a sampler
+            that chooses or weighs rows.
+        ValueError: for a dataset without items.
 
     Example:
         >>> collected(torch.utils.data.TensorDataset(torch.arange(3.0))).tolist()
         [0.0, 1.0, 2.0]
     """
-    loader = torch.utils.data.DataLoader
-    if isinstance(data, loader):
-        return _stacked(data.dataset, data.collate_fn)
+    if isinstance(data, torch.utils.data.DataLoader):
+        _check_sampler(data)
+        single = data.collate_fn is torch.utils.data.default_convert  # of a loader that does not batch
+        return _stacked(data.dataset, torch.utils.data.default_collate if single else data.collate_fn)
     if isinstance(data, torch.utils.data.IterableDataset):
         raise TypeError("data: an IterableDataset has no known number of rows; pass a map-style Dataset or a tensor")
     if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, Mapping):
@@ -34,10 +38,26 @@ def collected(data: Any) -> Any:
     return data
 
 
+def _check_sampler(loader: Any) -> None:
+    """Order and batch size are the algorithm's, but a sampler that leaves rows out would be passed over in silence."""
+    if isinstance(loader.dataset, torch.utils.data.IterableDataset):
+        return
+    known = torch.utils.data.SequentialSampler | torch.utils.data.RandomSampler
+    own = loader.batch_sampler if type(loader.batch_sampler) not in (torch.utils.data.BatchSampler, type(None)) else None
+    if own is not None or not isinstance(loader.sampler, known):
+        name = type(own or loader.sampler).__name__
+        raise TypeError(
+            f"data: the loader's {name} chooses or weighs rows, and batches are drawn by the algorithm; pass "
+            "torch.utils.data.Subset(dataset, indices) instead"
+        )
+
+
 def _stacked(dataset: Any, collate: Any) -> Any:
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
         raise TypeError("data: the loader's dataset has no known number of rows; pass a map-style Dataset or a tensor")
-    if isinstance(dataset, torch.utils.data.TensorDataset):
+    if not len(dataset):
+        raise ValueError("data: the dataset holds no items; expected at least one row")
+    if isinstance(dataset, torch.utils.data.TensorDataset) and collate is torch.utils.data.default_collate:
         columns: Any = list(dataset.tensors)
     else:
         columns = collate([dataset[i] for i in range(len(dataset))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,9 @@ def _vectorised(
 ) -> Any | None:
     """All draws at once, or None where the program does not allow it (or gives something else then)."""
     try:
-        result = torch.vmap(one, chunk_size=max(1, CELLS // rows))(stacked)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that an operation has no batching rule costs time, no more
+            result = torch.vmap(one, chunk_size=max(1, CELLS // rows))(stacked)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
         return None  # indexing by a drawn value, data-dependent Python: one draw at a time then
     for index in (0, count - 1):

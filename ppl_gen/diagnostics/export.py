@@ -27,6 +27,8 @@ __all__ = ["latent_summary_names", "posterior_groups", "to_arviz"]
 
 Groups = dict[str, dict[str, np.ndarray]]
 
+CELLS = 20_000_000  # numbers of latent draws held at once: 160 MB
+
 
 def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
     """See `Fit.to_arviz`.
@@ -73,13 +75,22 @@ def posterior_groups(fit: Fit, draws: int) -> tuple[Groups, dict[str, Any]]:
                 stacked = torch.stack([row[name] for row in rows])
                 posterior[name] = _array(stacked.unflatten(0, (fit.learned.chains, -1)))
     elif latents:
-        known = fit.learned.draw(draws, fit.data.batch())
+        known = _affordable_draws(fit, draws)
         known = [{k: v for k, v in draw.items() if k in latents} for draw in known]
         if known and known[0]:
             extra = derived(fit, fit.data.batch(), known)
             full = [draw | more for draw, more in zip(known, extra, strict=True)]
             posterior = {name: _array(torch.stack([d[name] for d in full]))[None] for name in full[0]}
     return {"posterior": posterior}, {"kind": fit.learned.kind}
+
+
+def _affordable_draws(fit: Fit, draws: int) -> list[dict[str, Tensor]]:
+    """``draws`` draws, or as many as stay within `CELLS` numbers (25 at least): local latents times rows are many."""
+    batch = fit.data.batch()
+    first = fit.learned.draw(1, batch)
+    size = sum(torch.as_tensor(value).numel() for draw in first for value in draw.values())
+    count = min(draws, max(MIN_DRAWS, CELLS // max(1, size)))
+    return [*first, *(fit.learned.draw(count - 1, batch) if count > 1 else [])]
 
 
 def _kept_draws(fit: Fit, groups: Groups, draws: int) -> list[tuple[int, int]]:

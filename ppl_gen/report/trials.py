@@ -9,6 +9,7 @@ import pickle
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -133,20 +134,19 @@ def _is_plain_guide(guide: Any) -> bool:
     return guide is not None and not isinstance(guide, type | AutoGuide)
 
 
-def one_by_one(task: Task, jobs: Sequence[Job], progress: bool | None) -> Iterator[tuple[int, Line]]:
-    """The lines in order, in this process; an interrupted fit is the last one."""
-    try:
+def one_by_one(task: Task, jobs: Sequence[Job], progress: bool | None) -> dict[int, Line]:
+    """The lines by the place of their job, made in this process; an interrupted one is the last."""
+    done: dict[int, Line] = {}
+    with contextlib.suppress(KeyboardInterrupt):
         for i, (label, algorithm, seed) in enumerate(jobs):
-            line = _line(task, label, algorithm, seed, progress)
-            yield i, line
-            if line.status == Status.INTERRUPTED:
-                return
-    except KeyboardInterrupt:
-        return
+            done[i] = _line(task, label, algorithm, seed, progress)
+            if done[i].status == Status.INTERRUPTED:
+                break
+    return done
 
 
-def side_by_side(task: Task, jobs: Sequence[Job], n_jobs: int, progress: bool | None) -> Iterator[tuple[int, Line]]:
-    """The lines as they are done, by ``n_jobs`` processes; all numbers are those of `one_by_one`.
+def side_by_side(task: Task, jobs: Sequence[Job], n_jobs: int, progress: bool | None) -> dict[int, Line]:
+    """The lines by the place of their job, made in ``n_jobs`` processes; all numbers are those of `one_by_one`.
 
     Raises:
         TypeError: if program, data or an algorithm cannot be sent to another process.
@@ -165,20 +165,20 @@ def side_by_side(task: Task, jobs: Sequence[Job], n_jobs: int, progress: bool | 
     calls = [delayed(_remote)(sys.path, sent, i, *job) for i, job in enumerate(packed)]
     # Bytes go and come, so that joblib neither maps arrays into read-only memory nor fails on a result.
     pool = Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
-    waiting = set(range(len(jobs)))
-    with _bar(progress, len(jobs)) as advance:
+    done: dict[int, Line] = {}
+    with _bar(progress, len(jobs)) as advance, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*still being processed by the workers.*")  # after Ctrl-C: we know
         try:
             for i, content in pool(calls):
-                line = _received(task, pickle.loads(content))
-                waiting.discard(i)
-                advance(line.label)
-                yield i, line
+                done[i] = _received(task, pickle.loads(content))
+                advance(done[i].label)
         except KeyboardInterrupt:
-            return
+            return done
         except Exception as error:  # a process that died takes the lines it had not finished with it
-            for i in sorted(waiting):
-                label, _, seed = jobs[i]
-                yield i, Line(label, seed, str(Status.FAILED), f"its process ended: {type(error).__name__}: {error}")
+            text = f"its process ended: {type(error).__name__}: {error}"
+            for i, (label, _, seed) in enumerate(jobs):
+                done.setdefault(i, Line(label, seed, str(Status.FAILED), text))
+    return done
 
 
 def _pickled(value: Any, what: str) -> bytes:
