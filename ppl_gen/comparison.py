@@ -183,7 +183,7 @@ def compare(
     task = replace(task, mark=mark)
     jobs = [(label, algorithm, seed) for label, algorithm in algorithms.items() for seed in seeds]
     done = one_by_one(task, jobs, progress) if n_jobs == 1 else side_by_side(task, jobs, n_jobs, progress)
-    lines = [done[i] if i in done else _not_run(label, seed) for i, (label, _, seed) in enumerate(jobs)]
+    lines = [done[i] if i in done else _not_done(label, seed) for i, (label, _, seed) in enumerate(jobs)]
     from ppl_gen.report.facts import facts_of
 
     settings = {"holdout": holdout, "seeds": seeds, "n_jobs": n_jobs, "particles": particles, "draws": draws}
@@ -222,5 +222,5 @@ def _checked_seeds(seeds: Any) -> tuple[int, ...]:
     return result
 
 
-def _not_run(label: str, seed: int) -> Line:
-    return Line(label, seed, str(Status.INTERRUPTED), "not run: the comparison was interrupted before")
+def _not_done(label: str, seed: int) -> Line:
+    return Line(label, seed, str(Status.INTERRUPTED), "not done: the comparison was interrupted before")

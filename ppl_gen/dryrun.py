@@ -249,6 +249,11 @@ class explained:
                 head + "a tensor in its closure lives on another device than the data. Make it inside the model "
                 f"(programs run under torch.device), or pass it as data with pg.constant(...).\n  torch says: {text}"
             ) from error
+        if "Multiple sample sites named" in text:
+            raise ValueError(
+                head + text.splitlines()[0] + "; every site needs a name of its own, and a plate that is opened twice is "
+                "made once: `rows = pyro.plate(...)`, then `with rows:`"
+            ) from error
         if "invalid log_prob shape" in text or "shape mismatch" in text.lower() or "broadcast" in text:
             raise ValueError(head + text.strip() + "\n" + self._advice(text)) from error
         if isinstance(error, TypeError) and "argument" in text and "missing" in text:

@@ -190,7 +190,7 @@ def test_ctrl_c_keeps_what_is_done_and_ends_the_rest() -> None:
     algorithms = {"good": GOOD, "stop": Broken(error=KeyboardInterrupt()), "later": GOOD}
     table = pg.compare(normal_mean, rows(), algorithms).table()
     assert table["status"].tolist() == ["finished", "interrupted", "interrupted"]
-    assert math.isfinite(table["heldout"][0]) and table["message"][2].startswith("not run")
+    assert math.isfinite(table["heldout"][0]) and table["message"][2].startswith("not done")
 
 
 # One process and two.

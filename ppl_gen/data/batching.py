@@ -326,7 +326,7 @@ def _check_finite(name: str, value: Any, dtype: torch.dtype) -> None:
         raise ValueError(f"data {name!r}: expected a finite number, got {value}")
     if not isinstance(value, Tensor | np.ndarray) or isinstance(value, np.memmap):
         return
-    tensor = torch.as_tensor(value)
+    tensor = value if isinstance(value, Tensor) else _shared(value)
     if not tensor.is_floating_point():
         return
     bad = ~(tensor.abs() <= min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max))
@@ -335,8 +335,8 @@ def _check_finite(name: str, value: Any, dtype: torch.dtype) -> None:
         first = tuple(int(i) for i in bad.nonzero()[0])
         beyond = f" (or too large for {dtype})" if bool(tensor[bad].isfinite().any()) else ""
         raise ValueError(
-            f"data {name!r}: {count} value(s) are NaN or infinite{beyond}, the first at index {first}; drop these rows, "
-            "or pass a finite filler together with a mask that the program applies (poutine.mask)"
+            f"data {name!r}: {count} value(s) are NaN or infinite{beyond}, the first at index {first}; drop these "
+            "rows, or pass a finite filler together with a mask that the program applies (poutine.mask)"
         )
 
 

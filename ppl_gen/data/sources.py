@@ -43,11 +43,11 @@ def _check_sampler(loader: Any) -> None:
     if isinstance(loader.dataset, torch.utils.data.IterableDataset):
         return
     known = torch.utils.data.SequentialSampler | torch.utils.data.RandomSampler
-    own = loader.batch_sampler if type(loader.batch_sampler) not in (torch.utils.data.BatchSampler, type(None)) else None
-    if own is not None or not isinstance(loader.sampler, known):
-        name = type(own or loader.sampler).__name__
+    grouped = type(loader.batch_sampler) in (torch.utils.data.BatchSampler, type(None))
+    if not grouped or not isinstance(loader.sampler, known):
+        chooser = loader.sampler if grouped else loader.batch_sampler
         raise TypeError(
-            f"data: the loader's {name} chooses or weighs rows, and batches are drawn by the algorithm; pass "
+            f"data: the loader's {type(chooser).__name__} chooses or weighs rows, and batches are drawn by the algorithm; pass "
             "torch.utils.data.Subset(dataset, indices) instead"
         )
 
