@@ -456,7 +456,7 @@ def test_published_optimisers_are_the_defaults_and_clipping_clips():
     classic = Adversarial().optimiser(leaf)
     assert isinstance(classic, torch.optim.Adam) and classic.defaults["lr"] == 2e-4
     assert classic.defaults["betas"] == (0.5, 0.999)
-    assert Adversarial("wasserstein", penalty="gradient").optimiser(leaf).defaults["betas"] == (0.5, 0.9)
+    assert Adversarial("wasserstein", penalty="gradient").optimiser(leaf).defaults["betas"] == (0.5, 0.99)
     critic, algorithm = _counted("wasserstein")
     fit = pg.fit(_vae_like, torch.randn(50, 3), algorithm, seed=0)
     assert max(float(p.detach().abs().max()) for p in critic.parameters()) > 0.1

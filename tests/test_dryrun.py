@@ -141,6 +141,23 @@ def test_the_mends_mend() -> None:
     assert pg.check(squeezed, X53).sites["y"].batch_shape == (5,)
 
 
+def test_two_sites_of_one_name_and_a_plate_made_twice() -> None:
+    def twice(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+            pyro.sample("x", dist.Normal(1.0, 1.0), obs=x)
+
+    def reopened(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    for model, name in ((twice, "x"), (reopened, "data")):
+        with pytest.raises(ValueError, match=f"'{name}'.*name of its own.*`rows = pyro.plate.*then `with rows:`"):
+            pg.check(model, X5)
+
+
 def test_a_plate_of_the_training_rows_is_refused_on_minibatches() -> None:
     def five(x: Tensor) -> None:
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))

@@ -46,9 +46,7 @@ def test_the_evidence_of_a_conjugate_fit_is_its_posterior_predictive_density() -
     fit = pg.fit(pg.Program(conjugate, conjugate_guide), X8, STILL)
     exact = normal(0.3, 1 + 0.36).log_prob(HELD)  # theta ~ N(0.3, 0.36) under the guide, x | theta ~ N(theta, 1)
     estimate = fit.evidence(HELD, draws=4000)
-    # The jackknife over ten groups knows its own error to a quarter: 6 of them, with 9 degrees of freedom: 2e-4 at
-    # worst for one row, but the error of the mean is asked for here, whose draws are 4000; 6.0 has 2e-4 * ... < 1e-5
-    # only together with the absolute bound below (sd of the log density over theta is below 0.6: 0.6 / sqrt 4000).
+    # The sd of a row's density over theta is below 0.6 of its mean, so that of the estimate is below 0.6 / sqrt 4000.
     assert abs(estimate.mean - float(exact.mean())) < 6 * 0.6 / math.sqrt(4000)
     assert 0 < estimate.mc_stderr < 3 * 0.6 / math.sqrt(4000)
     assert not estimate.exact and estimate.rows == 3 and estimate.kind == "averaged over 4000 posterior draws"
@@ -101,18 +99,17 @@ def test_globals_are_averaged_and_locals_integrated_at_each() -> None:
 
 
 def test_finite_latents_are_summed_out_exactly() -> None:
-    fit = pg.fit(pg.Program(switch), X8, EM(steps=1)) if False else pg.fit(pg.Program(_switch_free), X8, STILL)
+    fit = pg.fit(_shifted, X8, STILL)
     estimate = fit.evidence(HELD)
     parts = torch.tensor([0.7, 0.3], dtype=torch.float64).log() + dist.Normal(
         torch.tensor([-1.0, 1.0], dtype=torch.float64), 1.0
     ).log_prob(HELD[:, None])
-    assert torch.allclose(estimate.values, torch.logsumexp(parts, -1), atol=1e-9)
+    assert torch.allclose(estimate.values, torch.logsumexp(parts, -1), atol=1e-9)  # the one step moved by 1e-12
     assert estimate.exact and estimate.mc_stderr == 0.0 and estimate.kind == "finite latents summed out"
 
 
-def _switch_free(x: torch.Tensor) -> None:
-    pyro.param("unused", torch.zeros((), dtype=x.dtype))
-    switch(x)
+def _shifted(x: torch.Tensor) -> None:
+    switch(x + pyro.param("shift", torch.zeros((), dtype=x.dtype)))
 
 
 def test_a_point_estimate_is_exact_at_its_point() -> None:
@@ -156,23 +153,23 @@ def test_a_site_with_summed_and_drawn_latents_together() -> None:
 # -------------------------------------------------------------------------------------------- all data, one number
 def test_the_marginal_likelihood_of_conjugate_programs() -> None:
     fit = pg.fit(pg.Program(conjugate, conjugate_guide), X8, STILL)
-    estimate = fit.marginal_likelihood(draws=4000)
-    # Guide sd 0.6 against 0.33: weights of relative variance about 1.5: error 0.02.
-    assert abs(estimate.mean - conjugate_evidence(X8)) < 5 * 0.02 and estimate.rows == 1
-    assert estimate.mc_stderr == pytest.approx(0.02, rel=0.5) and estimate.pareto_k is not None
+    estimate = fit.marginal_likelihood(draws=2000)
+    # Guide sd 0.6 against 0.33: weights of relative variance about 1: error 0.022.
+    assert abs(estimate.mean - conjugate_evidence(X8)) < 5 * 0.025 and estimate.rows == 1
+    assert estimate.mc_stderr == pytest.approx(0.022, rel=0.5) and estimate.pareto_k is not None
     assert estimate.pareto_k < 0.5 and "in all" in repr(estimate)
-    mixed = pg.fit(pg.Program(both, both_guide), X8, STILL).marginal_likelihood(draws=600, particles=100)
-    # Eight rows with 100 particles each: bias 8 * 0.5 / 100, and the globals' weights: 0.05.
-    assert abs(mixed.mean - both_evidence(X8)) < 0.3
-    joint = pg.fit(pg.Program(both, AutoMultivariateNormal), X8, SVI(steps=1500, lr=0.02), seed=0)
+    mixed = pg.fit(pg.Program(both, both_guide), X8, STILL).marginal_likelihood(draws=200, particles=50)
+    # Eight rows with 50 particles each: bias 8 * 0.5 / 50, and the globals' weights: 0.07.
+    assert abs(mixed.mean - both_evidence(X8)) < 0.45
+    joint = pg.fit(pg.Program(both, AutoMultivariateNormal), X8, SVI(steps=600, lr=0.03), seed=0)
     # The posterior is normal, so a trained full-rank guide is nearly exact.
-    assert abs(joint.marginal_likelihood(draws=1000).mean - both_evidence(X8)) < 0.3
+    assert abs(joint.marginal_likelihood(draws=300).mean - both_evidence(X8)) < 0.3
 
 
 def test_the_bound_the_evidence_and_the_marginal_likelihood_are_three_numbers() -> None:
     fit = pg.fit(pg.Program(conjugate, conjugate_guide), X8, SVI(steps=500, lr=0.02), seed=0)
     bound = -8 * float(fit.history["program_loss"][-100:].mean())
-    total = fit.marginal_likelihood().mean
+    total = fit.marginal_likelihood(draws=1000).mean
     rows = 8 * fit.evidence(draws=1000).mean
     # In sample the posterior predictive density of the rows is larger than their marginal likelihood.
     assert bound < total + 0.1 < rows

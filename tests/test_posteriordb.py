@@ -3,9 +3,9 @@
 How often a correct sampler fails. With an effective sample size n and 10,000 reference draws, the difference of the
 means has standard error sd sqrt(1/n + 1/10000).
 
-- Fast: 0.25 sd at n >= 450 is 5.2 standard errors, 2e-7 per parameter and 8e-6 for all 39 if each had so few; most have
-  twice as many. R-hat squared minus one is about chi^2_3 / 3 * 4 / n for four half chains, so that R-hat > 1.03 asks for
-  chi^2_3 > 27 (n = 600, 6e-6) or > 45 (n = 1000, 1e-9).
+- Fast: 0.25 sd at n >= 450 is 5.2 standard errors, 2e-7 per parameter and 8e-6 for all 39 if each had so few; most
+  have twice as many. R-hat squared minus one is about chi^2_3 / 3 * 4 / n for four half chains, so that R-hat > 1.03
+  asks for chi^2_3 > 27 (n = 600, 6e-6) or > 45 (n = 1000, 1e-9).
 - Slow: 0.1 sd at n >= 4000 is 5.3 standard errors, 1e-7 per parameter. The sd of n normal draws has relative error
   1 / sqrt(2 n) = 0.011; chains know squares about half as well, 0.016, and 0.1 is six of these. The tail of tau doubles
   the error of its sd: 0.15.

@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from programs import both, both_guide, conjugate, generator, regression, sine_rows
@@ -183,3 +185,76 @@ def test_data_too_large_to_keep_is_asked_for(tmp_path: Path, monkeypatch: pytest
         pg.load(tmp_path / "kept", program=program)
     back = pg.load(tmp_path / "kept", program=program, data=X)
     assert all(torch.equal(back.params[name], fit.params[name]) for name in fit.params)
+
+
+def test_a_program_of_other_sites_is_refused_even_without_parameters(tmp_path: Path) -> None:
+    fit, _ = fitted("chains")
+    fit.save(tmp_path / "kept")
+
+    def conjugate_of_laplace(x: torch.Tensor) -> None:
+        theta = pyro.sample("theta", dist.Laplace(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="is not the program of this fit.*Laplace"):
+        pg.load(tmp_path / "kept", program=conjugate_of_laplace)
+
+
+def test_what_only_a_recipe_reads_is_kept_and_what_cannot_be_kept_is_asked_for(tmp_path: Path) -> None:
+    def build(data: Any) -> pg.Program:
+        classes = int(data["label"].max()) + 1
+
+        def model(x: torch.Tensor, scale: list[float]) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(pyro.param("loc", torch.zeros(classes)).sum(), scale[0]), obs=x)
+
+        return pg.Program(model)
+
+    data = {"x": X, "label": torch.arange(12) % 3}
+    recipe = pg.Recipe(build)
+    fit = pg.fit(recipe, {**data, "scale": pg.constant([2.0])}, SVI(steps=3))
+    fit.save(tmp_path / "list")
+    with pytest.raises(ValueError, match="hold scale, which cannot be saved with the fit; pass them as data="):
+        pg.load(tmp_path / "list", program=recipe)
+    back = pg.load(tmp_path / "list", program=recipe, data={**data, "scale": pg.constant([2.0])})
+    assert torch.equal(back.params["loc"], fit.params["loc"])
+    pg.fit(recipe, {**data, "scale": pg.constant(torch.tensor([2.0]))}, SVI(steps=3)).save(tmp_path / "tensor")
+    assert torch.equal(pg.load(tmp_path / "tensor", program=recipe).params["loc"], fit.params["loc"])
+
+
+def test_rows_drawn_afresh_are_asked_for(tmp_path: Path) -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Bernoulli(pyro.param("p", torch.tensor(0.4))), obs=x)
+
+    rows = pg.data.Rows({"x": torch.rand(9)}, on_batch=lambda batch: {"x": torch.bernoulli(batch["x"])})
+    fit = pg.fit(model, rows, SVI(steps=3))
+    fit.save(tmp_path / "kept")
+    with pytest.raises(ValueError, match="drawn afresh for every batch"):
+        pg.load(tmp_path / "kept", program=model)
+    assert pg.load(tmp_path / "kept", program=model, data=rows).evidence().mean == fit.evidence().mean
+
+
+def test_a_rename_that_fails_gives_the_old_fit_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, program = fitted("guide")
+    first.save(tmp_path / "kept")
+    rename, calls = storage.os.rename, []
+
+    def second_fails(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("stale handle")
+        rename(source, target)
+
+    monkeypatch.setattr(storage.os, "rename", second_fails)
+    with pytest.raises(OSError, match="stale"):
+        first.save(tmp_path / "kept")
+    monkeypatch.undo()
+    assert pg.load(tmp_path / "kept", program=program).seed == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_saved_fit_is_as_readable_as_any_other_folder(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    fitted("guide")[0].save(tmp_path / "kept")
+    assert (tmp_path / "kept").stat().st_mode == (tmp_path / "plain").stat().st_mode

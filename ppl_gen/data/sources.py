@@ -47,8 +47,8 @@ def _check_sampler(loader: Any) -> None:
     if not grouped or not isinstance(loader.sampler, known):
         chooser = loader.sampler if grouped else loader.batch_sampler
         raise TypeError(
-            f"data: the loader's {type(chooser).__name__} chooses or weighs rows, and batches are drawn by the algorithm; pass "
-            "torch.utils.data.Subset(dataset, indices) instead"
+            f"data: the loader's {type(chooser).__name__} chooses or weighs rows, and batches are drawn by the "
+            "algorithm; pass torch.utils.data.Subset(dataset, indices) instead"
         )
 
 

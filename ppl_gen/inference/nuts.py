@@ -126,13 +126,13 @@ class NUTS(Algorithm):
         edge = [name for name in given if name in density.sites and name not in parts]
         if edge:
             run.notes["starting values"] = f"{', '.join(edge)}: on the edge of the support or beyond, and not used"
-        seeds = np.random.SeedSequence(run.seed).generate_state(2 * self.chains).reshape(2, self.chains)
+        seeds = np.random.SeedSequence(run.seed).generate_state(2 * self.chains)
         starts = []
-        for seed in seeds[0]:
+        for seed in seeds[::2]:
             with isolated(int(seed)):
                 starts.append(starting_point(density, parts, self.jitter))
         _refuse_hidden_draws(run, density, starts[0])
-        return starts, [int(seed) for seed in seeds[1]]
+        return starts, [int(seed) for seed in seeds[1::2]]
 
     def _chain(
         self,
@@ -171,23 +171,27 @@ class NUTS(Algorithm):
         positions = np.concatenate([table.positions(length) for table in kept])
         draws = _relabelled(run, _site_values(run, density, positions))
         divergences = sum(table.divergences for table in tables)
-        outcome = Outcome(
+        if run.validation is not None:
+            run.notes["validation"] = (
+                "not recorded, as NUTS draws after it has adapted; see fit.evidence(held_out_rows)"
+            )
+        return Outcome(
             ChainPosterior({name: value.unflatten(0, (len(kept), length)) for name, value in draws.items()}, stats),
             state=run.workspace.snapshot(),
             interrupted=interrupted,
-            message=f"{'interrupted; kept ' if interrupted else ''}{len(kept)} chains of {length} draws after "
-            f"{self.warmup} warm-up iterations; {divergences} divergences",
+            message=f"{'interrupted; kept ' if interrupted else ''}{_counted(len(kept), 'chain')} of "
+            f"{_counted(length, 'draw')} after {_counted(self.warmup, 'warm-up iteration')}; "
+            f"{_counted(divergences, 'divergence')}",
             cost={
                 "steps": sum(table.done for table in tables),
                 "gradient_evaluations": sum(table.gradients for table in tables),
                 "divergences": divergences,
             },
         )
-        if run.validation is not None:
-            checks: dict[str, list[float]] = {}
-            run.validation.record(checks, self.draws, run, outcome)
-            outcome.checks = checks
-        return outcome
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _refuse_hidden_draws(run: Run, density: Unconstrained, u: Tensor) -> None:
@@ -273,4 +277,4 @@ class _Report:
         now = time.monotonic()
         if self.run.progress is not None and (now - self.shown > 0.1 or done == self.total):
             self.shown = now
-            self.run.progress(done, self.total, f"{divergences} divergences")
+            self.run.progress(done, self.total, _counted(divergences, "divergence"))

@@ -183,9 +183,16 @@ def gradients(game: Game, player: str, leaves: Sequence[Tensor], batch: Batch) -
     Nothing in it synchronises with the device; a leaf that the loss does not touch gets a zero gradient.
     """
     loss = game.loss(player, batch)
+    if not loss.value.requires_grad:
+        raise IncompatibleError(f"the loss of player {player!r} depends on none of its parameters: nothing to learn")
     grads = torch.autograd.grad(loss.value, list(leaves), allow_unused=True)
-    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+    filled = [torch.zeros_like(p) if g is None else _laid_out(g, p) for p, g in zip(leaves, grads, strict=True)]
     return loss.value.detach(), loss.parts, filled
+
+
+def _laid_out(grad: Tensor, leaf: Tensor) -> Tensor:
+    """Autograd may return an expanded gradient (that of a sum, say); fused optimisers read raw memory."""
+    return grad if grad.stride() == leaf.stride() else torch.empty_like(leaf).copy_(grad)
 
 
 class _State:
