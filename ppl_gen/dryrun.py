@@ -251,8 +251,8 @@ class explained:
             ) from error
         if "Multiple sample sites named" in text:
             raise ValueError(
-                head + text.splitlines()[0] + "; every site needs a name of its own, and a plate that is opened twice is "
-                "made once: `rows = pyro.plate(...)`, then `with rows:`"
+                head + text.splitlines()[0] + "; every site needs a name of its own, and a plate that is opened twice "
+                "is made once: `rows = pyro.plate(...)`, then `with rows:`"
             ) from error
         if "invalid log_prob shape" in text or "shape mismatch" in text.lower() or "broadcast" in text:
             raise ValueError(head + text.strip() + "\n" + self._advice(text)) from error

@@ -589,3 +589,25 @@ def test_the_bound_is_tight_with_the_exact_guide() -> None:
     exact = -float(dist.Normal(torch.zeros((), dtype=torch.float64), math.sqrt(2.0)).log_prob(X8).mean())
     z = (mean.mean() - exact) / (mean.std() / 20)  # the divergence is analytic, so the loss itself varies
     assert abs(float(z)) < 4.5  # two-sided 7e-6
+
+
+def test_gradients_that_autograd_expands_reach_the_optimiser_whole() -> None:
+    """The gradient of a sum is one number expanded: a fused optimiser that reads raw memory would see the neighbours."""
+
+    def model(x: torch.Tensor) -> None:
+        parts = pyro.param("parts", torch.zeros(5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(parts.sum(), 1.0), obs=x)
+
+    for kind in ("adam", "adamw", "sgd", "rmsprop"):
+        fit = pg.fit(model, X8.float() + 3.0, SVI(steps=5, lr=0.01, optimiser=kind))
+        parts = fit.params["parts"]
+        assert float(parts.min()) == float(parts.max()) > 0.01, kind
+
+
+def test_a_loss_without_gradient_is_said_so() -> None:
+    def guide(x: torch.Tensor) -> None:
+        pyro.param("unused", torch.zeros(()))
+
+    with pytest.raises(pg.IncompatibleError, match="depends on none of its parameters"):
+        pg.fit(pg.Program(switch, guide), X8, SVI(steps=2))

@@ -214,6 +214,11 @@ def as_dataset(
         entries, constants = _mapping_entries(data, signature)
         positional = None
         _require_arguments(signature, {*entries, *constants})
+        if data and open_kind not in kinds and not signature.parameters.keys() & data.keys():
+            raise ValueError(
+                f"data: none of its entries ({', '.join(map(str, data))}) is an argument of the model "
+                f"({', '.join(names)}); give them the names of the model's arguments"
+            )
     else:
         positional = names[0] if names else "data"
         entries, constants = {positional: _array(data, positional)}, {}
@@ -230,11 +235,6 @@ def _mapping_entries(data: Mapping[str, Any], signature: inspect.Signature) -> t
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     entries: dict[str, Any] = {}
     constants: dict[str, Any] = {}
-    if data and not open_ended and not signature.parameters.keys() & data.keys():
-        raise ValueError(
-            f"data: none of its entries ({', '.join(map(str, data))}) is an argument of the model "
-            f"({', '.join(signature.parameters)}); give them the names of the model's arguments"
-        )
     for name, value in data.items():
         if not open_ended and name not in signature.parameters:
             continue
