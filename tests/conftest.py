@@ -19,7 +19,17 @@ import ppl_gen
 
 SEED = 1234
 _GUARDED = ("fit", "check", "prior_predictive")
-_METHODS = ("posterior", "predict", "sample", "evidence", "marginal_likelihood", "to_arviz", "diagnose", "module", "save")
+_METHODS = (
+    "posterior",
+    "predict",
+    "sample",
+    "evidence",
+    "marginal_likelihood",
+    "to_arviz",
+    "diagnose",
+    "module",
+    "save",
+)
 
 
 def generators() -> dict[str, Any]:

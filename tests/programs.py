@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -58,6 +58,11 @@ def changes(module: nn.Module, before: dict[str, Any]) -> list[str]:
             if not same and (value is None or other is None or not torch.equal(value, other)):
                 found.append(f"{key} of {name}")
     return found
+
+
+def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    """The same names, and bitwise the same values."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 # ------------------------------------------------------------------------------------------ one global latent

@@ -184,7 +184,9 @@ def test_a_program_without_a_density_has_no_evidence() -> None:
     model, _ = generator()
     fit = pg.fit(model, torch.randn(20, 1), SVI(Adversarial(), steps=2))
     for ask in (fit.evidence, fit.marginal_likelihood):
-        with pytest.raises(pg.IncompatibleError, match="has no density: its observations come from a deterministic map"):
+        with pytest.raises(
+            pg.IncompatibleError, match="has no density: its observations come from a deterministic map"
+        ):
             ask()
 
 

@@ -165,8 +165,12 @@ def test_the_weights_are_those_of_a_hand_written_bound() -> None:
     with playing(model, guide, IWAE(particles=4), {"x": X8, "noise": noise}) as (game, dataset):
         value = float(losses(game, dataset.batch(), 1))
     z = 0.2 * X8 + noise.T
-    log_w = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(X8) - dist.Normal(0.2 * X8, 1.0).log_prob(z)
-    assert value == pytest.approx(-float((torch.logsumexp(log_w, 0) - math.log(4)).mean()), abs=1e-6)  # 0. and 1. in float32
+    log_w = (
+        dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(X8) - dist.Normal(0.2 * X8, 1.0).log_prob(z)
+    )
+    assert value == pytest.approx(
+        -float((torch.logsumexp(log_w, 0) - math.log(4)).mean()), abs=1e-6
+    )  # 0. and 1. in float32
 
 
 # ------------------------------------------------------------------------- particles at once, or one by one

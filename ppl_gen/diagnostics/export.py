@@ -44,7 +44,8 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
         if kept or not fit.info.select():
             _add_log_likelihood(fit, batch, groups, kept, attrs)
         if any(site.kind != "observed" for site in fit.info.sites.values()):
-            groups["prior"] = _lead(prior_rows(fit.program.model, batch, min(draws, 500)), fit, latent=True)
+            count = min(draws, 500, _affordable(prior_rows(fit.program.model, batch, 1)))
+            groups["prior"] = _lead(prior_rows(fit.program.model, batch, count), fit, latent=True)
         groups["observed_data"] = {name: _array(value) for name, value in observed_rows(fit, fit.data).items()}
         inputs = {name: _array(v) for name, v in {**_named(fit, batch)}.items() if name not in groups["observed_data"]}
         groups["constant_data"] = inputs
@@ -93,6 +94,18 @@ def _affordable_draws(fit: Fit, draws: int) -> list[dict[str, Tensor]]:
     return [*first, *(fit.learned.draw(count - 1, batch) if count > 1 else [])]
 
 
+def _affordable(draw: Mapping[str, Tensor]) -> int:
+    """How many draws of this size stay within `CELLS` numbers, and one at least."""
+    return max(1, CELLS // max(1, sum(value.numel() for value in draw.values())))
+
+
+def _thinned(kept: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
+    """At most ``limit`` of the places (but one of each chain), evenly from every chain."""
+    chains = _chains(kept)
+    step = -(-len(kept) // (chains * max(1, limit // chains)))
+    return [place for i, place in enumerate(kept) if i % (len(kept) // chains) % step == 0]
+
+
 def _kept_draws(fit: Fit, groups: Groups, draws: int) -> list[tuple[int, int]]:
     posterior = groups["posterior"]
     if not posterior:
@@ -116,12 +129,16 @@ def _add_predictive(fit: Fit, batch: Batch, groups: Groups, kept: list[tuple[int
     observed = [site.name for site in fit.info.select(kind="observed")]
     if fit.program.energy is not None:
         return  # a replicate is a Markov chain of its own: fit.sample runs it when it is wanted
-    places: list[tuple[int, int] | None] = [*kept] or [None] * 100
-    rows = []
-    for place in places:
+
+    def replicates(place: tuple[int, int] | None) -> dict[str, Tensor]:
         values = _values(fit, groups, place) if place is not None else {}
         trace = _run(fit, batch, values, replicate=True)
-        rows.append({name: trace.nodes[name]["value"] for name in observed if name in trace.nodes})
+        return {name: trace.nodes[name]["value"] for name in observed if name in trace.nodes}
+
+    limit = _affordable(replicates(kept[0] if kept else None))
+    kept = _thinned(kept, limit)
+    places: list[tuple[int, int] | None] = [*kept] or [None] * min(100, limit)
+    rows = [replicates(place) for place in places]
     groups["posterior_predictive"] = {
         name: _array(torch.stack([row[name] for row in rows])).reshape(_chains(kept), -1, *rows[0][name].shape)
         for name in rows[0]

@@ -92,23 +92,21 @@ class Table:
         return dict(zip(STATISTICS, columns, strict=True))
 
 
-class _Evaluated(torch.autograd.Function):
-    """The potential with its gradient already known, in the form in which Pyro asks for both."""
+def _evaluated(u: Tensor, function: Function) -> Tensor:
+    """The potential in the form in which Pyro asks for it: a scalar whose gradient autograd gives.
 
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, function: Function) -> Tensor:
-        try:
-            value, ctx.gradient = function(u.detach())  # TorchScript is slower on what requires a gradient
-        except RuntimeError as error:
-            if "singular" not in str(error) and "positive-definite" not in str(error):
-                raise
-            # A step too long has left the region where a matrix can be factorised: Pyro counts NaN as a divergence.
-            value, ctx.gradient = u.new_tensor(float("nan")), torch.zeros_like(u)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradient, None  # of the potential itself, so the factor from outside is one
+    Value and gradient g are known already, so the graph is that of u . g, with the value written over it.
+    """
+    try:
+        value, gradient = function(u.detach())
+    except RuntimeError as error:
+        if "singular" not in str(error) and "positive-definite" not in str(error):
+            raise
+        # A step too long has left the region where a matrix can be factorised: Pyro counts NaN as a divergence.
+        value, gradient = u.new_tensor(float("nan")), torch.zeros_like(u)
+    result = torch.dot(u, gradient)
+    result.detach().copy_(value)
+    return result
 
 
 class _Metric(BlockMassMatrix):
@@ -142,7 +140,7 @@ class _Kernel(PyroNUTS):
 
         def potential(params: dict[str, Tensor]) -> Tensor:
             self.gradients += 1
-            return _Evaluated.apply(params[_LATENTS], function)
+            return _evaluated(params[_LATENTS], function)
 
         super().__init__(
             potential_fn=potential,

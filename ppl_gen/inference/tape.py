@@ -23,6 +23,10 @@ __all__ = ["Recording", "RecordingRefused", "record", "record_checked"]
 
 Function = Callable[[Tensor], tuple[Tensor, ...]]
 
+_aten = torch.ops.aten
+#: These read the shape of their argument and not its numbers.
+_SHAPE_ONLY = {_aten.zeros_like, _aten.ones_like, _aten.full_like, _aten.new_zeros, _aten.new_ones, _aten.new_full}
+
 
 class RecordingRefused(RuntimeError):
     """The function cannot be replayed from a tape; the message says which operation stands in the way."""
@@ -159,7 +163,7 @@ class _Recorder(TorchDispatchMode):
         made = {_storage(t) for t in _tensors(outputs)}
         self.made |= made - {_storage(t) for t in tensors}
         self.known |= {id(t) for t in _tensors(outputs)}
-        if dependent:
+        if dependent and func.overloadpacket not in _SHAPE_ONLY:
             self.dependent |= made
         self.calls.append(_Call(func, inputs, structure, outputs))  # holds the tensors, so that no id is used twice
         return result
