@@ -14,12 +14,15 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["ProgramState", "Workspace", "copied", "isolated", "looking", "quiet"]
+from ppl_gen.errors import IncompatibleError
+
+__all__ = ["ProgramState", "Workspace", "copied", "isolated", "looking", "quiet", "revived"]
 
 _PYRO_MODULE = pyro.primitives.module
 
@@ -86,6 +89,19 @@ def copied(module: nn.Module) -> nn.Module:
     for part, (model, _) in zip((p for p in made.modules() if isinstance(p, AutoGuide)), kept, strict=True):
         part._model = model
     return made
+
+
+def revived(guide: AutoGuide, model: Callable[..., Any]) -> AutoGuide:
+    """An autoguide with a model again, if it has come from another process and lost it on the way."""
+    if guide._model is None:
+        start = getattr(guide, "init_loc_fn", None)
+        guide._model = (model if start is None else InitMessenger(start)(model),)
+    if any(part._model is None for part in guide.modules() if isinstance(part, AutoGuide)):
+        raise IncompatibleError(
+            f"guide: the parts of {type(guide).__name__} forget their models on the way to another process; make the "
+            "guide in a Recipe, which is called there"
+        )
+    return guide
 
 
 def quiet() -> contextlib.AbstractContextManager[None]:

@@ -73,6 +73,12 @@ class Program:
         if not self.name:
             object.__setattr__(self, "name", getattr(self.model, "__name__", type(self.model).__name__))
 
+    def __getstate__(self) -> dict[str, Any]:
+        from ppl_gen.isolation import copied  # pickling makes Pyro's autoguides forget their model: a copy may
+
+        kept = dict(self.__dict__)
+        return {**kept, "guide": copied(self.guide) if isinstance(self.guide, torch.nn.Module) else self.guide}
+
     def __repr__(self) -> str:
         guide = "" if self.guide is None else f", guide={getattr(self.guide, '__name__', type(self.guide).__name__)}"
         return f"Program({self.name}{guide})"

@@ -357,7 +357,7 @@ def test_fresh_draws_become_one_draw_for_the_yardstick() -> None:
         ({"seeds": [-1]}, ValueError, "seeds: .* none below 0"),
         ({"n_jobs": 0}, ValueError, "n_jobs"),
         ({"draws": 0}, ValueError, "draws: expected a whole number of at least 1, got 0"),
-        ({"data": {"y": rows()}}, ValueError, r"none of its entries \(y\) is an argument of the model \(x\)"),
+        ({"data": {"y": rows()}}, ValueError, "the model needs the argument 'x', which the data does not hold"),
         ({"data": {"x": rows(), "y": rows(3)}, "program": lambda x, y: None}, ValueError, "x: 50, y: 3"),
         (
             {"test": torch.zeros(4, 2)},

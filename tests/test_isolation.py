@@ -206,3 +206,28 @@ def test_a_model_written_as_a_pyro_module_trains_and_answers_with_its_trained_va
     more = pg.fit(model, data, SVI(steps=100, lr=0.02), start=fit)
     assert abs(float(more.params["line.weight"]) - 3.0) < 0.3 and not same(more.params, fit.params), "it trains on"
     assert torch.equal(more.params["line.weight"], more.module("model").line.weight)
+
+
+def test_an_autoguide_survives_being_copied_and_sent_to_another_process() -> None:
+    """Pyro lets an autoguide drop its model when it is pickled, on the sender's side too."""
+    import pickle
+
+    from pyro.infer.autoguide import AutoGuideList, AutoNormal
+    from pyro.poutine import block
+
+    def few() -> SVI:
+        return SVI(steps=3, lr=0.1)
+
+    instance = AutoNormal(conjugate)
+    program = pg.Program(conjugate, instance)
+    first = pg.fit(program, X8, few())
+    sent = pickle.loads(pickle.dumps(program))
+    assert instance.model is not None
+    assert same(first.params, pg.fit(program, X8, few()).params)
+    assert same(first.params, pg.fit(sent, X8, few()).params), "its starting values come along"
+    parts = AutoGuideList(conjugate)
+    parts.append(AutoNormal(block(conjugate, expose=["theta"])))
+    listed = pg.Program(conjugate, parts)
+    assert same(pg.fit(listed, X8, few()).params, pg.fit(listed, X8, few()).params)
+    with pytest.raises(pg.IncompatibleError, match="AutoGuideList forget their models.*Recipe"):
+        pg.fit(pickle.loads(pickle.dumps(listed)), X8, few())

@@ -23,6 +23,7 @@ import ppl_gen as pg
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.dryrun import dry_run
 from ppl_gen.inference import EM, NUTS
+from ppl_gen.inference.nuts_kernel import Metric
 from ppl_gen.inference.tape import record_checked
 from ppl_gen.inference.unconstrained import Unconstrained, starting_point
 from ppl_gen.isolation import isolated
@@ -71,9 +72,9 @@ def double():
 
 
 def test_closed_form_posteriors() -> None:
-    fit = pg.fit(conjugate, DATA, NUTS(draws=400, warmup=200, chains=2, processes=1), seed=0)
+    fit = pg.fit(conjugate, DATA, NUTS(draws=300, warmup=150, chains=2, processes=1), seed=0)
     draws = fit.learned.draws
-    assert draws["loc"].shape == (2, 400) and draws["shares"].shape == (2, 400, 3)
+    assert draws["loc"].shape == (2, 300) and draws["shares"].shape == (2, 300, 3)
     precision = 1 / 4 + len(VALUES) / 1.5**2
     assert_moments(draws["loc"], float(VALUES.sum()) / 1.5**2 / precision, precision**-0.5)
     shape, rate = 2 + float(COUNTS.sum()), 1 + len(COUNTS)
@@ -84,7 +85,7 @@ def test_closed_form_posteriors() -> None:
         assert_moments(draws["shares"][..., k], share, math.sqrt(share * (1 - share) / (total + 1)))
     assert fit.status == pg.Status.FINISHED and fit.cost["divergences"] == 0
     prior = 2.0
-    assert abs(float(draws["loc"].std()) - prior) > 2 * SIGMAS * prior / math.sqrt(2 * 800), "the prior would fail"
+    assert abs(float(draws["loc"].std()) - prior) > 2 * SIGMAS * prior / math.sqrt(2 * 600), "the prior would fail"
 
 
 def test_statistics_of_each_draw(double: None) -> None:
@@ -344,12 +345,12 @@ def ordered(draws):
 
 
 def test_relabelling_comes_after_the_run() -> None:
-    nuts = NUTS(draws=50, warmup=50, chains=4, processes=1)
+    nuts = NUTS(draws=20, warmup=30, chains=4, processes=1)
     plain, sorted_ = (pg.fit(pg.Program(mixture, relabel=relabel), VALUES, nuts, seed=0) for relabel in (None, ordered))
     loc = plain.learned.draws["loc"]
     assert bool((loc[..., 0] > loc[..., 1]).any()), "without it some chains have the labels swapped"
     assert torch.equal(sorted_.learned.draws["loc"], loc.sort(-1).values)
-    with pytest.raises(ValueError, match=r"relabel: expected 'loc' of shape \(200, 2\)"):
+    with pytest.raises(ValueError, match=r"relabel: expected 'loc' of shape \(80, 2\)"):
         pg.fit(pg.Program(mixture, relabel=lambda draws: {**draws, "loc": draws["loc"][0]}), VALUES, nuts, seed=0)
 
 
@@ -425,16 +426,18 @@ def test_refuses_settings_out_of_range(settings, message) -> None:
 
 
 def test_divergences_are_counted_and_reported() -> None:
-    def funnel(x):
-        log_scale = pyro.sample("log_scale", dist.Normal(0.0, 3.0))
-        inner = pyro.sample("inner", dist.Normal(0.0, (log_scale / 2).exp()).expand([9]).to_event(1))
+    def walled(x):
+        """A density that ends in walls no gradient announces: trajectories run into them."""
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(0.0 * inner.sum(), 1.0), obs=x)
+            pyro.sample("x", dist.Uniform(loc, loc + 1.0, validate_args=False), obs=x)
 
-    # Neal's funnel has no step size that serves both ends: with this target some trajectories must diverge.
-    fit = pg.fit(funnel, VALUES[:1], NUTS(draws=150, warmup=100, chains=2, target_accept=0.6, processes=1), seed=0)
+    fit = pg.fit(walled, VALUES[:1], NUTS(draws=60, warmup=60, chains=2, processes=1), seed=0)
     count = int(fit.learned.stats["diverging"].sum())
-    assert count > 0 and fit.cost["divergences"] == count and f"{count} divergence" in fit.message
+    assert count > 10 and fit.cost["divergences"] == count and f"{count} divergences" in fit.message
+    loc = fit.learned.draws["loc"]
+    assert bool(((loc > float(VALUES[0]) - 1) & (loc < float(VALUES[0]))).all()), "no draw lies behind a wall"
+    assert "diverged" in fit.diagnose().attrs["verdict"]
 
 
 def test_a_posterior_of_small_scale_costs_no_more() -> None:
@@ -448,12 +451,38 @@ def test_a_posterior_of_small_scale_costs_no_more() -> None:
 
         return model
 
-    nuts = NUTS(draws=100, warmup=300, chains=1, processes=1)
+    nuts = NUTS(draws=60, warmup=200, chains=1, processes=1)
     steps = [
         float(pg.fit(scaled(small), VALUES, nuts, seed=0).learned.stats["n_steps"].double().mean())
         for small in (1e-3, 1.0)
     ]
     assert steps[0] < 1.5 * steps[1] < 12
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_mass_matrix_scales_with_the_posterior_and_survives_a_stuck_chain(full, double) -> None:
+    torch.manual_seed(0)
+    scales = torch.tensor([1e-4, 1.0, 30.0])
+    draws = torch.randn(40, 3) @ torch.tensor([[1.0, 0.9, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 1.0]])
+
+    def estimated(rows):
+        metric = Metric()
+        metric.configure({("u",): (3, 3) if full else (3,)}, options={"dtype": torch.float64})
+        for row in rows:
+            metric.update({"u": row}, None)
+        metric.end_adaptation()
+        return metric.inverse_mass_matrix[("u",)]
+
+    plain, scaled = estimated(draws), estimated(draws * scales)
+    outer = torch.outer(scales, scales) if full else scales**2
+    assert torch.allclose(scaled, plain * outer, rtol=1e-9)
+    covariance = draws.T.cov() if full else draws.var(0)
+    # n / (n + 5) of the covariance and 5 / (n + 5) of its diagonal times (3 / 40)^2.
+    own = covariance.diagonal().diag() if full else covariance
+    assert torch.allclose(plain, (40 * covariance + 5 * (3 / 40) ** 2 * own) / 45, rtol=1e-9)
+    stuck = estimated(draws[:1].expand(40, 3))
+    least = torch.linalg.eigvalsh(stuck).min() if full else stuck.min()
+    assert float(least) > 0 and bool(stuck.isfinite().all())
 
 
 def test_networks_without_trainable_weights_may_stand_in_the_program() -> None:
@@ -474,7 +503,7 @@ def test_networks_without_trainable_weights_may_stand_in_the_program() -> None:
 
 
 def test_eight_schools_through_fit_and_arviz() -> None:
-    """The acceptance script's bound on a smaller run: 0.15 sd is 4.7 standard errors at an ESS of 1000."""
+    """0.25 sd of mu (3.31) is five standard errors at an effective sample size of 400."""
 
     def eight_schools(sigma, y=None):
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
@@ -487,10 +516,11 @@ def test_eight_schools_through_fit_and_arviz() -> None:
         "sigma": torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18]),
         "y": torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12]),
     }
-    fit = pg.fit(eight_schools, data, NUTS(draws=400, warmup=250, chains=2, processes=1), seed=1)
+    fit = pg.fit(eight_schools, data, NUTS(draws=300, warmup=200, chains=2, processes=1), seed=1)
+    assert float(effective_sample_size(fit.learned.draws["mu"])) > 400
     tree = fit.to_arviz(draws=20)
-    assert abs(float(tree.posterior["mu"].mean()) - 4.41) < 0.15 * 3.31
-    assert tree.posterior["offset"].shape == (2, 400, 8)
+    assert abs(float(tree.posterior["mu"].mean()) - 4.41) < 0.25 * 3.31
+    assert tree.posterior["offset"].shape == (2, 300, 8)
     assert {"diverging", "energy", "lp", "acceptance_rate", "tree_depth", "step_size"} <= set(
         tree.sample_stats.data_vars
     )

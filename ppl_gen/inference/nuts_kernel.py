@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppl_gen.inference.tape import Recording
 
-__all__ = ["STATISTICS", "Chain", "Table", "sample_chain"]
+__all__ = ["STATISTICS", "Chain", "Metric", "Table", "sample_chain"]
 
 #: What is kept of every draw beside its position.
 STATISTICS = ("diverging", "energy", "lp", "acceptance_rate", "n_steps", "tree_depth", "step_size")
@@ -109,12 +109,12 @@ def _evaluated(u: Tensor, function: Function) -> Tensor:
     return result
 
 
-class _Metric(BlockMassMatrix):
+class Metric(BlockMassMatrix):
     """Pyro's mass matrix with a regularisation that knows no units.
 
     Pyro (as Stan) shrinks the covariance of n draws towards 0.001 I, which swamps a posterior whose sd is 0.001 (a
-    regression on many rows): its trajectories grow three times longer. Here it shrinks towards its own diagonal, by a
-    weight that vanishes once there are many more draws than dimensions.
+    regression on many rows): its trajectories grow three times longer. Here it shrinks towards 0.001 of its own
+    diagonal, and towards all of it while there are fewer draws than dimensions.
     """
 
     estimated = False
@@ -124,10 +124,12 @@ class _Metric(BlockMassMatrix):
         for names, scheme in self._adapt_scheme.items():
             count, covariance = scheme.n_samples, scheme.get_covariance(regularize=False)
             variance = covariance if covariance.dim() == 1 else covariance.diagonal()
-            weight = 5.0 / (count + 5.0) * min(1.0, len(variance) / count) ** 2
-            own = weight * variance.clamp(min=torch.finfo(variance.dtype).tiny)
-            shrunk = covariance * (count / (count + 5.0))
-            estimates[names] = shrunk + (own if covariance.dim() == 1 else own.diag())
+            if not bool((variance > 0).all()):  # a chain that has not moved has no units of its own
+                estimates[names] = scheme.get_covariance(regularize=True)
+                continue
+            own = variance * max(1e-3, min(1.0, len(variance) / count) ** 2)
+            own = own if covariance.dim() == 1 else own.diag()
+            estimates[names] = (count * covariance + 5.0 * own) / (count + 5.0)
         self.inverse_mass_matrix = estimates
         self.estimated = True
 
@@ -148,8 +150,8 @@ class _Kernel(PyroNUTS):
             target_accept_prob=chain.target_accept,
             max_tree_depth=chain.max_tree_depth,
         )
-        self.mass_matrix_adapter = self.metric = _Metric()
-        self.depth = chain.max_tree_depth
+        self.mass_matrix_adapter = self.metric = Metric()
+        self.depth, self.warmup, self.taken = chain.max_tree_depth, chain.warmup, 0
         self.initial_params = {_LATENTS: chain.start}
 
     def _sample_r(self, name: str) -> Any:
@@ -159,7 +161,9 @@ class _Kernel(PyroNUTS):
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         # Before the mass matrix has been estimated once, long trajectories cost most of a run and teach little.
-        self._max_tree_depth = self.depth if self.metric.estimated else min(self.depth, _EARLY_DEPTH)
+        early = not self.metric.estimated and self.taken < self.warmup
+        self._max_tree_depth = min(self.depth, _EARLY_DEPTH) if early else self.depth
+        self.taken += 1
         return super().sample(params)
 
     @property

@@ -21,7 +21,7 @@ from ppl_gen.inference.base import Info, Iterative, Outcome, Run
 from ppl_gen.inference.objectives.base import Game, Player, Setting
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.plain import as_objective
-from ppl_gen.isolation import ProgramState, copied, looking, quiet
+from ppl_gen.isolation import ProgramState, copied, looking, quiet, revived
 from ppl_gen.offers import Need
 from ppl_gen.posterior import GuidePosterior, PointPosterior
 from ppl_gen.program import filtered
@@ -390,7 +390,7 @@ def resolved_guide(run: Run) -> Callable[..., Any] | None:
             return kind(model, init_loc_fn=init_to_value(values=start, fallback=init_to_feasible))
         return kind(model)
     if isinstance(guide, AutoGuide):
-        return copied(guide)
+        return revived(copied(guide), poutine.block(run.program.model, hide=hidden))
     if isinstance(guide, torch.nn.Module):
         return guide
     return filtered(guide)
