@@ -74,9 +74,9 @@ class Comparison:
         return as_text(self)
 
     def _repr_html_(self) -> str:
-        from ppl_gen.report.html import fragment
+        from ppl_gen.report.display import comparison_html
 
-        return fragment(self)
+        return comparison_html(self)
 
     def table(self) -> pandas.DataFrame:
         """One row per algorithm and seed, in the order given.

@@ -34,6 +34,8 @@ class Site:
     reparameterised: bool
     likelihood_free: bool
     support: Any
+    improper: bool = False
+    averaged: bool = True  # has a mean, which carries gradients where draws do not
 
     @property
     def latent(self) -> bool:
@@ -98,6 +100,11 @@ class ProgramInfo:
             else "no data plate: whole data only"
         )
         return "\n".join([f"{self.name}: {plate}", *lines, "offers: " + ", ".join(sorted(self.offers)), *self.warnings])
+
+    def _repr_html_(self) -> str:
+        from ppl_gen.report.display import info_html
+
+        return info_html(self)
 
 
 def _guide_cell(guide_sites: dict[str, Site], site: Site) -> str:
@@ -170,6 +177,8 @@ def _site(name: str, node: dict[str, Any], data_plate: str) -> Site:
         reparameterised=bool(fn.has_rsample),
         likelihood_free=isinstance(base, dist.Delta) and not deterministic,
         support=fn.support if _has_support(fn) else None,
+        improper=isinstance(base, dist.ImproperUniform) and kind == "latent",
+        averaged=type(base).mean is not torch.distributions.Distribution.mean,
     )
 
 
@@ -354,11 +363,12 @@ def _derived_offers(program: Program, sites: dict[str, Site], plate: bool, free:
     offers = {
         "density": program.energy is None and not any(site.likelihood_free for site in observed),
         "latent sites": bool(latents),
-        "samples": bool(observed),
+        "samples": bool(observed) and not any(site.improper for site in local),
         "differentiable samples": program.energy is None
         and bool(observed)
         and all(site.reparameterised for site in latents)
-        and all(site.reparameterised or not site.discrete or site.support is not None for site in observed),
+        and all(site.reparameterised or not site.discrete or site.support is not None for site in observed)
+        and all(site.reparameterised or site.averaged for site in observed),
         "finite local latents": bool(local) and all(site.finite for site in local),
         "no free parameters": not free,
         "differentiable latents": bool(latents) and all(site.finite or not site.discrete for site in latents),

@@ -21,7 +21,8 @@ class EMSteps:
         m_step: ``m_step(weights, values, prior, *data) -> values``: new values of the global sites from the
             responsibilities ``weights`` (site name -> rows x states) at the present ``values``; ``prior`` tells
             whether to maximise the posterior (True) or the likelihood.
-        e_step: ``e_step(values, *data) -> (log_likelihood, weights)``; derived by enumeration when None.
+        e_step: ``e_step(values, *data) -> (log_likelihood, weights)``; derived by enumeration when None. It may give
+            any sufficient statistics as ``weights``, which ``m_step`` then gets: latent sites need not be finite.
     """
 
     m_step: Callable[..., dict[str, Tensor]]

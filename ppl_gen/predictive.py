@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import ImproperUniform, Unit
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
@@ -48,7 +48,8 @@ def global_draws(fit: Fit, count: int) -> list[dict[str, Tensor]]:
 def latent_draws(fit: Fit, batch: Batch, count: int, *, training: bool) -> list[dict[str, Tensor]]:
     """Joint draws of globals and locals given ``batch``; finite sites that nobody drew are drawn exactly.
 
-    Local sites known only for the training rows (chains, autoguides) come from the model's prior for other rows.
+    Local sites known only for the training rows (chains, autoguides) come for other rows from the program's own
+    ``local_posterior``, where it offers that, else from the model's prior.
     """
     local = {site.name for site in fit.info.select(local=True)}
     if training or amortised(fit):
@@ -84,12 +85,16 @@ def amortised(fit: Fit) -> bool:
 
 
 def _completed(fit: Fit, batch: Batch, values: Mapping[str, Tensor], finite: list[str]) -> dict[str, Tensor]:
-    """What is still missing of the latents: finite ones from their exact conditional, others from the prior."""
+    """What is still missing of the latents: from their exact conditional where there is one, else from the prior."""
     rest = [s.name for s in fit.info.select() if s.name not in values and s.name not in finite]
     drawn: dict[str, Tensor] = {}
+    if rest and fit.program.local_posterior is not None:
+        exact = fit.program.local_posterior(values, *batch.args, **batch.kwargs)
+        drawn = {name: exact[name].sample() for name in rest if name in exact}
+        values, rest = {**values, **drawn}, [name for name in rest if name not in drawn]
     if rest:
         trace = _run(fit, batch, values)
-        drawn = {name: trace.nodes[name]["value"] for name in rest if name in trace.nodes}
+        drawn |= {name: trace.nodes[name]["value"] for name in rest if name in trace.nodes}
     if not finite:
         return drawn
     from ppl_gen.inference.enumeration import enumerated_trace, sample_discrete
@@ -129,7 +134,9 @@ def _refuse_prior(fit: Fit) -> None:
     """Draws of the prior must not pass for draws of a posterior that nobody learned (an adversarial fit, say)."""
     if not isinstance(fit.learned, PointPosterior):
         return
-    unknown = [site.name for site in fit.info.select() if not site.finite and site.name not in fit.learned.values]
+    unknown = [site for site in fit.info.select() if not site.finite and site.name not in fit.learned.values]
+    exact = fit.program.local_posterior is not None
+    unknown = [site.name for site in unknown if not (site.local and exact)]
     if unknown:
         raise IncompatibleError(
             f"{fit.algorithm} learned no posterior of {', '.join(unknown)} in {fit.program.name!r}; "
@@ -208,6 +215,8 @@ def prior_rows(model: Any, batch: Batch, draws: int) -> dict[str, Tensor]:
     runs = []
     for _ in range(draws):
         trace = poutine.trace(free).get_trace(*batch.args, **batch.kwargs)
+        flat = {name for name, node in trace.nodes.items() if is_sample(node) and _is_flat(node["fn"])}
+        _refuse_improper(getattr(model, "__name__", type(model).__name__), flat)
         runs.append(
             {
                 name: node["value"]
@@ -216,6 +225,12 @@ def prior_rows(model: Any, batch: Batch, draws: int) -> dict[str, Tensor]:
             }
         )
     return _stacked(runs)
+
+
+def _is_flat(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, ImproperUniform)
 
 
 def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) -> dict[str, Tensor]:
@@ -230,6 +245,7 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
         batch = _template(fit, n, inputs)
         values = dict(global_draws(fit, 1)[0]) if fit.info.select(local=False) else {}
         values.update({name: _fixed_value(fit, name, value, n) for name, value in {**fixed, **inputs}.items()})
+        _refuse_improper(fit.program.name, {s.name for s in fit.info.select() if s.improper} - set(values))
         _refuse_teacher_forcing(fit, batch, values)
         trace = _run(fit, batch, values | {}, replicate=True)
         nodes = trace.nodes.items()
@@ -238,6 +254,15 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
             for name, node in nodes
             if (is_sample(node) or _is_derived(node)) and not isinstance(node["fn"], Unit)
         }
+
+
+def _refuse_improper(program: str, names: set[str]) -> None:
+    if names:
+        listed = ", ".join(sorted(names))
+        raise IncompatibleError(
+            f"{program!r} gives {listed} a flat (improper) prior, which has no draws. From a fit, draw rows at values of "
+            f"your own: fit.sample(n, given={{{sorted(names)[0]!r}: ...}})"
+        )
 
 
 def _is_derived(node: Mapping[str, Any]) -> bool:

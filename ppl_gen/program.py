@@ -29,11 +29,16 @@ class Program:
         name: what tables and messages call the program; the model's name unless given.
         start: plausible values of latent sites, called under the fit's seed: where EM, NUTS and autoguides begin.
         relabel: puts draws of exchangeable components into one order, ``relabel(draws) -> draws``; applied after NUTS.
-        evidence: exact log p(x) per row: called with the data, at the current parameters.
+        evidence: exact log p(x) per row, local latents integrated out: called with the data, at the current parameters;
+            in a program with global sites ``evidence(values, *data)``, at these values of them.
+        local_posterior: exact p(z | x) of latent sites inside the data plate, where it is known in closed form:
+            ``local_posterior(values, *data)`` gives a distribution over the rows for each such site.
         em: closed-form E- and M-steps.
         cavi: closed-form coordinate updates.
         energy: an unnormalised density.
         time_steps: a chain of latents that the ELBO may enter at a sampled time step.
+        terms: named terms that are added to the loss of every objective and are no part of the density (a penalty, a
+            classifier's loss): called with the data, each gives nats per row; rescaled on minibatches as the rows are.
 
     Raises:
         TypeError: if ``model`` or ``guide`` cannot be called.
@@ -56,10 +61,12 @@ class Program:
     start: Callable[[], Mapping[str, Tensor]] | None = None
     relabel: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
     evidence: Callable[..., Tensor] | None = None
+    local_posterior: Callable[..., Mapping[str, Any]] | None = None
     em: EMSteps | None = None
     cavi: CAVIUpdates | None = None
     energy: Energy | None = None
     time_steps: TimeSteps | None = None
+    terms: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not callable(self.model):
@@ -70,6 +77,9 @@ class Program:
             raise TypeError(
                 f"guide: expected a Pyro guide, an autoguide class or None, got {type(self.guide).__name__}"
             )
+        stuck = [name for name, term in self.terms.items() if not callable(term)]
+        if stuck:
+            raise TypeError(f"terms: expected functions of the data, got something else for {', '.join(stuck)}")
         if not self.name:
             object.__setattr__(self, "name", getattr(self.model, "__name__", type(self.model).__name__))
 
@@ -82,6 +92,11 @@ class Program:
     def __repr__(self) -> str:
         guide = "" if self.guide is None else f", guide={getattr(self.guide, '__name__', type(self.guide).__name__)}"
         return f"Program({self.name}{guide})"
+
+    def _repr_html_(self) -> str:
+        from ppl_gen.report.display import program_html
+
+        return program_html(self)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,11 @@ class Fit:
         head = f"{self.program.name}, {self.algorithm}, seed={self.seed}"
         return f"Fit({head}: {self.status}, {self.cost.get('seconds', 0.0):.1f} s; {self.message})"
 
+    def _repr_html_(self) -> str:
+        from ppl_gen.report.display import fit_html
+
+        return fit_html(self)
+
     @property
     def params(self) -> dict[str, Tensor]:
         """Learned parameters by Pyro's names, in the user's (constrained) units; networks as ``name$$$weight``."""

@@ -37,6 +37,7 @@ FITS: dict[str, set[str]] = {
     "gan": {"SVI(Adversarial)"},
     "rbm": {"SVI(ContrastiveDivergence)"},
     "denoising_diffusion": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
+    "char_rnn": {"SVI(ELBO)", "SVI(Trace_ELBO)"},
 }
 
 PAIRS = [(program, algorithm) for program in CATALOGUE for algorithm in ALGORITHMS]

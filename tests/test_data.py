@@ -116,7 +116,7 @@ def test_rows_say_what_is_wrong_with_their_entries(entries: dict, error: type[Ex
 @pytest.mark.parametrize(
     "name, options, said",
     [
-        ("crab", {}, "name: expected one of crabs, digits, mnist, fashion-mnist, got 'crab'"),
+        ("crab", {}, "name: expected one of crabs, digits, mnist, fashion-mnist, alice, got 'crab'"),
         ("digits", {"split": "test"}, "split: 'digits' is published whole"),
         ("mnist", {"split": "valid"}, "split: expected one of train, test, got 'valid'"),
         ("mnist", {"binarize": "static"}, "binarize: expected None or one of dynamic, fixed, got 'static'"),

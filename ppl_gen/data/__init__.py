@@ -2,5 +2,6 @@
 
 from ppl_gen.data.datasets import load_data
 from ppl_gen.data.rows import Rows
+from ppl_gen.data.text import decoded, encoded, text_rows
 
-__all__ = ["Rows", "load_data"]
+__all__ = ["Rows", "decoded", "encoded", "load_data", "text_rows"]

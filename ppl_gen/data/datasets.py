@@ -12,12 +12,14 @@ from torch import Tensor
 from ppl_gen.data.crabs import crab_ratios
 from ppl_gen.data.images import image_rows
 from ppl_gen.data.rows import Rows
+from ppl_gen.data.text import alice_text, text_rows
 from ppl_gen.errors import MissingExtraError
 
 __all__ = ["load_data"]
 
 #: The data sets, and whether torchvision's folder layout holds them (and splits them) or the package or scikit-learn.
-_NAMES = {"crabs": False, "digits": False, "mnist": True, "fashion-mnist": True}
+_NAMES = {"crabs": False, "digits": False, "mnist": True, "fashion-mnist": True, "alice": False}
+_WITH_SPLIT = ("mnist", "fashion-mnist", "alice")
 _BINARIZE = ("dynamic", "fixed")
 _SPLITS = ("train", "test")
 _FIXED_SEED = 0  # any number would do; changing it changes every result on fixed binary images
@@ -38,6 +40,10 @@ def load_data(
 ) -> Rows: ...
 
 
+@overload
+def load_data(name: Literal["alice"], *, split: str | None = None, length: int | None = None) -> Rows: ...
+
+
 def load_data(
     name: str,
     *,
@@ -45,6 +51,7 @@ def load_data(
     binarize: str | None = None,
     images: bool = False,
     root: str | os.PathLike[str] | None = None,
+    length: int | None = None,
 ) -> Tensor | Rows:
     """Load a data set by its name; nothing is ever downloaded.
 
@@ -52,15 +59,18 @@ def load_data(
     * ``"digits"``: 1797 handwritten digits of 8 x 8 pixels from scikit-learn (Alpaydin and Kaynak 1998).
     * ``"mnist"``, ``"fashion-mnist"``: 28 x 28 pixels, 60000 to train and 10000 to test (LeCun, Cortes and Burges
       1998; Xiao, Rasul and Vollgraf 2017), read by torchvision from its own folder layout on disk.
+    * ``"alice"``: Alice's Adventures in Wonderland (Carroll 1865), the first nine tenths of its paragraphs to train and
+      the last to test: ``x``, (rows, length) codes in int64, and ``lengths``, (rows,); see `ppl_gen.data.text`.
 
     Images are `Rows` with ``x``, (rows, pixels) in float32 in [0, 1], and the labels ``y``, (rows,) in int64.
 
     Args:
         name: one of the names above.
-        split: "train" (also where None is given) or "test", for data sets that are published with a split.
+        split: "train" (also where None is given) or "test", for data sets that have a split.
         binarize: grey values read as probabilities. "dynamic" draws the pixels afresh for every batch that a fit
             gathers, from the fit's seed; "fixed" draws them once, always the same; None keeps the grey values.
         images: give ``x`` as (rows, 1, height, width) instead of flat rows.
+        length: the most characters in a sequence of a text, 128 unless given.
         root: the folder that holds ``MNIST/raw`` or ``FashionMNIST/raw``; else the variable PPL_GEN_DATA names it,
             else it is ``ppl_gen`` in the user's cache.
 
@@ -78,8 +88,12 @@ def load_data(
         Rows(x: (1797, 1, 8, 8) float32, y: (1797,) int64, drawn afresh for every batch)
     """
     _check(name, split, binarize, images, root)
+    if length is not None and name != "alice":
+        raise ValueError(f"length: {name!r} is no text that could be cut into sequences; leave length out")
     if name == "crabs":
         return crab_ratios()
+    if name == "alice":
+        return text_rows(alice_text("test" if split == "test" else "train"), length=128 if length is None else length)
     if name == "digits":
         x, y = _digits()
     else:
@@ -96,7 +110,7 @@ def _check(
 ) -> None:
     if name not in _NAMES:
         raise ValueError(f"name: expected one of {', '.join(_NAMES)}, got {name!r}")
-    if split is not None and not _NAMES[name]:
+    if split is not None and name not in _WITH_SPLIT:
         raise ValueError(
             f"split: {name!r} is published whole, so expected None, got {split!r}; split its rows yourself"
         )
@@ -104,8 +118,8 @@ def _check(
         raise ValueError(f"split: expected one of {', '.join(_SPLITS)}, got {split!r}")
     if binarize not in (None, *_BINARIZE):
         raise ValueError(f"binarize: expected None or one of {', '.join(_BINARIZE)}, got {binarize!r}")
-    if name == "crabs" and (binarize is not None or images):
-        raise ValueError("binarize, images: 'crabs' holds no images; leave both out")
+    if name in ("crabs", "alice") and (binarize is not None or images):
+        raise ValueError(f"binarize, images: {name!r} holds no images; leave both out")
     if root is not None and not _NAMES[name]:
         raise ValueError(f"root: {name!r} comes with a package and is read from no folder; leave root out")
 

@@ -51,8 +51,9 @@ def row_evidence(
 ) -> Evidence:
     r"""log 1/S sum_s p(x_i | theta_s) per row; see `Fit.evidence`.
 
-    Finite latents are summed out; continuous local latents are integrated by importance weighting with the guide as
-    proposal where it is amortised, else with the prior. Rows are taken ``chunk`` at a time.
+    A program's own closed form is used where it offers one. Else finite latents are summed out; continuous local
+    latents are integrated by importance weighting with the guide as proposal where it is amortised and has a density
+    (a point estimate has none), else with the prior. Rows are taken ``chunk`` at a time.
     """
     _require_density(fit)
     for name, value in (("particles", particles), ("draws", draws), ("chunk", chunk)):
@@ -74,7 +75,7 @@ def row_evidence(
     # Parameter draws are shared by all rows, so their error does not average out over rows: it is taken over draws.
     mc = math.sqrt(float(variances.sum()) / n**2 + groups.error(n) ** 2)
     stderr = float(rows.std() / math.sqrt(n)) if n > 1 else 0.0
-    if fit.learned.kind != "point" and len(thetas) == 1 and thetas[0]:
+    if len(thetas) == 1 and thetas[0] and not _at_point(fit):
         mc = math.nan  # one draw of the parameters says nothing of how much they vary
     return Evidence(mean, stderr, 0.0 if exact else mc, n, kind, exact, rows)
 
@@ -99,6 +100,12 @@ class _Jackknife:
 
 
 def _require_density(fit: Fit) -> None:
+    improper = [site.name for site in fit.info.select(local=True) if site.improper]
+    if improper and fit.program.evidence is None:
+        raise IncompatibleError(
+            f"the program {fit.program.name!r} has no density over its rows: the prior of {', '.join(improper)} is flat "
+            "(improper), which gives p(x | z) and no p(x). Compare how well it reconstructs held-out rows instead"
+        )
     if "density" in fit.info.offers or fit.program.evidence is not None:
         return
     why = (
@@ -123,8 +130,22 @@ def _require_observations(fit: Fit, batch: Batch) -> None:
 
 
 def _offered(fit: Fit) -> bool:
-    """Whether the program's own closed form applies: it holds at the parameters, and knows no draws of global sites."""
-    return fit.program.evidence is not None and not fit.info.select(local=False)
+    return fit.program.evidence is not None
+
+
+def _closed_form(fit: Fit, batch: Batch, theta: dict[str, Tensor]) -> Tensor:
+    """The program's own log p(x) per row, at values of its global sites where it has any."""
+    assert fit.program.evidence is not None
+    first = (theta,) if fit.info.select(local=False) else ()
+    return fit.program.evidence(*first, *batch.args, **batch.kwargs)
+
+
+def _at_point(fit: Fit) -> bool:
+    """Whether the global sites were learned as one value each, be it by a guide of point masses."""
+    if fit.learned.kind == "point":
+        return True
+    guided, sites = fit.info.guide_sites or {}, fit.info.select(local=False)
+    return fit.learned.kind == "variational" and all(s.name in guided and guided[s.name].likelihood_free for s in sites)
 
 
 def _integrated(fit: Fit) -> bool:
@@ -134,7 +155,7 @@ def _integrated(fit: Fit) -> bool:
 def _parameter_draws(fit: Fit, draws: int) -> list[dict[str, Tensor]]:
     if not fit.info.select(local=False):
         return [{}]
-    return global_draws(fit, 1 if fit.learned.kind == "point" else draws)
+    return global_draws(fit, 1 if _at_point(fit) else draws)
 
 
 def _kind(fit: Fit, draws: int, particles: int) -> tuple[str, bool]:
@@ -145,7 +166,7 @@ def _kind(fit: Fit, draws: int, particles: int) -> tuple[str, bool]:
         parts.append(f"importance weighted, {particles} particles")
     elif fit.info.finite_latents and not _offered(fit):
         parts.append("finite latents summed out")
-    drawn = fit.learned.kind != "point" and bool(fit.info.select(local=False))
+    drawn = bool(fit.info.select(local=False)) and not _at_point(fit)
     if drawn and draws == 1:
         parts.append("at one posterior draw")
     return ("; ".join(parts) or "exact"), not drawn and not particles
@@ -154,9 +175,8 @@ def _kind(fit: Fit, draws: int, particles: int) -> tuple[str, bool]:
 def _chunk(fit: Fit, batch: Batch, thetas: list[dict[str, Tensor]], particles: int) -> tuple[Tensor, Tensor]:
     """Row densities of one chunk (draws x rows), and the Monte Carlo variance (rows) of the particles."""
     if _offered(fit):
-        assert fit.program.evidence is not None
-        rows = fit.program.evidence(*batch.args, **batch.kwargs)
-        return rows[None], torch.zeros_like(rows)
+        found = torch.stack([_closed_form(fit, batch, theta) for theta in thetas])
+        return found, torch.zeros_like(found[0])
     if not _integrated(fit):
         per_draw, _ = densities(fit, batch, thetas)
         return per_draw, torch.zeros_like(per_draw[0])
@@ -178,8 +198,9 @@ def _chunk(fit: Fit, batch: Batch, thetas: list[dict[str, Tensor]], particles: i
 
 
 def _proposal(fit: Fit) -> Callable[..., Any] | None:
-    """The guide where its local sites follow the rows it is called with; autoguides know training rows only."""
-    return fit.guide if amortised(fit) else None
+    """The guide where its local sites have densities and follow the rows; autoguides know training rows only."""
+    points = any(site.local and site.likelihood_free for site in (fit.info.guide_sites or {}).values())
+    return fit.guide if not points and amortised(fit) else None
 
 
 def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | None = None) -> Evidence:

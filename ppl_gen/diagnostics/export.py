@@ -43,7 +43,8 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
         _add_predictive(fit, batch, groups, kept)
         if kept or not fit.info.select():
             _add_log_likelihood(fit, batch, groups, kept, attrs)
-        if any(site.kind != "observed" for site in fit.info.sites.values()):
+        proper = not any(site.improper for site in fit.info.select())
+        if proper and any(site.kind != "observed" for site in fit.info.sites.values()):
             count = min(draws, 500, _affordable(prior_rows(fit.program.model, batch, 1)))
             groups["prior"] = _lead(prior_rows(fit.program.model, batch, count), fit, latent=True)
         groups["observed_data"] = {name: _array(value) for name, value in observed_rows(fit, fit.data).items()}

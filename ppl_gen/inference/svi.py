@@ -18,7 +18,7 @@ from ppl_gen.data.batching import Batch, Batches
 from ppl_gen.dryrun import dry_run
 from ppl_gen.errors import IncompatibleError, require_positive, require_whole
 from ppl_gen.inference.base import Info, Iterative, Outcome, Run
-from ppl_gen.inference.objectives.base import Game, Player, Setting
+from ppl_gen.inference.objectives.base import Game, Player, Setting, started
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.isolation import ProgramState, copied, looking, quiet, revived
@@ -150,7 +150,7 @@ class SVI(Iterative):
         if minibatches and guide is not None:
             _refuse_row_parameters(run, guide, whole)
         setting = Setting(run.program, run.program.model, guide, run.info, probe, minibatches)
-        game = self.objective.build(setting)
+        game = started(self.objective, setting)
         _continue(game, run)
         return _State(self, run, game, guide, probe)
 
@@ -228,7 +228,9 @@ class _State:
         module = self.game.modules.get(player.name)
         if module is not None:
             return {name: p for name, p in module.named_parameters() if p.requires_grad}
-        return {name: leaf for name, leaf in leaves.items() if player.owns is None or player.owns(name)}
+        owned = {name: leaf for name, leaf in leaves.items() if player.owns is None or player.owns(name)}
+        first = {id(leaf): name for name, leaf in reversed(owned.items())}
+        return {name: owned[name] for name in owned if first[id(owned[name])] == name}  # tied weights move once
 
     def _optimiser(self, player: Player) -> torch.optim.Optimizer:
         svi, params = self.svi, list(self.leaves[player.name].values())

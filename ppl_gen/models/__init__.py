@@ -1,9 +1,31 @@
 """The zoo: functions that return recipes, one family per file."""
 
 from ppl_gen.models.boltzmann import rbm
+from ppl_gen.models.characters import bits_per_character, char_rnn
 from ppl_gen.models.diffusion import denoising_diffusion
+from ppl_gen.models.flows import affine_flow, iaf, maf, real_nvp, scalar_flow, spline_flow
 from ppl_gen.models.implicit import gan
 from ppl_gen.models.markov import hidden_markov
 from ppl_gen.models.mixture import gaussian_mixture
+from ppl_gen.models.semi_supervised import m1, m1_m2, m2
+from ppl_gen.models.variational import vae
 
-__all__ = ["denoising_diffusion", "gan", "gaussian_mixture", "hidden_markov", "rbm"]
+__all__ = [
+    "affine_flow",
+    "bits_per_character",
+    "char_rnn",
+    "denoising_diffusion",
+    "gan",
+    "gaussian_mixture",
+    "hidden_markov",
+    "iaf",
+    "m1",
+    "m1_m2",
+    "m2",
+    "maf",
+    "rbm",
+    "real_nvp",
+    "scalar_flow",
+    "spline_flow",
+    "vae",
+]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.models.boltzmann import rbm
+from ppl_gen.models.characters import char_rnn
 from ppl_gen.models.diffusion import denoising_diffusion
 from ppl_gen.models.implicit import gan
 from ppl_gen.models.markov import hidden_markov
@@ -66,6 +67,11 @@ def _ring() -> Tensor:
     return 2 * torch.stack([angle.cos(), angle.sin()], -1)
 
 
+def _letters() -> dict[str, Tensor]:
+    codes = (torch.arange(6) * (1 + torch.arange(8).unsqueeze(-1) % 2)) % 3
+    return {"x": codes, "lengths": 6 - torch.arange(8) % 3}
+
+
 #: Every model, by name. A new model adds one row here, which also enters it into the contract test.
 CATALOGUE: dict[str, Entry] = {
     entry.name: entry
@@ -99,6 +105,12 @@ CATALOGUE: dict[str, Entry] = {
             lambda: denoising_diffusion(2, steps=4, hidden=8),
             _ring,
             "diffusion model of vectors: a fixed chain into noise, a learnt chain back",
+        ),
+        Entry(
+            "char_rnn",
+            lambda: char_rnn(3, cell="gru", hidden=4),
+            _letters,
+            "recurrent network (plain, LSTM, GRU) of sequences of symbols, each predicted from those before it",
         ),
     )
 }

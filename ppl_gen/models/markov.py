@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.extensions import EMSteps
-from ppl_gen.models.inputs import entries
+from ppl_gen.models.inputs import sequences
 from ppl_gen.models.markov_steps import active_steps, expectations
 from ppl_gen.models.mixture import spread_means
 from ppl_gen.models.mixture_steps import Standard, maximised, shares
@@ -95,7 +95,7 @@ def hidden_markov(
         raise ValueError(f"degrees: expected more than 1, got {degrees}")
 
     def build(data: Any) -> Program:
-        x, active = _sequences(data)
+        x, active = sequences(data, "hidden_markov")
         emits: _Emission
         if emission == "categorical":
             emits = _Categorical(states, _categories(x, active, categories), concentration)
@@ -241,21 +241,6 @@ def _check_arguments(states: int, emission: str, categories: int | None) -> None
         raise ValueError(f"categories: only categorical emissions have them, got {categories!r} with emission='normal'")
     if categories is not None:
         require_whole("categories", categories)
-
-
-def _sequences(data: Any) -> tuple[Tensor, Tensor]:
-    x, lengths = entries(data, "hidden_markov", "x", "lengths")
-    assert x is not None  # the first entry
-    if x.dim() != 2:
-        hint = "; one sequence is x[None]" if x.dim() == 1 else ""
-        raise ValueError(f"data: hidden_markov takes sequences x time, got shape {tuple(x.shape)}{hint}")
-    if lengths is None:
-        return x, active_steps(x, None)
-    if lengths.shape != x.shape[:1] or lengths.is_floating_point():
-        raise ValueError(f"lengths: expected {len(x)} whole numbers, one per sequence, got {tuple(lengths.shape)}")
-    if bool(((lengths < 1) | (lengths > x.shape[1])).any()):
-        raise ValueError(f"lengths: expected numbers from 1 to {x.shape[1]}, got {lengths.min()} to {lengths.max()}")
-    return x, active_steps(x, lengths)
 
 
 def _categories(x: Tensor, active: Tensor, categories: int | None) -> Tensor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ppl_gen.report.trials import Line
     from ppl_gen.result import Fit
 
-__all__ = ["fragment", "page", "write"]
+__all__ = ["page", "write"]
 
 Style = dict[str, tuple[str, str]]
 
@@ -89,16 +89,6 @@ def page(comparison: Comparison) -> str:
         failures=[line for line in comparison.lines if line.fit is None or line.traceback or line.status == "diverged"],
         made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
-
-
-def fragment(comparison: Comparison) -> str:
-    """What a notebook shows: the answer and the table."""
-    from html import escape
-
-    table = frame(comparison).drop(columns=["message", "gradient_evaluations"])
-    body = table.to_html(index=False, float_format=lambda v: f"{v:.4g}", na_rep="-", border=0)
-    grades = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in trust(comparison).items())
-    return f"<p><strong>{escape(answer(comparison))}</strong><br>{escape(grades)}</p>{body}"
 
 
 def _first_fit(comparison: Comparison, label: str) -> Fit | None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.offers import Need
-from ppl_gen.program import Program
+from ppl_gen.program import Program, filtered
 
-__all__ = ["Game", "Loss", "Objective", "Player", "RescalePlate", "Setting"]
+__all__ = ["Game", "Loss", "Objective", "Player", "RescalePlate", "Setting", "started"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,35 @@ class Objective(ABC):
         from ppl_gen.inference.objectives.plain import total_loss
 
         return total_loss(self, model, guide, args, kwargs)
+
+
+def started(objective: Objective, setting: Setting) -> Game:
+    """A fresh game of ``objective``, the terms that the program brings along added to the program's loss."""
+    game = objective.build(setting)
+    return _WithTerms(game, setting.program.terms) if setting.program.terms else game
+
+
+class _WithTerms(Game):
+    """Another game, whose player "program" also pays the program's own terms."""
+
+    def __init__(self, game: Game, terms: Mapping[str, Callable[..., Tensor]]) -> None:
+        self.game, self.terms = game, {name: filtered(term) for name, term in terms.items()}
+        self.players, self.modules = game.players, game.modules
+
+    @property
+    def notes(self) -> Mapping[str, str]:  # type: ignore[override]  # games add to their notes while they run
+        return {**self.game.notes, "terms": f"added to the loss: {', '.join(self.terms)}"}
+
+    def loss(self, player: str, batch: Batch) -> Loss:
+        loss = self.game.loss(player, batch)
+        if player != "program":
+            return loss
+        added = {}
+        for name, term in self.terms.items():
+            rows = term(*batch.args, **batch.kwargs)
+            added[name] = rows.sum() * (batch.rescale / (batch.total or 1))
+        total = loss.value + torch.stack(list(added.values())).sum()
+        return Loss(total, {**loss.parts, **{name: value.detach() for name, value in added.items()}})
 
 
 class RescalePlate(Messenger):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -32,27 +34,37 @@ class ELBO(Objective):
     model's order; what has no reparameterisation gets the score function with a running-mean baseline per site.
     A program that offers ``time steps`` is entered at one sampled step of its chain.
 
+    With ``beta`` other than 1 the divergence of the latents is weighed, E_q[log p(x | z)] - beta KL(q || p): a bound
+    for beta >= 1 only. The program's own density, and so `fit.evidence`, stays what it was.
+
     Args:
         particles: draws of the guide averaged in each step.
         enumerate: sum finite discrete sites out (True), or use the score function for them (False).
         time_step: "sampled" enters a chain at one random step; "all" runs the whole of model and guide.
+        beta: weight of log q(z | x) - log p(z) at every latent site of the guide, at least 0.
 
     Raises:
-        ValueError: if ``particles`` < 1 or ``time_step`` is neither of the two.
+        ValueError: if ``particles`` < 1, ``beta`` < 0 or ``time_step`` is neither of the two.
+        IncompatibleError: when built with a ``beta`` for a program whose latents are summed out in the model, or
+            entered at a sampled time step: no divergence is left there to weigh.
 
-    Source: Jordan et al. (1999); Kingma and Welling (2014); Mnih and Gregor (2014) for the baseline.
+    Source: Jordan et al. (1999); Kingma and Welling (2014); Mnih and Gregor (2014) for the baseline; Higgins et al.
+    (2017) for beta.
 
     Example:
         >>> ELBO(particles=2)
-        ELBO(particles=2, enumerate=True, time_step='sampled')
+        ELBO(particles=2, enumerate=True, time_step='sampled', beta=1.0)
     """
 
     particles: int = 1
     enumerate: bool = True
     time_step: str = "sampled"
+    beta: float = 1.0
 
     def __post_init__(self) -> None:
         require_whole("particles", self.particles)
+        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta: expected a finite number of at least 0, got {self.beta!r}")
         if self.time_step not in ("sampled", "all"):
             raise ValueError(f"time_step: expected 'sampled' or 'all', got {self.time_step!r}")
 
@@ -62,12 +74,40 @@ class ELBO(Objective):
 
     def build(self, setting: Setting) -> Game:
         if setting.program.time_steps is not None and self.time_step == "sampled":
+            self._refuse_beta("its chain is entered at one time step", 'time_step="all" runs the whole chain')
             return _TimeStepGame(setting, self.particles)
         estimators = choose_estimators(setting, self.enumerate)
+        if estimators.model_sums:
+            names = ", ".join(estimators.model_sums)
+            self._refuse_beta(f"{names} are summed out in the model", "draw them in the guide")
+        if self.beta != 1:
+            setting = _weighed(setting, self.beta)
         refuse_tied_rows(setting, estimators.model_sums)
         if estimators.guide_sums:
             return _EnumeratedGuideGame(setting, estimators, self.particles)
         return _SampledGame(setting, estimators, self.particles)
+
+    def _refuse_beta(self, why: str, edit: str) -> None:
+        if self.beta != 1:
+            raise IncompatibleError(f"beta={self.beta}: {why}, so no divergence is left to weigh; {edit}")
+
+
+class _Weigh(Messenger):
+    """Multiplies the scale of the latent sites ``names``, the same on both sides of the divergence."""
+
+    def __init__(self, names: Collection[str], factor: float) -> None:
+        super().__init__()
+        self.names, self.factor = names, factor
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names and not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.factor
+
+
+def _weighed(setting: Setting, beta: float) -> Setting:
+    weigh = _Weigh([site.name for site in setting.info.select()], beta)
+    guide = None if setting.guide is None else weigh(setting.guide)
+    return replace(setting, model=weigh(setting.model), guide=guide)
 
 
 @dataclass(frozen=True)

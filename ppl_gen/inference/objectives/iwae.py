@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_whole
@@ -29,24 +30,33 @@ class IWAE(Objective):
     K draws of the globals; on a minibatch, where a joint weight would have to contain N / B and be no bound, the
     K draws are averaged instead (then it equals the ELBO with K particles; ``fit.notes`` says so).
 
+    Particles are one more dimension on the left where the program allows it (a check on a dry run), and are drawn one
+    by one where it does not (convolutions and batch norm refuse it, unless the network folds leading dimensions into
+    its batch). The memory of a step grows linearly with K; with ``chunk`` it is that of ``chunk`` particles, and every
+    chunk is computed twice, once more when its gradient is taken.
+
     Args:
         particles: K, at least 1 (1 is the ELBO).
+        chunk: particles held in memory at a time; None: all of them.
 
     Raises:
-        ValueError: if ``particles`` < 1.
+        ValueError: if ``particles`` < 1 or ``chunk`` < 1.
         IncompatibleError: when built for a guide with a site that is not reparameterised: it would get no gradient.
 
     Source: Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders (2016).
 
     Example:
         >>> IWAE(particles=5)
-        IWAE(particles=5)
+        IWAE(particles=5, chunk=None)
     """
 
     particles: int = 5
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         require_whole("particles", self.particles)
+        if self.chunk is not None:
+            require_whole("chunk", self.chunk)
 
     @property
     def needs(self) -> Sequence[Need]:
@@ -62,16 +72,16 @@ class IWAE(Objective):
                 "site out of the guide (it is summed out in the model), or use ELBO(), which sums it out in the guide "
                 "or takes the score function."
             )
-        game = _ImportanceGame(setting, self.particles)
+        game = _ImportanceGame(setting, self.particles, self.chunk or self.particles)
         refuse_tied_rows(setting, game.sums)
         return game
 
 
 class _ImportanceGame(Game):
-    def __init__(self, setting: Setting, particles: int) -> None:
+    def __init__(self, setting: Setting, particles: int, chunk: int) -> None:
         info = setting.info
         guided = set(info.guide_sites or {})
-        self.setting, self.particles = setting, particles
+        self.setting, self.particles, self.chunk = setting, particles, min(chunk, particles)
         self.sums = tuple(n for n in info.finite_latents if n not in guided)
         # A guide that maps one joint vector onto all sites (full rank, a flow) has no locals that could be drawn alone.
         self.local = any(s.local and not s.likelihood_free for s in (info.guide_sites or {}).values())
@@ -99,12 +109,35 @@ class _ImportanceGame(Game):
             values = {
                 n: s["value"] for n, s in once.nodes.items() if is_sample(s) and not _in_plate(s, info.data_plate)
             }
-        weights = local_log_weights(
-            model, guide, info, batch, self.particles, values=values, sums=self.sums, vectorise=self.vectorise
-        )
-        assert weights.rows is not None
-        rows = torch.logsumexp(weights.rows, 0) - math.log(self.particles)
-        return rows.sum() * (batch.rescale * weights.scale) + weights.globals
+        weights, outside, scale = self._weights(batch, values)
+        rows = torch.logsumexp(weights, 0) - math.log(self.particles)
+        return rows.sum() * (batch.rescale * scale) + outside
+
+    def _weights(self, batch: Batch, values: dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+        """log w, particles x rows; the globals' part, which no particle changes; N / B of a program that subsamples."""
+        setting, scale = self.setting, 1.0
+
+        def some(count: int) -> tuple[Tensor, Tensor]:
+            nonlocal scale
+            weights = local_log_weights(
+                setting.model,
+                setting.guide,
+                setting.info,
+                batch,
+                count,
+                values=values,
+                sums=self.sums,
+                vectorise=bool(self.vectorise),
+            )
+            assert weights.rows is not None
+            scale = weights.scale
+            return weights.rows, weights.globals
+
+        if self.chunk == self.particles:
+            return (*some(self.particles), scale)
+        counts = [len(part) for part in torch.arange(self.particles, device="cpu").split(self.chunk)]
+        parts = [checkpoint(some, count, use_reentrant=False) for count in counts]
+        return torch.cat([rows for rows, _ in parts]), parts[0][1], scale
 
     def _joint(self, batch: Batch) -> Tensor:
         model, guide, info = self.setting.model, self.setting.guide, self.setting.info

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting
+from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting, started
 from ppl_gen.inference.objectives.elbo import nothing, parallel
 from ppl_gen.offers import Need
 
@@ -46,7 +46,7 @@ def total_loss(
         with looking():
             info = dry_run(program, batch, guide=guide if objective.uses_guide else None)
         require(objective.label, objective.needs, program.name, info.offers)
-        _GAMES[key] = objective.build(Setting(program, model, guide, info, batch))
+        _GAMES[key] = started(objective, Setting(program, model, guide, info, batch))
         while len(_GAMES) > _KEPT:
             _GAMES.popitem(last=False)
     game = _GAMES[key]

@@ -1,0 +1,93 @@
+"""What the site says about the code, taken from the code: needs, offers, which fits which, and all public names.
+
+Nothing here knows of Sphinx, so that the tests can ask the same questions.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyro.infer
+
+import ppl_gen as pg
+import ppl_gen.inference as inference
+from ppl_gen.data.batching import as_dataset
+from ppl_gen.dryrun import ProgramInfo
+from ppl_gen.inference import SVI, Algorithm, Objective
+from ppl_gen.inference.base import Run
+from ppl_gen.isolation import Workspace, isolated
+from ppl_gen.models.catalogue import CATALOGUE
+from ppl_gen.offers import require
+
+TOP = Path(__file__).parents[2]
+MODULES = ("ppl_gen", "ppl_gen.inference", "ppl_gen.models")
+
+
+def public_names() -> dict[str, list[str]]:
+    """Module -> the names it exports."""
+    return {name: sorted(importlib.import_module(name).__all__) for name in MODULES}
+
+
+def examples() -> list[Path]:
+    """The scripts of ``examples/``."""
+    return sorted(path for path in (TOP / "examples").glob("*.py") if not path.stem.startswith("_"))
+
+
+def algorithms() -> dict[str, Algorithm]:
+    """Label -> every algorithm at its defaults; SVI once per objective, and once with an ELBO of Pyro's."""
+    found: dict[str, Algorithm] = {}
+    exported = [getattr(inference, name) for name in inference.__all__]
+    for kind in exported:
+        if _concrete(kind, Objective):
+            found[f"SVI({kind.__name__})"] = SVI(objective=kind())
+        elif _concrete(kind, Algorithm) and kind is not SVI:
+            found[kind.__name__] = kind()
+    found["SVI(Trace_ELBO)"] = SVI(objective=pyro.infer.TraceEnum_ELBO(strict_enumeration_warning=False))
+    return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("SVI(ELBO"), item[0])))
+
+
+def _concrete(kind: Any, base: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, base) and not inspect.isabstract(kind)
+
+
+def needs(algorithm: Algorithm) -> list[str]:
+    """What it needs, each as its alternatives joined by "or"."""
+    return [" or ".join(need) for need in algorithm.needs]
+
+
+@functools.cache
+def found(program: str) -> ProgramInfo:
+    """The dry run of a model of the catalogue on its own few rows."""
+    entry = CATALOGUE[program]
+    return pg.check(entry.recipe(), entry.data())
+
+
+@functools.cache
+def refusal(program: str, label: str) -> str:
+    """Why the algorithm refuses the program: the first line of its error, or nothing where it accepts."""
+    algorithm, entry, info = algorithms()[label], CATALOGUE[program], found(program)
+    try:
+        require(label, algorithm.needs, program, info.offers)
+        with isolated(0), Workspace() as workspace:
+            data = entry.data()
+            built = entry.recipe()(data)
+            algorithm.check(Run(built, as_dataset(data, built.model), info, workspace, 0))
+    except pg.IncompatibleError as error:
+        return str(error)
+    return ""
+
+
+def matrix() -> dict[str, dict[str, bool]]:
+    """Program -> algorithm -> whether it fits."""
+    return {program: {label: not refusal(program, label) for label in algorithms()} for program in CATALOGUE}
+
+
+def missing(program: str, label: str) -> Sequence[str]:
+    """The needs of the algorithm that the program does not meet."""
+    offers = found(program).offers
+    return [" or ".join(need) for need in algorithms()[label].needs if not offers.intersection(need)]

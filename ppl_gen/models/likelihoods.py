@@ -1,0 +1,163 @@
+r"""What a decoder's numbers mean: p(x | z) for zeros and ones, for real numbers, for integer levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, Literal
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ppl_gen.errors import require_positive, require_whole
+from ppl_gen.models.inputs import entries
+
+__all__ = ["Kind", "Likelihood", "check_likelihood", "chosen_likelihood"]
+
+Kind = Literal["auto", "bernoulli", "normal", "categorical"]
+_LOOKED_AT = 256  # rows of data that are drawn afresh for every batch
+KINDS = ("auto", "bernoulli", "normal", "categorical")
+
+
+class Likelihood(nn.Module):
+    """p(x | z) over rows of one shape, from ``outputs`` numbers.
+
+    Args:
+        shape: shape of a row.
+        centre: subtracted from x before an encoder sees it (and added to the mean of a normal), in the shape of a row.
+        spread: x is divided by it.
+    """
+
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(self, shape: Sequence[int], centre: Tensor, spread: Tensor) -> None:
+        super().__init__()
+        self.shape, self.outputs = tuple(shape), prod(shape)
+        self.register_buffer("centre", centre)
+        self.register_buffer("spread", spread)
+
+    def starting_bias(self) -> Tensor | None:
+        """Outputs at which every row has the distribution of the whole data; None where zero is that."""
+        return None
+
+    def forward(self, raw: Tensor) -> Any:
+        """The distribution over x from ... x outputs numbers; its events have the shape of a row."""
+        raise NotImplementedError
+
+
+class BernoulliPixels(Likelihood):
+    """Zeros and ones, from log odds."""
+
+    def __init__(self, shape: Sequence[int], rows: Tensor) -> None:
+        super().__init__(shape, rows.mean(0), torch.ones(()))
+        # One row of fair coins more than there are: a pixel that never varies keeps finite log odds.
+        self.odds = ((rows.sum(0) + 0.5) / (len(rows) + 1)).logit().flatten()
+
+    def starting_bias(self) -> Tensor:
+        return self.odds
+
+    def forward(self, raw: Tensor) -> Any:
+        return dist.Bernoulli(logits=raw.reshape(*raw.shape[:-1], *self.shape)).to_event(len(self.shape))
+
+
+class NormalPixels(Likelihood):
+    """Real numbers with one standard deviation for all of them, learnt or fixed (in the user's units).
+
+    Columns are shifted by their means and all divided by the one overall standard deviation, so that noise that is the
+    same in every direction stays so: a linear decoder is probabilistic principal component analysis.
+    """
+
+    def __init__(self, shape: Sequence[int], rows: Tensor, scale: float | None) -> None:
+        centre = rows.mean(0)
+        spread = (rows - centre).square().mean().sqrt()
+        super().__init__(shape, centre, spread if spread > 0 else torch.ones(()))
+        start = 0.0 if scale is None else float(torch.as_tensor(scale / self.spread).log())
+        log_scale = torch.tensor(start)
+        self.log_scale: Tensor
+        if scale is None:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+
+    def forward(self, raw: Tensor) -> Any:
+        loc = self.centre + self.spread * raw.reshape(*raw.shape[:-1], *self.shape)
+        return dist.Normal(loc, self.spread * self.log_scale.exp()).to_event(len(self.shape))
+
+
+class CategoricalPixels(Likelihood):
+    """Integers 0 ... levels - 1, each level with a log weight of its own."""
+
+    def __init__(self, shape: Sequence[int], rows: Tensor, levels: int) -> None:
+        wide = rows.to(torch.get_default_dtype())
+        super().__init__(shape, wide.mean(0), torch.tensor(levels / 2.0))
+        self.levels, self.outputs = levels, prod(shape) * levels
+        flat = rows.flatten(1).long()
+        # One row more, shared evenly by all levels: a level never seen keeps a finite log weight.
+        counts = torch.zeros(flat.shape[1], levels).scatter_add_(1, flat.T, torch.ones(flat.shape).T.contiguous())
+        self.weights = ((counts + 1 / levels) / (len(flat) + 1)).log().flatten()
+
+    def starting_bias(self) -> Tensor:
+        return self.weights
+
+    def forward(self, raw: Tensor) -> Any:
+        logits = raw.reshape(*raw.shape[:-1], *self.shape, self.levels)
+        return dist.Categorical(logits=logits).to_event(len(self.shape))
+
+
+def chosen_likelihood(
+    kind: Kind, data: Any, shape: Sequence[int], *, scale: float | None, levels: int | None, program: str
+) -> Likelihood:
+    """The likelihood ``kind`` for the entry x of ``data``; "auto" is Bernoulli where all of x are zeros and ones.
+
+    Raises:
+        ValueError: for rows of another shape, or outside of the support.
+    """
+    (rows,) = entries(data, program, "x")
+    assert rows is not None
+    shape = tuple(shape)
+    if rows.dim() < 2 or tuple(rows.shape[1:]) != shape:
+        raise ValueError(f"data: {program} was made for rows of shape {shape}, got data of shape {tuple(rows.shape)}")
+    if kind == "categorical":
+        assert levels is not None
+        whole = not rows.is_floating_point()
+        if not whole or bool((rows < 0).any()) or bool((rows >= levels).any()):
+            got = f"{rows.dtype}" if not whole else f"values from {int(rows.min())} to {int(rows.max())}"
+            raise ValueError(f"data: categorical pixels are integers from 0 to {levels - 1} (levels={levels}), got {got}")
+        return CategoricalPixels(shape, rows, levels)
+    wide = rows if rows.is_floating_point() else rows.to(torch.get_default_dtype())
+    wide = wide.to(torch.get_default_dtype())
+    seen = _as_handed_out(data, wide)
+    other = (seen != 0) & (seen != 1)
+    if kind == "auto":
+        kind = "bernoulli" if scale is None and not bool(other.any()) else "normal"
+    if kind == "bernoulli":
+        if bool(other.any()):
+            first = tuple(int(i) for i in other.nonzero()[0])
+            raise ValueError(
+                f"data: likelihood='bernoulli' takes zeros and ones, got {float(seen[first]):g} at index {first}; draw "
+                'them as coins (load_data(..., binarize="dynamic"), or torch.bernoulli), or take likelihood="normal"'
+            )
+        return BernoulliPixels(shape, wide)
+    return NormalPixels(shape, wide, scale)
+
+
+def check_likelihood(kind: str, scale: float | None, levels: int | None) -> None:
+    """Raise ValueError for an unknown kind, or for settings that the kind does not have."""
+    if kind not in KINDS:
+        raise ValueError(f"likelihood: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if scale is not None:
+        require_positive("scale", scale)
+        if kind not in ("normal", "auto"):
+            raise ValueError(f"scale: is the noise of likelihood='normal'; {kind!r} has none, leave it out")
+    if (levels is not None) != (kind == "categorical"):
+        raise ValueError(f"levels: expected a number of levels with likelihood='categorical' alone, got {levels!r}")
+    if levels is not None:
+        require_whole("levels", levels)
+
+
+def _as_handed_out(data: Any, rows: Tensor) -> Tensor:
+    """Data that are drawn afresh for every batch show by a first draw what their rows are like."""
+    draw = getattr(data, "on_batch", None)
+    return rows if draw is None else torch.as_tensor(draw({"x": rows[:_LOOKED_AT]}).get("x", rows))

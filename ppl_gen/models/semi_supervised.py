@@ -1,0 +1,345 @@
+r"""Semi-supervised learning with generative models: M1, M2 and M1+M2 (Kingma et al. 2014).
+
+.. math:: y_i \sim \mathrm{Categorical}(1/K), \quad z_i \sim \mathrm{Normal}(0, I), \quad
+          x_i \sim p(x \mid y_i, z_i); \qquad q(y, z \mid x) = q(y \mid x)\, q(z \mid x, y)
+
+A label of -1 is missing: then y is latent and summed out. A label that is there enters as an observation of y without
+error, so that labelled and unlabelled rows are one program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ppl_gen.errors import require_whole
+from ppl_gen.models.likelihoods import Kind, check_likelihood, chosen_likelihood
+from ppl_gen.models.networks import Perceptron, checked_widths, standardised
+from ppl_gen.models.variational import (
+    LOG_SCALE,
+    Decoder,
+    NormalEncoder,
+    check_classes,
+    check_labels,
+    row_shape,
+    vae,
+)
+from ppl_gen.program import Program, Recipe
+
+if TYPE_CHECKING:
+    from ppl_gen.result import Fit
+
+__all__ = ["m1", "m1_m2", "m2"]
+
+#: Stands for log 0 where a label rules a class out: exp of it is exactly zero, and zero times it is zero.
+RULED_OUT = -1e4
+
+
+class Classifier(nn.Module):
+    """q(y | x): calling it with rows gives a categorical distribution over the classes."""
+
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(self, network: Perceptron, centre: Tensor, spread: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("centre", centre.clone())
+        self.register_buffer("spread", spread.clone())
+
+    def log_odds(self, x: Tensor) -> Tensor:
+        """Unnormalised log probabilities: ... x columns -> ... x classes."""
+        return self.network(standardised(x, self.centre, self.spread))
+
+    def forward(self, x: Tensor) -> Any:
+        return dist.Categorical(logits=self.log_odds(x))
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """How labels enter model and guide, and what the classifier pays for the labelled rows."""
+
+    classes: int
+    alpha: float
+    labelled: int
+    rows: int
+
+    def observe(self, y: Tensor, labels: Tensor | None) -> None:
+        """In the model: a given label is an observation of ``y`` without error."""
+        if labels is not None:
+            wrong = (labels >= 0) & (labels != y)
+            pyro.factor("label", torch.where(wrong, RULED_OUT, 0.0))
+
+    def guess(self, log_odds: Tensor, labels: Tensor | None) -> Any:
+        """In the guide: q(y | x), which puts everything on a label that is given."""
+        if labels is not None:
+            other = labels.unsqueeze(-1) != torch.arange(self.classes)
+            log_odds = torch.where((labels >= 0).unsqueeze(-1), torch.where(other, RULED_OUT, 0.0), log_odds)
+        return dist.Categorical(logits=log_odds)
+
+    def loss(self, log_odds: Tensor, labels: Tensor | None) -> Tensor:
+        """alpha N times the mean over labelled rows of -log q(y | x), as a sum over rows: nats per row."""
+        if labels is None or not self.labelled:
+            return log_odds.new_zeros(len(log_odds))
+        missed = nn.functional.cross_entropy(log_odds, labels.long().clamp(min=0), reduction="none")
+        return torch.where(labels >= 0, missed, 0.0) * (self.alpha * self.rows / self.labelled)
+
+
+def m1(
+    features: int,
+    *,
+    latent: int = 50,
+    hidden: Sequence[int] = (600, 600),
+    likelihood: Kind = "auto",
+    scale: float | None = None,
+    activation: str = "softplus",
+) -> Recipe:
+    r"""M1, the latent-feature model: a variational autoencoder whose codes serve a classifier of one's own.
+
+    .. math:: q(z \mid x) = \mathrm{Normal}(m(x), \mathrm{diag}\, s(x)^2), \quad \text{features } m(x)
+
+    It never reads labels. ``fit.module("encoder")(x).mean`` (rows x latent) goes into any classifier of scikit-learn;
+    `m1_m2` puts `m2` on top of it.
+
+    Args:
+        features: columns of the data.
+        latent: numbers in each code.
+        hidden: widths of the hidden layers of both networks.
+        likelihood: "bernoulli", "normal" or "auto"; see `vae`.
+        scale: standard deviation of the normal likelihood; None: learnt.
+        activation: between the layers.
+
+    Returns:
+        A recipe; it raises ValueError for data of another shape.
+
+    Raises:
+        ValueError: for an argument out of its range.
+
+    References:
+        Semi-supervised learning with deep generative models (Kingma, Rezende, Mohamed and Welling, 2014).
+
+    Example:
+        >>> import torch, ppl_gen as pg
+        >>> from ppl_gen.inference import SVI
+        >>> x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).repeat(20, 1)
+        >>> fit = pg.fit(m1(3, latent=2, hidden=(8,)), x, SVI(steps=20), seed=0)
+        >>> fit.module("encoder")(x).mean.shape
+        torch.Size([40, 2])
+    """
+    made = vae(features, latent=latent, hidden=hidden, likelihood=likelihood, scale=scale, activation=activation)
+    return Recipe(made.build, name="m1", arguments={"features": features, "latent": latent, "hidden": tuple(hidden)})
+
+
+def m2(
+    features: int,
+    *,
+    classes: int,
+    latent: int = 50,
+    hidden: Sequence[int] = (500,),
+    likelihood: Kind = "auto",
+    scale: float | None = None,
+    alpha: float = 0.1,
+    activation: str = "softplus",
+) -> Recipe:
+    r"""M2: a classifier trained with the labels there are and all rows, as part of a generative model.
+
+    .. math:: \log p(x, y) \ge \mathbb{E}_{q(z \mid x, y)}[\log p(x \mid y, z)] + \log p(y)
+              - \mathrm{KL}(q(z \mid x, y) \,\|\, p(z)), \quad
+              \log p(x) \ge \sum_y q(y \mid x) \{ \cdot \} + \mathrm{H}(q(y \mid x))
+
+    To the loss of any objective it adds the term ``classifier``, alpha N times the mean over the labelled rows of
+    -log q(y | x) (nats; per row in the history), without which the labels would never train q(y | x).
+
+    Data: ``x`` (rows x features) and labels ``y`` (rows, integers; -1 where missing, or left out where all are).
+    Sites: ``y``, ``z``, ``x``, and the factor ``label``. Networks: ``classifier`` (q(y | x)), ``encoder``
+    (q(z | x, y)), ``decoder`` (p(x | y, z)), which give distributions. ``fit.posterior({"x": x})["y"]`` draws labels,
+    ``fit.sample(n, given={"y": 3, "z": style})`` rows of one class in one style. `SVI` with ``stratify="y"`` gives every
+    batch its share of the labelled rows.
+
+    Args:
+        features: columns of the data.
+        classes: how many values a label takes, at least 2.
+        latent: numbers in each z (the style).
+        hidden: widths of the hidden layers of all three networks.
+        likelihood: "bernoulli", "normal" or "auto"; see `vae`.
+        scale: standard deviation of the normal likelihood; None: learnt.
+        alpha: weight of the classifier's term, at least 0.
+        activation: between the layers.
+
+    Returns:
+        A recipe; it raises ValueError for data of another shape and for labels that are no integers or out of range.
+
+    Raises:
+        ValueError: for an argument out of its range.
+
+    References:
+        Semi-supervised learning with deep generative models (Kingma, Rezende, Mohamed and Welling, 2014), eq. 6 to 9.
+
+    Example:
+        >>> import torch, ppl_gen as pg
+        >>> from ppl_gen.inference import SVI
+        >>> x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).repeat(20, 1)
+        >>> y = torch.full((40,), -1)
+        >>> y[:2] = torch.tensor([1, 0])
+        >>> fit = pg.fit(m2(3, classes=2, latent=1, hidden=(8,)), {"x": x, "y": y}, SVI(steps=300, lr=0.02), seed=0)
+        >>> fit.posterior({"x": x[:4]}, draws=100)["y"].mode(0).values
+        tensor([1, 0, 1, 0])
+    """
+    widths = _checked(features, classes, latent, hidden, alpha, activation)
+    check_likelihood(likelihood, scale, None)
+
+    def build(data: Any) -> Program:
+        pixels = chosen_likelihood(likelihood, data, (features,), scale=scale, levels=None, program="m2")
+        labels = _labels(data, "m2", classes, alpha)
+        classifier = Classifier(Perceptron(features, widths, classes, activation=activation), pixels.centre, pixels.spread)
+        network = Perceptron(features, widths, 2 * latent, activation=activation, classes=classes)
+        encoder = NormalEncoder(network, pixels.centre, pixels.spread)
+        network = Perceptron(latent, widths[::-1], pixels.outputs, activation=activation, classes=classes)
+        decoder = Decoder(network, pixels)
+
+        def model(x: Tensor, y: Tensor | None = None) -> None:
+            pyro.module("decoder", decoder)
+            with pyro.plate("data", len(x)):
+                given, y = y, pyro.sample("y", dist.Categorical(torch.ones(classes) / classes))
+                labels.observe(y, given)
+                z = pyro.sample("z", dist.Normal(torch.zeros(latent), 1.0).to_event(1))
+                pyro.sample("x", decoder(z, y), obs=x)
+
+        def guide(x: Tensor, y: Tensor | None = None) -> None:
+            pyro.module("classifier", classifier)
+            pyro.module("encoder", encoder)
+            with pyro.plate("data", len(x)):
+                y = pyro.sample("y", labels.guess(classifier.log_odds(x), y))
+                pyro.sample("z", encoder(x, y))
+
+        def classifier_loss(x: Tensor, y: Tensor | None = None) -> Tensor:
+            return labels.loss(classifier.log_odds(x), y)
+
+        return Program(model, guide, name="m2", terms={"classifier": classifier_loss})
+
+    return Recipe(build, name="m2", arguments={"features": features, "classes": classes, "latent": latent})
+
+
+def m1_m2(
+    m1: Fit,
+    *,
+    classes: int,
+    latent: int = 50,
+    hidden: Sequence[int] = (500,),
+    alpha: float = 0.1,
+    activation: str = "softplus",
+) -> Recipe:
+    r"""M1+M2: `m2` on the codes of a trained `m1`, which stays as it is; one program from labels to rows.
+
+    .. math:: y_i \sim \mathrm{Categorical}(1/K), \; z_{2,i} \sim \mathrm{Normal}(0, I), \;
+              z_{1,i} \sim p(z_1 \mid y_i, z_{2,i}), \; x_i \sim p(x \mid z_{1,i})
+
+    Data, term and usage are those of `m2`. Sites: ``y``, ``z2``, ``z1``, ``x`` and the factor ``label``. Networks:
+    ``features`` (q(z1 | x)) and ``pixels`` (p(x | z1)), copied from ``m1`` and not trained; ``classifier`` (q(y | z1)),
+    ``encoder`` (q(z2 | z1, y)) and ``decoder`` (p(z1 | y, z2)). A step sees a fresh draw of z1 for every row.
+
+    Args:
+        m1: a fit of `m1` (or of `vae`, with a perceptron and without classes).
+        classes: how many values a label takes, at least 2.
+        latent: numbers in each z2.
+        hidden: widths of the hidden layers of the three trained networks.
+        alpha: weight of the classifier's term, at least 0; see `m2`.
+        activation: between the layers.
+
+    Returns:
+        A recipe; it raises ValueError for labels that are no integers or out of range.
+
+    Raises:
+        TypeError: if ``m1`` is no fit with the networks of `m1`.
+        ValueError: for an argument out of its range.
+
+    References:
+        Semi-supervised learning with deep generative models (Kingma, Rezende, Mohamed and Welling, 2014).
+
+    Example:
+        >>> import torch, ppl_gen as pg
+        >>> from ppl_gen.inference import SVI
+        >>> from ppl_gen.models import m1
+        >>> x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).repeat(20, 1)
+        >>> first = pg.fit(m1(3, latent=2, hidden=(8,)), x, SVI(steps=200, lr=0.01), seed=0)
+        >>> y = torch.full((40,), -1)
+        >>> y[:2] = torch.tensor([1, 0])
+        >>> stacked = m1_m2(first, classes=2, latent=1, hidden=(8,))
+        >>> fit = pg.fit(stacked, {"x": x, "y": y}, SVI(steps=300, lr=0.02), seed=0)
+        >>> fit.posterior({"x": x[:4]}, draws=200)["y"].mode(0).values
+        tensor([1, 0, 1, 0])
+    """
+    features, pixels = _frozen(m1)
+    width = pixels.network.first.in_features
+    widths = _checked(width, classes, latent, hidden, alpha, activation)
+
+    def build(data: Any) -> Program:
+        labels = _labels(data, "m1_m2", classes, alpha)
+        centre, spread = torch.zeros(width), torch.ones(())  # codes are standardised by their prior
+        classifier = Classifier(Perceptron(width, widths, classes, activation=activation), centre, spread)
+        network = Perceptron(width, widths, 2 * latent, activation=activation, classes=classes)
+        encoder = NormalEncoder(network, centre, spread)
+        network = Perceptron(latent, widths[::-1], 2 * width, activation=activation, classes=classes)
+        decoder = NormalEncoder(network, torch.zeros(latent), spread)
+
+        def model(x: Tensor, y: Tensor | None = None) -> None:
+            pyro.module("decoder", decoder)
+            with pyro.plate("data", len(x)):
+                given, y = y, pyro.sample("y", dist.Categorical(torch.ones(classes) / classes))
+                labels.observe(y, given)
+                z2 = pyro.sample("z2", dist.Normal(torch.zeros(latent), 1.0).to_event(1))
+                z1 = pyro.sample("z1", decoder(z2, y))
+                pyro.sample("x", pixels(z1), obs=x)
+
+        def guide(x: Tensor, y: Tensor | None = None) -> None:
+            pyro.module("classifier", classifier)
+            pyro.module("encoder", encoder)
+            with pyro.plate("data", len(x)):
+                z1 = pyro.sample("z1", features(x))
+                y = pyro.sample("y", labels.guess(classifier.log_odds(z1), y))
+                pyro.sample("z2", encoder(z1, y))
+
+        def classifier_loss(x: Tensor, y: Tensor | None = None) -> Tensor:
+            return labels.loss(classifier.log_odds(features(x).sample()), y)
+
+        return Program(model, guide, name="m1_m2", terms={"classifier": classifier_loss})
+
+    return Recipe(build, name="m1_m2", arguments={"m1": m1.program.name, "classes": classes, "latent": latent})
+
+
+def _frozen(m1: Any) -> tuple[NormalEncoder, Decoder]:
+    """Copies of the two networks of M1 that no fit trains."""
+    try:
+        found = m1.module("encoder"), m1.module("decoder")
+    except (AttributeError, KeyError):
+        found = (None, None)
+    encoder, decoder = found
+    plain = isinstance(encoder, NormalEncoder) and isinstance(decoder, Decoder)
+    if not plain or not isinstance(decoder.network, Perceptron) or decoder.network.label is not None:
+        got = f"a fit of {m1.program.name!r}" if hasattr(m1, "program") else type(m1).__name__
+        raise TypeError(f"m1: expected a fit of m1 (or of vae, a perceptron without classes), got {got}")
+    return encoder.requires_grad_(False), decoder.requires_grad_(False)
+
+
+def _checked(
+    features: int, classes: int, latent: int, hidden: Sequence[int], alpha: float, activation: str
+) -> tuple[int, ...]:
+    row_shape(features)
+    check_classes(classes)
+    require_whole("latent", latent)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha: expected a finite number of at least 0, got {alpha!r}")
+    return checked_widths(hidden, activation)
+
+
+def _labels(data: Any, program: str, classes: int, alpha: float) -> _Labels:
+    y = check_labels(data, program, classes, missing=True)
+    if y is None:
+        return _Labels(classes, alpha, 0, 0)
+    return _Labels(classes, alpha, int((y >= 0).sum()), len(y))
