@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 # One thread per process: two test processes with two threads each are slower than this on two cores.
 PYTEST := OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help setup demo test test-all lint format examples lock clean
+.PHONY: help setup demo test test-all lint format examples docs lock clean
 
 help:
 	@echo "make demo      set up, compare four algorithms on the crabs, say where the report is"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-all  the slow tests too"
 	@echo "make lint      ruff and mypy;  make format  lets ruff mend what it can"
 	@echo "make examples  every file of examples/, shortened"
+	@echo "make docs      the site, into docs/_build/html: every code cell and every example is run"
 	@echo "make lock      resolve requirements.lock anew"
 	@echo "make clean     remove .venv and caches"
 
@@ -56,6 +57,17 @@ examples: $(READY)
 		(cd "$$folder" && PPL_GEN_QUICK=1 MPLBACKEND=Agg $(abspath $(BIN))/python "$$file"); \
 		rm -rf "$$folder"; \
 	done
+
+# The packages of the site are no part of the set-up; a resolved lock keeps them from moving anything else. Pages that are
+# made from the code are made anew, so that none outlives the name it describes.
+$(VENV)/.docs: $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --group docs
+	@touch $@
+
+docs: $(VENV)/.docs
+	rm -rf docs/_build docs/api docs/gallery docs/results
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -j 2 -q docs docs/_build/html
+	@echo "the site: docs/_build/html/index.html"
 
 # No index and no path is written down, so the same pins install from any mirror. 3.11 is the oldest Python: the
 # markers in the file choose for the newer ones.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 
 import torch
+from oracles_of_linear import linear_autoencoder, linear_gaussian, linear_variational_autoencoder
 from oracles_of_models import boltzmann, cavi, crabs_by_em, em_against_scikit_learn, markov, noising
 from oracles_of_objectives import (
     bounds_on_minibatches,
@@ -27,6 +28,9 @@ ORACLES = (
     markov,
     boltzmann,
     noising,
+    linear_gaussian,
+    linear_variational_autoencoder,
+    linear_autoencoder,
     optimal_critic,
     parallel_lines,
     bounds_on_minibatches,

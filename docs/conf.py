@@ -28,6 +28,7 @@ extensions = [
     "reference",
     "tables",
     "gallery",
+    "results",
 ]
 exclude_patterns = ["_build", "ext", "_templates"]
 templates_path = ["_templates"]
@@ -49,7 +50,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
-nb_execution_timeout = 240
+nb_execution_timeout = 900  # a busy machine may be ten times slower than an idle one
 nb_output_stderr = "remove"
 nb_merge_streams = True
 nb_ipywidgets_js = {}

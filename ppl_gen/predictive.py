@@ -206,7 +206,10 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
     with isolated(seed, dtype=_dtype_of(data)), torch.no_grad():
         built, dataset = _built(as_recipe(program), data, None, None, None)
         with Workspace(dtype=dataset.dtype, training=False, modules=_modules_of(built, None)):
-            return prior_rows(built.model, dataset.batch(), draws)
+            batch = dataset.batch()
+            trace = poutine.trace(built.model).get_trace(*batch.args, **batch.kwargs)
+            _refuse_improper(built.name, {n for n, node in trace.nodes.items() if is_sample(node) and _is_flat(node["fn"])})
+            return prior_rows(built.model, batch, draws)
 
 
 def prior_rows(model: Any, batch: Batch, draws: int) -> dict[str, Tensor]:
@@ -215,8 +218,6 @@ def prior_rows(model: Any, batch: Batch, draws: int) -> dict[str, Tensor]:
     runs = []
     for _ in range(draws):
         trace = poutine.trace(free).get_trace(*batch.args, **batch.kwargs)
-        flat = {name for name, node in trace.nodes.items() if is_sample(node) and _is_flat(node["fn"])}
-        _refuse_improper(getattr(model, "__name__", type(model).__name__), flat)
         runs.append(
             {
                 name: node["value"]

@@ -36,7 +36,16 @@ FITS: dict[str, set[str]] = {
     "hidden_markov": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "EM", "NUTS"},
     "gan": {"SVI(Adversarial)"},
     "rbm": {"SVI(ContrastiveDivergence)"},
+    "ppca": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "EM", "NUTS"},
+    "factor_analysis": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "EM", "NUTS"},
+    "autoencoder": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)"},
     "denoising_diffusion": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
+    "affine_flow": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
+    "real_nvp": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
+    "maf": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
+    "iaf": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
+    "spline_flow": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
+    "scalar_flow": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
     "char_rnn": {"SVI(ELBO)", "SVI(Trace_ELBO)"},
 }
 
@@ -56,6 +65,8 @@ def test_algorithm_meets_program(program: str, algorithm: str) -> None:
         with pytest.raises(pg.IncompatibleError) as caught:
             pg.fit(entry.recipe(), entry.data(), chosen, seed=1)
         text = str(caught.value)
+        if "nothing to learn" in text:  # no parameter to move, which shows only where they are looked for
+            return
         assert "needs:" in text and "offers:" in text and "missing:" in text
         assert program in text and chosen.label in text
         return
@@ -72,13 +83,18 @@ def _check_fit(fit: pg.Fit, program: str) -> None:
     assert all(value.isfinite().all() for value in fit.params.values())
     assert fit.history.sizes.get("step", 0) > 0 or fit.learned.kind == "chains"
     observed = [site.name for site in fit.info.select(kind="observed")]
-    samples = fit.sample(7)
-    for name in observed:
-        assert samples[name].shape[0] == 7, "new rows come in the number asked for"
+    if "samples" in fit.info.offers:
+        samples = fit.sample(7)
+        for name in observed:
+            assert samples[name].shape[0] == 7, "new rows come in the number asked for"
+    else:
+        with pytest.raises(pg.IncompatibleError, match="flat .improper. prior"):
+            fit.sample(7)
     if fit.info.select() and fit.learned.kind != "point":
         draws = fit.posterior(draws=3)
         assert draws and all(value.shape[0] == 3 for value in draws.values())
-    if "density" in fit.info.offers or "exact evidence" in fit.info.offers:
+    proper = not any(site.improper for site in fit.info.select(local=True))
+    if proper and ("density" in fit.info.offers or "exact evidence" in fit.info.offers):
         evidence = fit.evidence(particles=5, draws=5)
         assert evidence.rows == rows and math.isfinite(evidence.mean) and evidence.stderr > 0
     else:

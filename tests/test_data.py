@@ -1,5 +1,6 @@
 """Data sets: the published numbers, rows that behave as data, and errors that say what to do."""
 
+import hashlib
 import os
 import pickle
 import subprocess
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppl_gen.data import Rows, load_data
+from ppl_gen.data import Rows, decoded, encoded, load_data, text_rows
 from ppl_gen.data import images as image_files
 from ppl_gen.data.crabs import COUNTS, crab_edges
+from ppl_gen.data.text import ALPHABET, alice_text
 
 
 def test_crabs_have_the_published_counts() -> None:
@@ -99,6 +101,48 @@ def test_rows_are_a_frozen_mapping_that_other_processes_can_be_given() -> None:
     assert torch.equal(copy.on_batch(dict(copy))["x"], expected)
 
 
+def test_alice_is_the_whole_text() -> None:
+    text = alice_text()
+    # The Canterbury corpus's alice29.txt, with plain line breaks, from the title on, without the edition's line.
+    assert hashlib.sha256(text.encode()).hexdigest().startswith("e7be146ff27d6e3b")
+    assert len(text) == 148_425 and text.count("CHAPTER ") == 12 and "EDITION" not in text
+    assert text.split("\n")[0].strip() == "ALICE'S ADVENTURES IN WONDERLAND" and text.split()[-2:] == ["THE", "END"]
+    assert "".join(sorted(set(text))) == ALPHABET and len(ALPHABET) == 70
+    assert alice_text("train") + alice_text("test") == text
+    assert alice_text("train").endswith(".)\n\n") and 0.9 <= len(alice_text("train")) / len(text) < 0.91
+    with pytest.raises(ValueError, match="split: expected one of train, test, got 'valid'"):
+        alice_text("valid")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("length", [7, 128])
+def test_rows_of_a_text_joined_are_the_text(split: str, length: int) -> None:
+    rows = load_data("alice", split=split, length=length)
+    x, lengths = rows["x"], rows["lengths"]
+    assert x.shape == (len(lengths), length) and x.dtype == lengths.dtype == torch.int64
+    assert "".join(decoded(x, lengths)) == alice_text(split)
+    assert lengths.min() >= 1 and lengths.max() == length and len(lengths.unique()) > 1
+    assert (x[torch.arange(length) >= lengths[:, None]] == 0).all()
+    if length == 128:
+        assert all(row[-1] in " \n" for row in decoded(x, lengths)), "no word is cut"
+        assert torch.equal(load_data("alice", split=split)["x"], x)
+
+
+def test_codes_are_places_in_an_alphabet() -> None:
+    assert decoded(encoded("Curiouser!")[None]) == ["Curiouser!"]
+    with pytest.raises(ValueError, match="'é€' are not in the alphabet"):
+        encoded("é Alice €")
+    with pytest.raises(ValueError, match="alphabet: expected different characters"):
+        encoded("ab", "aba")
+    with pytest.raises(ValueError, match="codes: expected 0 to 1.* got .3."):
+        decoded(torch.tensor([[0, 3]]), alphabet="ab")
+    assert decoded(torch.tensor([[0, 3]]), torch.tensor([1]), "ab") == ["a"]
+    with pytest.raises(ValueError, match="codes: expected whole numbers, rows x time"):
+        decoded(torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="text: expected at least one character"):
+        text_rows("")
+
+
 @pytest.mark.parametrize(
     "entries, error, said",
     [
@@ -123,6 +167,12 @@ def test_rows_say_what_is_wrong_with_their_entries(entries: dict, error: type[Ex
         ("crabs", {"binarize": "fixed"}, "'crabs' holds no images"),
         ("crabs", {"images": True}, "'crabs' holds no images"),
         ("digits", {"root": "somewhere"}, "root: 'digits' comes with a package"),
+        ("alice", {"split": "valid"}, "split: expected one of train, test, got 'valid'"),
+        ("alice", {"binarize": "fixed"}, "'alice' holds no images"),
+        ("alice", {"images": True}, "'alice' holds no images"),
+        ("alice", {"root": "somewhere"}, "root: 'alice' comes with a package"),
+        ("alice", {"length": 0}, "length: expected a whole number of at least 1, got 0"),
+        ("digits", {"length": 8}, "length: 'digits' is no text"),
     ],
 )
 def test_wrong_options_are_named(name: str, options: dict, said: str) -> None:

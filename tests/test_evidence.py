@@ -136,9 +136,13 @@ def test_a_program_that_offers_its_evidence_is_asked() -> None:
     program = pg.Program(local, local_guide, evidence=local_evidence)
     estimate = pg.fit(program, X8, STILL).evidence(HELD)
     assert torch.equal(estimate.values, local_evidence(HELD)) and estimate.exact and estimate.kind == "exact"
-    # It holds at parameters; with global draws it would be asked for another number, and the sum is taken instead.
-    wrong = pg.Program(both, both_guide, evidence=lambda x: torch.full((len(x),), 99.0, dtype=x.dtype))
-    assert pg.fit(wrong, X8, STILL).evidence(HELD, draws=20, particles=20).mean < 0
+    # With global sites it is asked at each of their draws: x_i given theta is Normal(theta, variance 2).
+    known = pg.Program(both, both_guide, evidence=lambda values, x: local_evidence(x - values["theta"]))
+    exact = pg.fit(known, X8, STILL).evidence(HELD, draws=400)
+    summed = pg.fit(pg.Program(both, both_guide), X8, STILL).evidence(HELD, draws=400, particles=500)
+    assert exact.kind == "averaged over 400 posterior draws" and not exact.exact and exact.mc_stderr > 0
+    # The same 400 draws of theta in distribution, not in number: five joint standard errors.
+    assert abs(exact.mean - summed.mean) < 5 * math.hypot(exact.mc_stderr, summed.mc_stderr)
 
 
 def test_a_site_with_summed_and_drawn_latents_together() -> None:

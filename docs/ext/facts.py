@@ -69,14 +69,19 @@ def found(program: str) -> ProgramInfo:
 
 @functools.cache
 def refusal(program: str, label: str) -> str:
-    """Why the algorithm refuses the program: the first line of its error, or nothing where it accepts."""
+    """Why the algorithm refuses the program: its error as text, or nothing where it accepts.
+
+    Objectives may refuse when their game is built, so that is done too; no step is taken.
+    """
     algorithm, entry, info = algorithms()[label], CATALOGUE[program], found(program)
     try:
         require(label, algorithm.needs, program, info.offers)
         with isolated(0), Workspace() as workspace:
-            data = entry.data()
-            built = entry.recipe()(data)
-            algorithm.check(Run(built, as_dataset(data, built.model), info, workspace, 0))
+            built = entry.recipe()(entry.data())
+            run = Run(built, as_dataset(entry.data(), built.model), info, workspace, 0)
+            algorithm.check(run)
+            if isinstance(algorithm, SVI):
+                algorithm.init(run)
     except pg.IncompatibleError as error:
         return str(error)
     return ""

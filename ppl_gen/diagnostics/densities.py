@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.inference.enumeration import enumerated_trace, log_prior, row_log_density
+from ppl_gen.inference.objectives.particles import Substitute
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -70,9 +72,13 @@ def derived(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> li
     nesting = fit.info.plate_nesting
 
     def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
-        trace = enumerated_trace(
-            fit.program.model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=nesting
-        )
+        if sums:
+            trace = enumerated_trace(
+                fit.program.model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=nesting
+            )
+        else:  # what has no value inside the data plate is drawn, and no site outside depends on it
+            with Substitute(values):
+                trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
         return {name: trace.nodes[name]["value"] for name in names}
 
     if len(draws) > 1:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.diagnostics.densities import densities
+from ppl_gen.diagnostics.weighing import WeightQuality
 from ppl_gen.errors import IncompatibleError, require_whole
-from ppl_gen.inference.objectives.particles import can_vectorise, local_log_weights
+from ppl_gen.inference.objectives.particles import can_vectorise, log_weights_in_chunks
 from ppl_gen.isolation import looking
 from ppl_gen.predictive import amortised, global_draws
 
@@ -28,7 +31,9 @@ class Evidence:
     """log p(x) in nats: the mean over rows, and how well it is known.
 
     ``mean`` and ``stderr`` (spread over rows / sqrt(rows)); ``mc_stderr`` the Monte Carlo error of the mean; ``kind``
-    how it was computed; ``exact`` whether no sampling took part; ``values`` per row; ``pareto_k`` of the weights.
+    how it was computed; ``exact`` whether no sampling took part; ``values`` per row. Of importance weights:
+    ``effective_draws`` per row, (sum w)^2 / sum w^2; ``pareto_k``, the median over rows (of a single number, its own),
+    and ``pareto_k_rows`` for at most 200 rows spread over the data.
     """
 
     mean: float
@@ -39,9 +44,12 @@ class Evidence:
     exact: bool
     values: Tensor
     pareto_k: float | None = None
+    pareto_k_rows: Tensor | None = None
+    effective_draws: Tensor | None = None
 
     def __repr__(self) -> str:
-        tail = "" if self.exact else f" (Monte Carlo {self.mc_stderr:.2g})"
+        carried = "" if self.effective_draws is None else f", {float(self.effective_draws.median()):.0f} effective"
+        tail = "" if self.exact else f"{carried} (Monte Carlo {self.mc_stderr:.2g})"
         per = "per row" if self.rows > 1 else "in all"
         return f"Evidence({self.mean:.4f} +- {self.stderr:.4f} nats {per}, {self.rows} rows, {self.kind}{tail})"
 
@@ -53,7 +61,8 @@ def row_evidence(
 
     A program's own closed form is used where it offers one. Else finite latents are summed out; continuous local
     latents are integrated by importance weighting with the guide as proposal where it is amortised and has a density
-    (a point estimate has none), else with the prior. Rows are taken ``chunk`` at a time.
+    (a point estimate has none), else with the prior. Rows are taken ``chunk`` at a time, and particles as many at a
+    time as memory likes. Where few draws carry the estimate of half of the rows, a UserWarning says so.
     """
     _require_density(fit)
     for name, value in (("particles", particles), ("draws", draws), ("chunk", chunk)):
@@ -61,10 +70,10 @@ def row_evidence(
     with fit.bound(seed):
         _require_observations(fit, next(iter(data.chunks(chunk))))
         thetas = _parameter_draws(fit, draws)
-        groups = _Jackknife(len(thetas))
+        groups, quality = _Jackknife(len(thetas)), WeightQuality(data.rows or 1)
         values, errors = [], []
         for batch in data.chunks(chunk):
-            per_draw, variance = _chunk(fit, batch, thetas, particles)
+            per_draw, variance = _chunk(fit, batch, thetas, particles, quality)
             values.append(torch.logsumexp(per_draw, 0) - math.log(len(per_draw)))
             errors.append(variance)
             groups.add(per_draw)
@@ -77,7 +86,21 @@ def row_evidence(
     stderr = float(rows.std() / math.sqrt(n)) if n > 1 else 0.0
     if len(thetas) == 1 and thetas[0] and not _at_point(fit):
         mc = math.nan  # one draw of the parameters says nothing of how much they vary
-    return Evidence(mean, stderr, 0.0 if exact else mc, n, kind, exact, rows)
+    if (complaint := quality.complaint()) is not None:
+        warnings.warn(complaint, UserWarning, stacklevel=3)
+    ks = quality.k_hats()
+    return Evidence(
+        mean,
+        stderr,
+        0.0 if exact else mc,
+        n,
+        kind,
+        exact,
+        rows,
+        pareto_k=None if ks is None else float(np.median(ks)),
+        pareto_k_rows=None if ks is None else torch.as_tensor(ks),
+        effective_draws=quality.effective_draws,
+    )
 
 
 class _Jackknife:
@@ -145,7 +168,9 @@ def _at_point(fit: Fit) -> bool:
     if fit.learned.kind == "point":
         return True
     guided, sites = fit.info.guide_sites or {}, fit.info.select(local=False)
-    return fit.learned.kind == "variational" and all(s.name in guided and guided[s.name].likelihood_free for s in sites)
+    # Autoguides give each site a point mass at a value that they drew at an auxiliary site: that one has to be looked at.
+    drawn = [site for site in guided.values() if not site.local and not site.likelihood_free]
+    return fit.learned.kind == "variational" and not drawn and all(site.name in guided for site in sites)
 
 
 def _integrated(fit: Fit) -> bool:
@@ -172,7 +197,9 @@ def _kind(fit: Fit, draws: int, particles: int) -> tuple[str, bool]:
     return ("; ".join(parts) or "exact"), not drawn and not particles
 
 
-def _chunk(fit: Fit, batch: Batch, thetas: list[dict[str, Tensor]], particles: int) -> tuple[Tensor, Tensor]:
+def _chunk(
+    fit: Fit, batch: Batch, thetas: list[dict[str, Tensor]], particles: int, quality: WeightQuality
+) -> tuple[Tensor, Tensor]:
     """Row densities of one chunk (draws x rows), and the Monte Carlo variance (rows) of the particles."""
     if _offered(fit):
         found = torch.stack([_closed_form(fit, batch, theta) for theta in thetas])
@@ -184,14 +211,18 @@ def _chunk(fit: Fit, batch: Batch, thetas: list[dict[str, Tensor]], particles: i
     guided = set(fit.info.guide_sites or {}) if guide is not None else set()
     sums = tuple(name for name in info.finite_latents if name not in guided)
     vectorise = can_vectorise(model, guide, info, batch, sums)
-    rows_by_draw, variances = [], []
+    rows_by_draw, variances, pooled = [], [], []
     for theta in thetas:
-        weights = local_log_weights(model, guide, info, batch, particles, values=theta, sums=sums, vectorise=vectorise)
+        weights = log_weights_in_chunks(
+            model, guide, info, batch, particles, values=theta, sums=sums, vectorise=vectorise
+        )
         assert weights.rows is not None
+        pooled.append(weights.rows)
         rows_by_draw.append(torch.logsumexp(weights.rows, 0) - math.log(particles))
         relative = (weights.rows - weights.rows.amax(0)).exp()
         spread = relative.var(0) / particles / relative.mean(0) ** 2 if particles > 1 else torch.zeros(len(relative[0]))
         variances.append(spread)
+    quality.add(torch.cat(pooled))
     per_draw = torch.stack(rows_by_draw)
     share = torch.softmax(per_draw, 0)
     return per_draw, (share**2 * torch.stack(variances)).sum(0)
@@ -199,7 +230,9 @@ def _chunk(fit: Fit, batch: Batch, thetas: list[dict[str, Tensor]], particles: i
 
 def _proposal(fit: Fit) -> Callable[..., Any] | None:
     """The guide where its local sites have densities and follow the rows; autoguides know training rows only."""
-    points = any(site.local and site.likelihood_free for site in (fit.info.guide_sites or {}).values())
+    local = [site for site in (fit.info.guide_sites or {}).values() if site.local]
+    auxiliary = any(site.name not in fit.info.sites for site in local)
+    points = not auxiliary and any(site.likelihood_free for site in local)
     return fit.guide if not points and amortised(fit) else None
 
 
@@ -250,7 +283,7 @@ def joint_log_weights(fit: Fit, draws: int, particles: int = 1) -> Tensor:
     vectorise = can_vectorise(fit.program.model, fit.guide, info, batch, sums)
     result = []
     for values in outside:
-        w = local_log_weights(
+        w = log_weights_in_chunks(
             fit.program.model, fit.guide, info, batch, particles, values=values, sums=sums, vectorise=vectorise
         )
         inside = 0.0 if w.rows is None else (torch.logsumexp(w.rows, 0) - math.log(particles)).sum()

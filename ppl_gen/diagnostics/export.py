@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +19,12 @@ from ppl_gen.diagnostics.densities import densities, derived
 from ppl_gen.diagnostics.psis import MIN_DRAWS
 from ppl_gen.inference.objectives.elbo import is_sample
 from ppl_gen.posterior import ChainPosterior
-from ppl_gen.predictive import _run, observed_rows, prior_rows
+from ppl_gen.predictive import _run, amortised, observed_rows, prior_rows
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["latent_summary_names", "posterior_groups", "to_arviz"]
+__all__ = ["affordable_rows", "latent_summary_names", "posterior_groups", "to_arviz"]
 
 Groups = dict[str, dict[str, np.ndarray]]
 
@@ -35,8 +36,10 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
 
     Sites inside the data plate get the plate's name as dimension. Finite latents that the algorithm summed out are not
     drawn here (`Fit.posterior` draws them); a chain's predictive and log likelihood are thinned to about ``draws``.
+    Where a guide is amortised and rows times draws are too many, the first rows stand for all; ``attrs["rows"]`` says so.
     """
     with fit.bound(seed):
+        whole, fit = fit, affordable_rows(fit, draws)
         batch = fit.data.batch()
         groups, attrs = posterior_groups(fit, draws)
         kept = _kept_draws(fit, groups, draws)
@@ -52,6 +55,8 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
         groups["constant_data"] = inputs
     unsampled = _add_statistics(fit, groups, attrs, seed)
     attrs.update(_provenance(fit))
+    if fit is not whole:
+        attrs["rows"] = f"the first {fit.data.rows} of {whole.data.rows}"
     lacking = [g for g in ("posterior", "log_likelihood") if not groups.get(g)]
     if lacking:
         attrs["lacks"] = "; ".join(f"{g}: {_reason(fit, g)}" for g in lacking)
@@ -60,6 +65,21 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
     dims |= {name: [plate] for name in inputs if plate and inputs[name].ndim and len(inputs[name]) == fit.data.rows}
     dims |= {name: ["step"] for name in unsampled}
     return to_tree({k: v for k, v in groups.items() if v}, dims=dims, attrs=attrs, unsampled=unsampled)
+
+
+def affordable_rows(fit: Fit, draws: int) -> Fit:
+    """The fit with its first rows only, where ``draws`` draws of latents and observations of every row are too many.
+
+    Only where rows stand for themselves: an amortised guide, and no global latents. Inside ``fit.bound()``.
+    """
+    rows = fit.data.rows
+    if rows is None or fit.info.select(local=False) or not amortised(fit):
+        return fit
+    few = fit.data.template(2)
+    drawn = prior_rows(fit.program.model, few, 1)
+    cells = sum(value.numel() for value in drawn.values()) // 2
+    most = max(25, CELLS // max(1, draws * cells))
+    return fit if rows <= most else replace(fit, data=fit.data.subset(torch.arange(most, device="cpu")))
 
 
 def posterior_groups(fit: Fit, draws: int) -> tuple[Groups, dict[str, Any]]:

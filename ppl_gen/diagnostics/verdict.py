@@ -12,10 +12,10 @@ from torch import Tensor
 from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.bridge import az_summary, to_tree
 from ppl_gen.diagnostics.evidence import joint_log_weights
-from ppl_gen.diagnostics.export import latent_summary_names, posterior_groups
+from ppl_gen.diagnostics.export import affordable_rows, latent_summary_names, posterior_groups
 from ppl_gen.diagnostics.psis import pareto_k, pareto_k_rows, pareto_k_threshold, row_subset
 from ppl_gen.diagnostics.summary import loss_trend, verdict_chains, verdict_point, verdict_variational
-from ppl_gen.inference.objectives.particles import can_vectorise, local_log_weights
+from ppl_gen.inference.objectives.particles import can_vectorise, log_weights_in_chunks
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import global_draws
 
@@ -32,7 +32,7 @@ MAX_ROWS = 200  # rows whose k-hat a verdict looks at: the share of bad rows is 
 def diagnose(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> pandas.DataFrame:
     """See `Fit.diagnose`; ``attrs`` also holds ``pareto_k_rows`` and ``pareto_k_threshold`` where they apply."""
     with fit.bound(seed):
-        groups, _ = posterior_groups(fit, draws)
+        groups, _ = posterior_groups(affordable_rows(fit, draws), draws)
     posterior = {k: v for k, v in groups["posterior"].items() if k in latent_summary_names(fit)}
     if isinstance(fit.learned, ChainPosterior):
         return _chains(fit, posterior, fit.learned)
@@ -157,7 +157,7 @@ def _row_weights(fit: Fit, draws: int) -> Tensor:
     values: dict[str, Any] = dict(global_draws(fit, 1)[0]) if info.select(local=False) else {}
     values = {name: value for name, value in values.items() if name in info.sites}
     vectorise = can_vectorise(fit.program.model, fit.guide, info, batch, sums)
-    weights = local_log_weights(
+    weights = log_weights_in_chunks(
         fit.program.model, fit.guide, info, batch, draws, values=values, sums=sums, vectorise=vectorise
     )
     assert weights.rows is not None

@@ -9,6 +9,7 @@ from functools import partial
 from pyro import get_param_store
 from torch import Tensor
 
+from ppl_gen.data.batching import LARGE
 from ppl_gen.dryrun import dry_run
 from ppl_gen.inference.base import Algorithm, Outcome, Run
 from ppl_gen.inference.svi import resolved_guide
@@ -17,6 +18,8 @@ from ppl_gen.offers import Need
 from ppl_gen.posterior import PointPosterior
 
 __all__ = ["Restored"]
+
+_ROWS = 256  # rows of large data that the program is run on: parameters do not depend on how many there are
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Restored(Algorithm):
 
     def run(self, run: Run) -> Outcome:
         """One dry run, one comparison of names and shapes, and the values."""
-        batch = run.data.batch()
+        batch = run.data.head(_ROWS) if run.data.elements > LARGE else run.data.batch()
         runs = [partial(run.program.model, *batch.args, **batch.kwargs)]
         guide = None
         if self.guide == "cavi":

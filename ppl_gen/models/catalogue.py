@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_gen.models.autoencoding import autoencoder
 from ppl_gen.models.boltzmann import rbm
 from ppl_gen.models.characters import char_rnn
 from ppl_gen.models.diffusion import denoising_diffusion
+from ppl_gen.models.flows import affine_flow, iaf, maf, real_nvp, scalar_flow, spline_flow
 from ppl_gen.models.implicit import gan
+from ppl_gen.models.linear import factor_analysis, ppca
 from ppl_gen.models.markov import hidden_markov
 from ppl_gen.models.mixture import gaussian_mixture
 from ppl_gen.program import Recipe
@@ -62,6 +65,12 @@ def _bars() -> Tensor:
     return torch.cat([rows, rows.mT]).flatten(1).to(torch.float64)
 
 
+def _two_factors() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(40, 2, generator=generator) @ torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 1.0, 1.0, 0.5]])
+    return factors + 0.5 * torch.randn(40, 4, generator=generator)
+
+
 def _ring() -> Tensor:
     angle = torch.arange(40) * (2 * math.pi / 40)
     return 2 * torch.stack([angle.cos(), angle.sin()], -1)
@@ -81,6 +90,24 @@ CATALOGUE: dict[str, Entry] = {
             lambda: gaussian_mixture(components=2),
             _two_groups,
             "Gaussian mixture: free or equal weights; spherical, diagonal or full covariance",
+        ),
+        Entry(
+            "ppca",
+            lambda: ppca(4, 2),
+            _two_factors,
+            "probabilistic principal components: exact evidence, entries may be missing",
+        ),
+        Entry(
+            "factor_analysis",
+            lambda: factor_analysis(4, 1),
+            _two_factors,
+            "factor analysis: as ppca, with a noise variance for each column",
+        ),
+        Entry(
+            "autoencoder",
+            lambda: autoencoder(4, 2, hidden=(8,)),
+            _two_factors,
+            "autoencoder: deep, convolutional, tied, denoising, sparse or k-sparse; codes without a prior",
         ),
         Entry(
             "hidden_markov",
@@ -105,6 +132,42 @@ CATALOGUE: dict[str, Entry] = {
             lambda: denoising_diffusion(2, steps=4, hidden=8),
             _ring,
             "diffusion model of vectors: a fixed chain into noise, a learnt chain back",
+        ),
+        Entry(
+            "affine_flow",
+            lambda: affine_flow(2),
+            _ring,
+            "flow of one affine map: a normal distribution with a full covariance",
+        ),
+        Entry(
+            "real_nvp",
+            lambda: real_nvp(2, layers=2, hidden=(8,)),
+            _ring,
+            "flow of affine coupling layers: exact density, both directions fast",
+        ),
+        Entry(
+            "maf",
+            lambda: maf(2, layers=2, hidden=(8,)),
+            _ring,
+            "masked autoregressive flow: exact density, fast; samples column by column",
+        ),
+        Entry(
+            "iaf",
+            lambda: iaf(2, layers=2, hidden=(8,)),
+            _ring,
+            "inverse autoregressive flow: fast samples; exact density, column by column",
+        ),
+        Entry(
+            "spline_flow",
+            lambda: spline_flow(2, layers=2, hidden=(8,), bins=4),
+            _ring,
+            "flow of coupling layers of rational-quadratic splines",
+        ),
+        Entry(
+            "scalar_flow",
+            lambda: scalar_flow("uniform", bins=4),
+            _two_groups,
+            "flow of single numbers to uniform, Beta or normal codes",
         ),
         Entry(
             "char_rnn",

@@ -115,6 +115,7 @@ class LinearGaussian:
             residual, weight = torch.where(mask, residual, residual.new_zeros(())), weight * mask
             pairs = (w[:, :, None] * w[:, None, :]).flatten(1)
             precision = eye + (weight @ pairs).unflatten(1, (self.latent, self.latent))
+        precision = 0.5 * (precision + precision.mT)  # rounding would show where the noise is small
         cholesky = torch.linalg.cholesky(precision)
         pull = (weight * residual) @ w
         half = torch.linalg.solve_triangular(cholesky, pull[..., None], upper=False)

@@ -115,8 +115,9 @@ def vae(
         latent: numbers in each z.
         hidden: widths of the hidden layers of both networks (the encoder's order); for convolutions the last one is the
             width of the layer between images and codes.
-        likelihood: "bernoulli" for zeros and ones, "normal" for real numbers, "categorical" for integer levels; "auto"
-            takes "bernoulli" where all data are zeros and ones, else "normal".
+        likelihood: "bernoulli" for zeros and ones, "continuous-bernoulli" for numbers from 0 to 1, "normal" for real
+            numbers, "categorical" for integer levels; "auto" takes the first of these that the data allow, with levels
+            never, and "normal" where a ``scale`` is given.
         scale: standard deviation of the normal likelihood in the user's units; None: one number, learnt.
         levels: how many levels categorical pixels have.
         network: "perceptron", or "convolutional" for images.

@@ -17,7 +17,16 @@ from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.inference.objectives.elbo import is_sample, own_scale, rows_plate
 from ppl_gen.isolation import looking
 
-__all__ = ["LocalParticles", "LogWeights", "can_vectorise", "local_log_weights", "sampled"]
+__all__ = [
+    "LocalParticles",
+    "LogWeights",
+    "can_vectorise",
+    "local_log_weights",
+    "log_weights_in_chunks",
+    "sampled",
+]
+
+CELLS = 4_000_000  # numbers of one tensor, where no gradient asks for all particles together
 
 
 class LocalParticles(PlateMessenger):
@@ -171,6 +180,31 @@ def _traced_alone(
     q = sampled(guide, batch, values)
     p = poutine.trace(poutine.replay(_substituted(model, values), trace=q)).get_trace(*batch.args, **batch.kwargs)
     return p, q
+
+
+def log_weights_in_chunks(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    info: ProgramInfo,
+    batch: Batch,
+    particles: int,
+    *,
+    values: Mapping[str, Tensor],
+    sums: tuple[str, ...] = (),
+    vectorise: bool,
+) -> LogWeights:
+    """`local_log_weights` with as many particles at a time as keep each tensor at about `CELLS` numbers."""
+    inputs = [v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]
+    most = max(1, CELLS // max(1, sum(value.numel() for value in inputs)))
+    parts = []
+    while particles > 0:
+        count = min(most, particles)
+        parts.append(
+            local_log_weights(model, guide, info, batch, count, values=values, sums=sums, vectorise=vectorise)
+        )
+        particles -= count
+    rows = [part.rows for part in parts if part.rows is not None]
+    return replace(parts[0], rows=torch.cat(rows) if rows else None)
 
 
 def _single(

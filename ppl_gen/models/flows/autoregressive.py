@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from pyro.distributions.transforms import AffineAutoregressive
+from pyro.distributions.transforms.utils import clamp_preserve_gradients
 from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 
@@ -26,9 +27,7 @@ class _Autoregressive(AffineAutoregressive):
         columns = torch.eye(y.shape[-1], dtype=torch.bool, device=y.device)
         for column in columns[self.arn.permutation]:  # each needs those before it in the order
             mean, log_scale = self.arn(x)
-            log_scale = (
-                log_scale + (log_scale.clamp(self.log_scale_min_clip, self.log_scale_max_clip) - log_scale).detach()
-            )
+            log_scale = clamp_preserve_gradients(log_scale, self.log_scale_min_clip, self.log_scale_max_clip)
             x = torch.where(column, (y - mean) * (-log_scale).exp(), x)
         self._cached_log_scale = log_scale
         return x

@@ -78,7 +78,7 @@ class Flow(nn.Module):
     def __init__(self, layers: Sequence[Layer], rows: Tensor, base: Base | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.base = base or _normal
+        self.make_codes = base or _normal
         self.single = rows.dim() == 1
         columns = (rows.unsqueeze(-1) if self.single else rows).double()
         precision = torch.get_default_dtype()
@@ -108,7 +108,8 @@ class Flow(nn.Module):
 
     def codes(self) -> Any:
         """p_Z: the distribution of one code."""
-        return self.base(torch.zeros_like(self.loc[0])) if self.single else self.base(0 * self.loc).to_event(1)
+        zeros = torch.zeros_like(self.loc)
+        return self.make_codes(zeros[0]) if self.single else self.make_codes(zeros).to_event(1)
 
     def rows(self) -> Any:
         """p(x): the distribution of one row."""
@@ -118,7 +119,7 @@ class Flow(nn.Module):
         """z, and log |det dz/dx|."""
         value = (self._columns(x, "x") - self.loc) / self.scale
         total = -self.scale.log().sum()
-        for layer in self.layers:
+        for layer in self._layers():
             value, log_det = layer.to_code(value)
             total = total + log_det
         return self._shaped(value), total.expand(value.shape[:-1])
@@ -126,10 +127,13 @@ class Flow(nn.Module):
     def to_data(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x, and log |det dx/dz|."""
         value, total = self._columns(z, "z"), self.scale.log().sum()
-        for layer in reversed(self.layers):
+        for layer in reversed(self._layers()):
             value, log_det = layer.to_data(value)
             total = total + log_det
         return self._shaped(self.loc + self.scale * value), total.expand(value.shape[:-1])
+
+    def _layers(self) -> list[Layer]:
+        return list(self.layers)  # type: ignore[arg-type]
 
     def _columns(self, value: Tensor, name: str) -> Tensor:
         value = value.to(self.loc)
@@ -151,7 +155,7 @@ class _FlowTransform(Transform):
     def __init__(self, flow: Flow) -> None:
         super().__init__(cache_size=1)
         self.flow = flow
-        self._log_det: Tensor | None = None
+        self._log_det = torch.zeros(())
 
     @property
     def domain(self) -> Any:  # type: ignore[override]
@@ -171,10 +175,10 @@ class _FlowTransform(Transform):
         return made
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        known = self._cached_x_y
-        if self._log_det is None or known[0] is not x or known[1] is not y:
-            return self.flow.to_data(x)[1]
-        return self._log_det
+        known: tuple[Any, Any] = self._cached_x_y
+        if known[0] is x and known[1] is y:
+            return self._log_det
+        return self.flow.to_data(x)[1]
 
 
 def _normal(zeros: Tensor) -> Any:

@@ -44,8 +44,9 @@ class _AffineCoupling(Layer):
             nn.init.zeros_(value)  # the flow starts at the identity
 
     def _run(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        made, log_det = through(AffineCoupling(self.kept, self.network), value[..., self.order], inverse=inverse)
-        return made[..., self.order.argsort()], log_det
+        ordered = value.index_select(-1, self.order)
+        made, log_det = through(AffineCoupling(self.kept, self.network), ordered, inverse=inverse)
+        return made.index_select(-1, self.order.argsort()), log_det
 
     def to_code(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._run(x, inverse=True)

@@ -110,12 +110,12 @@ def scalar_flow(
     .. math:: z = \sigma(a \, g(x) + b) \in (0, 1), \quad \log p(x) = \log p_Z(z) + \log \frac{dz}{dx}
 
     g is a monotone rational-quadratic spline on [-bound, bound] in standard deviations and the identity beyond, a > 0
-    and b are learnt (they set the tails), and the sigmoid takes every real number into (0, 1); for normal codes there is
-    none. To uniform codes z is the distribution function of x: ``fit.module("flow").encode(x)`` is the learnt one, and
-    ``decode`` its inverse, the quantiles. The transforms are Pyro's. ``SVI()`` is maximum likelihood,
+    and b are learnt (they set the tails), and the sigmoid takes every real number into (0, 1); normal codes have none.
+    To uniform codes z is the distribution function of x: ``fit.module("flow").encode(x)`` is the learnt one, and
+    ``decode`` its inverse, the quantiles. ``SVI()`` is maximum likelihood,
     ``fit.evidence()`` exact.
 
-    Codes in (0, 1) are floating-point numbers: within 1e-16 of 1 (6e-8 in float32) they are all one number, so rows that
+    Codes in (0, 1) are floating-point numbers: within 1e-16 of 1 (6e-8 in float32) they are all one number, so rows so
     far in the upper tail are not found again by ``decode``, and a Beta's log density is that of this number there.
 
     Args:
@@ -153,7 +153,7 @@ def scalar_flow(
     def made() -> list[Layer]:
         return [_Spline(bins, bound), codes.line(), *([] if base == "normal" else [_Squash()])]
 
-    arguments = {"base": base, "bins": bins, "bound": bound}
+    arguments: dict[str, Any] = {"base": base, "bins": bins, "bound": bound}
     if base == "beta":
         arguments["concentrations"] = codes.concentrations
     return flow_recipe("scalar_flow", 1, made, arguments, base=codes, single=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from pyro.distributions.transforms.spline import ConditionedSpline
 from pyro.nn import DenseNN
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -19,19 +17,23 @@ from ppl_gen.program import Recipe
 
 __all__ = ["IDENTITY", "checked_spline", "rational_quadratic", "spline_flow"]
 
-#: The raw derivative at which a spline of equal bins is the identity: Pyro adds 0.001 after the softplus.
-IDENTITY = math.log(math.expm1(1 - 1e-3))
-_MOST = 500  # bins: Pyro gives each a thousandth of the width at least
+_LEAST = 1e-3  # width and height of a bin (as shares), and derivative: keeps the inverse well conditioned
+_MOST = 500  # bins, which then share half of the box freely
+
+#: The raw derivative at which a spline of equal bins is the identity.
+IDENTITY = math.log(math.expm1(1 - _LEAST))
 
 
 def rational_quadratic(
     value: Tensor, raw: Sequence[Tensor], bound: float, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Pyro's spline within [-bound, bound] and the identity beyond, number by number.
+    r"""A monotone spline on [-bound, bound] and the identity beyond, number by number.
 
-    Pyro's own tails send NaN gradients through the root it takes for them when it goes backwards: here they never reach
-    the spline. The inverse is taken in float64: Pyro asserts that the discriminant is not negative, which for a steep
-    bin is more than float32 can promise.
+    .. math:: g = y_k + h \frac{s \theta^2 + d_k \theta (1 - \theta)}{s + (d_k + d_{k+1} - 2 s) \theta (1 - \theta)},
+              \quad \theta = \frac{x - x_k}{w}, \; s = \frac{h}{w}
+
+    Pyro has the same spline, but looks for bins beside knots moved by 1e-6: in a steep bin a number just past its end
+    has no inverse there, and Pyro's assertion stops the drawing of rows. It also ends with derivatives of 0.999.
 
     Args:
         value: the numbers.
@@ -41,20 +43,43 @@ def rational_quadratic(
 
     Returns:
         The numbers, and the logarithm of the derivative of that direction.
+
+    References:
+        Neural spline flows (Durkan, Bekasov, Murray and Papamakarios, 2019), equations 4 to 8.
     """
-    widths, heights, derivatives = raw
-    shape: tuple[Tensor, ...] = (widths.softmax(-1), heights.softmax(-1), softplus(derivatives))
+    knots_x, knots_y = _knots(raw[0], bound), _knots(raw[1], bound)
+    slopes = nn.functional.pad(_LEAST + softplus(raw[2]), (1, 1), value=1.0)
     inside = value.clamp(-bound, bound)
-    if inverse:
-        made, log_slope = _spline([s.double() for s in shape], bound).spline_op(inside.double(), inverse=True)
-        made, log_slope = made.to(value), log_slope.to(value)
-    else:
-        made, log_slope = _spline(shape, bound).spline_op(inside)
-    return made + (value - inside), torch.where(value == inside, log_slope, torch.zeros_like(log_slope))
+    found = (inside.unsqueeze(-1) >= (knots_y if inverse else knots_x)[..., 1:-1]).sum(-1, keepdim=True)
+
+    def at(table: Tensor) -> Tensor:
+        return table.expand(*value.shape, -1).gather(-1, found).squeeze(-1)
+
+    x, width, y, height = at(knots_x[..., :-1]), at(knots_x.diff()), at(knots_y[..., :-1]), at(knots_y.diff())
+    first, last, slope = at(slopes[..., :-1]), at(slopes[..., 1:]), height / width
+    bend = first + last - 2 * slope
+    place = _place(inside - y, height, first, slope, bend) if inverse else (inside - x) / width
+    mixed = place * (1 - place)
+    below = slope + bend * mixed
+    above = last * place**2 + 2 * slope * mixed + first * (1 - place) ** 2
+    log_slope = 2 * slope.log() + above.log() - 2 * below.log()
+    made = x + width * place if inverse else y + height * (slope * place**2 + first * mixed) / below
+    log_slope = torch.where(value == inside, -log_slope if inverse else log_slope, torch.zeros_like(log_slope))
+    return made + (value - inside), log_slope
 
 
-def _spline(shape: Sequence[Tensor], bound: float) -> Any:
-    return ConditionedSpline((*shape, None), bound=bound, order="quadratic")
+def _knots(raw: Tensor, bound: float) -> Tensor:
+    shares = _LEAST + (1 - _LEAST * raw.shape[-1]) * raw.softmax(-1)
+    inner = bound * (2 * shares.cumsum(-1)[..., :-1] - 1)
+    return nn.functional.pad(nn.functional.pad(inner, (1, 0), value=-bound), (0, 1), value=bound)
+
+
+def _place(rise: Tensor, height: Tensor, first: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+    """theta in its bin from how far y is above the bin's lower end: the stable root of a quadratic."""
+    a, b, c = height * (slope - first) + rise * bend, height * first - rise * bend, -slope * rise
+    # Not negative but for rounding; not zero, where the root has no derivative.
+    root = (b**2 - 4 * a * c).clamp(min=torch.finfo(rise.dtype).tiny).sqrt()
+    return (2 * c / (-b - root)).clamp(0.0, 1.0)
 
 
 def checked_spline(bins: int, bound: float) -> None:
@@ -83,10 +108,10 @@ class _SplineCoupling(Layer):
         nn.init.constant_(last.bias.data[2 * changed * bins :], IDENTITY)  # the flow starts at the identity
 
     def _run(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        kept, changed = value[..., self.order].split([self.kept, len(self.order) - self.kept], -1)
+        kept, changed = value.index_select(-1, self.order).split([self.kept, len(self.order) - self.kept], -1)
         raw = [part.unflatten(-1, (changed.shape[-1], -1)) for part in self.network(kept)]
         made, log_slope = rational_quadratic(changed, raw, self.bound, inverse=inverse)
-        return torch.cat([kept, made], -1)[..., self.order.argsort()], log_slope.sum(-1)
+        return torch.cat([kept, made], -1).index_select(-1, self.order.argsort()), log_slope.sum(-1)
 
     def to_code(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._run(x, inverse=False)
@@ -103,8 +128,8 @@ def spline_flow(
     .. math:: z_{1:d} = x_{1:d}, \quad z_j = g_j(x_j; x_{1:d}), \; j > d, \quad
               \log \left| \det \frac{\partial z}{\partial x} \right| = \sum_{j > d} \log g_j'(x_j; x_{1:d})
 
-    Each g is a monotone rational-quadratic spline on [-bound, bound], in standard deviations, and the identity beyond
-    (Pyro's spline); a perceptron of the first half of the columns gives widths, heights and derivatives of its bins.
+    Each g is a monotone rational-quadratic spline on [-bound, bound], in standard deviations, and the identity
+    beyond; a perceptron of the first half of the columns gives widths, heights and derivatives of its bins.
     More supple than `real_nvp` per layer, about as fast in both directions, and several times its cost. Orders of the
     columns, units, program and network are those of `real_nvp`.
 
