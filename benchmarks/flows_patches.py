@@ -47,7 +47,8 @@ other 63 then determine, is left out.
   differ by more than 2 %, the script stops.
 - Same batches' size, steps, optimiser (Adam, fused) and rate for all, one seed for each run's batches and weights. The
   weights of the last step count; validation chose nothing. Milliseconds are of processor time, set-up shared out.
-- A Gaussian with a full covariance is the yardstick to beat.
+- A Gaussian with a full covariance is the yardstick to beat. Each pixel is in four patches, so patches are
+  not independent, and the standard errors, which take them to be, are too small.
 """
 
 

@@ -27,7 +27,8 @@ for name, fit in fits.items():
     error = float((reconstructions(fit, test) - test).square().mean())
     groups = KMeans(10, n_init=5, random_state=0).fit_predict(codes(fit, test))
     agreement = adjusted_rand_score(labels, groups)
-    kept = f"64 numbers in {3 if name == '3-sparse' else 10}: {1 - error / variance:.0%} of the variance kept"
+    size = "3 of 10 numbers" if name == "3-sparse" else "10 numbers"
+    kept = f"64 pixels in {size}, {1 - error / variance:.0%} of the variance kept"
     print(f"{name}: {kept}; clusters and labels agree by {agreement:.2f}")
 
 fit = fits["convolutional"]

@@ -23,7 +23,9 @@ for latent in sizes:
     evidence["factor analysis"].append(pg.fit(factor_analysis(64, latent), train, algorithm, seed=0).evidence(test))
 
 # Half of the pixels of half of the rows are hidden, from the fit too.
-seen = torch.rand(train.shape, generator=torch.Generator().manual_seed(1)) > 0.5 * (torch.arange(len(train)) % 2)[:, None]
+seen = (
+    torch.rand(train.shape, generator=torch.Generator().manual_seed(1)) > 0.5 * (torch.arange(len(train)) % 2)[:, None]
+)
 gaps = {"x": torch.where(seen, train, 0.0), "mask": seen}
 fit = pg.fit(ppca(64, 10), gaps, algorithm, seed=0)
 filled = torch.where(seen, train, reconstructions(fit, gaps, draws=50))
@@ -42,7 +44,12 @@ panel.set(xlabel="latent dimensions", ylabel="nats per held-out row", title="Hel
 panel.legend()
 loadings = fit.posterior(draws=1)["loadings"][0]
 directions = torch.linalg.svd(loadings, full_matrices=False)[0].T
-shown = {"components": directions[:8], "rows": train[1:16:2], "seen": (train * seen)[1:16:2], "filled in": filled[1:16:2]}
+shown = {
+    "components": directions[:8],
+    "rows": train[1:16:2],
+    "seen": (train * seen)[1:16:2],
+    "filled in": filled[1:16:2],
+}
 for row, (title, images) in zip(right.subplots(4, 8), shown.items(), strict=True):
     limit = float(images.abs().max())
     for axis, image in zip(row, images, strict=True):

@@ -134,9 +134,9 @@ def _refuse_prior(fit: Fit) -> None:
     """Draws of the prior must not pass for draws of a posterior that nobody learned (an adversarial fit, say)."""
     if not isinstance(fit.learned, PointPosterior):
         return
-    unknown = [site for site in fit.info.select() if not site.finite and site.name not in fit.learned.values]
     exact = fit.program.local_posterior is not None
-    unknown = [site.name for site in unknown if not (site.local and exact)]
+    asked = [site for site in fit.info.select() if not site.finite and not (site.local and exact)]
+    unknown = [site.name for site in asked if site.name not in fit.learned.values]
     if unknown:
         raise IncompatibleError(
             f"{fit.algorithm} learned no posterior of {', '.join(unknown)} in {fit.program.name!r}; "
@@ -208,7 +208,9 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
         with Workspace(dtype=dataset.dtype, training=False, modules=_modules_of(built, None)):
             batch = dataset.batch()
             trace = poutine.trace(built.model).get_trace(*batch.args, **batch.kwargs)
-            _refuse_improper(built.name, {n for n, node in trace.nodes.items() if is_sample(node) and _is_flat(node["fn"])})
+            _refuse_improper(
+                built.name, {n for n, node in trace.nodes.items() if is_sample(node) and _is_flat(node["fn"])}
+            )
             return prior_rows(built.model, batch, draws)
 
 
@@ -261,8 +263,8 @@ def _refuse_improper(program: str, names: set[str]) -> None:
     if names:
         listed = ", ".join(sorted(names))
         raise IncompatibleError(
-            f"{program!r} gives {listed} a flat (improper) prior, which has no draws. From a fit, draw rows at values of "
-            f"your own: fit.sample(n, given={{{sorted(names)[0]!r}: ...}})"
+            f"{program!r} gives {listed} a flat (improper) prior, which has no draws. From a fit, draw rows at values "
+            f"of your own: fit.sample(n, given={{{sorted(names)[0]!r}: ...}})"
         )
 
 

@@ -105,10 +105,10 @@ class Cards(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """The grid."""
         cards = nodes.container(classes=["cards"])
-        for script in examples():
-            title, text = described(script)
-            picture = sorted(Path(self.env.srcdir, "gallery").glob(f"{script.stem}*.png"))[0].name
-            card = f"[![{text}](gallery/{picture})](gallery/{script.stem}.md)\n\n[{title}](gallery/{script.stem}.md)\n"
+        for made in sorted(Path(self.env.srcdir, "gallery").glob("*.md")):
+            title, text = described(TOP / "examples" / f"{made.stem}.py")
+            picture = re.findall(r"^!\[.*\]\((.*)\)$", made.read_text(encoding="utf-8"), re.M)[0]
+            card = f"[![{text}](gallery/{picture})](gallery/{made.stem}.md)\n\n[{title}](gallery/{made.stem}.md)\n"
             cards += nodes.container("", *self.parse_text_to_nodes(card), classes=["card"])
         return [cards]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
@@ -19,6 +21,7 @@ def markup(latex: str, *, block: bool) -> str:
     """
     if block and ("\\\\" in latex or "&" in latex) and "\\begin" not in latex:
         latex = rf"\begin{{aligned}}{latex}\end{{aligned}}"
+    latex = re.sub(r"\\arg\b", r"\\operatorname{arg}", latex)  # the one usual name that the converter lacks
     text = convert(latex, display="block" if block else "inline")
     if "\\" in text:
         raise ValueError(f"a command that the converter does not know: {latex}")

@@ -126,8 +126,8 @@ def _require_density(fit: Fit) -> None:
     improper = [site.name for site in fit.info.select(local=True) if site.improper]
     if improper and fit.program.evidence is None:
         raise IncompatibleError(
-            f"the program {fit.program.name!r} has no density over its rows: the prior of {', '.join(improper)} is flat "
-            "(improper), which gives p(x | z) and no p(x). Compare how well it reconstructs held-out rows instead"
+            f"the program {fit.program.name!r} has no density over its rows: the prior of {', '.join(improper)} is "
+            "flat (improper), which gives p(x | z) and no p(x). Compare how well it reconstructs held-out rows instead"
         )
     if "density" in fit.info.offers or fit.program.evidence is not None:
         return
@@ -168,7 +168,7 @@ def _at_point(fit: Fit) -> bool:
     if fit.learned.kind == "point":
         return True
     guided, sites = fit.info.guide_sites or {}, fit.info.select(local=False)
-    # Autoguides give each site a point mass at a value that they drew at an auxiliary site: that one has to be looked at.
+    # Autoguides give each site a point mass at a value that they drew at an auxiliary site: that one is looked at.
     drawn = [site for site in guided.values() if not site.local and not site.likelihood_free]
     return fit.learned.kind == "variational" and not drawn and all(site.name in guided for site in sites)
 

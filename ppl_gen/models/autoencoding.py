@@ -181,7 +181,7 @@ def _program(encoder: Encoder, decoder: Decoder, terms: dict[str, Callable[[Tens
         pyro.module("decoder", decoder)
         like = x if x.is_floating_point() else x.to(torch.get_default_dtype())
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", Flat(event_shape=encoder.layers[-1].bias.shape))  # type: ignore[union-attr, arg-type]
+            z = pyro.sample("z", Flat(event_shape=encoder.layers[-1].bias.shape))  # type: ignore[arg-type]
             pyro.sample("x", decoder.distribution(z), obs=like)
 
     def guide(x: Tensor) -> None:

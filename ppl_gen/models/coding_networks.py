@@ -16,7 +16,7 @@ from ppl_gen.models.networks import ACTIVATIONS, standardised
 __all__ = ["Decoder", "Encoder", "Units"]
 
 Units = Literal["linear", "sigmoid", "relu"]
-_STRIDE = {"stride": 2, "padding": 1}
+_STRIDE = 2
 
 
 class Encoder(nn.Module):
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
         if convolutional:
             for channels in hidden:
                 before, height, width = self.sizes[-1]
-                layers.append(nn.Conv2d(before, channels, 3, **_STRIDE))
+                layers.append(nn.Conv2d(before, channels, 3, stride=_STRIDE, padding=1))
                 self.sizes.append((channels, -(-height // 2), -(-width // 2)))
         widths = [math.prod(self.sizes[-1]), *([] if convolutional else hidden), code]
         layers += [nn.Linear(before, after) for before, after in zip(widths[:-1], widths[1:], strict=True)]
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.likelihood = likelihood
         self.mirrored = (encoder,)  # in a tuple: its parameters are registered with the encoder, once
-        weights = [layer.weight for layer in encoder.layers]
+        weights: list[Any] = [layer.weight for layer in encoder.layers]
         self.weights = None if tied else nn.ParameterList([_fresh(weight) for weight in weights])
         self.biases = nn.ParameterList([nn.Parameter(torch.zeros(weight.shape[1])) for weight in weights])
         start = likelihood.starting_bias()
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
         small, large = self.mirrored[0].sizes[i + 1], self.mirrored[0].sizes[i]
         odd = [big - (2 * little - 1) for little, big in zip(small[1:], large[1:], strict=True)]
         maps = h.reshape(-1, *small)
-        return functional.conv_transpose2d(maps, self.weight(i), self.biases[i], **_STRIDE, output_padding=odd)
+        return functional.conv_transpose2d(maps, self.weight(i), self.biases[i], _STRIDE, padding=1, output_padding=odd)
 
     def distribution(self, z: Tensor) -> Any:
         """p(x | z) over rows."""

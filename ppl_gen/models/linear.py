@@ -169,7 +169,9 @@ class _Choice:
         constant = variance <= 1e-24 * (1 + middle.square())
         if bool(constant.all() if self.isotropic else constant.any()):
             columns = ", ".join(map(str, constant.nonzero().squeeze(-1).tolist()))
-            raise ValueError(f"data: column(s) {columns} are constant: they have no variance to explain; leave them out")
+            raise ValueError(
+                f"data: column(s) {columns} are constant: they have no variance to explain; leave them out"
+            )
         unit = (variance.mean() if self.isotropic else variance).sqrt()
         prior = Prior(1.0, 0.01) if self.prior == "weak" else None
         steps = LinearGaussian(middle, unit, self.latent, self.isotropic, prior, self.floor)
@@ -194,7 +196,8 @@ def _rows(data: Any, name: str, features: int) -> tuple[Tensor, Tensor | None]:
     if not bool(rows.isfinite().all()):
         first = tuple(int(i) for i in (~rows.isfinite()).nonzero()[0])
         raise ValueError(
-            f"data 'x': {float(rows[first])} at index {first}. Leave missing entries out by a mask, True where observed: "
+            f"data 'x': {float(rows[first])} at index {first}. Leave missing entries out by a mask, True where "
+            "observed: "
             '{"x": torch.nan_to_num(x), "mask": ~x.isnan()}'
         )
     if mask is not None and (mask.dtype is not torch.bool or mask.shape != x.shape):

@@ -27,7 +27,7 @@ Values = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Prior:
-    """W and mu are normal around 0 with standard deviation ``spread``; a precision is exponential with this ``rate``."""
+    """W and mu are normal around 0 with standard deviation ``spread``, a precision is exponential with ``rate``."""
 
     spread: float
     rate: float
@@ -38,7 +38,8 @@ class Conditional:
     """p(z | observed entries of x) of each row: Normal(mean, precision^-1), with what the evidence needs beside it.
 
     ``precision`` is latent x latent, or rows x latent x latent where rows lack different entries; ``residual`` (y - mu)
-    and ``weight`` (Lambda) are zero where an entry is missing; ``fitted`` is the quadratic form that the latents explain.
+    and ``weight`` (Lambda) are zero where an entry is missing; ``fitted`` is the part of the quadratic form that the
+    latents explain.
     """
 
     mean: Tensor

@@ -73,7 +73,7 @@ class Adversarial(Objective):
         critic: a network from rows to one number each, called with the observed site's values (rows x event;
             several sites flattened and joined). The fit plays with a private copy, ``fit.module("critic")``. None:
             a small perceptron on standardised rows, made under the fit's seed.
-        penalty: ``"gradient"`` adds ``penalty_weight`` E (|grad T| - 1)^2 between the two kinds of rows; ``"clip"``
+        penalty: ``"gradient"`` adds ``penalty_weight E (|grad T| - 1)^2`` between the two kinds of rows; ``"clip"``
             clamps the critic's parameters to [-clip, clip] after each of its updates; ``"none"`` trusts the critic
             to be Lipschitz by construction (spectral normalisation). None: clip for Wasserstein, otherwise none.
         critic_steps: updates of the critic for each of the program, each on a fresh batch; None: 5 for Wasserstein,
