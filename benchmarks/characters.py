@@ -22,8 +22,8 @@ from ppl_gen.inference import SVI
 from ppl_gen.models import bits_per_character, char_rnn
 
 CELLS = ("rnn", "lstm", "gru")
-RATES = (3e-3, 1e-2, 1e-3)
-SYMBOLS, PARAMETERS, BATCH, STEPS, VALIDATION = len(ALPHABET), 240_000, 32, 600, 0.1
+RATES = (1e-2, 3e-3)
+SYMBOLS, PARAMETERS, BATCH, STEPS, VALIDATION = len(ALPHABET), 120_000, 32, 1500, 0.1
 WORK = Path(__file__).parent / ".work"
 
 
