@@ -211,7 +211,7 @@ def test_bernoulli_pixels_need_zeros_and_ones(digits):
     torch.testing.assert_close(anomaly_scores(fit, binary), expected, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="zeros and ones"):
         trained(grey, steps=1, code=8, likelihood="bernoulli")
-    assert trained(grey, steps=2, code=8, likelihood="continuous-bernoulli").history["program_loss"].notnull().all()
+    assert trained(grey, steps=2, code=8, likelihood="bernoulli").history["program_loss"].notnull().all()
 
 
 # --------------------------------------------------------------------------------------------- codes without a prior

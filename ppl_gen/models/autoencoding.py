@@ -39,7 +39,7 @@ def autoencoder(
     penalty: Literal["l1", "kl"] = "l1",
     target: float = 0.05,
     top_k: int | None = None,
-    likelihood: Literal["normal", "bernoulli", "continuous-bernoulli"] = "normal",
+    likelihood: Literal["normal", "bernoulli"] = "normal",
     activation: str = "relu",
 ) -> Recipe:
     r"""A deep, convolutional, tied, denoising, sparse or k-sparse autoencoder of rows of numbers or images.
@@ -73,7 +73,7 @@ def autoencoder(
             probability ``target`` from one of the unit's mean activity over the batch, with sigmoid units.
         target: mean activity under "kl".
         top_k: all but the ``top_k`` largest numbers of each code are zero.
-        likelihood: "normal"; "bernoulli" for zeros and ones; "continuous-bernoulli" for numbers from 0 to 1.
+        likelihood: "normal"; "bernoulli" for zeros and ones, or chances of them.
         activation: of the hidden layers: relu, tanh, elu, softplus or sigmoid.
 
     Returns:
@@ -100,8 +100,8 @@ def autoencoder(
     widths = _checked(features, code, hidden, kind, activation)
     _check_sparsity(code, sparsity, penalty, target, top_k)
     _check_corruption(corruption, noise)
-    if likelihood not in ("normal", "bernoulli", "continuous-bernoulli"):
-        raise ValueError(f"likelihood: expected 'normal', 'bernoulli' or 'continuous-bernoulli', got {likelihood!r}")
+    if likelihood not in ("normal", "bernoulli"):
+        raise ValueError(f"likelihood: expected 'normal' or 'bernoulli', got {likelihood!r}")
     units: Units = "sigmoid" if sparsity and penalty == "kl" else "linear"
 
     def build(data: Any) -> Program:

@@ -2,13 +2,13 @@ r"""What a decoder's numbers mean: p(x | z) for zeros and ones, shades of grey, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from math import prod
 from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppl_gen.errors import require_positive, require_whole
@@ -16,9 +16,9 @@ from ppl_gen.models.inputs import entries
 
 __all__ = ["Kind", "Likelihood", "check_likelihood", "chosen_likelihood"]
 
-Kind = Literal["auto", "bernoulli", "continuous-bernoulli", "normal", "categorical"]
+Kind = Literal["auto", "bernoulli", "normal", "categorical"]
 _LOOKED_AT = 256  # rows of data that are drawn afresh for every batch
-KINDS = ("auto", "bernoulli", "continuous-bernoulli", "normal", "categorical")
+KINDS = ("auto", "bernoulli", "normal", "categorical")
 
 
 class Likelihood(nn.Module):
@@ -63,25 +63,21 @@ class BernoulliPixels(Likelihood):
         return dist.Bernoulli(logits=raw.reshape(*raw.shape[:-1], *self.shape)).to_event(len(self.shape))
 
 
-class GreyBernoulli(dist.ContinuousBernoulli):
-    """The continuous Bernoulli with its log normaliser, log(l / tanh(l / 2)), taken from the log odds l: one quotient,
-    where torch takes it from the probability in five times as many passes."""
+class Chances(dist.Bernoulli):
+    """Coins seen through grey values: log p at x in [0, 1] is its mean over coins that are 1 with chance x."""
 
-    def _cont_bern_log_norm(self) -> Tensor:
-        near = self.logits.abs() < 1e-2
-        odds = torch.where(near, 1.0, self.logits)
-        return torch.where(near, math.log(2) + self.logits**2 / 12, (odds / (odds / 2).tanh()).log())
+    support = constraints.unit_interval
 
 
 class GreyPixels(BernoulliPixels):
-    """Numbers from 0 to 1, from log odds: the Bernoulli's cross-entropy with the normaliser that makes it a density.
+    """Numbers from 0 to 1 as the chances of zeros and ones, from log odds.
 
-    Source: Loaiza-Ganem and Cunningham, The continuous Bernoulli (2019).
+    The log density at a grey row is the expectation over the rows that its chances draw. A bound, an evidence too, made
+    of it is one of the expected evidence of such rows.
     """
 
     def forward(self, raw: Tensor) -> Any:
-        logits = raw.reshape(*raw.shape[:-1], *self.shape)
-        return GreyBernoulli(logits=logits).to_event(len(self.shape))
+        return Chances(logits=raw.reshape(*raw.shape[:-1], *self.shape)).to_event(len(self.shape))
 
 
 class NormalPixels(Likelihood):
@@ -146,31 +142,23 @@ def chosen_likelihood(
         whole = not rows.is_floating_point()
         if not whole or bool((rows < 0).any()) or bool((rows >= levels).any()):
             got = f"{rows.dtype}" if not whole else f"values from {int(rows.min())} to {int(rows.max())}"
-            raise ValueError(f"data: categorical pixels are integers from 0 to {levels - 1} (levels={levels}), got {got}")
+            raise ValueError(f"data: categorical pixels are integers from 0 to {levels - 1} (levels), got {got}")
         return CategoricalPixels(shape, rows, levels)
     wide = rows if rows.is_floating_point() else rows.to(torch.get_default_dtype())
     wide = wide.to(torch.get_default_dtype())
     seen = _as_handed_out(data, wide)
-    other = (seen != 0) & (seen != 1)
     outside = (seen < 0) | (seen > 1)
-    if kind == "auto" and scale is None:
-        kind = "normal" if bool(outside.any()) else "continuous-bernoulli" if bool(other.any()) else "bernoulli"
-    if kind == "continuous-bernoulli":
+    if kind == "auto":
+        kind = "normal" if scale is not None or bool(outside.any()) else "bernoulli"
+    if kind == "bernoulli":
         if bool(outside.any()):
             first = tuple(int(i) for i in outside.nonzero()[0])
             raise ValueError(
-                f"data: likelihood='continuous-bernoulli' takes numbers from 0 to 1, got {float(seen[first]):g} at index "
-                f'{first}; rescale them, or take likelihood="normal"'
+                f"data: likelihood='bernoulli' takes zeros and ones, or chances from 0 to 1, got {float(seen[first]):g} "
+                f'at index {first}; rescale the data, or take likelihood="normal"'
             )
-        return GreyPixels(shape, wide)
-    if kind == "bernoulli":
-        if bool(other.any()):
-            first = tuple(int(i) for i in other.nonzero()[0])
-            raise ValueError(
-                f"data: likelihood='bernoulli' takes zeros and ones, got {float(seen[first]):g} at index {first}; draw "
-                'them as coins (load_data(..., binarize="dynamic"), or torch.bernoulli), or take likelihood="normal"'
-            )
-        return BernoulliPixels(shape, wide)
+        grey = bool(((seen != 0) & (seen != 1)).any())
+        return GreyPixels(shape, wide) if grey else BernoulliPixels(shape, wide)
     return NormalPixels(shape, wide, scale)
 
 

@@ -58,8 +58,9 @@ class Perceptron(nn.Module):
         self.rest = nn.Sequential(*rest)
         self.label = None if classes is None else nn.Embedding(classes, sizes[1])
         if self.label is not None:
-            # As wide as the columns of one wider affine map would be: a standard normal would drown x.
-            nn.init.uniform_(self.label.weight, -((inputs + 1) ** -0.5), (inputs + 1) ** -0.5)
+            # Without effect at first: where labels are guessed, arbitrary differences between them would be taken for
+            # evidence, and the first guesses would lock in.
+            nn.init.zeros_(self.label.weight)
 
     @property
     def last(self) -> nn.Linear:

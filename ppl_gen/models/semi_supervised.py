@@ -111,7 +111,7 @@ def m1(
         features: columns of the data.
         latent: numbers in each code.
         hidden: widths of the hidden layers of both networks.
-        likelihood: "bernoulli", "continuous-bernoulli", "normal" or "auto"; see `vae`.
+        likelihood: "bernoulli", "normal" or "auto"; see `vae`.
         scale: standard deviation of the normal likelihood; None: learnt.
         activation: between the layers.
 
@@ -167,7 +167,7 @@ def m2(
         classes: how many values a label takes, at least 2.
         latent: numbers in each z (the style).
         hidden: widths of the hidden layers of all three networks.
-        likelihood: "bernoulli", "continuous-bernoulli", "normal" or "auto"; see `vae`.
+        likelihood: "bernoulli", "normal" or "auto"; see `vae`.
         scale: standard deviation of the normal likelihood; None: learnt.
         alpha: weight of the classifier's term, at least 0.
         activation: between the layers.

@@ -115,9 +115,10 @@ def vae(
         latent: numbers in each z.
         hidden: widths of the hidden layers of both networks (the encoder's order); for convolutions the last one is the
             width of the layer between images and codes.
-        likelihood: "bernoulli" for zeros and ones, "continuous-bernoulli" for numbers from 0 to 1, "normal" for real
-            numbers, "categorical" for integer levels; "auto" takes the first of these that the data allow, with levels
-            never, and "normal" where a ``scale`` is given.
+        likelihood: "bernoulli" for zeros and ones, or grey values from 0 to 1 read as the chances of them (their log
+            density is the expectation over such draws, not a density of grey values); "normal" for real numbers;
+            "categorical" for integer levels. "auto" is "normal" where a ``scale`` is given or a value lies outside of
+            0 to 1, else "bernoulli".
         scale: standard deviation of the normal likelihood in the user's units; None: one number, learnt.
         levels: how many levels categorical pixels have.
         network: "perceptron", or "convolutional" for images.
