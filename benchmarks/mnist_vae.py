@@ -1,7 +1,8 @@
 """VAE and IWAE on dynamically binarised MNIST: the evidence of the test images, over epochs and at the end.
 
-One stochastic layer of 50, two hidden layers of 200 tanh units (Burda, Grosse and Salakhutdinov 2016). Stops and goes on:
-every stage of training and every evidence lies in ``benchmarks/.work``. ``--train`` only trains; ``--quick`` shortens all.
+One stochastic layer of 50, two hidden layers of 200 tanh units (Burda, Grosse and Salakhutdinov 2016). Stops and goes
+on: every stage of training and every evidence lies in ``benchmarks/.work``. ``--train`` only trains; ``--quick``
+shortens all and writes no results.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def _written(curves: Any, final: Any, units: Any, seconds: Any, epochs: int, too
         )
     columns = ["", "negative evidence (nats)", "gain over the VAE, paired", "active units", "paper", "training"]
     body = (
-        f"{len(next(iter(final.values()))['values'])} test images, binarised once; evidence by importance weighting with the "
+        f"{len(next(iter(final.values()))['values'])} test images, binarised once; evidence by importance weighting, the "
         f"guide as proposal, 5000 particles; one seed; batches of 100, Adam at {', '.join(f'{r:g}' for r in RATES)}, "
         f"{epochs} epochs each. The paper trained for 3280 epochs with batches of 20.\n\n"
         + table(columns, last)

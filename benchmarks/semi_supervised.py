@@ -43,7 +43,10 @@ def main() -> None:
     errors: dict[str, dict[int, list[float]]] = {"M2": {}, "M1+M2": {}}
     seconds: dict[str, float] = {"M1": 0.0, "M2": 0.0, "M1+M2": 0.0}
     if options.only != "M2":
-        stages = [SVI(epochs=1 if quick else 5, batch_size=100, lr=rate) for rate in ((1e-3,) if quick else (1e-3, 1e-3, 3e-4))]
+        stages = [
+            SVI(epochs=1 if quick else 5, batch_size=100, lr=rate)
+            for rate in ((1e-3,) if quick else (1e-3, 1e-3, 3e-4))
+        ]
         first, seconds["M1"] = trained(folder / "m1", m1(784), data, stages)
     if options.only == "m1":
         return
@@ -103,9 +106,10 @@ def _written(errors: dict[str, dict[int, list[float]]], seconds: dict[str, float
         rows += [[f"**{name}, here**", *cells], [f"{name}, paper", *PAPER[name].values()]]
     rows.append(["Pyro's ss-vae example", *PAPER["Pyro's example"].values()])
     body = (
-        "Test error in per cent on the 10000 test images, binarised once; in brackets the standard deviation over label "
-        f"draws. Training on {ROWS} dynamically binarised rows, labels balanced over classes; batches of 100, Adam at 1e-3 "
-        "and then 3e-4; M1 for 15 epochs, M2 for 8, M1+M2 for 20 on top of M1. The paper trained M1+M2 for 3000 epochs.\n\n"
+        "Test error in per cent on the 10000 test images, binarised once; in brackets the standard deviation over draws "
+        f"of the labels. Training on {ROWS} dynamically binarised rows, labels balanced over classes; batches of 100, Adam at "
+        "1e-3 and then 3e-4; M1 for 15 epochs, M2 for 8, M1+M2 for 20 on top of M1. The paper trained M1+M2 for 3000 "
+        "epochs.\n\n"
         + table(["", *(f"{labels} labels" for labels in DRAWS)], rows)
         + f"\n\nTraining took {seconds['M1'] / 60:.0f} min (M1), {seconds['M2'] / 60:.0f} min (M2, all runs) and "
         f"{seconds['M1+M2'] / 60:.0f} min (M1+M2, all runs).\n"

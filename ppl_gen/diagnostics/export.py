@@ -36,7 +36,8 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
 
     Sites inside the data plate get the plate's name as dimension. Finite latents that the algorithm summed out are not
     drawn here (`Fit.posterior` draws them); a chain's predictive and log likelihood are thinned to about ``draws``.
-    Where a guide is amortised and rows times draws are too many, the first rows stand for all; ``attrs["rows"]`` says so.
+    Where a guide is amortised and rows times draws are too many, the first rows stand for all; ``attrs["rows"]`` says
+    so.
     """
     with fit.bound(seed):
         whole, fit = fit, affordable_rows(fit, draws)

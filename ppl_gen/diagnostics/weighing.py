@@ -53,7 +53,7 @@ class WeightQuality:
         if sizes is None or self._draws < MIN_DRAWS or float(sizes.median()) >= FEW:
             return None
         return (
-            f"evidence: in half of the rows at most {float(sizes.median()):.1f} of {self._draws} draws carry the estimate, "
-            "so it lies below log p(x), by an amount that its error bar does not show. Ask for more particles, or train "
-            "the guide longer"
+            f"evidence: in half of the rows at most {float(sizes.median()):.1f} of {self._draws} draws carry the "
+            "estimate, so it lies below log p(x), by an amount that its error bar does not show. Ask for more "
+            "particles, or train the guide longer"
         )

@@ -154,8 +154,8 @@ def chosen_likelihood(
         if bool(outside.any()):
             first = tuple(int(i) for i in outside.nonzero()[0])
             raise ValueError(
-                f"data: likelihood='bernoulli' takes zeros and ones, or chances from 0 to 1, got {float(seen[first]):g} "
-                f'at index {first}; rescale the data, or take likelihood="normal"'
+                "data: likelihood='bernoulli' takes zeros and ones, or chances from 0 to 1, got "
+                f'{float(seen[first]):g} at index {first}; rescale the data, or take likelihood="normal"'
             )
         grey = bool(((seen != 0) & (seen != 1)).any())
         return GreyPixels(shape, wide) if grey else BernoulliPixels(shape, wide)

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from ppl_gen.errors import require_whole
 
-__all__ = ["ACTIVATIONS", "ConvolutionalDecoder", "ConvolutionalEncoder", "Perceptron", "checked_widths", "standardised"]
+__all__ = [
+    "ACTIVATIONS",
+    "ConvolutionalDecoder",
+    "ConvolutionalEncoder",
+    "Perceptron",
+    "checked_widths",
+    "standardised",
+]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
@@ -51,6 +58,7 @@ class Perceptron(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [inputs, *hidden, outputs]
+        self.inputs = inputs
         self.first = nn.Linear(sizes[0], sizes[1])
         rest: list[nn.Module] = []
         for before, after in zip(sizes[1:-1], sizes[2:], strict=True):
@@ -81,7 +89,7 @@ def _halved(size: int) -> int:
 
 
 class ConvolutionalEncoder(nn.Module):
-    """Two convolutions that halve height and width, then a hidden layer: ... x channels x height x width -> ... x outputs.
+    """Two convolutions that halve height and width, then a hidden layer: ... x shape of an image -> ... x outputs.
 
     Args:
         shape: (channels, height, width) of an image.

@@ -22,7 +22,6 @@ from ppl_gen.errors import require_whole
 from ppl_gen.models.likelihoods import Kind, check_likelihood, chosen_likelihood
 from ppl_gen.models.networks import Perceptron, checked_widths, standardised
 from ppl_gen.models.variational import (
-    LOG_SCALE,
     Decoder,
     NormalEncoder,
     check_classes,
@@ -159,8 +158,8 @@ def m2(
     Data: ``x`` (rows x features) and labels ``y`` (rows, integers; -1 where missing, or left out where all are).
     Sites: ``y``, ``z``, ``x``, and the factor ``label``. Networks: ``classifier`` (q(y | x)), ``encoder``
     (q(z | x, y)), ``decoder`` (p(x | y, z)), which give distributions. ``fit.posterior({"x": x})["y"]`` draws labels,
-    ``fit.sample(n, given={"y": 3, "z": style})`` rows of one class in one style. `SVI` with ``stratify="y"`` gives every
-    batch its share of the labelled rows.
+    ``fit.sample(n, given={"y": 3, "z": style})`` rows of one class in one style. `SVI` with ``stratify="y"`` gives
+    every batch its share of the labelled rows.
 
     Args:
         features: columns of the data.
@@ -197,7 +196,9 @@ def m2(
     def build(data: Any) -> Program:
         pixels = chosen_likelihood(likelihood, data, (features,), scale=scale, levels=None, program="m2")
         labels = _labels(data, "m2", classes, alpha)
-        classifier = Classifier(Perceptron(features, widths, classes, activation=activation), pixels.centre, pixels.spread)
+        classifier = Classifier(
+            Perceptron(features, widths, classes, activation=activation), pixels.centre, pixels.spread
+        )
         network = Perceptron(features, widths, 2 * latent, activation=activation, classes=classes)
         encoder = NormalEncoder(network, pixels.centre, pixels.spread)
         network = Perceptron(latent, widths[::-1], pixels.outputs, activation=activation, classes=classes)
@@ -276,7 +277,8 @@ def m1_m2(
         tensor([1, 0, 1, 0])
     """
     features, pixels = _frozen(m1)
-    width = pixels.network.first.in_features
+    assert isinstance(pixels.network, Perceptron)  # as `_frozen` has made sure
+    width = pixels.network.inputs
     widths = _checked(width, classes, latent, hidden, alpha, activation)
 
     def build(data: Any) -> Program:

@@ -153,14 +153,15 @@ def vae(
         raise ValueError(f"network: expected 'perceptron' or 'convolutional', got {network!r}")
     if network == "convolutional" and (len(shape) != 3 or not widths or classes is not None):
         raise ValueError(
-            "network: 'convolutional' takes images, features=(channels, height, width), at least one hidden width and no "
-            f"classes; got features={shape}, hidden={widths}, classes={classes}"
+            "network: 'convolutional' takes images, features=(channels, height, width), at least one hidden width and "
+            f"no classes; got features={shape}, hidden={widths}, classes={classes}"
         )
 
     def build(data: Any) -> Program:
         pixels = chosen_likelihood(likelihood, data, shape, scale=scale, levels=levels, program="vae")
         if classes is not None:
             check_labels(data, "vae", classes)
+        coders: tuple[nn.Module, Perceptron | ConvolutionalDecoder]
         if network == "convolutional":
             coders = _convolutional(shape, latent, widths[-1], pixels)
         else:
@@ -253,7 +254,7 @@ def check_labels(data: Any, program: str, classes: int, *, missing: bool = False
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
         raise ValueError(
-            f"data 'y': expected labels from 0 to {classes - 1}{' (-1: missing)' if missing else ''}, got {int(y[first])} "
-            f"at row {first}"
+            f"data 'y': expected labels from 0 to {classes - 1}{' (-1: missing)' if missing else ''}, got "
+            f"{int(y[first])} at row {first}"
         )
     return y

@@ -199,9 +199,7 @@ def log_weights_in_chunks(
     parts = []
     while particles > 0:
         count = min(most, particles)
-        parts.append(
-            local_log_weights(model, guide, info, batch, count, values=values, sums=sums, vectorise=vectorise)
-        )
+        parts.append(local_log_weights(model, guide, info, batch, count, values=values, sums=sums, vectorise=vectorise))
         particles -= count
     rows = [part.rows for part in parts if part.rows is not None]
     return replace(parts[0], rows=torch.cat(rows) if rows else None)
