@@ -110,7 +110,7 @@ def _written(curves: Any, final: Any, units: Any, seconds: Any, epochs: int, too
         )
     columns = ["", "negative evidence (nats)", "gain over the VAE, paired", "active units", "paper", "training"]
     body = (
-        f"{len(next(iter(final.values()))['values'])} test images, binarised once; evidence by importance weighting, the "
+        f"{len(base)} test images, binarised once; evidence by importance weighting, the "
         f"guide as proposal, 5000 particles; one seed; batches of 100, Adam at {', '.join(f'{r:g}' for r in RATES)}, "
         f"{epochs} epochs each. The paper trained for 3280 epochs with batches of 20.\n\n"
         + table(columns, last)

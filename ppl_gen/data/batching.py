@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_gen.data.arrays import as_array, check_extent, check_finite, shared
 from ppl_gen.data.rows import Rows
 
 __all__ = ["Batch", "Batches", "Constant", "Dataset", "as_dataset", "constant", "is_double"]
@@ -81,12 +81,12 @@ class Dataset:
         if index is None:
             return value
         if isinstance(value, np.ndarray):
-            return _shared(value[index.numpy()])
+            return shared(value[index.numpy()])
         return value[index.to(value.device)]
 
     def _placed(self, value: Any) -> Any:
         if isinstance(value, np.ndarray):
-            value = _shared(value)
+            value = shared(value)
         if not isinstance(value, Tensor):
             return value
         return value.to(device=self.device, dtype=self.dtype if value.is_floating_point() else None)
@@ -183,7 +183,7 @@ def _strata(data: Dataset, stratify: str | None) -> list[Tensor] | None:
     if stratify not in data.entries:
         raise ValueError(f"stratify: no entry {stratify!r} in the data; there is {', '.join(data.entries)}")
     value = data.entries[stratify]
-    labels = value.cpu() if isinstance(value, Tensor) else _shared(value)
+    labels = value.cpu() if isinstance(value, Tensor) else shared(value)
     if labels.ndim != 1:
         raise ValueError(f"stratify: expected one label per row in {stratify!r}, got shape {tuple(labels.shape)}")
     return [torch.nonzero(labels == value).squeeze(-1) for value in labels.unique()]
@@ -221,13 +221,13 @@ def as_dataset(
             )
     else:
         positional = names[0] if names else "data"
-        entries, constants = {positional: _array(data, positional)}, {}
+        entries, constants = {positional: as_array(data, positional)}, {}
         _require_arguments(signature, {positional})
     rows = _common_rows(entries)
     if dtype is None:
         dtype = torch.float64 if any(map(is_double, (*entries.values(), *constants.values()))) else torch.float32
     for name, value in {**entries, **constants}.items():
-        _check_finite(name, value, dtype)
+        check_finite(name, value, dtype)
     return Dataset(entries, constants, positional, rows, device, dtype, on_batch, original)
 
 
@@ -240,15 +240,15 @@ def _mapping_entries(data: Mapping[str, Any], signature: inspect.Signature) -> t
             continue
         if isinstance(value, Constant):
             inside = value.value
-            constants[name] = _array(inside, name) if isinstance(inside, Tensor | np.ndarray) else inside
+            constants[name] = as_array(inside, name) if isinstance(inside, Tensor | np.ndarray) else inside
         elif value is None:
             continue
         elif isinstance(value, bool | int | float | str | np.generic):
             constants[name] = value
         elif isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
-            constants[name] = _array(value, name)
+            constants[name] = as_array(value, name)
         else:
-            entries[name] = _array(value, name)
+            entries[name] = as_array(value, name)
     return entries, constants
 
 
@@ -262,56 +262,10 @@ def _require_arguments(signature: inspect.Signature, given: set[str]) -> None:
         )
 
 
-def _array(value: Any, name: str) -> Any:
-    if isinstance(value, np.memmap):
-        return value
-    if isinstance(value, Tensor):
-        _check_kind(name, value.layout is torch.strided, "a sparse tensor; pass .to_dense()")
-        _check_kind(name, not value.is_complex(), "complex ones; pass real and imaginary parts as columns")
-        return value.detach()
-    if isinstance(value, tuple) and any(isinstance(part, Tensor | np.ndarray) and part.ndim for part in value):
-        raise TypeError(
-            f"data {name!r}: got a tuple of {len(value)} arrays; pass a mapping from the model's arguments to them, "
-            'such as {"x": x, "y": y}'
-        )
-    _check_kind(
-        name,
-        not isinstance(value, np.ma.MaskedArray),
-        "a masked array; pass its filled values and its mask as two entries, the mask for poutine.mask",
-    )
-    if isinstance(value, list) and any(isinstance(part, Tensor) for part in value):
-        value = [part.detach().cpu() if isinstance(part, Tensor) else part for part in value]
-    try:
-        array = np.asarray(value)
-        if array.dtype == object or array.dtype.kind in "USOMmc":
-            raise TypeError
-        return _shared(array)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"data {name!r}: expected a tensor or an array of numbers, got {type(value).__name__}; "
-            "wrap what has no rows in pg.constant(...)"
-        ) from error
-
-
-def _check_kind(name: str, held: bool, got: str) -> None:
-    if not held:
-        raise TypeError(f"data {name!r}: expected a tensor or an array of real numbers, got {got}")
-
-
-def _shared(array: np.ndarray) -> Tensor:
-    """The array as a tensor; what torch cannot share (other byte order, odd strides, read-only) is copied."""
-    return torch.as_tensor(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]), device="cpu")
-
-
 def _common_rows(entries: Mapping[str, Any]) -> int | None:
     sizes = {name: value.shape[0] if value.ndim else None for name, value in entries.items()}
-    for name, size in sizes.items():
-        if size is None:
-            raise ValueError(f"data {name!r}: expected rows along the first dimension, got a single number")
-        if size == 0 or 0 in entries[name].shape:
-            raise ValueError(
-                f"data {name!r}: expected at least one row and one column, got {tuple(entries[name].shape)}"
-            )
+    for name, value in entries.items():
+        check_extent(name, value)
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
         raise ValueError(
@@ -319,25 +273,6 @@ def _common_rows(entries: Mapping[str, Any]) -> int | None:
             "pg.constant(...)"
         )
     return next(iter(sizes.values()), None)
-
-
-def _check_finite(name: str, value: Any, dtype: torch.dtype) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"data {name!r}: expected a finite number, got {value}")
-    if not isinstance(value, Tensor | np.ndarray) or isinstance(value, np.memmap):
-        return
-    tensor = value if isinstance(value, Tensor) else _shared(value)
-    if not tensor.is_floating_point():
-        return
-    bad = ~(tensor.abs() <= min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max))
-    count = int(bad.sum())
-    if count:
-        first = tuple(int(i) for i in bad.nonzero()[0])
-        beyond = f" (or too large for {dtype})" if bool(tensor[bad].isfinite().any()) else ""
-        raise ValueError(
-            f"data {name!r}: {count} value(s) are NaN or infinite{beyond}, the first at index {first}; drop these "
-            "rows, or pass a finite filler together with a mask that the program applies (poutine.mask)"
-        )
 
 
 def is_double(value: Any) -> bool:

@@ -1,0 +1,6 @@
+"""What a fit is worth: evidence, ArviZ, k-hat, verdicts, and which units of a code are used."""
+
+from ppl_gen.diagnostics.evidence import Evidence
+from ppl_gen.diagnostics.units import ActiveUnits, active_units, code_means
+
+__all__ = ["ActiveUnits", "Evidence", "active_units", "code_means"]

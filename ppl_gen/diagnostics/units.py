@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.isolation import looking
-from ppl_gen.predictive import amortised
+from ppl_gen.predictive import amortised, global_draws
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -47,7 +47,7 @@ def active_units(fit: Fit, data: Any = None, *, site: str | None = None, thresho
     .. math:: A_u = \mathrm{Var}_x\bigl(\mathbb{E}_{q(u \mid x)}[u]\bigr) > 0.01
 
     Args:
-        fit: of a program with an amortised guide.
+        fit: of a program with an amortised guide, or a ``local_posterior``.
         data: rows to look at; the training data when None.
         site: the latent site; the first continuous one of each row unless named.
         threshold: above it a unit counts as active.
@@ -75,15 +75,18 @@ def active_units(fit: Fit, data: Any = None, *, site: str | None = None, thresho
 
 def code_site(fit: Fit, site: str | None = None) -> str:
     """The site that holds the code of a row; raises IncompatibleError where there is none, ValueError for another."""
-    guided = fit.info.guide_sites or {}
-    found = [s.name for s in fit.info.select(local=True) if not s.discrete and s.name in guided]
+    found = [s.name for s in fit.info.select(local=True) if not s.discrete]
     if found:
+        guided = fit.info.guide_sites or {}
         with fit.bound():
-            found = found if amortised(fit) else []
+            if amortised(fit):
+                found = [name for name in found if name in guided]
+            elif fit.program.local_posterior is None:
+                found = []
     if not found:
         raise IncompatibleError(
             f"{fit.program.name!r} has no codes: that takes a continuous latent site of every row, and a guide that "
-            "follows the rows (an encoder)"
+            "follows the rows (an encoder), or a local_posterior that the program offers"
         )
     if site is not None and site not in found:
         raise ValueError(f"site: expected one of {', '.join(found)}, got {site!r}")
@@ -107,19 +110,23 @@ def code_means(fit: Fit, data: Any = None, *, site: str | None = None) -> Tensor
     name, dataset = code_site(fit, site), fit.dataset(data)
     parts = []
     with fit.bound():
+        exact = None if amortised(fit) else fit.program.local_posterior
+        shared = global_draws(fit, 1)[0] if exact is not None and fit.info.select(local=False) else {}
         for batch in dataset.chunks(CHUNK):
-            with looking():
-                node = poutine.trace(fit.guide).get_trace(*batch.args, **batch.kwargs).nodes[name]
-            parts.append(_mean(node).expand(node["value"].shape).cpu())
+            if exact is not None:
+                fn = exact(shared, *batch.args, **batch.kwargs)[name]
+            else:
+                with looking():
+                    fn = poutine.trace(fit.guide).get_trace(*batch.args, **batch.kwargs).nodes[name]["fn"]
+            parts.append(_mean(name, fn).expand(fn.shape()).cpu())
     return torch.cat(parts)
 
 
-def _mean(node: Any) -> Tensor:
+def _mean(name: str, fn: Any) -> Tensor:
     try:
-        mean: Tensor = node["fn"].mean
+        mean: Tensor = fn.mean
     except NotImplementedError as error:
         raise IncompatibleError(
-            f"the guide's {type(node['fn']).__name__} at {node['name']!r} has no mean in closed form; draw codes by "
-            "fit.posterior(data)"
+            f"the guide's {type(fn).__name__} at {name!r} has no mean in closed form; draw codes by fit.posterior(data)"
         ) from error
     return mean

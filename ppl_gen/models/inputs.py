@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_gen.data.arrays import FILL, as_array, check_extent, check_finite
 from ppl_gen.data.batching import Constant
 from ppl_gen.data.sources import collected
 from ppl_gen.models.markov_steps import active_steps
 
 __all__ = ["entries", "sequences"]
 
+_MASK = 'leave missing entries out by a mask, True where observed: {"x": torch.nan_to_num(x), "mask": ~x.isnan()}'
+
 
 def entries(data: Any, program: str, *names: str) -> list[Tensor | None]:
     """The entries of the data that a program reads, in order; data without names are the first. Missing ones are None.
 
     Raises:
-        ValueError: if the first is missing.
-        TypeError: if one does not hold numbers.
+        ValueError: if the first is missing, or one has no rows, is not finite or has squares that are not.
+        TypeError: if one does not hold real numbers.
 
     Example:
         >>> entries({"x": [1.0, 2.0], "label": [0, 1]}, "gaussian_mixture", "x", "lengths")
@@ -28,9 +31,11 @@ def entries(data: Any, program: str, *names: str) -> list[Tensor | None]:
     """
     data = collected(data)
     found = data if isinstance(data, Mapping) else {names[0]: data}
-    if found.get(names[0]) is None:
-        raise ValueError(f"data: {program} reads the entry {names[0]!r}, got only {', '.join(found) or 'none'}")
-    return [None if found.get(name) is None else _numbers(found[name], name) for name in names]
+    there = [str(name) for name, value in found.items() if value is not None]
+    if names[0] not in there:
+        raise ValueError(f"data: {program} reads the entry {names[0]!r}, got only {', '.join(there) or 'none'}")
+    hint = _MASK if "mask" in names else FILL
+    return [None if found.get(name) is None else _numbers(found[name], name, hint) for name in names]
 
 
 def sequences(data: Any, program: str) -> tuple[Tensor, Tensor]:
@@ -57,10 +62,21 @@ def sequences(data: Any, program: str) -> tuple[Tensor, Tensor]:
     return x, active_steps(x, lengths)
 
 
-def _numbers(value: Any, name: str) -> Tensor:
-    try:
-        return torch.as_tensor(value.value if isinstance(value, Constant) else value).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"data {name!r}: expected a tensor or an array of numbers, got {type(value).__name__}"
-        ) from error
+def _numbers(value: Any, name: str, hint: str) -> Tensor:
+    array = torch.as_tensor(as_array(value.value if isinstance(value, Constant) else value, name))
+    check_extent(name, array)
+    check_finite(name, array, array.dtype, hint)
+    _check_square(name, array)
+    return array
+
+
+def _check_square(name: str, array: Tensor) -> None:
+    """Variances are what recipes read first: an infinite one would come out as an error of some distribution."""
+    precision = torch.get_default_dtype()
+    most = torch.finfo(precision).max ** 0.5
+    if array.is_floating_point() and float(array.abs().amax()) > most:
+        first = tuple(int(i) for i in (array.abs() > most).nonzero()[0])
+        raise ValueError(
+            f"data {name!r}: {float(array[first]):g} at index {first} is so large that its square is infinite in "
+            f"{precision}; rescale the data"
+        )

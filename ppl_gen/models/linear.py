@@ -193,13 +193,6 @@ def _rows(data: Any, name: str, features: int) -> tuple[Tensor, Tensor | None]:
     rows = x.double()
     if rows.dim() != 2 or rows.shape[1] != features:
         raise ValueError(f"data: {name}(features={features}) takes rows of {features} columns, got {tuple(rows.shape)}")
-    if not bool(rows.isfinite().all()):
-        first = tuple(int(i) for i in (~rows.isfinite()).nonzero()[0])
-        raise ValueError(
-            f"data 'x': {float(rows[first])} at index {first}. Leave missing entries out by a mask, True where "
-            "observed: "
-            '{"x": torch.nan_to_num(x), "mask": ~x.isnan()}'
-        )
     if mask is not None and (mask.dtype is not torch.bool or mask.shape != x.shape):
         raise ValueError(
             f"data 'mask': expected booleans of shape {tuple(x.shape)}, True where x is observed, got {mask.dtype} of "

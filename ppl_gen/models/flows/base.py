@@ -225,9 +225,6 @@ def _rows(data: Any, name: str, features: int, single: bool) -> Tensor:
     if not (single and rows.dim() == 1) and (rows.dim() != 2 or rows.shape[1] != features):
         wanted = "single numbers (N, or N x 1)" if single else f"rows of {features} columns"
         raise ValueError(f"data: {name} takes {wanted}, got shape {tuple(rows.shape)}")
-    if not bool(rows.isfinite().all()):
-        first = tuple(rows.isfinite().logical_not().nonzero()[0].tolist())
-        raise ValueError(f"data 'x': {name} needs finite numbers, got {float(rows[first])} at index {first}; drop it")
     columns = rows.reshape(len(rows), -1)
     constant = (columns == columns[:1]).all(0) | (columns.std(0, correction=0).to(torch.get_default_dtype()) == 0)
     if bool(constant.any()):

@@ -1,0 +1,84 @@
+"""Single entries of the data: what counts as an array of numbers, and what is wrong with one that does not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["FILL", "as_array", "check_extent", "check_finite", "shared"]
+
+#: What to do about values that are not finite.
+FILL = "drop these rows, or pass a finite filler together with a mask that the program applies (poutine.mask)"
+
+
+def as_array(value: Any, name: str) -> Any:
+    """One entry as a tensor (a memory map as it is); raises TypeError, naming it, for what holds no real numbers."""
+    if isinstance(value, np.memmap):
+        return value
+    if isinstance(value, Tensor):
+        _check_kind(name, value.layout is torch.strided, "a sparse tensor; pass .to_dense()")
+        _check_kind(name, not value.is_complex(), "complex ones; pass real and imaginary parts as columns")
+        return value.detach()
+    if isinstance(value, tuple) and any(isinstance(part, Tensor | np.ndarray) and part.ndim for part in value):
+        raise TypeError(
+            f"data {name!r}: got a tuple of {len(value)} arrays; pass a mapping from the model's arguments to them, "
+            'such as {"x": x, "y": y}'
+        )
+    _check_kind(
+        name,
+        not isinstance(value, np.ma.MaskedArray),
+        "a masked array; pass its filled values and its mask as two entries, the mask for poutine.mask",
+    )
+    if isinstance(value, list) and any(isinstance(part, Tensor) for part in value):
+        value = [part.detach().cpu() if isinstance(part, Tensor) else part for part in value]
+    try:
+        array = np.asarray(value)
+        if array.dtype == object or array.dtype.kind in "USOMmc":
+            raise TypeError
+        return shared(array)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"data {name!r}: expected a tensor or an array of numbers, got {type(value).__name__}; "
+            "wrap what has no rows in pg.constant(...)"
+        ) from error
+
+
+def _check_kind(name: str, held: bool, got: str) -> None:
+    if not held:
+        raise TypeError(f"data {name!r}: expected a tensor or an array of real numbers, got {got}")
+
+
+def shared(array: np.ndarray) -> Tensor:
+    """The array as a tensor; what torch cannot share (other byte order, odd strides, read-only) is copied."""
+    return torch.as_tensor(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]), device="cpu")
+
+
+def check_extent(name: str, value: Any) -> None:
+    """Raise ValueError, naming the entry, unless it has at least one row and one column."""
+    if not value.ndim:
+        raise ValueError(f"data {name!r}: expected rows along the first dimension, got a single number")
+    if 0 in value.shape:
+        raise ValueError(f"data {name!r}: expected at least one row and one column, got {tuple(value.shape)}")
+
+
+def check_finite(name: str, value: Any, dtype: torch.dtype, hint: str = FILL) -> None:
+    """Raise ValueError for NaN, infinity, or what is that in ``dtype``; ``hint`` ends the message."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"data {name!r}: expected a finite number, got {value}")
+    if not isinstance(value, Tensor | np.ndarray) or isinstance(value, np.memmap):
+        return
+    tensor = value if isinstance(value, Tensor) else shared(value)
+    if not tensor.is_floating_point():
+        return
+    bad = ~(tensor.abs() <= min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max))
+    count = int(bad.sum())
+    if count:
+        first = tuple(int(i) for i in bad.nonzero()[0])
+        beyond = f" (or too large for {dtype})" if bool(tensor[bad].isfinite().any()) else ""
+        raise ValueError(
+            f"data {name!r}: {count} value(s) are NaN or infinite{beyond}, the first at index {first}; {hint}"
+        )

@@ -1,0 +1,210 @@
+"""From rows to codes and back without noise: every latent at its mean, every finite one at its likeliest value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.errors import IncompatibleError
+from ppl_gen.inference.objectives.elbo import is_sample
+from ppl_gen.predictive import _completed, _fixed_value, _run, _template, amortised, global_draws
+
+if TYPE_CHECKING:
+    from ppl_gen.result import Fit
+
+__all__ = ["decoded", "expected", "guesses", "levels", "pictured", "reconstructed", "settled", "walked"]
+
+
+class AtMeans(Messenger):
+    """Latent sites that nothing else gives take their mean, finite ones their likeliest value, others a draw."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["done"] or type(msg["fn"]).__name__ == "_Subsample":
+            return
+        value = settled(msg["fn"])
+        if value is not None:
+            msg["value"], msg["done"] = value, True
+
+
+def settled(fn: Any) -> Tensor | None:
+    """The mean, or the likeliest of finitely many values; None where neither has a closed form.
+
+    >>> settled(dist.Normal(torch.zeros(2), 1.0).to_event(1)), settled(dist.Categorical(torch.tensor([0.2, 0.8])))
+    (tensor([0., 0.]), tensor(1))
+    """
+    base = _bare(fn)
+    if base.has_enumerate_support:
+        support = base.enumerate_support(expand=True)
+        best = base.log_prob(support).argmax(0, keepdim=True)
+        index = best.reshape(*best.shape, *[1] * base.event_dim).expand(1, *support.shape[1:])
+        return support.gather(0, index).squeeze(0)
+    return None if base.support.is_discrete else _mean(base)
+
+
+def expected(fn: Any) -> Tensor | None:
+    """What is drawn of an observed site: its mean, over the levels where values are levels; None where it has none.
+
+    >>> expected(dist.Categorical(torch.tensor([[0.5, 0.5, 0.0]])))
+    tensor([0.5000])
+    """
+    base = _bare(fn)
+    mean = _mean(base)
+    if mean is not None or not base.has_enumerate_support or base.event_dim:
+        return mean
+    support = base.enumerate_support(expand=True)
+    weighted: Tensor = (base.log_prob(support).softmax(0) * support).sum(0)
+    return weighted
+
+
+def _bare(fn: Any) -> Any:
+    """Without the wrappers that only regroup dimensions or leave out log densities."""
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def _mean(fn: Any) -> Tensor | None:
+    try:
+        mean: Tensor = fn.mean
+    except (NotImplementedError, AttributeError):
+        return None
+    return mean if bool(mean.isfinite().all()) else None
+
+
+def pictured(fit: Fit) -> str:
+    """The observed site of each row that holds most numbers; raises IncompatibleError where there is none."""
+    sites = fit.info.select(kind="observed", local=True)
+    if not sites:
+        raise IncompatibleError(f"{fit.program.name!r} observes nothing inside its data plate: there is nothing to draw")
+    return max(sites, key=lambda site: torch.Size(site.event_shape).numel()).name
+
+
+def guesses(fit: Fit, batch: Batch) -> dict[str, Tensor]:
+    """Every latent given the rows, settled; inside ``fit.bound()``."""
+    names = {site.name for site in fit.info.select()}
+    if amortised(fit):
+        with AtMeans():
+            trace = poutine.trace(fit.guide).get_trace(*batch.args, **batch.kwargs)
+        values = {n: node["value"] for n, node in trace.nodes.items() if is_sample(node) and n in names}
+    else:
+        values = dict(global_draws(fit, 1)[0]) if fit.info.select(local=False) else {}
+    if fit.program.local_posterior is not None:
+        exact = fit.program.local_posterior(values, *batch.args, **batch.kwargs)
+        found = {name: settled(fn) for name, fn in exact.items() if name not in values}
+        values |= {name: value for name, value in found.items() if value is not None}
+    finite = [name for name in fit.info.finite_latents if name not in values]
+    return values | (_completed(fit, batch, values, finite) if finite else {})
+
+
+def reconstructed(fit: Fit, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The rows that were observed, and what is expected in their place given their own latents: rows x shape, twice."""
+    with fit.bound():
+        values = guesses(fit, batch)
+        with AtMeans():
+            node = _run(fit, batch, values).nodes[pictured(fit)]
+        return node["value"].cpu(), _shown(node)
+
+
+def decoded(fit: Fit, values: Mapping[str, Tensor], given: Mapping[str, Any], rows: int, *, alike: bool) -> Tensor:
+    """What is expected of ``rows`` new rows at these latents, the others settled: rows x shape.
+
+    Args:
+        fit: a fit.
+        values: latents, rows x shape each.
+        given: inputs and sites of the user's choice.
+        rows: how many.
+        alike: inputs that are not given are those of the first training row, for all; else of the rows in turn.
+    """
+    with fit.bound():
+        batch, fixed = prepared(fit, given, rows, alike=alike)
+        with AtMeans():
+            return _shown(_run(fit, batch, {**_shared(fit), **fixed, **values}, replicate=True).nodes[pictured(fit)])
+
+
+def prepared(fit: Fit, given: Mapping[str, Any], rows: int, *, alike: bool) -> tuple[Batch, dict[str, Tensor]]:
+    """A batch of new rows and the sites that are given; inside ``fit.bound()``. Raises ValueError for unknown names."""
+    inputs = {name: value for name, value in given.items() if name in fit.data.entries}
+    fixed = {name: value for name, value in given.items() if name not in inputs}
+    unknown = [name for name in fixed if name not in fit.info.sites]
+    if unknown:
+        raise ValueError(f"given: no site or input named {unknown}; sites are {sorted(fit.info.sites)}")
+    if alike:
+        first = fit.data.template(1).kwargs
+        rest = {name: first[name][0] for name in fit.data.entries if name in first and name not in inputs}
+        inputs = rest | inputs
+    sites = {name: value for name, value in given.items() if name in fit.info.sites}
+    return _template(fit, rows, inputs), {name: _fixed_value(fit, name, value, rows) for name, value in sites.items()}
+
+
+def _shared(fit: Fit) -> dict[str, Tensor]:
+    """One value of the sites outside the data plate: settled where a guide knows them."""
+    if not fit.info.select(local=False):
+        return {}
+    local = {site.name for site in fit.info.select(local=True)}
+    with AtMeans():
+        return {name: value for name, value in global_draws(fit, 1)[0].items() if name not in local}
+
+
+def walked(fit: Fit, row: Batch, site: str, codes: Tensor) -> Tensor:
+    """What is expected as the code of one row (a batch of one) takes other values: values x shape.
+
+    Latents that follow from the code in the model follow it; all others stay where the row put them.
+    """
+    count = len(codes)
+    with fit.bound():
+        local = {found.name for found in fit.info.select(local=True)}
+        many = Batch(tuple(_repeated(v, count) for v in row.args), _inputs(fit, row, count), count, count)
+        found = guesses(fit, row)
+        kept = {name: _repeated(v, count) if name in local else v for name, v in found.items()}
+        finite = {site.name for site in fit.info.select(local=True) if site.discrete}
+        held = {n: v for n, v in kept.items() if n not in local or n in finite} | {site: codes}
+        with AtMeans():
+            nodes = _run(fit, many, held, replicate=True).nodes
+            free = [n for n in kept if n not in held and n in nodes and not _varies(nodes[n]["fn"])]
+            trace = _run(fit, many, held | {n: kept[n] for n in free}, replicate=True)
+        return _shown(trace.nodes[pictured(fit)])
+
+
+def _varies(fn: Any) -> bool:
+    mean = _mean(_bare(fn))
+    return mean is not None and bool((mean - mean[:1]).abs().max() > 1e-6)
+
+
+def _repeated(value: Any, count: int) -> Any:
+    return value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) and value.dim() else value
+
+
+def _inputs(fit: Fit, row: Batch, count: int) -> dict[str, Any]:
+    return {n: _repeated(v, count) if n not in fit.data.constants else v for n, v in row.kwargs.items()}
+
+
+def levels(fit: Fit, site: str, scores: Tensor, means: Tensor) -> Tensor:
+    """Values of a code at standard normal ``scores`` (... x its shape): quantiles of its prior.
+
+    Under a flat prior the codes of the rows say what is usual: ``means`` (rows x shape) gives location and scale.
+    """
+    if fit.info.sites[site].improper:
+        return means.mean(0) + means.std(0) * scores
+    with fit.bound():
+        batch, _ = prepared(fit, {}, 1, alike=True)
+        scores = scores.to(device=fit.data.device, dtype=fit.data.dtype)
+        with AtMeans():
+            fn = _bare(_run(fit, batch, _shared(fit), replicate=True).nodes[site]["fn"])
+        try:
+            values: Tensor = fn.icdf(torch.special.ndtr(scores))
+        except NotImplementedError:
+            values = fn.mean + fn.variance.sqrt() * scores
+        return values.cpu()
+
+
+def _shown(node: Mapping[str, Any]) -> Tensor:
+    mean = expected(node["fn"])
+    shown: Tensor = node["value"] if mean is None else mean
+    return shown.detach().cpu()
