@@ -29,6 +29,7 @@ extensions = [
     "tables",
     "gallery",
     "results",
+    "bad_input",
 ]
 exclude_patterns = ["_build", "ext", "_templates"]
 templates_path = ["_templates"]

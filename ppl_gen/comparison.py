@@ -28,7 +28,8 @@ class Comparison:
     """What `compare` found: one line per algorithm and seed, every one judged on the same rows.
 
     ``lines`` in the order given; ``in_sample`` is True where no rows were held out, and then the values favour maximum
-    likelihood by construction; ``facts`` says what was compared (data, split, versions, the call).
+    likelihood by construction; ``facts`` says what was compared (data, split, versions, the call); ``judged`` are the
+    rows that all fits were judged on.
 
     Example:
         >>> import pyro, torch, ppl_gen as pg
@@ -48,6 +49,7 @@ class Comparison:
     program: str
     in_sample: bool = False
     facts: Mapping[str, str] = field(default_factory=dict)
+    judged: Any = field(default=None, compare=False)
 
     def __getitem__(self, key: str | tuple[str, int]) -> Fit:
         """The fit of a label for the first seed, or of ``(label, seed)``.
@@ -189,7 +191,7 @@ def compare(
     settings = {"holdout": holdout, "seeds": seeds, "n_jobs": n_jobs, "particles": particles, "draws": draws}
     settings |= {"threads": threads, "device": device, "dtype": dtype}
     facts = facts_of(task, info, algorithms, settings, given_test=test is not None)
-    return Comparison(tuple(lines), recipe.name, held is None, facts)
+    return Comparison(tuple(lines), recipe.name, held is None, facts, task.test)
 
 
 def _check(algorithms: Any, holdout: Any, n_jobs: Any) -> None:

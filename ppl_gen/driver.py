@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppl_gen.data.arrays import shared
 from ppl_gen.data.batching import LARGE, Dataset, as_dataset, is_double
 from ppl_gen.data.sources import collected
 from ppl_gen.dryrun import ProgramInfo, check_observed, dry_run
-from ppl_gen.errors import NonFiniteError
+from ppl_gen.errors import NonFiniteError, require_seed
 from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
 from ppl_gen.inference.stopping import EarlyStop
 from ppl_gen.isolation import Workspace, isolated, looking
@@ -79,6 +79,7 @@ def fit(
     seed, place = _checked(algorithm, seed, device, dtype, validate_every)
     recipe, data = as_recipe(program), collected(data)
     _check_start(recipe, start)
+    _check_callbacks(callbacks)
     dtype = dtype or algorithm.dtype
     with isolated(seed, dtype=dtype or _dtype_of(data)), torch.inference_mode(False), torch.enable_grad():
         built, dataset = _built(recipe, data, dtype, place, start)
@@ -150,17 +151,7 @@ def _checked(
         raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype!r}")
     if validate_every is not None and (not isinstance(validate_every, int) or validate_every < 1):
         raise ValueError(f"validate_every: expected a whole number of at least 1, got {validate_every!r}")
-    return _checked_seed(seed), _checked_device(device)
-
-
-def _checked_seed(seed: Any) -> int:
-    try:
-        value = -1 if isinstance(seed, bool) else operator.index(seed)
-    except TypeError:
-        value = -1
-    if not 0 <= value < 2**32:
-        raise ValueError(f"seed: expected a whole number of at least 0 and below 2**32, got {seed!r}")
-    return value
+    return require_seed(seed), _checked_device(device)
 
 
 def _checked_device(device: str | torch.device | None) -> torch.device | None:
@@ -170,9 +161,16 @@ def _checked_device(device: str | torch.device | None) -> torch.device | None:
         raise ValueError(f"device: {str(error).splitlines()[0]}") from error
 
 
+def _check_callbacks(callbacks: Any) -> None:
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks: expected a list of functions of a step and its info, got {callbacks!r}")
+
+
 def _check_start(recipe: Recipe, start: Fit | None) -> None:
     if start is None:
         return
+    if not isinstance(start, Fit):
+        raise TypeError(f"start: expected a fit, such as pg.load(path, program=...) gives, got {type(start).__name__}")
     names = {start.program.name, *([start.recipe.name] if start.recipe is not None else [])}
     if recipe.name not in names:
         raise ValueError(
@@ -204,9 +202,10 @@ def _as_given(data: Any, dtype: torch.dtype | None) -> Any:
     if isinstance(data, Dataset):
         data = data.original
     if isinstance(data, np.ndarray) and not isinstance(data, np.memmap) and data.dtype.kind in "fiub":
-        data = torch.as_tensor(np.ascontiguousarray(data))
-    if isinstance(data, Tensor) and data.is_floating_point() and dtype is not None:
-        return data.detach().to(dtype)
+        data = shared(data)
+    if isinstance(data, Tensor) and data.layout is torch.strided:
+        data = data.detach().contiguous()
+        return data.to(dtype) if data.is_floating_point() and dtype is not None else data
     return data
 
 

@@ -15,7 +15,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.program import Program, filtered
 
-__all__ = ["ProgramInfo", "Site", "check_observed", "dry_run", "explained"]
+__all__ = ["ProgramInfo", "Site", "check_densities", "check_observed", "dry_run", "explained"]
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,18 @@ def _has_support(fn: Any) -> bool:
 def _traced(function: Callable[..., Any], batch: Batch, program: Program, what: str = "model") -> poutine.Trace:
     with explained(program, batch, what), torch.no_grad():
         trace = poutine.trace(function).get_trace(*batch.args, **batch.kwargs)
-        for _, node in _sample_nodes(trace):
-            _check_log_prob_shape(node)
+        check_densities(trace)
         return trace
 
 
+def check_densities(trace: poutine.Trace) -> None:
+    """Evaluate every site by itself, so that an error names it; raises ValueError or TypeError."""
+    for _, node in _sample_nodes(trace):
+        _check_log_prob_shape(node)
+
+
 def _check_log_prob_shape(node: dict[str, Any]) -> None:
-    """Evaluate one site by itself, so that an error names it; implicit programs have no log density to check."""
+    """Implicit programs have no log density to check."""
     fn, value = node["fn"], node["value"]
     if isinstance(fn, dist.Delta) or "Delta" in type(getattr(fn, "base_dist", fn)).__name__:
         if tuple(fn.shape()) != tuple(value.shape):
@@ -236,8 +241,12 @@ def _check_support(node: dict[str, Any]) -> None:
     except ValueError as error:
         text = str(error).splitlines()[0].removesuffix(", but found invalid values:")
         raise ValueError(f"at site {node['name']!r}: {text}; observed values lie outside") from error
-    except NotImplementedError:
-        return
+    except NotImplementedError as error:
+        if node["value"].dtype is torch.bool and str(error):  # torch's own for no density at all has no words
+            raise TypeError(
+                f"at site {node['name']!r}: observed values are booleans, with which its distribution cannot compute; "
+                "pass numbers, x.float()"
+            ) from error
 
 
 class explained:

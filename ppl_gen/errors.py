@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["IncompatibleError", "MissingExtraError", "NonFiniteError", "require_positive", "require_whole"]
+__all__ = [
+    "IncompatibleError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "is_number",
+    "require_positive",
+    "require_seed",
+    "require_whole",
+]
 
 
 class IncompatibleError(ValueError):
@@ -35,6 +44,15 @@ class NonFiniteError(ArithmeticError):
         self.fit = fit
 
 
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a real number; True and False are none.
+
+    >>> is_number(0.5), is_number(True), is_number("0.5")
+    (True, False, False)
+    """
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def require_whole(name: str, value: Any) -> None:
     """Raise ValueError, naming the argument, unless ``value`` is a whole number of at least 1.
 
@@ -55,5 +73,22 @@ def require_positive(name: str, value: Any) -> None:
     ...
     ValueError: lr: expected a positive number, got 0.0
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
+    if not is_number(value) or not 0 < float(value) < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+def require_seed(value: Any) -> int:
+    """The seed as an int; raises ValueError unless it is a whole number that every generator takes.
+
+    >>> require_seed(-1)
+    Traceback (most recent call last):
+    ...
+    ValueError: seed: expected a whole number of at least 0 and below 2**32, got -1
+    """
+    try:
+        seed = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        seed = -1
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected a whole number of at least 0 and below 2**32, got {value!r}")
+    return seed

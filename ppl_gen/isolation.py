@@ -20,7 +20,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import IncompatibleError, require_seed
 
 __all__ = ["ProgramState", "Workspace", "copied", "isolated", "looking", "quiet", "revived"]
 
@@ -37,6 +37,7 @@ def isolated(seed: int | None = None, *, dtype: torch.dtype | None = None) -> It
     >>> torch.equal(before, torch.get_rng_state())
     True
     """
+    seed = None if seed is None else require_seed(seed)
     kept = torch.get_rng_state(), np.random.get_state(), random.getstate(), torch.get_default_dtype()
     validate = torch.distributions.Distribution._validate_args  # Pyro knows its own flag and overwrites torch's
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from ppl_gen.data.batching import Dataset, as_dataset
 from ppl_gen.data.sources import collected
+from ppl_gen.newrows import check_columns
 from ppl_gen.program import Program
 from ppl_gen.result import Fit
 
@@ -19,6 +20,7 @@ class Validation:
 
     def __init__(self, data: Any, every: int | None, program: Program, train: Dataset) -> None:
         self.data = as_dataset(collected(data), program.model, dtype=train.dtype, device=train.device)
+        check_columns("validation", self.data, train)
         self.every = every
 
     def due(self, step: int, limit: int) -> bool:

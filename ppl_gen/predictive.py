@@ -239,6 +239,8 @@ def _is_flat(fn: Any) -> bool:
 def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) -> dict[str, Tensor]:
     """See `Fit.sample`."""
     _positive("n", n)
+    if not isinstance(given, Mapping):
+        raise TypeError(f'given: expected a mapping of sites or inputs, such as {{"y": 3}}, got {type(given).__name__}')
     inputs = {name: value for name, value in given.items() if name in fit.data.entries}
     fixed = {name: value for name, value in given.items() if name not in inputs}
     unknown = [name for name in fixed if name not in fit.info.sites]
@@ -274,31 +276,47 @@ def _is_derived(node: Mapping[str, Any]) -> bool:
 
 def _template(fit: Fit, n: int, inputs: Mapping[str, Any]) -> Batch:
     batch = fit.data.template(n)
-    kwargs = dict(batch.kwargs)
+    args, kwargs = list(batch.args), dict(batch.kwargs)
     for name, value in inputs.items():
-        if name in kwargs:
-            value = torch.as_tensor(value).to(kwargs[name])
-            kwargs[name] = _spread(name, value, tuple(kwargs[name].shape))
-    return replace(batch, kwargs=kwargs)
+        old = args[0] if name == fit.data.positional else kwargs[name]
+        new = _spread(name, _given_numbers(name, value).to(old), tuple(old.shape))
+        if name == fit.data.positional:
+            args[0] = new
+        else:
+            kwargs[name] = new
+    return replace(batch, args=tuple(args), kwargs=kwargs)
 
 
 def _fixed_value(fit: Fit, name: str, value: Any, n: int) -> Tensor:
     site = fit.info.sites.get(name)
-    tensor = torch.as_tensor(value, device=fit.data.device)
+    tensor = _given_numbers(name, value).to(fit.data.device)
     if site is not None and not site.discrete:
         tensor = tensor.to(fit.data.dtype)
-    if site is None or not site.local:
+    if site is None:
         return tensor
-    return _spread(name, tensor, (*([n] if site.batch_shape else []), *site.event_shape))
+    if not site.local:
+        return _spread(name, tensor, (*site.batch_shape, *site.event_shape), whole=True)
+    rows = [n] if site.batch_shape else []
+    return _spread(name, tensor, (*rows, *site.event_shape), whole=len(site.batch_shape) <= 1)
 
 
-def _spread(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """One value for all rows, or one for each; raises ValueError for another number of them."""
+def _given_numbers(name: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"given: {name!r}: expected numbers, got {type(value).__name__}") from error
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"given: {name!r}: expected finite numbers, got NaN or infinity")
+    return tensor
+
+
+def _spread(name: str, value: Tensor, shape: tuple[int, ...], *, whole: bool = False) -> Tensor:
+    """One value for all rows, or one for each; raises ValueError for another number of them (or another shape)."""
     try:
         spread = value.expand(shape) if value.dim() < len(shape) else value
     except RuntimeError:
         spread = value
-    if spread.shape[:1] != shape[:1]:
+    if spread.shape[:1] != shape[:1] or (whole and spread.shape != shape):
         raise ValueError(f"given: {name!r} has shape {tuple(value.shape)}, expected {shape} or one value for all rows")
     return spread
 

@@ -77,6 +77,13 @@ class Program:
             raise TypeError(
                 f"guide: expected a Pyro guide, an autoguide class or None, got {type(self.guide).__name__}"
             )
+        if not isinstance(self.terms, Mapping):
+            raise TypeError(f"terms: expected a mapping from names to functions, got {type(self.terms).__name__}")
+        if isinstance(made := getattr(self.guide, "func", None), type):
+            raise TypeError(
+                f"guide: a partial of the class {made.__name__} would be called with the data; pass the class, or an "
+                f"instance, {made.__name__}(model, ...)"
+            )
         stuck = [name for name, term in self.terms.items() if not callable(term)]
         if stuck:
             raise TypeError(f"terms: expected functions of the data, got something else for {', '.join(stuck)}")

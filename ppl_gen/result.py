@@ -133,10 +133,18 @@ class Fit:
             yield w
 
     def dataset(self, data: Any = None) -> Dataset:
-        """``data`` checked and cast as the training data were; the training data themselves when None."""
+        """``data`` checked and cast as the training data were; the training data themselves when None.
+
+        Raises:
+            ValueError, TypeError: for what is no data, or unlike the rows that the program was fitted to.
+        """
         if data is None:
             return self.data
-        return as_dataset(data, self.program.model, dtype=self.data.dtype, device=self.data.device)
+        from ppl_gen.newrows import check_rows
+
+        made = as_dataset(data, self.program.model, dtype=self.data.dtype, device=self.data.device)
+        check_rows(self, made)
+        return made
 
     def posterior(self, data: Any = None, draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
         """Joint draws of the latent sites given ``data`` (the training data when None): draws x shape of the site.
@@ -203,4 +211,4 @@ class Fit:
         """Write a folder (weights in safetensors, the rest JSON and netCDF; no pickle), atomically."""
         from ppl_gen.storage import save_fit
 
-        return save_fit(self, Path(path))
+        return save_fit(self, path)

@@ -24,19 +24,28 @@ if TYPE_CHECKING:
     from ppl_gen.program import Program, Recipe
     from ppl_gen.result import Fit
 
-__all__ = ["SavedFit", "load", "save_fit"]
+__all__ = ["SavedFit", "as_path", "load", "save_fit"]
 
 FORMAT = 1
 MAX_DATA = 64 * 2**20  # bytes of training data kept beside a fit, so that recipes can be built again
 
 
-def save_fit(fit: Fit, path: Path) -> Path:
+def as_path(path: Any) -> Path:
+    """A path from text or a `Path`; raises TypeError for anything else."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected text or a Path, got {type(path).__name__}")
+    return Path(path).expanduser()
+
+
+def save_fit(fit: Fit, path: str | Path) -> Path:
     """Write ``path`` as a folder: made beside it under another name, then put in its place in one step."""
     from safetensors.torch import save_file
 
-    path = path.expanduser().absolute()
+    path = as_path(path).absolute()
     if path.exists() and not (path / "fit.json").exists():
         raise ValueError(f"path: {path} exists and is no saved fit; choose a new folder")
+    if files := [folder for folder in path.parents if folder.exists() and not folder.is_dir()]:
+        raise ValueError(f"path: {files[0]} is a file, so {path} cannot be made; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.parent / f".{path.name}-{uuid.uuid4().hex}"
     folder.mkdir()
@@ -215,7 +224,7 @@ def load(path: str | Path, program: Program | Recipe | Callable[..., Any] | None
         ...
         ValueError: path: no saved fit at no/such/folder (fit.json is missing)
     """
-    folder = Path(path).expanduser()
+    folder = as_path(path)
     meta = _checked_meta(folder, str(path))
     if program is None:
         return SavedFit(folder, meta)

@@ -273,9 +273,9 @@ _HOLED = torch.tensor([[0.0, 1.0], [2.0, NAN], [INF, 1.0]])
 _MASKED = np.ma.masked_array([1.0, 2.0], [False, True])
 
 DATA: dict[str, tuple[Any, type[Exception], str]] = {
-    "missing entry": ({"x": X5}, ValueError, r"needs the argument 'y'.*holds \['x'\].*add the entry.*`y=None`"),
+    "missing entry": ({"x": X5}, ValueError, r"needs the argument 'y'.*holds x\).*add the entry.*`y=None`"),
     "one tensor for two": (X5, ValueError, "needs the argument 'y'.*add the entry"),
-    "other names": ({"X": X5, "Y": X5}, ValueError, r"needs the argument 'x'.*holds \[\]"),
+    "other names": ({"X": X5, "Y": X5}, ValueError, r"needs the argument 'x'.*holds X, Y\)"),
     "nan": ({"x": _HOLED, "y": X5[:3]}, ValueError, r"data 'x': 2 value\(s\) are NaN.*first at index \(1, 1\); drop"),
     "inf": (
         {"x": X5, "y": np.array([0, 1, INF, 3, 4])},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pyro
@@ -20,6 +21,7 @@ from programs import (
     gradient,
     layered,
     layered_prior,
+    local,
     local_guide,
     losses,
     mixture,
@@ -29,10 +31,12 @@ from programs import (
     switch_joint,
 )
 from pyro import poutine
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import nn
 
 import ppl_gen as pg
 from ppl_gen.inference import ELBO, SVI
+from ppl_gen.models import denoising_diffusion
 
 
 def test_analytic_divergence_has_the_expectation_that_draws_have() -> None:
@@ -200,6 +204,73 @@ def test_a_latent_that_nothing_can_train_is_named() -> None:
         pg.fit(pg.Program(conjugate, guide), X8, SVI(steps=2))
     with pytest.raises(pg.IncompatibleError, match=r"enumerate=False.*\['k'\]"):
         pg.fit(mixture, X8, SVI(ELBO(enumerate=False), steps=2))
+
+
+# ------------------------------------------------------------------------------------------------ beta
+def test_beta_of_one_is_the_elbo_bit_for_bit() -> None:
+    for model, guide in ((both, both_guide), (switch, switch_guide)):
+        values = []
+        for objective in (ELBO(), ELBO(beta=1)):
+            with playing(model, guide, objective, X8) as (game, dataset):
+                torch.manual_seed(0)
+                values.append((losses(game, dataset.batch(), 3), gradient(game, dataset.batch())))
+        assert torch.equal(values[0][0], values[1][0])
+        assert all(torch.equal(values[0][1][name], values[1][1][name]) for name in values[0][1])
+
+
+@pytest.mark.parametrize("batch", [None, [1, 4, 6]])
+def test_beta_weighs_the_divergence_alone(batch: list[int] | None) -> None:
+    """One draw, so that reconstruction and divergence of it are known: for closed forms and for draws."""
+    index = None if batch is None else torch.tensor(batch)
+    x = X8 if index is None else X8[index]
+    for beta in (0.0, 0.5, 4.0):
+        with playing(local, local_guide, ELBO(beta=beta), X8) as (game, dataset):
+            torch.manual_seed(2)
+            found = float(losses(game, dataset.batch(index), 1))
+            torch.manual_seed(2)
+            z = 0.2 * x + torch.normal(torch.zeros_like(x), 1.0)
+            kl = 0.5 * (0.2 * x) ** 2  # of unit normals
+            assert found == pytest.approx(float((beta * kl - dist.Normal(z, 1.0).log_prob(x)).mean()), abs=1e-12)
+    with playing(switch, switch_guide, ELBO(beta=4.0), X8) as (game, dataset):
+        log_q = torch.log_softmax(torch.stack([torch.zeros_like(x), 0.7 * x - 0.2], -1), -1)
+        prior = torch.tensor([0.7, 0.3], dtype=x.dtype).log()
+        exact = (log_q.exp() * (4.0 * (log_q - prior) - (switch_joint(x) - prior))).sum(-1).mean()
+        assert float(losses(game, dataset.batch(index), 1)) == pytest.approx(float(exact), abs=1e-12)
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+def test_beta_weighs_an_autoguides_density_at_its_auxiliary_sites(guide: Any) -> None:
+    """The optimum is the posterior of a likelihood to the power 1 / beta: N(sum x / (n + beta), beta / (n + beta))."""
+    deviation = {}
+    for beta in (1.0, 4.0):
+        algorithm = SVI(ELBO(beta=beta, particles=4), steps=400, lr=0.03)
+        draws = pg.fit(pg.Program(conjugate, guide), X8, algorithm, seed=0).posterior(draws=2000)["theta"]
+        deviation[beta] = float(draws.std())
+        assert float(draws.mean()) == pytest.approx(float(X8.sum()) / (8 + beta), abs=0.15)  # 0.013, and Adam's 0.1
+        assert deviation[beta] == pytest.approx(math.sqrt(beta / (8 + beta)), rel=0.2)
+    assert deviation[4.0] > 1.4 * deviation[1.0]
+
+
+def test_beta_leaves_the_programs_own_density_alone() -> None:
+    still = [SVI(ELBO(beta=beta), steps=1, lr=1e-30) for beta in (1.0, 4.0)]
+    one, four = (pg.fit(pg.Program(local, local_guide), X8, algorithm, seed=0).evidence(seed=1) for algorithm in still)
+    assert torch.equal(one.values, four.values)
+
+
+def test_beta_is_refused_where_no_divergence_is_left() -> None:
+    for wrong in (-1.0, math.inf, math.nan, True, "4"):
+        with pytest.raises(ValueError, match="beta: expected a finite number of at least 0"):
+            ELBO(beta=wrong)  # type: ignore[arg-type]
+
+    def guide(x: torch.Tensor) -> None:
+        pyro.param("unused", torch.tensor(0.0, dtype=x.dtype))
+
+    with pytest.raises(pg.IncompatibleError, match=r"beta=2.0: y are summed out in the model.*draw them in the guide"):
+        pg.fit(pg.Program(switch, guide), X8, SVI(ELBO(beta=2.0), steps=1))
+    chain, rows = denoising_diffusion(2, steps=3, hidden=4), torch.randn(6, 2)
+    with pytest.raises(pg.IncompatibleError, match='beta=2.0: its chain is entered at one time step.*time_step="all"'):
+        pg.fit(chain, rows, SVI(ELBO(beta=2.0), steps=1))
+    assert pg.fit(chain, rows, SVI(ELBO(beta=2.0, time_step="all"), steps=1)).status == "finished"
 
 
 # ----------------------------------------------------------------- Pyro's objectives, and ours in Pyro

@@ -32,6 +32,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import ppl_gen as pg
 from ppl_gen.inference import EM, NUTS, SVI
+from ppl_gen.models import ppca
 
 STILL = SVI(steps=1, lr=1e-12)  # the guide as it was written
 HELD = torch.tensor([0.0, 2.5, -1.5], dtype=torch.float64)
@@ -143,6 +144,36 @@ def test_a_program_that_offers_its_evidence_is_asked() -> None:
     assert exact.kind == "averaged over 400 posterior draws" and not exact.exact and exact.mc_stderr > 0
     # The same 400 draws of theta in distribution, not in number: five joint standard errors.
     assert abs(exact.mean - summed.mean) < 5 * math.hypot(exact.mc_stderr, summed.mc_stderr)
+
+
+@pytest.mark.parametrize("offered", [True, False], ids=["closed form", "densities"])
+def test_an_autoguide_over_globals_is_averaged_over_and_never_exact(offered: bool) -> None:
+    """An autoguide gives each site a point mass at a value that it drew elsewhere: that is no point estimate."""
+    known = (lambda values, x: dist.Normal(values["theta"], 1.0).log_prob(x)) if offered else None
+    fit = pg.fit(pg.Program(conjugate, AutoNormal(conjugate, init_scale=0.6), evidence=known), X8, STILL)
+    loc = float(fit.params["AutoNormal.locs.theta"])
+    exact = normal(loc, 1 + 0.36).log_prob(HELD)
+    estimate = fit.evidence(HELD, draws=4000)
+    # As for the conjugate guide: the sd of a row's density over theta is below 0.6 of its mean.
+    tolerance = 6 * 0.6 / math.sqrt(4000)
+    assert abs(estimate.mean - float(exact.mean())) < tolerance
+    assert abs(float(normal(loc, 1.0).log_prob(HELD).mean()) - float(exact.mean())) > 2 * tolerance, "at the point"
+    assert not estimate.exact and estimate.kind == "averaged over 4000 posterior draws"
+    assert 0 < estimate.mc_stderr < tolerance / 2
+    single = fit.evidence(HELD, draws=1)
+    assert not single.exact and single.kind == "at one posterior draw" and math.isnan(single.mc_stderr)
+
+
+def test_the_closed_form_of_a_model_is_averaged_over_its_autoguide() -> None:
+    """`ppca` offers its evidence and has global sites; under SVI they have a posterior, under EM a point."""
+    x = torch.randn(60, 1, dtype=torch.float64) * torch.tensor([2.0, 1.0, 1.0]) + torch.randn(60, 3)
+    fit = pg.fit(ppca(3, 1), x, SVI(steps=20, lr=0.01))
+    estimate, other = fit.evidence(draws=50, seed=1), fit.evidence(draws=50, seed=2)
+    assert not estimate.exact and estimate.mc_stderr > 0 and "50 posterior draws" in estimate.kind
+    assert estimate.mean != other.mean, "other draws, another estimate"
+    assert abs(estimate.mean - other.mean) < 6 * math.hypot(estimate.mc_stderr, other.mc_stderr)
+    point = pg.fit(ppca(3, 1), x, EM(steps=20)).evidence(draws=50)
+    assert point.exact and point.mc_stderr == 0.0
 
 
 def test_a_site_with_summed_and_drawn_latents_together() -> None:

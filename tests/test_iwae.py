@@ -274,6 +274,23 @@ def test_it_is_a_loss_for_pyros_svi() -> None:
     pyro.clear_param_store()
 
 
+def test_the_joint_bound_and_its_gradient_are_those_of_pyros_renyi_bound() -> None:
+    """Far from the answer, too, where it draws the guide wide before it draws it near: that is the bound's own doing."""
+    far = X8 + 3.0
+    renyi = pyro.infer.RenyiELBO(alpha=0, num_particles=10)
+    with playing(conjugate, conjugate_guide, IWAE(particles=10), far) as (game, dataset):
+        torch.manual_seed(4)
+        value, found = float(losses(game, dataset.batch(), 1)), None
+        torch.manual_seed(4)
+        found = gradient(game, dataset.batch())
+        torch.manual_seed(4)
+        theirs = renyi.loss_and_grads(conjugate, conjugate_guide, far)
+        grads = {n: p.grad / 8 for n, p in pyro.get_param_store().named_parameters()}
+    assert value == pytest.approx(theirs / 8, abs=1e-12)
+    assert all(torch.allclose(found[name], grads[name], rtol=0, atol=1e-10) for name in grads)
+    assert float(found["scale"]) < 0, "a step against the gradient widens the guide"
+
+
 def test_it_learns_more_than_the_elbo_from_a_poor_guide() -> None:
     """With a guide that cannot follow x, the ELBO pulls the model towards the guide; the tighter bound less so."""
 

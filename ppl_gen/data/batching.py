@@ -213,7 +213,8 @@ def as_dataset(
     if isinstance(data, Mapping):
         entries, constants = _mapping_entries(data, signature)
         positional = None
-        _require_arguments(signature, {*entries, *constants})
+        there = [str(name) for name, value in data.items() if value is not None]
+        _require_arguments(signature, {*entries, *constants}, there)
         if data and open_kind not in kinds and not signature.parameters.keys() & data.keys():
             raise ValueError(
                 f"data: none of its entries ({', '.join(map(str, data))}) is an argument of the model "
@@ -222,7 +223,7 @@ def as_dataset(
     else:
         positional = names[0] if names else "data"
         entries, constants = {positional: as_array(data, positional)}, {}
-        _require_arguments(signature, {positional})
+        _require_arguments(signature, {positional}, [positional])
     rows = _common_rows(entries)
     if dtype is None:
         dtype = torch.float64 if any(map(is_double, (*entries.values(), *constants.values()))) else torch.float32
@@ -252,12 +253,13 @@ def _mapping_entries(data: Mapping[str, Any], signature: inspect.Signature) -> t
     return entries, constants
 
 
-def _require_arguments(signature: inspect.Signature, given: set[str]) -> None:
+def _require_arguments(signature: inspect.Signature, given: set[str], there: list[str]) -> None:
     for p in signature.parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is not p.empty or p.name in given:
             continue
+        held = ", ".join(there) or "nothing"
         raise ValueError(
-            f"the model needs the argument {p.name!r}, which the data does not hold (it holds {sorted(given)}); "
+            f"the model needs the argument {p.name!r}, which the data does not hold (it holds {held}); "
             f"add the entry, or give the argument a default such as `{p.name}=None` if it may be missing"
         )
 

@@ -251,6 +251,8 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
             f"{fit.algorithm} learned no density over the globals to propose from; fit the program with SVI (an "
             "AutoMultivariateNormal guide, say) and ask that fit for its marginal likelihood"
         )
+    require_whole("draws", draws)
+    require_whole("particles", particles)
     with fit.bound(seed):
         weights = joint_log_weights(fit, draws, particles)
     n = len(weights)

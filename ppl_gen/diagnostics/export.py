@@ -17,6 +17,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.bridge import to_tree
 from ppl_gen.diagnostics.densities import densities, derived
 from ppl_gen.diagnostics.psis import MIN_DRAWS
+from ppl_gen.errors import require_whole
 from ppl_gen.inference.objectives.elbo import is_sample
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import _run, amortised, observed_rows, prior_rows
@@ -39,6 +40,7 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
     Where a guide is amortised and rows times draws are too many, the first rows stand for all; ``attrs["rows"]`` says
     so.
     """
+    require_whole("draws", draws)
     with fit.bound(seed):
         whole, fit = fit, affordable_rows(fit, draws)
         batch = fit.data.batch()

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import IncompatibleError, require_positive
 from ppl_gen.isolation import looking
 from ppl_gen.predictive import amortised, global_draws
 
@@ -54,7 +54,7 @@ def active_units(fit: Fit, data: Any = None, *, site: str | None = None, thresho
 
     Raises:
         IncompatibleError: if no guide maps rows to such a site.
-        ValueError: if ``site`` is none of them.
+        ValueError: if ``site`` is none of them, for a single row, or a ``threshold`` that is not positive.
 
     Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (2016).
 
@@ -68,7 +68,10 @@ def active_units(fit: Fit, data: Any = None, *, site: str | None = None, thresho
         ActiveUnits(1 of 2 at site 'z')
     """
     name = code_site(fit, site)
+    require_positive("threshold", threshold)
     means = code_means(fit, data, site=name)
+    if len(means) < 2:
+        raise ValueError(f"data: a variance over rows takes at least 2 of them, got {len(means)}")
     variance = means.double().var(0)
     return ActiveUnits(name, variance, variance > threshold, threshold)
 
@@ -95,6 +98,8 @@ def code_site(fit: Fit, site: str | None = None) -> str:
 
 def code_means(fit: Fit, data: Any = None, *, site: str | None = None) -> Tensor:
     """E_q[z | x] of every row, rows x shape of the site: the codes, for t-SNE, k-means or a classifier.
+
+    Where the guide draws other sites first (the label of `m2`), it is the mean given one draw of these.
 
     Raises:
         IncompatibleError, ValueError: as `active_units` does.

@@ -15,6 +15,7 @@ from ppl_gen.diagnostics.evidence import joint_log_weights
 from ppl_gen.diagnostics.export import affordable_rows, latent_summary_names, posterior_groups
 from ppl_gen.diagnostics.psis import pareto_k, pareto_k_rows, pareto_k_threshold, row_subset
 from ppl_gen.diagnostics.summary import loss_trend, verdict_chains, verdict_point, verdict_variational
+from ppl_gen.errors import require_whole
 from ppl_gen.inference.objectives.particles import can_vectorise, log_weights_in_chunks
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import global_draws
@@ -31,6 +32,7 @@ MAX_ROWS = 200  # rows whose k-hat a verdict looks at: the share of bad rows is 
 
 def diagnose(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> pandas.DataFrame:
     """See `Fit.diagnose`; ``attrs`` also holds ``pareto_k_rows`` and ``pareto_k_threshold`` where they apply."""
+    require_whole("draws", draws)
     with fit.bound(seed):
         groups, _ = posterior_groups(affordable_rows(fit, draws), draws)
     posterior = {k: v for k, v in groups["posterior"].items() if k in latent_summary_names(fit)}

@@ -30,8 +30,10 @@ class WeightQuality:
     def add(self, log_weights: Tensor) -> None:
         """Draws x rows of one chunk, in nats."""
         logs = log_weights.double().cpu()
-        relative = (logs - logs.amax(0)).exp()
-        self._sizes.append(relative.sum(0) ** 2 / relative.square().sum(0))
+        most = logs.amax(0)
+        relative = (logs - torch.where(most > -torch.inf, most, 0.0)).exp()
+        # A row that no draw can explain has weights of zero throughout, and none of them carries it.
+        self._sizes.append(relative.sum(0) ** 2 / relative.square().sum(0).clamp_min(torch.finfo(logs.dtype).tiny))
         here = self._chosen[(self._chosen >= self._seen) & (self._chosen < self._seen + logs.shape[1])]
         self._columns.append(logs[:, here - self._seen])
         self._seen, self._draws = self._seen + logs.shape[1], len(logs)

@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ppl_gen.errors import require_whole
+from ppl_gen.errors import is_number, require_whole
 from ppl_gen.models.coding_networks import Decoder, Encoder, Units
 from ppl_gen.models.improper import Flat
 from ppl_gen.models.inputs import entries
@@ -136,11 +136,11 @@ def _checked(features: int, code: int, hidden: Sequence[int] | None, kind: str, 
 
 
 def _check_sparsity(code: int, sparsity: float, penalty: str, target: float, top_k: int | None) -> None:
-    if isinstance(sparsity, bool) or not 0 <= sparsity < float("inf"):
+    if not is_number(sparsity) or not 0 <= sparsity < float("inf"):
         raise ValueError(f"sparsity: expected a weight of at least 0, got {sparsity!r}")
     if penalty not in ("l1", "kl"):
         raise ValueError(f"penalty: expected 'l1' or 'kl', got {penalty!r}")
-    if not 0 < target < 1:
+    if not is_number(target) or not 0 < target < 1:
         raise ValueError(f"target: expected a mean activity between 0 and 1, got {target!r}")
     if top_k is not None:
         require_whole("top_k", top_k)
@@ -154,7 +154,7 @@ def _check_corruption(corruption: float, noise: str) -> None:
     if noise not in ("masking", "normal"):
         raise ValueError(f"noise: expected 'masking' or 'normal', got {noise!r}")
     most = 1.0 if noise == "masking" else float("inf")
-    if isinstance(corruption, bool) or not 0 <= corruption < most:
+    if not is_number(corruption) or not 0 <= corruption < most:
         raise ValueError(f"corruption: expected at least 0 and less than {most:g}, got {corruption!r}")
 
 

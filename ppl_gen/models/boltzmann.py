@@ -15,7 +15,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ppl_gen.errors import IncompatibleError, require_whole
+from ppl_gen.errors import IncompatibleError, is_number, require_whole
 from ppl_gen.extensions import Energy
 from ppl_gen.models.inputs import entries
 from ppl_gen.program import Program, Recipe
@@ -146,8 +146,8 @@ def rbm(visible: int, hidden: int, *, scale: float = 0.01, sweeps: int = 1000) -
     """
     for name, value in (("visible", visible), ("hidden", hidden), ("sweeps", sweeps)):
         require_whole(name, value)
-    if not scale >= 0:
-        raise ValueError(f"scale: expected at least 0, got {scale!r}")
+    if not is_number(scale) or not 0 <= scale < float("inf"):
+        raise ValueError(f"scale: expected a finite number of at least 0, got {scale!r}")
 
     def build(data: Any) -> Program:
         rows = _rows(data, visible)

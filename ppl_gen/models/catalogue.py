@@ -20,6 +20,8 @@ from ppl_gen.models.implicit import gan
 from ppl_gen.models.linear import factor_analysis, ppca
 from ppl_gen.models.markov import hidden_markov
 from ppl_gen.models.mixture import gaussian_mixture
+from ppl_gen.models.semi_supervised import m1, m1_m2, m2
+from ppl_gen.models.variational import vae
 from ppl_gen.program import Recipe
 
 __all__ = ["CATALOGUE", "Entry", "programs_offering"]
@@ -65,6 +67,20 @@ def _bars() -> Tensor:
     return torch.cat([rows, rows.mT]).flatten(1).to(torch.float64)
 
 
+def _some_labelled() -> dict[str, Tensor]:
+    direction = torch.arange(16) // 8
+    return {"x": _bars(), "y": torch.where(torch.arange(16) % 4 == 1, direction, -1)}
+
+
+@functools.cache
+def _first_stage() -> Any:
+    """A fit of `m1` for `m1_m2` to stand on."""
+    from ppl_gen.driver import fit
+    from ppl_gen.inference import SVI
+
+    return fit(m1(9, latent=2, hidden=(8,)), _bars(), SVI(steps=5), seed=0, progress=False)
+
+
 def _two_factors() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     factors = torch.randn(40, 2, generator=generator) @ torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 1.0, 1.0, 0.5]])
@@ -108,6 +124,30 @@ CATALOGUE: dict[str, Entry] = {
             lambda: autoencoder(4, 2, hidden=(8,)),
             _two_factors,
             "autoencoder: deep, convolutional, tied, denoising, sparse or k-sparse; codes without a prior",
+        ),
+        Entry(
+            "vae",
+            lambda: vae(9, latent=2, hidden=(8,)),
+            _bars,
+            "variational autoencoder: perceptron or convolutional; pixels, numbers or levels; conditional",
+        ),
+        Entry(
+            "m1",
+            lambda: m1(9, latent=2, hidden=(8,)),
+            _bars,
+            "latent-feature model: a variational autoencoder whose codes serve any classifier",
+        ),
+        Entry(
+            "m2",
+            lambda: m2(9, classes=2, latent=2, hidden=(8,)),
+            _some_labelled,
+            "semi-supervised classifier: labels of some rows, a generative model of all",
+        ),
+        Entry(
+            "m1_m2",
+            lambda: m1_m2(_first_stage(), classes=2, latent=2, hidden=(8,)),
+            _some_labelled,
+            "m2 on the codes of a trained m1, which stays as it is",
         ),
         Entry(
             "hidden_markov",

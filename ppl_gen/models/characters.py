@@ -95,8 +95,6 @@ def char_rnn(
 
 
 def _check_sequences(x: Tensor, active: Tensor, symbols: int) -> None:
-    if x.is_floating_point() or x.dtype == torch.bool:
-        raise TypeError(f"data: char_rnn takes integer codes of symbols, got {x.dtype}; see ppl_gen.data.text_rows")
     check_codes(f"data: char_rnn(symbols={symbols})", x[active], symbols)
 
 

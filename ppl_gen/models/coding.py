@@ -68,7 +68,13 @@ def reconstructions(fit: Fit, data: Any = None, *, draws: int = 1, seed: int | N
     name = _observed(fit)
 
     def mean(batch: Batch, values: dict[str, Tensor]) -> Tensor:
-        found: Tensor = _run(fit, batch, values).nodes[name]["fn"].mean
+        try:
+            found: Tensor = _run(fit, batch, values).nodes[name]["fn"].mean
+        except NotImplementedError as error:
+            raise IncompatibleError(
+                f"{fit.program.name!r} has no mean of {name!r} in closed form, and so no reconstructions; "
+                "fit.predict() draws replicates of the rows"
+            ) from error
         return found
 
     return _averaged(fit, data, mean, draws, seed)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ppl_gen.errors import require_whole
 from ppl_gen.models.inputs import entries
+from ppl_gen.models.networks import checked_widths
 from ppl_gen.program import Program, Recipe
 
 __all__ = ["gan"]
@@ -56,9 +57,9 @@ def gan(features: int, *, latent: int = 16, hidden: Sequence[int] = (128, 128)) 
         ...
         offers: data plate, differentiable latents, differentiable samples, latent sites, samples
     """
-    widths = tuple(hidden)
-    for name, value in (("features", features), ("latent", latent), *(("hidden", width) for width in widths)):
+    for name, value in (("features", features), ("latent", latent)):
         require_whole(name, value)
+    widths = checked_widths(hidden, "relu")
 
     def build(data: Any) -> Program:
         (x,) = entries(data, "gan", "x")

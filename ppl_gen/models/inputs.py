@@ -33,7 +33,8 @@ def entries(data: Any, program: str, *names: str) -> list[Tensor | None]:
     found = data if isinstance(data, Mapping) else {names[0]: data}
     there = [str(name) for name, value in found.items() if value is not None]
     if names[0] not in there:
-        raise ValueError(f"data: {program} reads the entry {names[0]!r}, got only {', '.join(there) or 'none'}")
+        listed = f"only {', '.join(there)}" if there else "none"
+        raise ValueError(f"data: {program} reads the entry {names[0]!r}, got {listed}")
     hint = _MASK if "mask" in names else FILL
     return [None if found.get(name) is None else _numbers(found[name], name, hint) for name in names]
 

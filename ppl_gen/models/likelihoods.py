@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.models.inputs import entries
 
-__all__ = ["Kind", "Likelihood", "check_likelihood", "chosen_likelihood"]
+__all__ = ["Kind", "Likelihood", "check_likelihood", "check_rows", "chosen_likelihood"]
 
 Kind = Literal["auto", "bernoulli", "normal", "categorical"]
 _LOOKED_AT = 256  # rows of data that are drawn afresh for every batch
@@ -39,13 +39,24 @@ class Likelihood(nn.Module):
         self.register_buffer("centre", centre)
         self.register_buffer("spread", spread)
 
-    def starting_bias(self) -> Tensor | None:
-        """Outputs at which every row has the distribution of the whole data; None where zero is that."""
+    def starting_bias(self, channels: int | None = None) -> Tensor | None:
+        """Outputs at which every row has the distribution of the whole data; None where zero is that.
+
+        With ``channels`` those that the pixels of each share, as a convolution's biases are.
+        """
         return None
 
     def forward(self, raw: Tensor) -> Any:
         """The distribution over x from ... x outputs numbers; its events have the shape of a row."""
         raise NotImplementedError
+
+
+class Bernoulli(dist.Bernoulli):
+    """A Bernoulli distribution that takes zeros and ones of any type: pixels are often kept as integers."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        found: Tensor = super().log_prob(value.to(self.logits.dtype))
+        return found
 
 
 class BernoulliPixels(Likelihood):
@@ -54,16 +65,17 @@ class BernoulliPixels(Likelihood):
     def __init__(self, shape: Sequence[int], rows: Tensor) -> None:
         super().__init__(shape, rows.mean(0), torch.ones(()))
         # One row of fair coins more than there are: a pixel that never varies keeps finite log odds.
-        self.odds = ((rows.sum(0) + 0.5) / (len(rows) + 1)).logit().flatten()
+        self.chances = (rows.sum(0) + 0.5) / (len(rows) + 1)
 
-    def starting_bias(self) -> Tensor:
-        return self.odds
+    def starting_bias(self, channels: int | None = None) -> Tensor:
+        chances = self.chances.flatten() if channels is None else self.chances.reshape(channels, -1).mean(1)
+        return chances.logit()
 
     def forward(self, raw: Tensor) -> Any:
-        return dist.Bernoulli(logits=raw.reshape(*raw.shape[:-1], *self.shape)).to_event(len(self.shape))
+        return Bernoulli(logits=raw.reshape(*raw.shape[:-1], *self.shape)).to_event(len(self.shape))
 
 
-class Chances(dist.Bernoulli):
+class Chances(Bernoulli):
     """Coins seen through grey values: log p at x in [0, 1] is its mean over coins that are 1 with chance x."""
 
     support = constraints.unit_interval
@@ -114,14 +126,28 @@ class CategoricalPixels(Likelihood):
         flat = rows.flatten(1).long()
         # One row more, shared evenly by all levels: a level never seen keeps a finite log weight.
         counts = torch.zeros(flat.shape[1], levels).scatter_add_(1, flat.T, torch.ones(flat.shape).T.contiguous())
-        self.weights = ((counts + 1 / levels) / (len(flat) + 1)).log().flatten()
+        self.chances = (counts + 1 / levels) / (len(flat) + 1)
 
-    def starting_bias(self) -> Tensor:
-        return self.weights
+    def starting_bias(self, channels: int | None = None) -> Tensor:
+        chances = self.chances
+        if channels is not None:
+            chances = chances.reshape(channels, -1, self.levels).mean(1)
+        return chances.log().flatten()
 
     def forward(self, raw: Tensor) -> Any:
         logits = raw.reshape(*raw.shape[:-1], *self.shape, self.levels)
         return dist.Categorical(logits=logits).to_event(len(self.shape))
+
+
+def check_rows(data: Any, program: str, shape: Sequence[int]) -> Tensor:
+    """The entry x of ``data``; raises ValueError for rows of another shape than ``shape``."""
+    (rows,) = entries(data, program, "x")
+    assert rows is not None  # the first entry
+    if tuple(rows.shape[1:]) != tuple(shape):
+        raise ValueError(
+            f"data: {program} was made for rows of shape {tuple(shape)}, got data of shape {tuple(rows.shape)}"
+        )
+    return rows
 
 
 def chosen_likelihood(
@@ -132,11 +158,7 @@ def chosen_likelihood(
     Raises:
         ValueError: for rows of another shape, or outside of the support.
     """
-    (rows,) = entries(data, program, "x")
-    assert rows is not None
-    shape = tuple(shape)
-    if rows.dim() < 2 or tuple(rows.shape[1:]) != shape:
-        raise ValueError(f"data: {program} was made for rows of shape {shape}, got data of shape {tuple(rows.shape)}")
+    rows, shape = check_rows(data, program, shape), tuple(shape)
     if kind == "categorical":
         assert levels is not None
         whole = not rows.is_floating_point()

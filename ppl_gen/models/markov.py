@@ -186,6 +186,7 @@ class _Categorical:
 
 def _program(states: int, emits: _Emission, concentration: float) -> Program:
     def hidden_markov(x: Tensor, lengths: Tensor | None = None) -> None:
+        x = x.long() if x.dtype is torch.bool else x
         like = x if x.is_floating_point() else torch.empty((), device=x.device)
         alpha = like.new_full((states, states), concentration)
         initial = pyro.sample("initial", dist.Dirichlet(alpha[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,12 @@ def checked_widths(hidden: Sequence[int], activation: str) -> tuple[int, ...]:
     """Widths as a tuple; raises ValueError for one that is no whole number, or for an unknown activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if isinstance(hidden, int):
-        hidden = (hidden,)
-    for width in hidden:
+    widths: Any = (hidden,) if isinstance(hidden, int) else hidden  # whatever was passed
+    if not isinstance(widths, Sequence) or isinstance(widths, str):
+        raise ValueError(f"hidden: expected widths of layers, such as (128,), got {hidden!r}")
+    for width in widths:
         require_whole("hidden", width)
-    return tuple(hidden)
+    return tuple(widths)
 
 
 class Perceptron(nn.Module):

@@ -188,7 +188,9 @@ class AutoregressiveRows(dist.TorchDistribution):
 
 
 def check_codes(name: str, codes: Tensor, symbols: int) -> None:
-    """Raise ValueError, naming the argument, unless all codes are from 0 to ``symbols`` - 1."""
+    """Raise TypeError, naming the argument, for no integers, and ValueError for codes not from 0 to ``symbols`` - 1."""
+    if len(codes) and (codes.is_floating_point() or codes.dtype == torch.bool):
+        raise TypeError(f"{name}: expected integer codes of symbols, got {codes.dtype}; see ppl_gen.data.text_rows")
     wrong = codes[(codes < 0) | (codes >= symbols)]
     if len(wrong):
         raise ValueError(f"{name}: expected codes from 0 to {symbols - 1}, got {int(wrong[0])}")

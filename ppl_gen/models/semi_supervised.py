@@ -10,7 +10,7 @@ error, so that labelled and unlabelled rows are one program.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.errors import require_whole
-from ppl_gen.models.likelihoods import Kind, check_likelihood, chosen_likelihood
+from ppl_gen.models.likelihoods import Kind, check_likelihood, check_rows, chosen_likelihood
 from ppl_gen.models.networks import Perceptron, checked_widths, standardised
 from ppl_gen.models.variational import (
     Decoder,
     NormalEncoder,
     check_classes,
     check_labels,
-    row_shape,
     vae,
 )
 from ppl_gen.program import Program, Recipe
@@ -131,8 +130,16 @@ def m1(
         >>> fit.module("encoder")(x).mean.shape
         torch.Size([40, 2])
     """
+    require_whole("features", features)
     made = vae(features, latent=latent, hidden=hidden, likelihood=likelihood, scale=scale, activation=activation)
-    return Recipe(made.build, name="m1", arguments={"features": features, "latent": latent, "hidden": tuple(hidden)})
+
+    def build(data: Any) -> Program:
+        check_rows(data, "m1", (features,))
+        return replace(made.build(data), name="m1")
+
+    return Recipe(
+        build, name="m1", arguments={"features": features, "latent": latent, "hidden": made.arguments["hidden"]}
+    )
 
 
 def m2(
@@ -254,7 +261,7 @@ def m1_m2(
         activation: between the layers.
 
     Returns:
-        A recipe; it raises ValueError for labels that are no integers or out of range.
+        A recipe; it raises ValueError for data of another shape and for labels that are no integers or out of range.
 
     Raises:
         TypeError: if ``m1`` is no fit with the networks of `m1`.
@@ -282,6 +289,7 @@ def m1_m2(
     widths = _checked(width, classes, latent, hidden, alpha, activation)
 
     def build(data: Any) -> Program:
+        check_rows(data, "m1_m2", pixels.likelihood.shape)
         labels = _labels(data, "m1_m2", classes, alpha)
         centre, spread = torch.zeros(width), torch.ones(())  # codes are standardised by their prior
         classifier = Classifier(Perceptron(width, widths, classes, activation=activation), centre, spread)
@@ -292,6 +300,7 @@ def m1_m2(
 
         def model(x: Tensor, y: Tensor | None = None) -> None:
             pyro.module("decoder", decoder)
+            pyro.module("pixels", pixels)
             with pyro.plate("data", len(x)):
                 given, y = y, pyro.sample("y", dist.Categorical(torch.ones(classes) / classes))
                 labels.observe(y, given)
@@ -302,6 +311,7 @@ def m1_m2(
         def guide(x: Tensor, y: Tensor | None = None) -> None:
             pyro.module("classifier", classifier)
             pyro.module("encoder", encoder)
+            pyro.module("features", features)
             with pyro.plate("data", len(x)):
                 z1 = pyro.sample("z1", features(x))
                 y = pyro.sample("y", labels.guess(classifier.log_odds(z1), y))
@@ -332,7 +342,7 @@ def _frozen(m1: Any) -> tuple[NormalEncoder, Decoder]:
 def _checked(
     features: int, classes: int, latent: int, hidden: Sequence[int], alpha: float, activation: str
 ) -> tuple[int, ...]:
-    row_shape(features)
+    require_whole("features", features)
     check_classes(classes)
     require_whole("latent", latent)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):

@@ -69,20 +69,10 @@ class Decoder(nn.Module):
     def __init__(self, network: Perceptron | ConvolutionalDecoder, likelihood: Likelihood) -> None:
         super().__init__()
         self.network, self.likelihood = network, likelihood
-        start = likelihood.starting_bias()
-        if start is not None:
-            self._begin_at(start)
-
-    @torch.no_grad()
-    def _begin_at(self, outputs: Tensor) -> None:
-        """At zero weights every row has the distribution of the whole data: nothing about the mean is left to learn."""
-        bias = self.network.last.bias
-        assert bias is not None
-        if bias.shape == outputs.shape:
-            bias.copy_(outputs)
-        else:
-            # A convolution has one bias for all pixels of a channel.
-            bias.copy_(outputs.reshape(bias.shape[0], -1).mean(-1))
+        # At zero weights every row has the distribution of the whole data: nothing about the mean is left to learn.
+        start = likelihood.starting_bias(network.channels if isinstance(network, ConvolutionalDecoder) else None)
+        if start is not None and network.last.bias is not None:
+            network.last.bias.data.copy_(start)
 
     def forward(self, z: Tensor, *label: Tensor) -> Any:
         return self.likelihood(self.network(z, *label))

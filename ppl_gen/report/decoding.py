@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ppl_gen.data.batching import Batch
+from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.objectives.elbo import is_sample
 from ppl_gen.predictive import _completed, _fixed_value, _run, _template, amortised, global_draws
@@ -19,7 +19,10 @@ from ppl_gen.predictive import _completed, _fixed_value, _run, _template, amorti
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["decoded", "expected", "guesses", "levels", "pictured", "reconstructed", "settled", "walked"]
+__all__ = ["decoded", "expected", "few", "guesses", "levels", "pictured", "reconstructed", "settled", "walked"]
+
+
+MOST = 2000  # rows
 
 
 class AtMeans(Messenger):
@@ -82,7 +85,9 @@ def pictured(fit: Fit) -> str:
     """The observed site of each row that holds most numbers; raises IncompatibleError where there is none."""
     sites = fit.info.select(kind="observed", local=True)
     if not sites:
-        raise IncompatibleError(f"{fit.program.name!r} observes nothing inside its data plate: there is nothing to draw")
+        raise IncompatibleError(
+            f"{fit.program.name!r} observes nothing inside its data plate: there is nothing to draw"
+        )
     return max(sites, key=lambda site: torch.Size(site.event_shape).numel()).name
 
 
@@ -103,13 +108,27 @@ def guesses(fit: Fit, batch: Batch) -> dict[str, Tensor]:
     return values | (_completed(fit, batch, values, finite) if finite else {})
 
 
-def reconstructed(fit: Fit, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The rows that were observed, and what is expected in their place given their own latents: rows x shape, twice."""
+def reconstructed(fit: Fit, data: Dataset, rows: int) -> tuple[Tensor, Tensor]:
+    """The first rows, and what is expected in their place given their own latents: rows x shape, twice."""
     with fit.bound():
+        batch = data.head(rows)
         values = guesses(fit, batch)
         with AtMeans():
             node = _run(fit, batch, values).nodes[pictured(fit)]
         return node["value"].cpu(), _shown(node)
+
+
+def observed(fit: Fit, data: Dataset, rows: int) -> Tensor:
+    """The first rows of the site that is drawn."""
+    with fit.bound(), AtMeans():
+        value: Tensor = _run(fit, data.head(rows), _shared(fit)).nodes[pictured(fit)]["value"]
+        return value.cpu()
+
+
+def few(fit: Fit) -> Dataset:
+    """Training rows enough to say which units are active and how codes spread, evenly over all of them."""
+    total = fit.data.rows or 0
+    return fit.data if total <= MOST else fit.data.subset(torch.linspace(0, total - 1, MOST).round().long())
 
 
 def decoded(fit: Fit, values: Mapping[str, Tensor], given: Mapping[str, Any], rows: int, *, alike: bool) -> Tensor:
@@ -117,7 +136,7 @@ def decoded(fit: Fit, values: Mapping[str, Tensor], given: Mapping[str, Any], ro
 
     Args:
         fit: a fit.
-        values: latents, rows x shape each.
+        values: latents, rows x shape each (and what to show where the observed site has no mean).
         given: inputs and sites of the user's choice.
         rows: how many.
         alike: inputs that are not given are those of the first training row, for all; else of the rows in turn.
@@ -152,37 +171,46 @@ def _shared(fit: Fit) -> dict[str, Tensor]:
         return {name: value for name, value in global_draws(fit, 1)[0].items() if name not in local}
 
 
-def walked(fit: Fit, row: Batch, site: str, codes: Tensor) -> Tensor:
-    """What is expected as the code of one row (a batch of one) takes other values: values x shape.
+def walked(fit: Fit, row: Dataset, site: str, units: Sequence[int], values: Tensor) -> Tensor:
+    """What is expected as one unit of a row's code takes other values: units x values x shape.
 
     Latents that follow from the code in the model follow it; all others stay where the row put them.
+
+    Args:
+        fit: a fit.
+        row: data of one row.
+        site: of the code.
+        units: which to move, in the flattened code.
+        values: for every unit of the code, values x units.
     """
-    count = len(codes)
+    count = len(units) * len(values)
     with fit.bound():
-        local = {found.name for found in fit.info.select(local=True)}
-        many = Batch(tuple(_repeated(v, count) for v in row.args), _inputs(fit, row, count), count, count)
-        found = guesses(fit, row)
-        kept = {name: _repeated(v, count) if name in local else v for name, v in found.items()}
-        finite = {site.name for site in fit.info.select(local=True) if site.discrete}
-        held = {n: v for n, v in kept.items() if n not in local or n in finite} | {site: codes}
+        batch = row.batch()
+        found = guesses(fit, batch)
+        codes = found[site].reshape(1, 1, -1).repeat(len(units), len(values), 1)
+        for i, unit in enumerate(units):
+            codes[i, :, unit] = values[:, unit].to(codes)
+        local = {known.name for known in fit.info.select(local=True)}
+        kept = {name: _repeated(value, count) if name in local else value for name, value in found.items()}
+        kept[site] = codes.reshape(count, *found[site].shape[1:])
+        inputs = {name: v if name in row.constants else _repeated(v, count) for name, v in batch.kwargs.items()}
+        many = Batch(tuple(_repeated(v, count) for v in batch.args), inputs, count, count)
+        followers = {known.name for known in fit.info.select(local=True, discrete=False)} - {site}
         with AtMeans():
-            nodes = _run(fit, many, held, replicate=True).nodes
-            free = [n for n in kept if n not in held and n in nodes and not _varies(nodes[n]["fn"])]
-            trace = _run(fit, many, held | {n: kept[n] for n in free}, replicate=True)
-        return _shown(trace.nodes[pictured(fit)])
-
-
-def _varies(fn: Any) -> bool:
-    mean = _mean(_bare(fn))
-    return mean is not None and bool((mean - mean[:1]).abs().max() > 1e-6)
+            nodes = _run(fit, many, {n: v for n, v in kept.items() if n not in followers}, replicate=True).nodes
+            followers = {name for name in followers if name in nodes and _varies(nodes[name]["fn"])}
+            trace = _run(fit, many, {n: v for n, v in kept.items() if n not in followers}, replicate=True)
+        shown = _shown(trace.nodes[pictured(fit)])
+    return shown.reshape(len(units), len(values), *shown.shape[1:])
 
 
 def _repeated(value: Any, count: int) -> Any:
     return value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) and value.dim() else value
 
 
-def _inputs(fit: Fit, row: Batch, count: int) -> dict[str, Any]:
-    return {n: _repeated(v, count) if n not in fit.data.constants else v for n, v in row.kwargs.items()}
+def _varies(fn: Any) -> bool:
+    mean = _mean(_bare(fn))
+    return mean is not None and bool((mean - mean[:1]).abs().max() > 1e-6)
 
 
 def levels(fit: Fit, site: str, scores: Tensor, means: Tensor) -> Tensor:

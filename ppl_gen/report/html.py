@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import datetime
-import io
 import math
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppl_gen.report.coded import coded
 from ppl_gen.report.draws import Scalar, distinct, global_scalars, replicates
+from ppl_gen.report.pictures import Picture, picture
 from ppl_gen.report.plots import colours, curves_of, draw_curve, draw_density, draw_heldout, draw_predictive
 from ppl_gen.report.table import answer, frame, grade, labels_of, standings, trust
 
@@ -27,16 +26,6 @@ __all__ = ["page", "write"]
 Style = dict[str, tuple[str, str]]
 
 PANELS = 12  # posterior panels at most: more than a reader compares
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One panel: an SVG as a data address, what it shows in words, and its caption."""
-
-    source: str
-    alt: str
-    caption: str = ""
-    width: int = 0
 
 
 def write(comparison: Comparison, path: Path) -> Path:
@@ -68,6 +57,7 @@ def page(comparison: Comparison) -> str:
     fits = {label: fit for label in style if (fit := _first_fit(comparison, label)) is not None}
     densities, left_out, without = _densities(fits, style)
     predictive, no_predictive = _predictive(fits, style)
+    groups, units, no_codes = coded(fits, comparison.judged, in_sample=comparison.in_sample)
     return environment.from_string(source).render(
         program=comparison.program,
         answer=answer(comparison),
@@ -84,6 +74,9 @@ def page(comparison: Comparison) -> str:
         without=without,
         predictive=predictive,
         no_predictive=no_predictive,
+        groups=groups,
+        units=units,
+        no_codes=no_codes,
         legend=[(label, *style[label]) for label in fits],
         verdicts=[_verdict(line) for line in comparison.lines if line.fit is not None and line.status != "diverged"],
         failures=[line for line in comparison.lines if line.fit is None or line.traceback or line.status == "diverged"],
@@ -165,27 +158,13 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _picture(width: float, height: float, draw: Callable[[Any], None], alt: str, caption: str = "") -> Picture:
-    """A panel at the size at which it is read, so that its letters are as large on a telephone as on a desk."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    draw(figure.add_subplot())
-    target = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "ppl_gen"}):
-        figure.savefig(target, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
-    data = base64.b64encode(target.getvalue()).decode("ascii")
-    return Picture(f"data:image/svg+xml;base64,{data}", alt, caption, round(96 * width))
-
-
 def _heldout(comparison: Comparison) -> Picture | None:
     ranks = standings(comparison)
     if not ranks:
         return None
     said = "; ".join(f"{s.label} {s.mean:.4f}, {s.difference:+.4f} ± {s.difference_se:.4f}" for s in ranks)
     alt = f"Difference of each algorithm to the best, in nats per row: {said}"
-    return _picture(3.9, 0.7 + 0.36 * len(ranks), lambda axes: draw_heldout(axes, comparison), alt)
+    return picture(3.9, 0.7 + 0.36 * len(ranks), lambda axes: draw_heldout(axes, comparison), alt)
 
 
 def _curves(comparison: Comparison) -> list[Picture]:
@@ -194,7 +173,7 @@ def _curves(comparison: Comparison) -> list[Picture]:
     for label, curves in curves_of(comparison).items():
         name, values = next(iter(curves.values()))
         alt = f"{label}: {name.replace('_', ' ')} over {len(values)} steps, from {values[0]:.4g} to {values[-1]:.4g}"
-        drawn = _picture(3.7, 2.5, _bind(draw_curve, curves, style[label][0]), alt, label)
+        drawn = picture(3.7, 2.5, _bind(draw_curve, curves, style[label][0]), alt, label)
         pictures.append(drawn)
     return pictures
 
@@ -218,7 +197,7 @@ def _densities(fits: dict[str, Fit], style: Style) -> tuple[list[Picture], list[
     for scalar in shown[:PANELS]:
         said = "; ".join(f"{k} mean {v.mean():.4g}, sd {v.std():.2g}" for k, v in scalar.draws.items())
         draw = _bind(draw_density, scalar, style)
-        pictures.append(_picture(3.7, 1.9, draw, f"Posterior of {scalar.name}: {said}", scalar.name))
+        pictures.append(picture(3.7, 1.9, draw, f"Posterior of {scalar.name}: {said}", scalar.name))
     return pictures, [s.name for s in [*left, *shown[PANELS:]]], problems
 
 
@@ -239,5 +218,5 @@ def _predictive(fits: dict[str, Fit], style: Style) -> tuple[list[Picture], list
                 f"replicated mean {again:.4g} and sd {shown.drawn.std():.3g}"
             )
             draw = _bind(draw_predictive, shown, style[label][0])
-            pictures.append(_picture(3.7, 2.6, draw, alt, what))
+            pictures.append(picture(3.7, 2.6, draw, alt, what))
     return pictures, problems

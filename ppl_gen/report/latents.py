@@ -1,8 +1,8 @@
 """Pictures of what a latent-variable program makes of its codes: reconstructions, samples, traversals, manifolds.
 
 Every function takes a fit of any program whose rows have codes: a continuous latent site inside the data plate, and a
-guide that follows the rows (or a ``local_posterior``). Rows are drawn as images where they have their shape, or a square
-number of columns (25 or more), else as lines, or bars if they have few columns.
+guide that follows the rows (or a ``local_posterior``). Rows are drawn as images where they have their shape, or a
+square number of columns (25 or more), else as lines, or bars if they have few columns.
 """
 
 from __future__ import annotations
@@ -13,25 +13,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ppl_gen.diagnostics.units import active_units, code_means, code_site
-from ppl_gen.errors import MissingExtraError, require_whole
-from ppl_gen.report.decoding import decoded, levels, pictured, reconstructed, walked
-from ppl_gen.report.plots import GREY, INK, PALE, _plain
+from ppl_gen.errors import require_whole
+from ppl_gen.report.cells import draw_cells, draw_points, flattened, new_axes, titled
+from ppl_gen.report.decoding import decoded, few, levels, observed, pictured, reconstructed, walked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from ppl_gen.data.batching import Dataset
     from ppl_gen.result import Fit
 
 __all__ = ["plot_codes", "plot_manifold", "plot_reconstructions", "plot_samples", "plot_traversal"]
 
 Method = Literal["tsne", "pca", "first"]
 
-MOST = 2000  # rows that are looked at to find active units and the spread of codes
-_BARS = 12  # columns at most that are drawn as bars
+_METHODS = ("tsne", "pca", "first")
 _STEPS = 9  # of a traversal
 
 
@@ -65,11 +64,12 @@ def plot_reconstructions(fit: Fit, data: Any = None, rows: int = 8, *, axes: Axe
         >>> figure.axes[0].get_title(loc="left")
         'vae: rows and their reconstructions'
     """
-    seen, again = _pairs(fit, data, rows)
-    cells = torch.stack([seen, again])
-    axes = axes or _new(cells)
-    draw_cells(axes, cells, side=["rows", "from codes"], like=seen)
-    return _titled(axes, f"{fit.program.name}: rows and their reconstructions")
+    require_whole("rows", rows)
+    code_site(fit)
+    seen, again = reconstructed(fit, fit.dataset(data), rows)
+    axes = axes or new_axes(2, len(seen))
+    draw_cells(axes, torch.stack([seen, again]), seen, side=["rows", "from codes"])
+    return titled(axes, f"{fit.program.name}: rows and their reconstructions")
 
 
 def plot_samples(
@@ -96,19 +96,19 @@ def plot_samples(
         >>> from ppl_gen.models import vae
         >>> x = torch.bernoulli(torch.full((40, 36), 0.3))
         >>> fit = pg.fit(vae(36, latent=2, hidden=(8,)), x, SVI(steps=20), seed=0)
-        >>> plot_samples(fit, 9).axes[0].images[0].get_array().shape  # 3 x 3 pictures of 6 x 6, and lines between
-        (22, 22)
+        >>> plot_samples(fit, 9).axes[0].images[0].get_array().shape  # 3 x 3 pictures, 6 x 6 enlarged to 24 x 24
+        (76, 76)
     """
     require_whole("n", n)
     drawn = fit.sample(n, given, seed=seed)
-    latents = {site.name: drawn[site.name] for site in fit.info.select()}
-    made = decoded(fit, latents, given or {}, n, alike=False)
+    known = {name: drawn[name] for name in [*(site.name for site in fit.info.select()), pictured(fit)]}
+    made = decoded(fit, known, given or {}, n, alike=False)
     across = math.ceil(math.sqrt(n))
     empty = torch.full_like(made[:1], math.nan).expand(-n % across, *made.shape[1:])
     cells = torch.cat([made, empty]).reshape(-1, across, *made.shape[1:])
-    axes = axes or _new(cells)
-    draw_cells(axes, cells, like=_observed(fit))
-    return _titled(axes, f"{fit.program.name}: {n} samples")
+    axes = axes or new_axes(*cells.shape[:2])
+    draw_cells(axes, cells, observed(fit, fit.data, 256))
+    return titled(axes, f"{fit.program.name}: {n} samples")
 
 
 def plot_traversal(
@@ -150,24 +150,16 @@ def plot_traversal(
     """
     name = code_site(fit, site)
     one = _one_row(fit, row)
-    means = code_means(fit, _few(fit), site=name)
+    means = code_means(fit, few(fit), site=name)
     chosen = _units(fit, name, units)
-    with fit.bound():
-        batch = one.batch()
     scores = torch.linspace(-3.0, 3.0, _STEPS)
-    values = levels(fit, name, scores.reshape(-1, *[1] * (means.dim() - 1)).expand(_STEPS, *means.shape[1:]), means)
-    code = code_means(fit, one, site=name)
-    lines = []
-    for unit in chosen:
-        codes = code.expand(_STEPS, *code.shape[1:]).clone().flatten(1) if code.dim() > 1 else code.expand(_STEPS, 1)
-        codes = codes.clone()
-        codes[:, unit] = values.reshape(_STEPS, -1)[:, unit].to(codes)
-        lines.append(walked(fit, batch, name, codes.reshape(_STEPS, *code.shape[1:]).to(fit.data.device)))
-    cells = torch.stack(lines)
-    axes = axes or _new(cells)
-    ends = [f"{float(s):g}" if i in (0, _STEPS // 2, _STEPS - 1) else "" for i, s in enumerate(scores)]
-    draw_cells(axes, cells, side=[f"unit {u}" for u in chosen], below=ends, like=_observed(fit))
-    return _titled(axes, f"{fit.program.name}: one code, unit by unit")
+    spread = scores.reshape(-1, *[1] * (means.dim() - 1)).expand(_STEPS, *means.shape[1:])
+    values = levels(fit, name, spread, means).expand(spread.shape).reshape(_STEPS, -1)
+    cells = walked(fit, one, name, chosen, values)
+    axes = axes or new_axes(*cells.shape[:2])
+    ends = [f"{float(score):g}" if i % (_STEPS // 2) == 0 else "" for i, score in enumerate(scores)]
+    draw_cells(axes, cells, observed(fit, fit.data, 256), side=[f"unit {unit}" for unit in chosen], below=ends)
+    return titled(axes, f"{fit.program.name}: one code, unit by unit")
 
 
 def plot_manifold(
@@ -217,14 +209,95 @@ def plot_manifold(
             f"{torch.Size(shape).numel()}; plot_traversal takes any number"
         )
     scores = torch.special.ndtri(torch.linspace(0.02, 0.98, n) if n > 1 else torch.tensor([0.5]))
-    grid = torch.stack(torch.meshgrid(scores.flip(0), scores, indexing="ij"), -1).flip(-1).reshape(-1, 2)
-    grid = grid.flip(-1)[:, [1, 0]]  # first number to the right, second upwards
-    improper = fit.info.sites[name].improper
-    codes = levels(fit, name, grid, code_means(fit, _few(fit), site=name) if improper else grid)
-    made = decoded(fit, {name: codes.to(device=fit.data.device)}, given or {}, n * n, alike=True)
+    up, right = torch.meshgrid(scores.flip(0), scores, indexing="ij")
+    means = code_means(fit, few(fit), site=name)
+    codes = levels(fit, name, torch.stack([right, up], -1).reshape(-1, 2), means)
+    made = decoded(fit, {name: codes.to(means).to(fit.data.device or "cpu")}, given or {}, n * n, alike=True)
     cells = made.reshape(n, n, *made.shape[1:])
-    axes = axes or _new(cells)
-    draw_cells(axes, cells, like=_observed(fit), gap=0)
+    axes = axes or new_axes(n, n)
+    draw_cells(axes, cells, observed(fit, fit.data, 256), gap=0)
     axes.set_xlabel(f"{name}[0]", fontsize=8)
     axes.set_ylabel(f"{name}[1]", fontsize=8)
-    return _titled(axes, f"{fit.program.name}: the manifold of its codes")
+    return titled(axes, f"{fit.program.name}: the manifold of its codes")
+
+
+def plot_codes(
+    fit: Fit,
+    data: Any = None,
+    labels: Any = None,
+    method: Method = "tsne",
+    *,
+    site: str | None = None,
+    axes: Axes | None = None,
+) -> Figure:
+    r"""The codes of rows in the plane, E_q[z | x_i], coloured by labels.
+
+    .. math:: i \;\mapsto\; \mathrm{flat}\bigl(\mathbb{E}_{q(z \mid x_i)}[z]\bigr)
+
+    t-SNE keeps neighbours together and says nothing of distances between groups; "pca" keeps the two directions in
+    which the codes vary most; "first" shows the first two numbers as they are (a histogram where there is one).
+
+    Args:
+        fit: of a program with codes.
+        data: rows; those of training when None.
+        labels: one for each row: up to 20 different ones get a colour and a name each, more of them shades.
+        method: "tsne" (scikit-learn), "pca" or "first".
+        site: the latent site; the first continuous one of each row unless named.
+        axes: where to draw; a new figure when None.
+
+    Raises:
+        IncompatibleError: for a program without codes.
+        MissingExtraError: for "tsne" without scikit-learn.
+        ValueError: for another method, labels of another number, or t-SNE of fewer than 5 rows.
+
+    References:
+        Visualizing data using t-SNE (van der Maaten and Hinton, 2008).
+
+    Example:
+        >>> import torch, ppl_gen as pg
+        >>> from ppl_gen.inference import SVI
+        >>> from ppl_gen.models import vae
+        >>> x = torch.bernoulli(torch.full((40, 36), 0.3))
+        >>> fit = pg.fit(vae(36, latent=3, hidden=(8,)), x, SVI(steps=20), seed=0)
+        >>> plot_codes(fit, x, labels=x[:, 0].int(), method="pca").axes[0].get_title(loc="left")
+        'vae: codes of 40 rows, pca'
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")
+    codes = code_means(fit, data, site=site)
+    names = None if labels is None else np.asarray(torch.as_tensor(labels).cpu())
+    if names is not None and names.shape != codes.shape[:1]:
+        raise ValueError(f"labels: expected one for each of the {len(codes)} rows, got shape {names.shape}")
+    flat = codes.reshape(len(codes), -1).double().numpy()
+    if axes is None:
+        from matplotlib.figure import Figure
+
+        axes = Figure(figsize=(5.0, 4.2), layout="constrained").add_subplot()
+    draw_points(axes, flattened(flat, method, fit.seed), names)
+    if method == "tsne":
+        axes.set(xticks=[], yticks=[])
+    return titled(axes, f"{fit.program.name}: codes of {len(flat)} rows, {method}")
+
+
+def _one_row(fit: Fit, row: Any) -> Dataset:
+    if isinstance(row, int | np.integer) and not isinstance(row, bool):
+        total = fit.data.rows or 0
+        if not 0 <= row < total:
+            raise ValueError(f"row: expected a number from 0 to {total - 1}, or data of one row, got {row}")
+        return fit.data.subset(torch.tensor([int(row)]))
+    one = fit.dataset(row)
+    if one.rows != 1:
+        raise ValueError(f"row: expected the number of a training row, or data of one row, got {one.rows} rows")
+    return one
+
+
+def _units(fit: Fit, site: str, units: Sequence[int] | None) -> list[int]:
+    found = active_units(fit, few(fit), site=site)
+    variance = found.variance.flatten()
+    if units is None:
+        count = min(8, max(int(found.active.sum()), 1))
+        return [int(unit) for unit in variance.argsort(descending=True)[:count]]
+    wrong = [unit for unit in units if not 0 <= unit < len(variance)]
+    if wrong or not units:
+        raise ValueError(f"units: expected numbers from 0 to {len(variance) - 1}, at least one, got {list(units)}")
+    return list(units)

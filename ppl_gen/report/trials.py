@@ -22,6 +22,7 @@ from ppl_gen.driver import fit as learn
 from ppl_gen.errors import IncompatibleError, NonFiniteError
 from ppl_gen.inference.base import Algorithm
 from ppl_gen.isolation import isolated
+from ppl_gen.newrows import check_columns
 from ppl_gen.program import Program, Recipe, filtered
 from ppl_gen.result import Fit, Status
 
@@ -105,12 +106,7 @@ def inspected(task: Task) -> tuple[ProgramInfo, str]:
         with Workspace(device=place, dtype=dataset.dtype, training=False, modules=_modules_of(built, None)):
             info = _inspected(built, dataset)
             held = as_dataset(task.test, built.model)
-            for name, value in dataset.entries.items():
-                if name not in held.entries:
-                    raise ValueError(f"test: the training rows have an entry {name!r}, and the held-out rows do not")
-                if held.entries[name].shape[1:] != value.shape[1:]:
-                    got, expected = tuple(held.entries[name].shape), ("rows", *value.shape[1:])
-                    raise ValueError(f"test: expected {name!r} of shape {expected} as in training, got {got}")
+            check_columns("test", held, dataset)
             with torch.no_grad():
                 return info, _mark(built, dataset.head(64))
 

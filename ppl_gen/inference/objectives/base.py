@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
+from ppl_gen.isolation import looking
 from ppl_gen.offers import Need
 from ppl_gen.program import Program, filtered
 
@@ -109,17 +110,31 @@ class Objective(ABC):
 
 
 def started(objective: Objective, setting: Setting) -> Game:
-    """A fresh game of ``objective``, the terms that the program brings along added to the program's loss."""
+    """A fresh game of ``objective``, the terms that the program brings along added to the program's loss.
+
+    Raises:
+        ValueError: for a term that does not give one number for each row, or bears the name of a part of the loss.
+    """
     game = objective.build(setting)
-    return _WithTerms(game, setting.program.terms) if setting.program.terms else game
+    return _WithTerms(game, setting) if setting.program.terms else game
 
 
 class _WithTerms(Game):
     """Another game, whose player "program" also pays the program's own terms."""
 
-    def __init__(self, game: Game, terms: Mapping[str, Callable[..., Tensor]]) -> None:
-        self.game, self.terms = game, {name: filtered(term) for name, term in terms.items()}
+    def __init__(self, game: Game, setting: Setting) -> None:
+        self.game, self.terms = game, {name: filtered(term) for name, term in setting.program.terms.items()}
         self.players, self.modules = game.players, game.modules
+        for name, term in self.terms.items():
+            self._refuse_name(name, [f"{player.name}_loss" for player in game.players])
+            with looking():
+                _check_term(name, term(*setting.probe.args, **setting.probe.kwargs), setting.probe.rows)
+
+    def _refuse_name(self, name: str, taken: Collection[str]) -> None:
+        if name in taken:
+            raise ValueError(
+                f"terms: {name!r} is what the history calls a part of the loss; give the term another name"
+            )
 
     @property
     def notes(self) -> Mapping[str, str]:  # type: ignore[override]  # games add to their notes while they run
@@ -131,10 +146,19 @@ class _WithTerms(Game):
             return loss
         added = {}
         for name, term in self.terms.items():
+            self._refuse_name(name, loss.parts)
             rows = term(*batch.args, **batch.kwargs)
             added[name] = rows.sum() * (batch.rescale / (batch.total or 1))
         total = loss.value + torch.stack(list(added.values())).sum()
         return Loss(total, {**loss.parts, **{name: value.detach() for name, value in added.items()}})
+
+
+def _check_term(name: str, value: Any, rows: int | None) -> None:
+    """A sum over rows would be rescaled as if it were one row: only numbers of single rows add up on minibatches."""
+    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor) or value.dim() != 1 or rows not in (None, len(value)):
+        of = "each row" if rows is None else f"each of {rows} rows"
+        raise ValueError(f"terms: {name!r} has to give one number for {of} (a tensor, nats), got {got}")
 
 
 class RescalePlate(Messenger):

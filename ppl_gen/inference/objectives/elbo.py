@@ -93,21 +93,22 @@ class ELBO(Objective):
 
 
 class _Weigh(Messenger):
-    """Multiplies the scale of the latent sites ``names``, the same on both sides of the divergence."""
+    """Multiplies the scale of the latent sites ``names``, or of all where it is None."""
 
-    def __init__(self, names: Collection[str], factor: float) -> None:
+    def __init__(self, names: Collection[str] | None, factor: float) -> None:
         super().__init__()
         self.names, self.factor = names, factor
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.names and not msg["is_observed"]:
+        if not msg["is_observed"] and (self.names is None or msg["name"] in self.names):
             msg["scale"] = msg["scale"] * self.factor
 
 
 def _weighed(setting: Setting, beta: float) -> Setting:
-    weigh = _Weigh([site.name for site in setting.info.select()], beta)
-    guide = None if setting.guide is None else weigh(setting.guide)
-    return replace(setting, model=weigh(setting.model), guide=guide)
+    """Both sides of the divergence: an autoguide's log q stands at auxiliary sites, which the model does not know."""
+    latent = [site.name for site in setting.info.select()]
+    guide = None if setting.guide is None else _Weigh(None, beta)(setting.guide)
+    return replace(setting, model=_Weigh(latent, beta)(setting.model), guide=guide)
 
 
 @dataclass(frozen=True)

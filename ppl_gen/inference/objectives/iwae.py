@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,11 @@ class IWAE(Objective):
     Particles are one more dimension on the left where the program allows it (a check on a dry run), and are drawn one
     by one where it does not (convolutions and batch norm refuse it, unless the network folds leading dimensions into
     its batch). The memory of a step grows linearly with K; with ``chunk`` it is that of ``chunk`` particles, and every
-    chunk is computed twice, once more when its gradient is taken.
+    chunk is computed twice, once more when its gradient is taken (running statistics of batch norm move twice).
+
+    The joint logsumexp is no shortcut to the answer from far away: a guide that widens until one of its K draws comes
+    near makes the bound almost tight, after which it narrows and moves slowly. Where the guide is the result, not the
+    bound, start it with `ELBO`.
 
     Args:
         particles: K, at least 1 (1 is the ELBO).
@@ -115,10 +119,9 @@ class _ImportanceGame(Game):
 
     def _weights(self, batch: Batch, values: dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
         """log w, particles x rows; the globals' part, which no particle changes; N / B of a program that subsamples."""
-        setting, scale = self.setting, 1.0
+        setting = self.setting
 
-        def some(count: int) -> tuple[Tensor, Tensor]:
-            nonlocal scale
+        def some(count: int, values: dict[str, Tensor]) -> tuple[Tensor, Tensor, float, Mapping[str, Tensor]]:
             weights = local_log_weights(
                 setting.model,
                 setting.guide,
@@ -130,14 +133,17 @@ class _ImportanceGame(Game):
                 vectorise=bool(self.vectorise),
             )
             assert weights.rows is not None
-            scale = weights.scale
-            return weights.rows, weights.globals
+            return weights.rows, weights.globals, weights.scale, weights.subsample
 
         if self.chunk == self.particles:
-            return (*some(self.particles), scale)
-        counts = [len(part) for part in torch.arange(self.particles, device="cpu").split(self.chunk)]
-        parts = [checkpoint(some, count, use_reentrant=False) for count in counts]
-        return torch.cat([rows for rows, _ in parts]), parts[0][1], scale
+            return some(self.particles, values)[:3]
+        parts: list[Tensor] = []
+        for first in range(0, self.particles, self.chunk):
+            count = min(self.chunk, self.particles - first)
+            rows, outside, scale, chosen = checkpoint(some, count, values, use_reentrant=False)
+            parts.append(rows)
+            values = {**values, **chosen}
+        return torch.cat(parts), outside, scale
 
     def _joint(self, batch: Batch) -> Tensor:
         model, guide, info = self.setting.model, self.setting.guide, self.setting.info

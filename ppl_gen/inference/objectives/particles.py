@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,12 +58,14 @@ class Substitute(Messenger):
 class LogWeights:
     """log w of one batch: ``rows`` particles x rows (None without a data plate), ``globals`` a scalar.
 
-    ``scale`` is N / B where the program itself subsamples its data plate: it belongs outside every logsumexp.
+    Where the program itself subsamples its data plate, ``scale`` is N / B, which belongs outside every logsumexp, and
+    ``subsample`` the rows it chose: further particles have to be given these, to be weights of the same rows.
     """
 
     rows: Tensor | None
     globals: Tensor
     scale: float = 1.0
+    subsample: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def sampled(
@@ -141,11 +143,10 @@ def local_log_weights(
         return _vectorised(model, guide, info, batch, particles, values)
     drawn: list[LogWeights] = []
     for _ in range(particles):
-        weights, chosen = _single(model, guide, info, batch, values, sums)
-        drawn.append(weights)
-        values = {**values, **chosen}  # a program that subsamples keeps to one subsample: weights of the same rows
+        drawn.append(_single(model, guide, info, batch, values, sums))
+        values = {**values, **drawn[-1].subsample}
     rows = None if drawn[0].rows is None else torch.stack([w.rows for w in drawn if w.rows is not None])
-    return LogWeights(rows, torch.stack([w.globals for w in drawn]).mean(0), drawn[0].scale)
+    return replace(drawn[0], rows=rows, globals=torch.stack([w.globals for w in drawn]).mean(0))
 
 
 def _vectorised(
@@ -200,6 +201,7 @@ def log_weights_in_chunks(
     while particles > 0:
         count = min(most, particles)
         parts.append(local_log_weights(model, guide, info, batch, count, values=values, sums=sums, vectorise=vectorise))
+        values = {**values, **parts[-1].subsample}
         particles -= count
     rows = [part.rows for part in parts if part.rows is not None]
     return replace(parts[0], rows=torch.cat(rows) if rows else None)
@@ -212,13 +214,12 @@ def _single(
     batch: Batch,
     values: Mapping[str, Tensor],
     sums: tuple[str, ...],
-) -> tuple[LogWeights, dict[str, Tensor]]:
-    """One particle, and the rows that a program which subsamples has chosen."""
+) -> LogWeights:
+    """One particle, its rows without a dimension of particles."""
     if not sums:
         p, q = _traced_alone(model, guide, batch, values)
         weights = _collect(p, q, info, 1, values)
-        rows = None if weights.rows is None else weights.rows[0]
-        return replace(weights, rows=rows), {**_subsamples(p), **_subsamples(q)}
+        return replace(weights, rows=None if weights.rows is None else weights.rows[0])
     from ppl_gen.inference.enumeration import enumerated_trace, log_prior, row_log_density
 
     q = sampled(guide, batch, values)
@@ -229,7 +230,7 @@ def _single(
     rows, minus_q = row_log_density(p, plate), _collect(None, q, info, 1, values)
     if minus_q.rows is not None:
         rows = rows + (minus_q.rows[0] if plate is not None else minus_q.rows[0].sum())
-    return LogWeights(rows, log_prior(p, plate) + minus_q.globals, own_scale(p, plate)), _subsamples(q)
+    return LogWeights(rows, log_prior(p, plate) + minus_q.globals, own_scale(p, plate), _subsamples(q))
 
 
 def _subsamples(trace: poutine.Trace) -> dict[str, Tensor]:
@@ -261,7 +262,8 @@ def _collect(
                 rows = sign * value if rows is None else rows + sign * value
             else:
                 total = total + sign * value.sum()
-    return LogWeights(rows, total, own_scale(q if p is None else p, info.data_plate))
+    chosen = {**(_subsamples(p) if p is not None else {}), **_subsamples(q)}
+    return LogWeights(rows, total, own_scale(q if p is None else p, info.data_plate), chosen)
 
 
 def _unplated(site: dict[str, Any], info: ProgramInfo) -> Tensor:

@@ -144,7 +144,7 @@ def scalar_flow(
     if base not in get_args(Codes):
         raise ValueError(f"base: expected 'uniform', 'beta' or 'normal', got {base!r}")
     checked_spline(bins, bound)
-    if len(concentrations) != 2:
+    if not isinstance(concentrations, Sequence) or len(concentrations) != 2:
         raise ValueError(f"concentrations: expected two positive numbers, got {concentrations!r}")
     for value in concentrations:
         require_positive("concentrations", value)

@@ -1,0 +1,87 @@
+"""New rows for a fit: they must be such that its program can be run on them, and means the same by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import pyro
+from pyro import poutine
+
+from ppl_gen.data.batching import LARGE, Dataset
+from ppl_gen.dryrun import check_densities
+from ppl_gen.errors import IncompatibleError
+from ppl_gen.inference.objectives.particles import Substitute
+from ppl_gen.isolation import looking
+from ppl_gen.predictive import global_draws
+
+if TYPE_CHECKING:
+    from ppl_gen.result import Fit
+
+__all__ = ["check_columns", "check_rows"]
+
+_FEW = 256
+
+
+def check_rows(fit: Fit, data: Dataset) -> None:
+    """Run the program once on ``data`` (on a slice of them when they are large) at the learned parameters.
+
+    Torch would stretch a column to as many as the program has, and answer: so a value must have the shape of its site.
+
+    Raises:
+        ValueError, TypeError: naming both shapes, if the program cannot be run on these rows, gives them other latent
+            sites, or stretches them; or if observed values lie outside of their support.
+    """
+    batch = data.head(_FEW) if data.elements > LARGE else data.batch()
+    try:
+        with fit.bound(), looking():
+            values = global_draws(fit, 1)[0] if fit.info.select(local=False) else {}
+            with pyro.validation_enabled(True), Substitute(values):
+                trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
+                if _columns(data) != _columns(fit.data):
+                    _check_sites(fit, trace)
+                check_densities(trace)
+    except IncompatibleError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(_unlike(fit, data) + text) from error
+
+
+def _check_sites(fit: Fit, trace: poutine.Trace) -> None:
+    """Rows with other columns are all right where the program makes of them what it made of the training rows."""
+    latents = {n for n, node in trace.nodes.items() if node["type"] == "sample" and not node["is_observed"]}
+    strange = latents - set(fit.info.sites) - {fit.info.data_plate}
+    if lost := strange or {site.name for site in fit.info.select()} - set(trace.nodes):
+        raise ValueError(f"with them it has other latent sites: {', '.join(sorted(lost))}")
+    for name in (site.name for site in fit.info.select(kind="observed")):
+        if name in trace.nodes:
+            got, made = tuple(trace.nodes[name]["value"].shape), tuple(trace.nodes[name]["fn"].shape())
+            if got != made:
+                raise ValueError(f"the site {name!r} has shape {made}, and the value {got}")
+
+
+def check_columns(name: str, held: Dataset, train: Dataset) -> None:
+    """Raise ValueError, naming the argument, unless held-out rows have the entries and columns of the training rows."""
+    for entry, value in train.entries.items():
+        if entry not in held.entries:
+            raise ValueError(f"{name}: the training rows have an entry {entry!r}, and the held-out rows do not")
+        if held.entries[entry].shape[1:] != value.shape[1:]:
+            got, expected = tuple(held.entries[entry].shape), ("rows", *value.shape[1:])
+            raise ValueError(f"{name}: expected {entry!r} of shape {expected} as in training, got {got}")
+
+
+def _columns(data: Dataset) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape[1:]) for name, value in data.entries.items()}
+
+
+def _unlike(fit: Fit, data: Dataset) -> str:
+    known, given = _columns(fit.data), _columns(data)
+    if all(known.get(name) == shape for name, shape in given.items()):
+        return f"data: the fit of {fit.program.name!r} cannot take these rows: "
+    return f"data: the fit of {fit.program.name!r} was made on {_shown(known)}, and cannot take {_shown(given)}: "
+
+
+def _shown(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} ({', '.join(map(str, ['rows', *shape]))})" for name, shape in shapes.items()) or "nothing"
