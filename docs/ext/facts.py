@@ -17,6 +17,7 @@ import pyro.infer
 import ppl_gen as pg
 import ppl_gen.inference as inference
 from ppl_gen.data.batching import as_dataset
+from ppl_gen.driver import _dtype_of
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.inference import SVI, Algorithm, Objective
 from ppl_gen.inference.base import Run
@@ -76,7 +77,7 @@ def refusal(program: str, label: str) -> str:
     algorithm, entry, info = algorithms()[label], CATALOGUE[program], found(program)
     try:
         require(label, algorithm.needs, program, info.offers)
-        with isolated(0), Workspace() as workspace:
+        with isolated(0, dtype=_dtype_of(entry.data())), Workspace() as workspace:
             built = entry.recipe()(entry.data())
             run = Run(built, as_dataset(entry.data(), built.model), info, workspace, 0)
             algorithm.check(run)

@@ -9,7 +9,6 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
-import torch
 from torch import Tensor
 
 from ppl_gen.errors import require_whole
@@ -134,7 +133,7 @@ def bits_per_character(fit: Fit, data: Any = None) -> float:
         IncompatibleError: if the program has no density.
 
     Example:
-        >>> import ppl_gen as pg
+        >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import SVI
         >>> coins = torch.arange(64).reshape(8, 8) % 2
         >>> fit = pg.fit(char_rnn(2, hidden=4), coins, SVI(steps=1, lr=1e-8), seed=0)

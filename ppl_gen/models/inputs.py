@@ -27,7 +27,7 @@ def entries(data: Any, program: str, *names: str) -> list[Tensor | None]:
 
     Example:
         >>> entries({"x": [1.0, 2.0], "label": [0, 1]}, "gaussian_mixture", "x", "lengths")
-        [tensor([1., 2.]), None]
+        [tensor([1., 2.], dtype=torch.float64), None]
     """
     data = collected(data)
     found = data if isinstance(data, Mapping) else {names[0]: data}

@@ -1,0 +1,304 @@
+"""What a user may write by mistake, and how the answer begins: one line for each, ``expression  ->  first words``."""
+
+from __future__ import annotations
+
+import ppl_gen as pg
+
+__all__ = ["TABLE"]
+
+#: Part of the table -> class of the error -> lines. The names are those of `bad_input_cases.names`.
+TABLE: dict[str, dict[type[Exception], str]] = {
+    "Data": {
+        ValueError: """
+            pg.check(ppca(4, 2), with_value(nan))  ->  data 'x': 1 value(s) are NaN or infinite, the first at index (3, 1)
+            pg.check(gan(4), with_value(inf))  ->  data 'x': 1 value(s) are NaN
+            pg.check(normal, with_value(nan))  ->  data 'x': 1 value(s) are NaN
+            pg.check(vae(4), with_value(1e300))  ->  data 'x': 1e+300 at index (3, 1) is so large
+            pg.check(normal, x[:0])  ->  data 'x': expected at least one row
+            pg.check(maf(4), x[:0])  ->  data 'x': expected at least one row
+            pg.check(gaussian_mixture(2), x[:, :0])  ->  data 'x': expected at least one row and one column
+            pg.check(gaussian_mixture(2), x[:1])  ->  components: 2 of them need
+            pg.check(ppca(4, 2), x[:1])  ->  data: column(s) 0, 1, 2, 3 are constant
+            pg.check(ppca(4, 2), x[:, :3])  ->  data: ppca(features=4) takes rows of 4 columns, got (40, 3)
+            pg.check(vae(4), x[:, :3])  ->  data: vae was made for rows of shape (4,)
+            pg.check(hidden_markov(2), x[0])  ->  data: hidden_markov takes sequences x time
+            pg.check(normal, 3.0)  ->  data 'x': expected rows
+            pg.check(ppca(4, 2), None)  ->  data: ppca reads the entry 'x', got none
+            pg.check(ppca(4, 2), {"rows": x})  ->  data: ppca reads the entry 'x', got only rows
+            pg.check(normal, {"rows": x})  ->  the model needs the argument 'x', which the data does not hold (it holds rows)
+            pg.check(takes_nothing, x)  ->  the model takes no arguments
+            pg.check(m2(4, classes=2), {"x": x, "y": y[:3]})  ->  data: entries must share their rows
+            pg.check(m2(4, classes=2), {"x": x, "y": y + 1})  ->  data 'y': expected labels from 0 to 1
+            pg.check(m2(4, classes=2), {"x": x, "y": y.float()})  ->  data 'y': expected one integer label per row
+            pg.check(vae(4, classes=2), {"x": x, "y": y - 1})  ->  data 'y': expected labels from 0 to 1, got -1
+            pg.check(vae(4, classes=2), x)  ->  data: vae reads labels from the entry 'y'
+            pg.check(vae(4, likelihood="bernoulli"), x)  ->  data: likelihood='bernoulli' takes zeros and ones
+            pg.check(vae(1, likelihood="categorical", levels=2), y[:, None] + 1)  ->  data: categorical pixels are integers
+            pg.check(rbm(4, 2), x)  ->  data: an rbm takes zeros and ones
+            pg.check(char_rnn(3), torch.full((2, 5), 3))  ->  data: char_rnn(symbols=3): expected codes from 0 to 2
+            pg.check(char_rnn(3), {"x": torch.zeros(2, 5).long(), "lengths": torch.tensor([6, 5])})  ->  lengths: expected
+            pg.check(ppca(4, 2), {"x": x, "mask": x})  ->  data 'mask': expected booleans
+            pg.check(chances, x)  ->  the model of 'chances' failed on a dry run: at site 'x'
+        """,
+        TypeError: """
+            pg.check(normal, x.to_sparse())  ->  data 'x': expected a tensor or an array of real numbers, got a sparse
+            pg.check(rbm(4, 2), x.to_sparse())  ->  data 'x': expected a tensor or an array of real numbers, got a sparse
+            pg.check(ppca(4, 2), x * 1j)  ->  data 'x': expected a tensor or an array of real numbers, got complex
+            pg.check(ppca(4, 2), [["a", "b"]] * 9)  ->  data 'x': expected a tensor or an array of numbers, got list
+            pg.check(normal, np.array([None, 1.0]))  ->  data 'x': expected a tensor or an array of numbers, got ndarray
+            pg.check(normal, "rows.csv")  ->  data 'x': expected a tensor or an array of numbers, got str
+            pg.check(normal, (x, y))  ->  data 'x': got a tuple of 2 arrays
+            pg.check(normal, [[1.0, 2.0], [3.0]])  ->  data 'x': expected a tensor or an array of numbers, got list
+            pg.check(char_rnn(3), x)  ->  data: char_rnn(symbols=3): expected integer codes
+            pg.check(hidden_markov(2, emission="categorical"), x)  ->  data: categorical emissions are integers
+            pg.check(normal, x > 0)  ->  at site 'x': observed values are booleans
+        """,
+    },
+    "Programs": {
+        ValueError: """
+            pg.check(pg.Program(normal, guide_of_another_name), x)  ->  model and guide of 'normal' do not match: latent site(s) ['loc'] are in the model only; site(s) ['mean']
+            pg.check(pg.Program(normal, guide_in_the_plate), x)  ->  at site 'loc': inside the data plate in the guide
+            pg.check(pg.Program(normal, guide_that_draws_x), x)  ->  model and guide of 'normal' do not match: site(s) ['x'] are observed
+            pg.check(no_plate, x)  ->  the model of 'no_plate' failed on a dry run: at site 'x': invalid log_prob shape
+            pg.check(plate_of_another_name, x)  ->  the program 'plate_of_another_name' has no plate named 'data'
+            pg.check(columns_in_the_plate, x)  ->  the model of 'columns_in_the_plate' failed on a dry run: at site 'x'
+            pg.fit(observes_nothing, x, SVI(steps=1))  ->  no site of 'observes_nothing' is observed
+        """,
+        TypeError: """
+            pg.Program(3)  ->  model: expected a Pyro model
+            pg.Program(normal, guide="AutoNormal")  ->  guide: expected a Pyro guide
+            pg.Program(normal, guide=partial(AutoNormal, init_scale=0.5))  ->  guide: a partial of the class AutoNormal
+            pg.Program(normal, terms={"penalty": 1.0})  ->  terms: expected functions
+            pg.Recipe(pg.Program(normal))  ->  build: expected a function
+            pg.fit(pg.Recipe(normal), x, SVI(steps=1))  ->  the recipe 'normal' must return a Program, got NoneType
+            pg.check(nn.Linear, x)  ->  program: got the class Linear
+            pg.check("ppca", x)  ->  program: expected a model function
+        """,
+        pg.IncompatibleError: """
+            pg.fit(pg.Program(counts, guide_without_gradient), x, SVI(IWAE(), steps=1))  ->  IWAE gives no gradient to the guide's site(s) 'count'
+            pg.fit(gan(4), x, SVI(steps=1))  ->  SVI(ELBO) does not fit the program 'gan'
+            pg.fit(gan(4), x, NUTS())  ->  NUTS does not fit the program 'gan'
+            pg.fit(vae(4), x, EM())  ->  EM does not fit the program 'vae'
+            pg.fit(rbm(4, 2), (x > 0).float(), SVI(steps=1))  ->  SVI(ELBO) does not fit the program 'rbm'
+            pg.fit(normal, x, CAVI())  ->  CAVI does not fit the program 'normal'
+            pg.fit(normal, x, SVI(ContrastiveDivergence()))  ->  SVI(ContrastiveDivergence) does not fit
+        """,
+    },
+    "Settings of a model": {
+        ValueError: """
+            vae(0)  ->  features: expected a whole number of at least 1, got 0
+            vae(())  ->  features: expected
+            vae("4")  ->  features: expected
+            vae(4, latent=-1)  ->  latent: expected a whole number of at least 1, got -1
+            vae(4, latent=2.5)  ->  latent: expected
+            vae(4, hidden=(0,))  ->  hidden: expected a whole number of at least 1, got 0
+            vae(4, hidden=None)  ->  hidden: expected
+            vae(4, activation="tan")  ->  activation: expected one of
+            vae(4, likelihood="poisson")  ->  likelihood: expected one of
+            vae(4, likelihood="categorical")  ->  levels: expected
+            vae(4, likelihood="bernoulli", scale=1.0)  ->  scale: is the noise
+            vae(4, scale=-1.0)  ->  scale: expected a positive number
+            vae(4, classes=1)  ->  classes: expected at least 2
+            vae(4, network="convolutional")  ->  network: 'convolutional' takes images
+            m1(4, hidden=(-3,))  ->  hidden: expected
+            m1((2, 2))  ->  features: expected
+            m2(4, classes=0)  ->  classes: expected
+            m2(4, classes=2, alpha=-0.1)  ->  alpha: expected
+            m2((2, 2), classes=2)  ->  features: expected
+            autoencoder(4, 0)  ->  code: expected
+            autoencoder(4, 2, top_k=3)  ->  top_k: expected at most the 2 numbers
+            autoencoder(4, 2, corruption=1.0)  ->  corruption: expected
+            autoencoder(4, 2, corruption="a lot")  ->  corruption: expected
+            autoencoder(4, 2, sparsity=nan)  ->  sparsity: expected
+            autoencoder(4, 2, sparsity="l1")  ->  sparsity: expected
+            autoencoder(4, 2, target="low")  ->  target: expected
+            autoencoder(4, 2, kind="sparse")  ->  kind: expected
+            ppca(4, 4)  ->  latent: expected fewer than the 4 features
+            ppca(4, 2, floor=0)  ->  floor: expected a positive number
+            ppca(4, 2, prior="strong")  ->  prior: expected one of
+            factor_analysis(4, 2, guide="AutoNormal")  ->  guide: expected one of
+            principal_components(x, 9)  ->  latent: expected fewer than the 4 features
+            principal_components(with_value(nan), 1)  ->  x: expected a matrix of finite numbers
+            gaussian_mixture(0)  ->  components: expected
+            gaussian_mixture(2, covariance="round")  ->  covariance: expected
+            gaussian_mixture(2, concentration=0)  ->  concentration: expected a positive number
+            hidden_markov(-2)  ->  states: expected
+            hidden_markov(2, categories=3)  ->  categories: only categorical emissions have them
+            gan(4, latent=0)  ->  latent: expected
+            gan(4, hidden="8")  ->  hidden: expected
+            rbm(4, 0)  ->  hidden: expected
+            rbm(4, 2, scale=-1.0)  ->  scale: expected
+            rbm(4, 2, scale="wide")  ->  scale: expected
+            denoising_diffusion(4, steps=1)  ->  steps: expected
+            denoising_diffusion(4, schedule="square")  ->  schedule: expected
+            real_nvp(1)  ->  features: one column depends on no other
+            maf(4, hidden=(2,))  ->  hidden: expected widths of at least 4
+            spline_flow(4, bins=1)  ->  bins: expected
+            spline_flow(4, bound="wide")  ->  bound: expected
+            scalar_flow("gamma")  ->  base: expected
+            scalar_flow("beta", concentrations=(1.0, -1.0))  ->  concentrations: expected
+            scalar_flow("beta", concentrations=3.0)  ->  concentrations: expected
+            char_rnn(1)  ->  symbols: expected a whole number of at least 2, got 1
+            char_rnn(3, cell="transformer")  ->  cell: expected one of
+        """,
+        TypeError: """
+            m1_m2("m1.pt", classes=2)  ->  m1: expected a fit of m1
+            m1_m2(fit, classes=2)  ->  m1: expected a fit of m1 (or of vae, a perceptron without classes), got a fit of 'ppca'
+        """,
+    },
+    "Settings of an algorithm or an objective": {
+        ValueError: """
+            ELBO(beta=-1)  ->  beta: expected a finite number of at least 0, got -1
+            ELBO(particles=0)  ->  particles: expected
+            ELBO(time_step="one")  ->  time_step: expected
+            IWAE(particles=-1)  ->  particles: expected a whole number of at least 1, got -1
+            IWAE(chunk=0)  ->  chunk: expected a whole number of at least 1, got 0
+            Adversarial("friendly")  ->  kind: expected one of
+            Adversarial(penalty="l2")  ->  penalty: expected
+            Adversarial("wasserstein", clip=0)  ->  clip: expected a positive number
+            Adversarial(critic_steps=0)  ->  critic_steps: expected
+            ContrastiveDivergence(steps=0)  ->  steps: expected
+            ContrastiveDivergence(chains=5)  ->  chains: without persistent=True
+            SVI(steps=0)  ->  steps: expected
+            SVI(steps=10, epochs=1)  ->  give steps or epochs
+            SVI(batch_size=-1)  ->  batch_size: expected
+            SVI(lr=0)  ->  lr: expected a positive number
+            SVI(lr="fast")  ->  lr: expected a positive number
+            SVI(lr={"critic": nan})  ->  lr: expected a positive number
+            SVI(optimiser="newton")  ->  optimiser: expected one of
+            SVI(clip_norm=-1.0)  ->  clip_norm: expected a positive number
+            EM(steps=0)  ->  steps: expected
+            EM(tolerance=-1)  ->  tolerance: expected
+            CAVI(tolerance=2)  ->  tolerance: expected
+            NUTS(draws=0)  ->  draws: expected
+            NUTS(chains=-1)  ->  chains: expected
+            NUTS(target_accept=1.5)  ->  target_accept: expected
+            Plateau(window=0)  ->  window: expected
+            Patience(checks=0)  ->  checks: expected
+            pg.fit(normal, x, SVI(stratify="y"))  ->  stratify: no entry 'y'
+            pg.fit(normal, x, SVI(lr={"critic": 0.1}, steps=1))  ->  lr: ELBO has no player
+            pg.fit(normal, x, SVI(steps=1), seed=-1)  ->  seed: expected a whole number of at least 0
+            pg.fit(normal, x, SVI(steps=1), seed=0.5)  ->  seed: expected
+            pg.fit(normal, x, SVI(steps=1), device="abacus")  ->  device: 
+            pg.fit(normal, x, SVI(steps=1), validate_every=0)  ->  validate_every: expected
+            pg.fit(normal, x, SVI(steps=1), validation=x[:, :3])  ->  validation: expected 'x' of shape
+            pg.fit(gan(4), x, SVI(Adversarial(), steps=1), start=fit)  ->  start: that fit is of the program 'ppca'
+        """,
+        TypeError: """
+            Adversarial(critic="perceptron")  ->  critic: expected a torch network or None
+            SVI(objective="ELBO")  ->  objective: expected
+            SVI(schedule="cosine")  ->  schedule: expected a function
+            pg.fit(normal, x, SVI)  ->  algorithm: expected an instance such as SVI()
+            pg.fit(normal, x, "SVI")  ->  algorithm: expected an instance
+            pg.fit(normal, x, SVI(steps=1), dtype="float64")  ->  dtype: expected torch.float32 or torch.float64
+            pg.fit(normal, x, SVI(steps=1), callbacks=print)  ->  callbacks: expected
+            pg.fit(normal, x, SVI(steps=1), start="saved")  ->  start: expected a fit
+        """,
+    },
+    "Questions to a fit": {
+        ValueError: """
+            fit.evidence(x[:, :3])  ->  data: the fit of 'ppca' was made on x (rows, 4), and cannot take x (rows, 3)
+            fit.evidence(x[:, :1])  ->  data: the fit of 'ppca' was made on x (rows, 4), and cannot take x (rows, 1)
+            fit.evidence(x[0])  ->  data: the fit of 'ppca' was made on x (rows, 4), and cannot take x (rows)
+            fit.predict(x[:, :, None], draws=1)  ->  data: the fit of 'ppca' was made on x (rows, 4)
+            fit.posterior(torch.cat([x, x], 1), draws=1)  ->  data: the fit of 'ppca' was made on x (rows, 4)
+            codes(fit, x[:, :3])  ->  data: the fit of 'ppca'
+            reconstructions(fit, x[:, :3])  ->  data: the fit of 'ppca'
+            anomaly_scores(fit, x[:, :3])  ->  data: the fit of 'ppca'
+            active_units(fit, x[:, :3])  ->  data: the fit of 'ppca'
+            code_means(fit, x[:, :3])  ->  data: the fit of 'ppca'
+            fit.evidence(with_value(nan))  ->  data 'x': 1 value(s) are NaN
+            fit.predict(x[:0])  ->  data 'x': expected at least one row
+            fit.evidence({"rows": x})  ->  the model needs the argument 'x'
+            fit.posterior(draws=0)  ->  draws: expected a whole number of at least 1, got 0
+            fit.predict(draws=-1)  ->  draws: expected
+            fit.evidence(particles=-1)  ->  particles: expected a whole number of at least 1, got -1
+            fit.evidence(draws=2.5)  ->  draws: expected
+            fit.evidence(chunk=0)  ->  chunk: expected
+            fit.marginal_likelihood(draws=0)  ->  draws: expected
+            fit.to_arviz(draws=0)  ->  draws: expected
+            fit.diagnose(draws=0)  ->  draws: expected
+            fit.sample(0)  ->  n: expected a whole number of at least 1, got 0
+            fit.sample(2.5)  ->  n: expected
+            fit.sample(3, seed=-1)  ->  seed: expected a whole number of at least 0
+            fit.posterior(draws=1, seed="a")  ->  seed: expected
+            fit.sample(3, given={"y": 1})  ->  given: no site or input named ['y']
+            fit.sample(3, given={"z": torch.zeros(2, 2)})  ->  given: 'z' has shape (2, 2), expected (3, 2)
+            fit.sample(3, given={"loc_standard": torch.zeros(7)})  ->  given: 'loc_standard' has shape (7,), expected (4,)
+            fit.sample(3, given={"z": nan})  ->  given: 'z': expected finite numbers
+            codes(fit, site="code")  ->  site: 'code' is no local latent site
+            active_units(fit, site="code")  ->  site: expected one of z
+            active_units(fit, threshold=-1)  ->  threshold: expected
+            codes(fit, draws=0)  ->  draws: expected
+            bits_per_character(fit, x[0])  ->  data: the fit of 'ppca'
+            pg.prior_predictive(normal, x, draws=0)  ->  draws: expected
+            pg.prior_predictive(normal, x, draws=1, seed=-1)  ->  seed: expected
+            pg.prior_predictive(normal, x[:0], draws=1)  ->  data 'x': expected at least one row
+        """,
+        TypeError: """
+            fit.sample(3, given=[1.0])  ->  given: expected a mapping
+            fit.sample(3, given={"z": "code"})  ->  given: 'z': expected numbers
+            fit.evidence(x.numpy().astype(str))  ->  data 'x': expected a tensor or an array of numbers
+        """,
+        KeyError: """
+            fit.module("decoder")  ->  "no network named 'decoder' in this fit; there is: none"
+        """,
+        pg.IncompatibleError: """
+            pg.fit(gan(4), x, SVI(Adversarial(), steps=1)).evidence()  ->  the program 'gan' has no density
+            pg.fit(gan(4), x, SVI(Adversarial(), steps=1)).posterior()  ->  SVI(Adversarial) learned no posterior of z
+            pg.fit(autoencoder(4, 2), x, SVI(steps=1)).sample(3)  ->  'autoencoder' gives z a flat (improper) prior
+            pg.fit(maf(4), x, SVI(steps=1)).posterior()  ->  'maf' has no latent sites
+            reconstructions(pg.fit(maf(4), x, SVI(steps=1)))  ->  'maf' has no mean of 'x' in closed form
+            pg.prior_predictive(ppca(4, 2, prior="flat"), x, draws=1)  ->  'ppca' gives
+        """,
+    },
+    "Files": {
+        ValueError: """
+            pg.load("no/such/folder")  ->  path: no saved fit at no/such/folder
+            pg.load(text)  ->  path: no saved fit at
+            pg.load(text.parent)  ->  path: no saved fit at
+            pg.load(damaged("short"))  ->  path:
+            pg.load(damaged("flipped"))  ->  path:
+            pg.load(damaged("missing"))  ->  path:
+            pg.load(damaged("rewritten"))  ->  path:
+            pg.load(saved, program=gan(4))  ->  program: the saved parameters do not belong to 'gan'
+            pg.load(saved, program=ppca(4, 3))  ->  program: the saved parameters do not belong to 'ppca'
+            pg.load(saved, program=factor_analysis(4, 2))  ->  program: the saved parameters do not belong to
+            pg.load(saved, program=ppca(3, 2))  ->  data: ppca(features=3) takes rows of 3 columns
+            fit.save(text)  ->  path:
+            fit.save(text.parent)  ->  path:
+            fit.save(text / "fit")  ->  path:
+            pg.load_data("iris")  ->  name: expected one of
+            pg.load_data("digits", split="dev")  ->  split: 'digits' is published whole
+            pg.load_data("crabs", length=5)  ->  length: 'crabs' is no text
+        """,
+        TypeError: """
+            pg.load(None)  ->  path: expected text or a Path, got NoneType
+            pg.load(saved, program="ppca")  ->  program: expected a model function
+            fit.save(3)  ->  path: expected text or a Path, got int
+        """,
+        AttributeError: """
+            pg.load(saved).evidence()  ->  evidence needs the program
+        """,
+    },
+    "Comparisons": {
+        ValueError: """
+            pg.compare(normal, x, {})  ->  algorithms: expected at least one
+            pg.compare(normal, x, {"SVI": SVI()}, holdout=1.0)  ->  holdout: expected a share
+            pg.compare(normal, x[:3], {"SVI": SVI()})  ->  holdout: 0.2 of 3 rows
+            pg.compare(normal, x, {"SVI": SVI()}, test=x[:, :3])  ->  test: expected 'x' of shape ('rows', 4)
+            pg.compare(normal, x, {"SVI": SVI()}, seeds=[-1])  ->  seeds: expected
+            pg.compare(normal, x, {"SVI": SVI()}, seeds=[0, 0])  ->  seeds: expected each of them once
+            pg.compare(normal, x, {"SVI": SVI()}, particles=0)  ->  particles: expected
+            pg.compare(normal, x, {"SVI": SVI()}, n_jobs=0)  ->  n_jobs: expected
+            pg.compare(normal, with_value(nan), {"SVI": SVI()})  ->  data 'x': 1 value(s) are NaN
+            pg.compare(ppca(4, 2), with_value(nan), {"SVI": SVI()})  ->  data 'x': 1 value(s) are NaN
+            pg.compare(ppca(4, 2), x[:, :3], {"SVI": SVI()})  ->  data: ppca(features=4) takes rows of 4 columns
+        """,
+        TypeError: """
+            pg.compare(normal, x, [SVI()])  ->  algorithms: expected a mapping
+            pg.compare(normal, x, {"SVI": SVI})  ->  algorithms['SVI']: expected an algorithm, got the class SVI
+            pg.compare(normal, x, {"SVI": SVI()}, seeds=3)  ->  seeds: expected several whole numbers
+        """,
+    },
+}
