@@ -51,12 +51,12 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Two at a time, each in a folder of its own; what an example prints is shown where it fails.
 examples: $(READY)
-	@set -e; for file in $(abspath $(wildcard examples/*.py)); do \
-		echo "== $$file"; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
-		(cd "$$folder" && PPL_GEN_QUICK=1 MPLBACKEND=Agg $(abspath $(BIN))/python "$$file"); \
-		rm -rf "$$folder"; \
-	done
+	@ls $(CURDIR)/examples/*.py | OMP_NUM_THREADS=1 PPL_GEN_QUICK=1 MPLBACKEND=Agg xargs -P 2 -I {} sh -c ' \
+		folder=$$(mktemp -d); cd "$$folder"; \
+		if $(CURDIR)/$(BIN)/python {} > output.txt 2>&1; then echo "ran {}"; rm -rf "$$folder"; \
+		else echo "FAILED {}"; cat output.txt; rm -rf "$$folder"; exit 1; fi'
 
 # The packages of the site are no part of the set-up; a resolved lock keeps them from moving anything else. Pages that are
 # made from the code are made anew, so that none outlives the name it describes.
