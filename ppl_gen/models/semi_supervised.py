@@ -9,7 +9,7 @@ error, so that labelled and unlabelled rows are one program.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.errors import require_whole
+from ppl_gen.models.inputs import entries
 from ppl_gen.models.likelihoods import Kind, check_likelihood, check_rows, chosen_likelihood
 from ppl_gen.models.networks import Perceptron, checked_widths, standardised
 from ppl_gen.models.variational import (
@@ -37,6 +38,7 @@ __all__ = ["m1", "m1_m2", "m2"]
 
 #: Stands for log 0 where a label rules a class out: exp of it is exactly zero, and zero times it is zero.
 RULED_OUT = -1e4
+LABELLED = 200  # labelled rows that the classifier sees at every step, at least (all, where there are fewer)
 
 
 class Classifier(nn.Module):
@@ -65,8 +67,9 @@ class _Labels:
 
     classes: int
     alpha: float
-    labelled: int
-    rows: int
+    x: Tensor | None = None  # the labelled rows of the training data, and their labels
+    y: Tensor | None = None
+    draw: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     def observe(self, y: Tensor, labels: Tensor | None) -> None:
         """In the model: a given label is an observation of ``y`` without error."""
@@ -81,12 +84,20 @@ class _Labels:
             log_odds = torch.where((labels >= 0).unsqueeze(-1), torch.where(other, RULED_OUT, 0.0), log_odds)
         return dist.Categorical(logits=log_odds)
 
-    def loss(self, log_odds: Tensor, labels: Tensor | None) -> Tensor:
-        """alpha N times the mean over labelled rows of -log q(y | x), as a sum over rows: nats per row."""
-        if labels is None or not self.labelled:
-            return log_odds.new_zeros(len(log_odds))
-        missed = nn.functional.cross_entropy(log_odds, labels.long().clamp(min=0), reduction="none")
-        return torch.where(labels >= 0, missed, 0.0) * (self.alpha * self.rows / self.labelled)
+    def loss(self, log_odds: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """alpha times the mean over the labelled rows of -log q(y | x), in nats, for every row of the batch.
+
+        It is taken over the labelled rows of all the data, as many as the batch has rows at least: a batch of thousands
+        of rows with a hundred labels seldom holds one, and a classifier that hears of labels now and then forgets them.
+        """
+        if self.x is None or self.y is None:
+            return batch.new_zeros(len(batch))
+        most = max(len(batch), LABELLED)
+        chosen = torch.arange(len(self.y)) if len(self.y) <= most else torch.randint(len(self.y), (most,))
+        x = self.x[chosen.cpu()].to(batch)
+        x = x if self.draw is None else self.draw({"x": x})["x"]
+        missed = nn.functional.cross_entropy(log_odds(x), self.y[chosen.cpu()].to(batch.device))
+        return (self.alpha * missed).expand(len(batch))
 
 
 def m1(
@@ -160,13 +171,14 @@ def m2(
               \log p(x) \ge \sum_y q(y \mid x) \{ \cdot \} + \mathrm{H}(q(y \mid x))
 
     To the loss of any objective it adds the term ``classifier``, alpha N times the mean over the labelled rows of
-    -log q(y | x) (nats; per row in the history), without which the labels would never train q(y | x).
+    -log q(y | x) (nats; per row in the history), without which the labels would never train q(y | x). Every step takes
+    it over the labelled rows of all the data (200 of them at random where there are more), not over those of its batch.
 
     Data: ``x`` (rows x features) and labels ``y`` (rows, integers; -1 where missing, or left out where all are).
     Sites: ``y``, ``z``, ``x``, and the factor ``label``. Networks: ``classifier`` (q(y | x)), ``encoder``
     (q(z | x, y)), ``decoder`` (p(x | y, z)), which give distributions. ``fit.posterior({"x": x})["y"]`` draws labels,
     ``fit.sample(n, given={"y": 3, "z": style})`` rows of one class in one style. `SVI` with ``stratify="y"`` gives
-    every batch its share of the labelled rows.
+    every batch its share of the labelled rows in the bound.
 
     Args:
         features: columns of the data.
@@ -226,8 +238,8 @@ def m2(
                 y = pyro.sample("y", labels.guess(classifier.log_odds(x), y))
                 pyro.sample("z", encoder(x, y))
 
-        def classifier_loss(x: Tensor, y: Tensor | None = None) -> Tensor:
-            return labels.loss(classifier.log_odds(x), y)
+        def classifier_loss(x: Tensor) -> Tensor:
+            return labels.loss(classifier.log_odds, x)
 
         return Program(model, guide, name="m2", terms={"classifier": classifier_loss})
 
@@ -317,8 +329,8 @@ def m1_m2(
                 y = pyro.sample("y", labels.guess(classifier.log_odds(z1), y))
                 pyro.sample("z2", encoder(z1, y))
 
-        def classifier_loss(x: Tensor, y: Tensor | None = None) -> Tensor:
-            return labels.loss(classifier.log_odds(features(x).sample()), y)
+        def classifier_loss(x: Tensor) -> Tensor:
+            return labels.loss(lambda rows: classifier.log_odds(features(rows).sample()), x)
 
         return Program(model, guide, name="m1_m2", terms={"classifier": classifier_loss})
 
@@ -352,6 +364,9 @@ def _checked(
 
 def _labels(data: Any, program: str, classes: int, alpha: float) -> _Labels:
     y = check_labels(data, program, classes, missing=True)
-    if y is None:
-        return _Labels(classes, alpha, 0, 0)
-    return _Labels(classes, alpha, int((y >= 0).sum()), len(y))
+    if y is None or not bool((y >= 0).any()):
+        return _Labels(classes, alpha)
+    (x,) = entries(data, program, "x")
+    assert x is not None
+    seen = (y >= 0).cpu()
+    return _Labels(classes, alpha, x.cpu()[seen], y.cpu()[seen].long(), getattr(data, "on_batch", None))
