@@ -107,7 +107,7 @@ def m1(
     hidden: Sequence[int] = (600, 600),
     likelihood: Kind = "auto",
     scale: float | None = None,
-    activation: str = "softplus",
+    activation: str = "tanh",
 ) -> Recipe:
     r"""M1, the latent-feature model: a variational autoencoder whose codes serve a classifier of one's own.
 
@@ -162,7 +162,7 @@ def m2(
     likelihood: Kind = "auto",
     scale: float | None = None,
     alpha: float = 0.1,
-    activation: str = "softplus",
+    activation: str = "tanh",
 ) -> Recipe:
     r"""M2: a classifier trained with the labels there are and all rows, as part of a generative model.
 
@@ -253,7 +253,7 @@ def m1_m2(
     latent: int = 50,
     hidden: Sequence[int] = (500,),
     alpha: float = 0.1,
-    activation: str = "softplus",
+    activation: str = "tanh",
 ) -> Recipe:
     r"""M1+M2: `m2` on the codes of a trained `m1`, which stays as it is; one program from labels to rows.
 
