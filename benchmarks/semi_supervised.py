@@ -103,8 +103,8 @@ def _written(errors: dict[str, dict[int, list[float]]], seconds: dict[str, float
     body = (
         "Test error in per cent on the 10000 test images, binarised once; in brackets the deviation over draws "
         f"of the labels. {ROWS} dynamically binarised rows to train on, labels balanced over classes; batches of 100, "
-        f"Adam at 1e-3 and then 3e-4; M1 for {EPOCHS['M1']} epochs, M2 for {EPOCHS['M2']}, M1+M2 for {EPOCHS['M1+M2']} on "
-        "top. The paper trained M1+M2 for 3000 epochs.\n\n"
+        f"Adam at 1e-3 and then 3e-4; M1 for {EPOCHS['M1']} epochs, M2 for {EPOCHS['M2']}, M1+M2 for {EPOCHS['M1+M2']} "
+        "on top. The paper trained M1+M2 for 3000 epochs.\n\n"
         + table(["", *(f"{labels} labels" for labels in errors["M2"])], rows)
         + f"\n\nTraining took {seconds['M1'] / 60:.0f} min (M1), {seconds['M2'] / 60:.0f} min (M2, all runs) and "
         f"{seconds['M1+M2'] / 60:.0f} min (M1+M2, all runs).\n"

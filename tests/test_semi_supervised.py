@@ -197,7 +197,8 @@ def test_unlabelled_rows_help() -> None:
     x[0] = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0])
     x[1] = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1])
     data = {"x": x, "y": torch.where(torch.arange(200) < 2, truth, -1)}
-    recipe, algorithm = m2(12, classes=2, latent=1, hidden=(16,), alpha=1.0), SVI(steps=300, lr=0.02)
+    recipe = m2(12, classes=2, latent=1, hidden=(16,), alpha=1.0, activation="softplus")
+    algorithm = SVI(steps=300, lr=0.02)
     assert errors(pg.fit(recipe, data, STILL, seed=0), data, truth) > 0.3, "nothing is known before training"
     few = {name: value[:2] for name, value in data.items()}
     alone = errors(pg.fit(recipe, few, algorithm, seed=0), data, truth)

@@ -14,8 +14,9 @@ def copy(app: Sphinx) -> None:
     folder = Path(app.srcdir) / "results"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for file in (TOP / "benchmarks" / "results").glob("*.md"):
-        shutil.copy(file, folder / file.name)
+    for file in (TOP / "benchmarks" / "results").iterdir():
+        if file.suffix in (".md", ".png"):
+            shutil.copy(file, folder / file.name)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
