@@ -28,7 +28,7 @@ PAPER = {
     "Pyro's example": {100: "6.81", 600: "5.63", 1000: "5.13", 3000: "4.18"},
 }
 ROWS = 50_000  # training rows, as in the paper
-EPOCHS = {"M1": 9, "M2": 4, "M1+M2": 6}
+EPOCHS = {"M1": 9, "M2": 4, "M1+M2": 18}
 
 
 def main() -> None:
