@@ -364,9 +364,11 @@ def _checked(
 
 def _labels(data: Any, program: str, classes: int, alpha: float) -> _Labels:
     y = check_labels(data, program, classes, missing=True)
-    if y is None or not bool((y >= 0).any()):
-        return _Labels(classes, alpha)
     (x,) = entries(data, program, "x")
     assert x is not None
+    if y is None or not bool((y >= 0).any()):
+        return _Labels(classes, alpha)
+    if len(y) != len(x):
+        raise ValueError(f"data: entries must share their rows (first dimension), got x: {len(x)}, y: {len(y)}")
     seen = (y >= 0).cpu()
     return _Labels(classes, alpha, x.cpu()[seen], y.cpu()[seen].long(), getattr(data, "on_batch", None))
