@@ -101,6 +101,7 @@ def fit(
                 outcome = algorithm.run(run)
                 seconds = time.perf_counter() - began
             _note_unregistered(workspace, run)
+            _note_unused_terms(algorithm, run)
             result = _finished(recipe, algorithm, run, outcome, seconds)
     if result.status is Status.DIVERGED:
         raise NonFiniteError(result.message, result)
@@ -218,6 +219,12 @@ def _inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInf
     batch = data.head(DRY_ROWS) if data.elements > LARGE else data.batch()
     with looking():
         return dry_run(program, batch, guide=guide)
+
+
+def _note_unused_terms(algorithm: Algorithm, run: Run) -> None:
+    """An algorithm without a loss has nothing to add a program's terms to, and says so."""
+    if run.program.terms and "terms" not in run.notes:
+        run.notes["terms"] = f"left out: {', '.join(run.program.terms)}; {algorithm.label} works on the density alone"
 
 
 def _note_unregistered(workspace: Workspace, run: Run) -> None:

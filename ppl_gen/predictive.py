@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ppl_gen.data.batching import LARGE, Batch, Dataset
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.inference.objectives.elbo import is_sample
 from ppl_gen.inference.objectives.observed import reads_own_observation
 from ppl_gen.inference.objectives.particles import Substitute
+from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.isolation import looking
 from ppl_gen.posterior import PointPosterior
 

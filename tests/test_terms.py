@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import ppl_gen as pg
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.dryrun import dry_run
-from ppl_gen.inference import ELBO, SVI, Adversarial
+from ppl_gen.inference import ELBO, NUTS, SVI, Adversarial
 from ppl_gen.inference.objectives.base import Setting, started
 from ppl_gen.isolation import Workspace, isolated
 
@@ -73,6 +73,19 @@ def test_terms_are_recorded_and_are_no_part_of_the_evidence() -> None:
         assert fit.evidence().mean == pytest.approx(float(dist.Normal(loc, 1.0).log_prob(X8).mean()), abs=1e-12)
         assert fit.notes["terms"] == "added to the loss: pull"
     assert abs(0.5 - float(X8.mean()) / 3) > 0.1, "it does not start at the answer"
+
+
+def test_an_algorithm_without_a_loss_says_that_it_leaves_them_out() -> None:
+    def normal(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    program = pg.Program(normal, terms={"pull": lambda x: torch.zeros(len(x))})
+    settings = NUTS(draws=4, warmup=4, chains=1)
+    fit = pg.fit(program, X8, settings, seed=0, progress=False)
+    assert fit.notes["terms"] == "left out: pull; NUTS works on the density alone"
+    assert "terms" not in pg.fit(normal, X8, settings, seed=0, progress=False).notes
 
 
 def test_every_objective_pays_them_and_so_do_pyros() -> None:

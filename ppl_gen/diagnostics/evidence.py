@@ -267,7 +267,7 @@ def joint_log_weights(fit: Fit, draws: int, particles: int = 1) -> Tensor:
     """log p(x, theta_s) - log q(theta_s) at draws of the guide, locals integrated; inside ``fit.bound()``."""
     from pyro import poutine
 
-    from ppl_gen.inference.objectives.elbo import is_sample
+    from ppl_gen.inference.objectives.tracing import is_sample
 
     info, batch = fit.info, fit.data.batch()
     guided = set(info.guide_sites or {})

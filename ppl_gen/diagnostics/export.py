@@ -18,7 +18,7 @@ from ppl_gen.diagnostics.bridge import to_tree
 from ppl_gen.diagnostics.densities import densities, derived
 from ppl_gen.diagnostics.psis import MIN_DRAWS
 from ppl_gen.errors import require_whole
-from ppl_gen.inference.objectives.elbo import is_sample
+from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import _run, amortised, observed_rows, prior_rows
 

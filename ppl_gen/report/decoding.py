@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.inference.objectives.elbo import is_sample
+from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.predictive import _completed, _fixed_value, _run, _template, amortised, global_draws
 
 if TYPE_CHECKING:

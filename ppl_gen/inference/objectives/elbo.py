@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.dryrun import ProgramInfo, Site
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting
+from ppl_gen.inference.objectives.estimators import Estimators, choose_estimators, refuse_tied_rows, rows_plate
+from ppl_gen.inference.objectives.tracing import (
+    divergence,
+    is_sample,
+    own_scale,
+    parallel,
+    scaled,
+    traces,
+    weighed_alike,
+)
 from ppl_gen.offers import Need
 
-__all__ = ["ELBO", "Estimators", "choose_estimators"]
+__all__ = ["ELBO"]
 
 
 @dataclass(frozen=True)
@@ -111,130 +117,6 @@ def _weighed(setting: Setting, beta: float) -> Setting:
     return replace(setting, model=_Weigh(latent, beta)(setting.model), guide=guide)
 
 
-@dataclass(frozen=True)
-class Estimators:
-    """Which latent site is dealt with how."""
-
-    model_sums: tuple[str, ...] = ()
-    guide_sums: tuple[str, ...] = ()
-    analytic: tuple[str, ...] = ()
-    score: tuple[str, ...] = ()
-    reparameterised: tuple[str, ...] = ()
-
-    def notes(self) -> dict[str, str]:
-        """One line per kind, for `Fit.notes`."""
-        words = {
-            "summed out in the model": self.model_sums,
-            "summed out in the guide": self.guide_sums,
-            "analytic KL": self.analytic,
-            "score function with baseline": self.score,
-            "reparameterised": self.reparameterised,
-        }
-        return {"gradients": "; ".join(f"{how}: {', '.join(names)}" for how, names in words.items() if names)}
-
-
-def choose_estimators(setting: Setting, enumerate_sites: bool = True) -> Estimators:
-    """Choose from the dry run; raises IncompatibleError naming a latent site that nothing can train."""
-    info, guide_sites = setting.info, setting.info.guide_sites or {}
-    latent = {site.name: site for site in info.sites.values() if site.latent}
-    in_model = tuple(name for name, site in latent.items() if name not in guide_sites)
-    stuck = [name for name in in_model if not latent[name].finite]
-    if stuck:
-        raise IncompatibleError(f"latent site(s) {stuck} are not in the guide and cannot be summed out")
-    if in_model and not enumerate_sites:
-        raise IncompatibleError(f"enumerate=False: the guide must draw the discrete site(s) {list(in_model)}")
-    shared = {name: site for name, site in guide_sites.items() if name in latent}
-    summed = tuple(n for n, s in shared.items() if s.finite and s.discrete and enumerate_sites)
-    rest = {n: s for n, s in shared.items() if n not in summed}
-    score = tuple(n for n, s in rest.items() if not s.reparameterised)
-    ordered = [n for n in latent if n in shared] == [n for n in shared]
-    apart = {n for n in rest if not (in_model and latent[n].local)}  # a local prior may hang on a site summed out
-    analytic = tuple(
-        n for n, s in rest.items() if n in apart and n not in score and ordered and _has_closed_form(latent[n], s)
-    )
-    return Estimators(in_model, summed, analytic, score, tuple(n for n in rest if n not in score and n not in analytic))
-
-
-def _has_closed_form(model_site: Site, guide_site: Site) -> bool:
-    """Only pairs of the same family: torch registers some mixed pairs, infinite where supports differ."""
-    names = {
-        "Normal",
-        "MultivariateNormal",
-        "Gamma",
-        "Beta",
-        "Dirichlet",
-        "Exponential",
-        "Laplace",
-        "LowRankMultivariateNormal",
-    }
-    return model_site.distribution == guide_site.distribution and model_site.distribution in names
-
-
-def _divergence(q: Any, p: Any) -> Tensor:
-    """KL(q || p) with event dimensions summed, in the broadcast batch shape."""
-    reinterpreted = 0
-    while isinstance(q, dist.Independent) and isinstance(p, dist.Independent):
-        reinterpreted += q.reinterpreted_batch_ndims
-        q, p = q.base_dist, p.base_dist
-    return sum_rightmost(kl_divergence(q, p), reinterpreted)
-
-
-def _scaled(value: Tensor, site: dict[str, Any]) -> Tensor:
-    mask = site["mask"]
-    if mask is not None:
-        value = torch.where(torch.as_tensor(mask), value, value.new_zeros(())) if mask is not False else value * 0
-    return value * site["scale"]
-
-
-def traces(setting: Setting, batch: Batch) -> tuple[poutine.Trace, poutine.Trace]:
-    """Guide and replayed model on one batch, with the data plate rescaled; log densities not yet computed."""
-    with RescalePlate(setting.info.data_plate, batch.total):
-        guide = poutine.trace(setting.guide or nothing).get_trace(*batch.args, **batch.kwargs)
-        model = poutine.trace(poutine.replay(setting.model, trace=guide)).get_trace(*batch.args, **batch.kwargs)
-    return guide, model
-
-
-def nothing(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-def rows_plate(info: ProgramInfo, sums: Sequence[str]) -> str | None:
-    """The plate whose rows stay apart when ``sums`` are summed out; None where a global one ties them together."""
-    return info.data_plate if all(info.sites[name].local for name in sums) else None
-
-
-def refuse_tied_rows(setting: Setting, sums: Sequence[str]) -> None:
-    """A sum over a global site would hold N / B inside its logarithm, which is neither unbiased nor a bound."""
-    if sums and setting.minibatches and rows_plate(setting.info, sums) is None:
-        names = [name for name in sums if not setting.info.sites[name].local]
-        raise IncompatibleError(
-            f"the discrete site(s) {names} stand outside the data plate and are summed out in the model, which "
-            "minibatches do not allow; leave batch_size out, or draw them in the guide"
-        )
-
-
-def own_scale(trace: poutine.Trace, plate: str | None) -> float:
-    """N / B of a data plate that the program itself subsamples; 1 where it does not."""
-    frames = (f for site in trace.nodes.values() for f in site.get("cond_indep_stack", ()) if f.name == plate)
-    return next((f.full_size / f.size for f in frames if f.full_size), 1.0)
-
-
-def _weighed_alike(q: dict[str, Any], p: dict[str, Any]) -> bool:
-    """Same mask and scale on both sides: only then does one divergence stand for the difference of two densities."""
-    scales = q["scale"], p["scale"]
-    same = scales[0] is scales[1] or (all(isinstance(s, float | int) for s in scales) and scales[0] == scales[1])
-    return same and q["mask"] is p["mask"]
-
-
-def is_sample(site: dict[str, Any]) -> bool:
-    """A sample site with a density: not a deterministic value, not the plate's own subsample."""
-    return (
-        site["type"] == "sample"
-        and type(site["fn"]).__name__ != "_Subsample"
-        and not site["infer"].get("_deterministic")
-    )
-
-
 class _SampledGame(Game):
     """Guide sites drawn; discrete sites that only the model has summed out exactly given them."""
 
@@ -270,7 +152,7 @@ class _SampledGame(Game):
         for trace, sign in ((guide, 1.0), (model, -1.0)):
             for site in trace.nodes.values():
                 if is_sample(site) and any(f.name == self.setting.info.data_plate for f in site["cond_indep_stack"]):
-                    total = total + sign * self._by_row(_scaled(site["fn"].log_prob(site["value"]), site))
+                    total = total + sign * self._by_row(scaled(site["fn"].log_prob(site["value"]), site))
         return total
 
     def _by_row(self, value: Tensor) -> Tensor:
@@ -285,12 +167,12 @@ class _SampledGame(Game):
             if not is_sample(q):
                 continue
             p = model.nodes.get(name)
-            if name in self.estimators.analytic and name not in touched and _weighed_alike(q, p):
-                total = total + _scaled(_divergence(q["fn"], p["fn"]), q).sum()
+            if name in self.estimators.analytic and name not in touched and weighed_alike(q, p):
+                total = total + scaled(divergence(q["fn"], p["fn"]), q).sum()
                 continue
-            total = total + _scaled(q["fn"].log_prob(q["value"]), q).sum()
+            total = total + scaled(q["fn"].log_prob(q["value"]), q).sum()
             if p is not None and is_sample(p) and name not in touched:
-                total = total - _scaled(p["fn"].log_prob(p["value"]), p).sum()
+                total = total - scaled(p["fn"].log_prob(p["value"]), p).sum()
         return total
 
     def _log_likelihood(self, guide: poutine.Trace, model: poutine.Trace, batch: Batch) -> tuple[set[str], Tensor]:
@@ -300,7 +182,7 @@ class _SampledGame(Game):
         total = torch.zeros(())
         for name, site in model.nodes.items():
             if is_sample(site) and name not in guide.nodes:
-                total = total + _scaled(site["fn"].log_prob(site["value"]), site).sum()
+                total = total + scaled(site["fn"].log_prob(site["value"]), site).sum()
         return set(), total
 
     def _summed(self, guide: poutine.Trace, batch: Batch) -> tuple[set[str], Tensor]:
@@ -357,13 +239,6 @@ class _EnumeratedGuideGame(Game):
                 for model, guide in elbo._get_traces(self.model, self.guide, batch.args, batch.kwargs):
                     total = total - _compute_dice_elbo(model, guide) / self.particles
         return Loss(total / (batch.total or 1))
-
-
-def parallel(names: set[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def configure(site: dict[str, Any]) -> dict[str, Any]:
-        return {"enumerate": "parallel", "expand": False} if site["name"] in names else {}
-
-    return configure
 
 
 class _TimeStepGame(Game):

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting
-from ppl_gen.inference.objectives.elbo import is_sample, refuse_tied_rows
+from ppl_gen.inference.objectives.estimators import refuse_tied_rows
 from ppl_gen.inference.objectives.particles import can_vectorise, local_log_weights, sampled
+from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.offers import Need
 
 __all__ = ["IWAE"]

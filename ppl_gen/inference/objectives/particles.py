@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
-from ppl_gen.inference.objectives.elbo import is_sample, own_scale, rows_plate
+from ppl_gen.inference.objectives.estimators import rows_plate
+from ppl_gen.inference.objectives.tracing import is_sample, own_scale
 from ppl_gen.isolation import looking
 
 __all__ = [

@@ -17,7 +17,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting, started
-from ppl_gen.inference.objectives.elbo import nothing, parallel
+from ppl_gen.inference.objectives.tracing import nothing, parallel
 from ppl_gen.offers import Need
 
 __all__ = ["PyroObjective", "as_objective", "total_loss"]
