@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ppl_gen.data.arrays import shared
 from ppl_gen.data.batching import LARGE, Dataset, as_dataset, is_double
 from ppl_gen.data.sources import collected
-from ppl_gen.dryrun import ProgramInfo, check_observed, dry_run
+from ppl_gen.dryrun import ProgramInfo, dry_run
 from ppl_gen.errors import NonFiniteError, require_seed
 from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
 from ppl_gen.inference.stopping import EarlyStop
@@ -21,6 +21,7 @@ from ppl_gen.monitoring import ProgressBar, Validation
 from ppl_gen.offers import require
 from ppl_gen.program import Program, Recipe, as_recipe
 from ppl_gen.result import Fit, Status
+from ppl_gen.sitechecks import check_observed
 
 __all__ = ["fit", "inspect_program", "iterate"]
 

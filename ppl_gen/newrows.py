@@ -9,11 +9,11 @@ import pyro
 from pyro import poutine
 
 from ppl_gen.data.batching import LARGE, Dataset
-from ppl_gen.dryrun import check_densities
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.isolation import looking
 from ppl_gen.predictive import global_draws
+from ppl_gen.sitechecks import check_densities
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit

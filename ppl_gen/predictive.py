@@ -1,4 +1,4 @@
-"""Draws from a fit: posterior, posterior predictive, prior predictive, and new rows."""
+"""Draws from a fit: posterior, posterior predictive, and prior predictive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ppl_gen.data.batching import LARGE, Batch, Dataset
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.inference.objectives.observed import reads_own_observation
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.isolation import looking
@@ -25,12 +24,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "amortised",
+    "completed",
+    "deterministic",
     "global_draws",
+    "is_derived",
     "latent_draws",
+    "positive",
     "posterior_draws",
     "predictive_draws",
     "prior_predictive",
-    "sample_rows",
+    "refuse_improper",
+    "run",
 ]
 
 
@@ -61,7 +65,7 @@ def latent_draws(fit: Fit, batch: Batch, count: int, *, training: bool) -> list[
     result = []
     for draw in draws:
         values = {name: value for name, value in draw.items() if name in names}
-        values.update(_completed(fit, batch, values, finite))
+        values.update(completed(fit, batch, values, finite))
         result.append(values)
     return result
 
@@ -84,7 +88,7 @@ def amortised(fit: Fit) -> bool:
     return {frame.size for frame in frames if frame.name == fit.info.data_plate} == {few.rows}
 
 
-def _completed(fit: Fit, batch: Batch, values: Mapping[str, Tensor], finite: list[str]) -> dict[str, Tensor]:
+def completed(fit: Fit, batch: Batch, values: Mapping[str, Tensor], finite: list[str]) -> dict[str, Tensor]:
     """What is still missing of the latents: from their exact conditional where there is one, else from the prior."""
     rest = [s.name for s in fit.info.select() if s.name not in values and s.name not in finite]
     drawn: dict[str, Tensor] = {}
@@ -93,7 +97,7 @@ def _completed(fit: Fit, batch: Batch, values: Mapping[str, Tensor], finite: lis
         drawn = {name: exact[name].sample() for name in rest if name in exact}
         values, rest = {**values, **drawn}, [name for name in rest if name not in drawn]
     if rest:
-        trace = _run(fit, batch, values)
+        trace = run(fit, batch, values)
         drawn |= {name: trace.nodes[name]["value"] for name in rest if name in trace.nodes}
     if not finite:
         return drawn
@@ -110,7 +114,7 @@ def _completed(fit: Fit, batch: Batch, values: Mapping[str, Tensor], finite: lis
     return drawn | sample_discrete(trace)
 
 
-def _run(fit: Fit, batch: Batch, values: Mapping[str, Tensor], *, replicate: bool = False) -> poutine.Trace:
+def run(fit: Fit, batch: Batch, values: Mapping[str, Tensor], *, replicate: bool = False) -> poutine.Trace:
     model = poutine.uncondition(fit.program.model) if replicate else fit.program.model
     with Substitute(values):
         return poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
@@ -118,7 +122,7 @@ def _run(fit: Fit, batch: Batch, values: Mapping[str, Tensor], *, replicate: boo
 
 def posterior_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[str, Tensor]:
     """See `Fit.posterior`."""
-    _positive("draws", draws)
+    positive("draws", draws)
     if not fit.info.select():
         raise IncompatibleError(f"{fit.program.name!r} has no latent sites: there is nothing to draw a posterior of")
     _refuse_prior(fit)
@@ -126,7 +130,7 @@ def posterior_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[s
     with fit.bound(seed):
         batch = dataset.batch()
         latents = latent_draws(fit, batch, draws, training=data is None)
-        extended = [values | _deterministic(fit, batch, values) for values in latents]
+        extended = [values | deterministic(fit, batch, values) for values in latents]
     return _stacked(extended)
 
 
@@ -144,17 +148,17 @@ def _refuse_prior(fit: Fit) -> None:
         )
 
 
-def _deterministic(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def deterministic(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = [site.name for site in fit.info.select(kind="deterministic")]
     if not names:
         return {}
-    trace = _run(fit, batch, values)
+    trace = run(fit, batch, values)
     return {name: trace.nodes[name]["value"] for name in names if name in trace.nodes}
 
 
 def predictive_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[str, Tensor]:
     """See `Fit.predict`."""
-    _positive("draws", draws)
+    positive("draws", draws)
     dataset = fit.dataset(data)
     observed = [site.name for site in fit.info.select(kind="observed")]
     with fit.bound(seed):
@@ -166,7 +170,7 @@ def predictive_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[
             latents = global_draws(fit, draws)
         else:
             latents = latent_draws(_given_rest(fit, missing), batch, draws, training=data is None)
-        traces = (_run(fit, batch, values, replicate=replicate) for values in latents)
+        traces = (run(fit, batch, values, replicate=replicate) for values in latents)
         return _stacked([{name: t.nodes[name]["value"] for name in names if name in t.nodes} for t in traces])
 
 
@@ -202,13 +206,13 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
     from ppl_gen.isolation import Workspace, isolated
     from ppl_gen.program import as_recipe
 
-    _positive("draws", draws)
+    positive("draws", draws)
     with isolated(seed, dtype=_dtype_of(data)), torch.no_grad():
         built, dataset = _built(as_recipe(program), data, None, None, None)
         with Workspace(dtype=dataset.dtype, training=False, modules=_modules_of(built, None)):
             batch = dataset.batch()
             trace = poutine.trace(built.model).get_trace(*batch.args, **batch.kwargs)
-            _refuse_improper(
+            refuse_improper(
                 built.name, {n for n, node in trace.nodes.items() if is_sample(node) and _is_flat(node["fn"])}
             )
             return prior_rows(built.model, batch, draws)
@@ -224,7 +228,7 @@ def prior_rows(model: Any, batch: Batch, draws: int) -> dict[str, Tensor]:
             {
                 name: node["value"]
                 for name, node in trace.nodes.items()
-                if (is_sample(node) or _is_derived(node)) and not isinstance(node["fn"], Unit)
+                if (is_sample(node) or is_derived(node)) and not isinstance(node["fn"], Unit)
             }
         )
     return _stacked(runs)
@@ -236,32 +240,7 @@ def _is_flat(fn: Any) -> bool:
     return isinstance(fn, ImproperUniform)
 
 
-def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) -> dict[str, Tensor]:
-    """See `Fit.sample`."""
-    _positive("n", n)
-    if not isinstance(given, Mapping):
-        raise TypeError(f'given: expected a mapping of sites or inputs, such as {{"y": 3}}, got {type(given).__name__}')
-    inputs = {name: value for name, value in given.items() if name in fit.data.entries}
-    fixed = {name: value for name, value in given.items() if name not in inputs}
-    unknown = [name for name in fixed if name not in fit.info.sites]
-    if unknown:
-        raise ValueError(f"given: no site or input named {unknown}; sites are {sorted(fit.info.sites)}")
-    with fit.bound(seed):
-        batch = _template(fit, n, inputs)
-        values = dict(global_draws(fit, 1)[0]) if fit.info.select(local=False) else {}
-        values.update({name: _fixed_value(fit, name, value, n) for name, value in {**fixed, **inputs}.items()})
-        _refuse_improper(fit.program.name, {s.name for s in fit.info.select() if s.improper} - set(values))
-        _refuse_teacher_forcing(fit, batch, values)
-        trace = _run(fit, batch, values | {}, replicate=True)
-        nodes = trace.nodes.items()
-        return {
-            name: node["value"].detach()
-            for name, node in nodes
-            if (is_sample(node) or _is_derived(node)) and not isinstance(node["fn"], Unit)
-        }
-
-
-def _refuse_improper(program: str, names: set[str]) -> None:
+def refuse_improper(program: str, names: set[str]) -> None:
     if names:
         listed = ", ".join(sorted(names))
         raise IncompatibleError(
@@ -270,72 +249,11 @@ def _refuse_improper(program: str, names: set[str]) -> None:
         )
 
 
-def _is_derived(node: Mapping[str, Any]) -> bool:
+def is_derived(node: Mapping[str, Any]) -> bool:
     return node["type"] == "sample" and bool(node["infer"].get("_deterministic"))
 
 
-def _template(fit: Fit, n: int, inputs: Mapping[str, Any]) -> Batch:
-    batch = fit.data.template(n)
-    args, kwargs = list(batch.args), dict(batch.kwargs)
-    for name, value in inputs.items():
-        old = args[0] if name == fit.data.positional else kwargs[name]
-        new = _spread(name, _given_numbers(name, value).to(old), tuple(old.shape))
-        if name == fit.data.positional:
-            args[0] = new
-        else:
-            kwargs[name] = new
-    return replace(batch, args=tuple(args), kwargs=kwargs)
-
-
-def _fixed_value(fit: Fit, name: str, value: Any, n: int) -> Tensor:
-    site = fit.info.sites.get(name)
-    tensor = _given_numbers(name, value).to(fit.data.device)
-    if site is not None and not site.discrete:
-        tensor = tensor.to(fit.data.dtype)
-    if site is None:
-        return tensor
-    if not site.local:
-        return _spread(name, tensor, (*site.batch_shape, *site.event_shape), whole=True)
-    rows = [n] if site.batch_shape else []
-    return _spread(name, tensor, (*rows, *site.event_shape), whole=len(site.batch_shape) <= 1)
-
-
-def _given_numbers(name: str, value: Any) -> Tensor:
-    try:
-        tensor = torch.as_tensor(value).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"given: {name!r}: expected numbers, got {type(value).__name__}") from error
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"given: {name!r}: expected finite numbers, got NaN or infinity")
-    return tensor
-
-
-def _spread(name: str, value: Tensor, shape: tuple[int, ...], *, whole: bool = False) -> Tensor:
-    """One value for all rows, or one for each; raises ValueError for another number of them (or another shape)."""
-    try:
-        spread = value.expand(shape) if value.dim() < len(shape) else value
-    except RuntimeError:
-        spread = value
-    if spread.shape[:1] != shape[:1] or (whole and spread.shape != shape):
-        raise ValueError(f"given: {name!r} has shape {tuple(value.shape)}, expected {shape} or one value for all rows")
-    return spread
-
-
-def _refuse_teacher_forcing(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> None:
-    """A program that reads x in order to make x cannot generate by forgetting its observation: say so."""
-    if fit.program.energy is not None:
-        return
-    observed = [site.name for site in fit.info.select(kind="observed")]
-    found = reads_own_observation(lambda b: _run(fit, b, values, replicate=True), batch, observed)
-    reads = [name for name in found if name not in values]
-    if reads:
-        raise IncompatibleError(
-            f"the program {fit.program.name!r} reads its own observation of {', '.join(reads)} to generate it, so "
-            "removing the observation does not make new rows; generate step by step inside the model when it is None"
-        )
-
-
-def _positive(name: str, value: int) -> None:
+def positive(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
 

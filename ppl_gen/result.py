@@ -170,7 +170,7 @@ class Fit:
 
         ``given`` fixes sites (``{"y": 3}``) or inputs of the model (arrays of ``n`` rows).
         """
-        from ppl_gen.predictive import sample_rows
+        from ppl_gen.sampling import sample_rows
 
         return sample_rows(self, n, given or {}, seed)
 

@@ -20,7 +20,7 @@ from ppl_gen.diagnostics.psis import MIN_DRAWS
 from ppl_gen.errors import require_whole
 from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.posterior import ChainPosterior
-from ppl_gen.predictive import _run, amortised, observed_rows, prior_rows
+from ppl_gen.predictive import amortised, observed_rows, prior_rows, run
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -156,7 +156,7 @@ def _add_predictive(fit: Fit, batch: Batch, groups: Groups, kept: list[tuple[int
 
     def replicates(place: tuple[int, int] | None) -> dict[str, Tensor]:
         values = _values(fit, groups, place) if place is not None else {}
-        trace = _run(fit, batch, values, replicate=True)
+        trace = run(fit, batch, values, replicate=True)
         return {name: trace.nodes[name]["value"] for name in observed if name in trace.nodes}
 
     limit = _affordable(replicates(kept[0] if kept else None))
@@ -236,7 +236,7 @@ def _joint_densities(fit: Fit, count: int) -> tuple[np.ndarray, np.ndarray]:
     log_p = rows.sum(-1) + prior
     local = [name for name in draws[0] if fit.info.sites[name].local]
     for i, draw in enumerate(draws) if local else ():
-        trace = _run(fit, batch, draw)
+        trace = run(fit, batch, draw)
         log_p[i] += sum(trace.nodes[name]["fn"].log_prob(trace.nodes[name]["value"]).sum() for name in local)
     return _array(log_p), np.asarray(log_q)
 

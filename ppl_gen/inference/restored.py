@@ -12,7 +12,7 @@ from torch import Tensor
 from ppl_gen.data.batching import LARGE
 from ppl_gen.dryrun import dry_run
 from ppl_gen.inference.base import Algorithm, Outcome, Run
-from ppl_gen.inference.svi import resolved_guide
+from ppl_gen.inference.guides import resolved_guide
 from ppl_gen.isolation import ProgramState
 from ppl_gen.offers import Need
 from ppl_gen.posterior import PointPosterior

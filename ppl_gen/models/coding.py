@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_whole
-from ppl_gen.predictive import _run, latent_draws
+from ppl_gen.predictive import latent_draws, run
 from ppl_gen.result import Fit
 
 __all__ = ["anomaly_scores", "codes", "reconstructions"]
@@ -69,7 +69,7 @@ def reconstructions(fit: Fit, data: Any = None, *, draws: int = 1, seed: int | N
 
     def mean(batch: Batch, values: dict[str, Tensor]) -> Tensor:
         try:
-            found: Tensor = _run(fit, batch, values).nodes[name]["fn"].mean
+            found: Tensor = run(fit, batch, values).nodes[name]["fn"].mean
         except NotImplementedError as error:
             raise IncompatibleError(
                 f"{fit.program.name!r} has no mean of {name!r} in closed form, and so no reconstructions; "
@@ -108,7 +108,7 @@ def anomaly_scores(fit: Fit, data: Any = None, *, draws: int = 1, seed: int | No
     name = _observed(fit)
 
     def score(batch: Batch, values: dict[str, Tensor]) -> Tensor:
-        node = _run(fit, batch, values).nodes[name]
+        node = run(fit, batch, values).nodes[name]
         return -node["fn"].log_prob(node["value"])
 
     return _averaged(fit, data, score, draws, seed)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.models.inputs import entries
-from ppl_gen.models.networks import Perceptron, standardised
+from ppl_gen.models.networks import standardised
 from ppl_gen.models.variational import check_labels
 
 __all__ = ["Classifier", "Labels", "labels_of"]
@@ -28,7 +28,7 @@ class Classifier(nn.Module):
     centre: Tensor
     spread: Tensor
 
-    def __init__(self, network: Perceptron, centre: Tensor, spread: Tensor) -> None:
+    def __init__(self, network: nn.Module, centre: Tensor, spread: Tensor) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("centre", centre.clone())
@@ -36,7 +36,8 @@ class Classifier(nn.Module):
 
     def log_odds(self, x: Tensor) -> Tensor:
         """Unnormalised log probabilities: ... x columns -> ... x classes."""
-        return self.network(standardised(x, self.centre, self.spread))
+        odds: Tensor = self.network(standardised(x, self.centre, self.spread))
+        return odds
 
     def forward(self, x: Tensor) -> Any:
         return dist.Categorical(logits=self.log_odds(x))

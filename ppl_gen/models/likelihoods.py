@@ -3,6 +3,7 @@ r"""What a decoder's numbers mean: p(x | z) for zeros and ones, shades of grey, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from math import prod
 from typing import Any, Literal
 
@@ -46,6 +47,10 @@ class Likelihood(nn.Module):
         """
         return None
 
+    def suited(self, data: Any) -> Likelihood:
+        """The same likelihood for rows of another kind: grey values instead of zeros and ones."""
+        return self
+
     def forward(self, raw: Tensor) -> Any:
         """The distribution over x from ... x outputs numbers; its events have the shape of a row."""
         raise NotImplementedError
@@ -59,37 +64,39 @@ class Bernoulli(dist.Bernoulli):
         return found
 
 
-class BernoulliPixels(Likelihood):
-    """Zeros and ones, from log odds."""
-
-    def __init__(self, shape: Sequence[int], rows: Tensor) -> None:
-        super().__init__(shape, rows.mean(0), torch.ones(()))
-        # One row of fair coins more than there are: a pixel that never varies keeps finite log odds.
-        self.chances = (rows.sum(0) + 0.5) / (len(rows) + 1)
-
-    def starting_bias(self, channels: int | None = None) -> Tensor:
-        chances = self.chances.flatten() if channels is None else self.chances.reshape(channels, -1).mean(1)
-        return chances.logit()
-
-    def forward(self, raw: Tensor) -> Any:
-        return Bernoulli(logits=raw.reshape(*raw.shape[:-1], *self.shape)).to_event(len(self.shape))
-
-
 class Chances(Bernoulli):
     """Coins seen through grey values: log p at x in [0, 1] is its mean over coins that are 1 with chance x."""
 
     support = constraints.unit_interval
 
 
-class GreyPixels(BernoulliPixels):
-    """Numbers from 0 to 1 as the chances of zeros and ones, from log odds.
+class BernoulliPixels(Likelihood):
+    """Zeros and ones, from log odds; or, where ``grey``, numbers from 0 to 1 as the chances of zeros and ones.
 
     The log density at a grey row is the expectation over the rows that its chances draw. A bound, an evidence too, made
     of it is one of the expected evidence of such rows.
     """
 
+    def __init__(self, shape: Sequence[int], rows: Tensor, *, grey: bool) -> None:
+        super().__init__(shape, rows.mean(0), torch.ones(()))
+        self.grey = grey
+        # One row of fair coins more than there are: a pixel that never varies keeps finite log odds.
+        self.chances = (rows.sum(0) + 0.5) / (len(rows) + 1)
+
+    def suited(self, data: Any) -> Likelihood:
+        if self.grey or not _is_grey(_as_handed_out(data, check_rows(data, "this likelihood", self.shape))):
+            return self
+        other = copy(self)
+        other.grey = True
+        return other
+
+    def starting_bias(self, channels: int | None = None) -> Tensor:
+        chances = self.chances.flatten() if channels is None else self.chances.reshape(channels, -1).mean(1)
+        return chances.logit()
+
     def forward(self, raw: Tensor) -> Any:
-        return Chances(logits=raw.reshape(*raw.shape[:-1], *self.shape)).to_event(len(self.shape))
+        coins = Chances if self.grey else Bernoulli
+        return coins(logits=raw.reshape(*raw.shape[:-1], *self.shape)).to_event(len(self.shape))
 
 
 class NormalPixels(Likelihood):
@@ -179,8 +186,7 @@ def chosen_likelihood(
                 "data: likelihood='bernoulli' takes zeros and ones, or chances from 0 to 1, got "
                 f'{float(seen[first]):g} at index {first}; rescale the data, or take likelihood="normal"'
             )
-        grey = bool(((seen != 0) & (seen != 1)).any())
-        return GreyPixels(shape, wide) if grey else BernoulliPixels(shape, wide)
+        return BernoulliPixels(shape, wide, grey=_is_grey(seen))
     return NormalPixels(shape, wide, scale)
 
 
@@ -196,6 +202,10 @@ def check_likelihood(kind: str, scale: float | None, levels: int | None) -> None
         raise ValueError(f"levels: expected a number of levels with likelihood='categorical' alone, got {levels!r}")
     if levels is not None:
         require_whole("levels", levels)
+
+
+def _is_grey(rows: Tensor) -> bool:
+    return bool(((rows != 0) & (rows != 1)).any())
 
 
 def _as_handed_out(data: Any, rows: Tensor) -> Tensor:

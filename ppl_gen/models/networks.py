@@ -16,6 +16,8 @@ __all__ = [
     "ConvolutionalDecoder",
     "ConvolutionalEncoder",
     "Perceptron",
+    "Reading",
+    "Writing",
     "checked_widths",
     "standardised",
 ]
@@ -84,6 +86,35 @@ class Perceptron(nn.Module):
         if self.label is not None and y is not None:
             wide = wide + self.label(y.long())
         return self.rest(wide)
+
+
+class Reading(nn.Module):
+    """A network that sees only the numbers ``used`` of its input."""
+
+    used: Tensor
+
+    def __init__(self, network: nn.Module, used: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("used", used)
+
+    def forward(self, x: Tensor, *label: Tensor) -> Tensor:
+        return self.network(x[..., self.used], *label)
+
+
+class Writing(nn.Module):
+    """A network that gives only the numbers ``used`` of a wider output; the others are zero."""
+
+    used: Tensor
+
+    def __init__(self, network: nn.Module, used: Tensor, width: int) -> None:
+        super().__init__()
+        self.network, self.width = network, width
+        self.register_buffer("used", used)
+
+    def forward(self, x: Tensor, *label: Tensor) -> Tensor:
+        found = self.network(x, *label)
+        return found.new_zeros(*found.shape[:-1], self.width).index_copy(-1, self.used, found)
 
 
 def _halved(size: int) -> int:

@@ -10,6 +10,7 @@ error, so that labelled and unlabelled rows are one program.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from ppl_gen.diagnostics.units import active_units
 from ppl_gen.errors import require_whole
 from ppl_gen.models.labelling import Classifier, labels_of
 from ppl_gen.models.likelihoods import Kind, check_likelihood, check_rows, chosen_likelihood
-from ppl_gen.models.networks import Perceptron, checked_widths
+from ppl_gen.models.networks import Perceptron, Reading, Writing, checked_widths
 from ppl_gen.models.variational import Decoder, NormalEncoder, check_classes, vae
 from ppl_gen.program import Program, Recipe
 
@@ -109,7 +111,8 @@ def m2(
     Sites: ``y``, ``z``, ``x``, and the factor ``label``. Networks: ``classifier`` (q(y | x)), ``encoder``
     (q(z | x, y)), ``decoder`` (p(x | y, z)), which give distributions. ``fit.posterior({"x": x})["y"]`` draws labels,
     ``fit.sample(n, given={"y": 3, "z": style})`` rows of one class in one style. `SVI` with ``stratify="y"`` gives
-    every batch its share of the labelled rows in the bound.
+    every batch its share of the labelled rows in the bound. With a hundred labels among tens of thousands of rows,
+    repeat the labelled rows and take alpha near 1: the decoder learns from them what y stands for.
 
     Args:
         features: columns of the data.
@@ -193,7 +196,8 @@ def m1_m2(
 
     Data, term and usage are those of `m2`. Sites: ``y``, ``z2``, ``z1``, ``x`` and the factor ``label``. Networks:
     ``features`` (q(z1 | x)) and ``pixels`` (p(x | z1)), copied from ``m1`` and not trained; ``classifier`` (q(y | z1)),
-    ``encoder`` (q(z2 | z1, y)) and ``decoder`` (p(z1 | y, z2)). A step sees a fresh draw of z1 for every row.
+    ``encoder`` (q(z2 | z1, y)) and ``decoder`` (p(z1 | y, z2)). A step sees a fresh draw of z1 for every row. Units of
+    z1 that M1 left inactive (`active_units`) keep their prior, and the three trained networks do not see them.
 
     Args:
         m1: a fit of `m1` (or of `vae`, with a perceptron and without classes).
@@ -226,20 +230,24 @@ def m1_m2(
         >>> fit.posterior({"x": x[:4]}, draws=200)["y"].mode(0).values
         tensor([1, 0, 1, 0])
     """
-    features, pixels = _frozen(m1)
-    assert isinstance(pixels.network, Perceptron)  # as `_frozen` has made sure
-    width = pixels.network.inputs
+    features, first, used = _frozen(m1)
+    assert isinstance(first.network, Perceptron)  # as `_frozen` has made sure
+    width, seen = first.network.inputs, len(used)
     widths = _checked(width, classes, latent, hidden, alpha, activation)
 
     def build(data: Any) -> Program:
+        pixels = deepcopy(first)
         check_rows(data, "m1_m2", pixels.likelihood.shape)
+        pixels.likelihood = pixels.likelihood.suited(data)
         labels = labels_of(data, "m1_m2", classes, alpha)
         centre, spread = torch.zeros(width), torch.ones(())  # codes are standardised by their prior
-        classifier = Classifier(Perceptron(width, widths, classes, activation=activation), centre, spread)
-        network = Perceptron(width, widths, 2 * latent, activation=activation, classes=classes)
-        encoder = NormalEncoder(network, centre, spread)
-        network = Perceptron(latent, widths[::-1], 2 * width, activation=activation, classes=classes)
-        decoder = NormalEncoder(network, torch.zeros(latent), spread)
+        classifier = Classifier(Reading(Perceptron(seen, widths, classes, activation=activation), used), centre, spread)
+        network = Perceptron(seen, widths, 2 * latent, activation=activation, classes=classes)
+        encoder = NormalEncoder(Reading(network, used), centre, spread)
+        network = Perceptron(latent, widths[::-1], 2 * seen, activation=activation, classes=classes)
+        # A mean and a logarithm of a scale that are left at zero are the prior.
+        moments = Writing(network, torch.cat([used, width + used]), 2 * width)
+        decoder = NormalEncoder(moments, torch.zeros(latent), spread)
 
         def model(x: Tensor, y: Tensor | None = None) -> None:
             pyro.module("decoder", decoder)
@@ -268,8 +276,8 @@ def m1_m2(
     return Recipe(build, name="m1_m2", arguments={"m1": m1.program.name, "classes": classes, "latent": latent})
 
 
-def _frozen(m1: Any) -> tuple[NormalEncoder, Decoder]:
-    """Copies of the two networks of M1 that no fit trains."""
+def _frozen(m1: Any) -> tuple[NormalEncoder, Decoder, Tensor]:
+    """Copies of the two networks of M1 that no fit trains, and the units of its code in use (all, where none is)."""
     try:
         found = m1.module("encoder"), m1.module("decoder")
     except (AttributeError, KeyError):
@@ -279,7 +287,10 @@ def _frozen(m1: Any) -> tuple[NormalEncoder, Decoder]:
     if not plain or not isinstance(decoder.network, Perceptron) or decoder.network.label is not None:
         got = f"a fit of {m1.program.name!r}" if hasattr(m1, "program") else type(m1).__name__
         raise TypeError(f"m1: expected a fit of m1 (or of vae, a perceptron without classes), got {got}")
-    return encoder.requires_grad_(False), decoder.requires_grad_(False)
+    rows = m1.data.rows or 0
+    active = active_units(m1).active if rows > 1 else torch.zeros(decoder.network.inputs)
+    used = active.nonzero().squeeze(-1) if bool(active.any()) else torch.arange(decoder.network.inputs)
+    return encoder.requires_grad_(False), decoder.requires_grad_(False), used
 
 
 def _checked(

@@ -14,7 +14,8 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.objectives.tracing import is_sample
-from ppl_gen.predictive import _completed, _fixed_value, _run, _template, amortised, global_draws
+from ppl_gen.predictive import amortised, completed, global_draws, run
+from ppl_gen.sampling import fixed_value, template
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -105,7 +106,7 @@ def guesses(fit: Fit, batch: Batch) -> dict[str, Tensor]:
         found = {name: settled(fn) for name, fn in exact.items() if name not in values}
         values |= {name: value for name, value in found.items() if value is not None}
     finite = [name for name in fit.info.finite_latents if name not in values]
-    return values | (_completed(fit, batch, values, finite) if finite else {})
+    return values | (completed(fit, batch, values, finite) if finite else {})
 
 
 def reconstructed(fit: Fit, data: Dataset, rows: int) -> tuple[Tensor, Tensor]:
@@ -114,14 +115,14 @@ def reconstructed(fit: Fit, data: Dataset, rows: int) -> tuple[Tensor, Tensor]:
         batch = data.head(rows)
         values = guesses(fit, batch)
         with AtMeans():
-            node = _run(fit, batch, values).nodes[pictured(fit)]
+            node = run(fit, batch, values).nodes[pictured(fit)]
         return node["value"].cpu(), _shown(node)
 
 
 def observed(fit: Fit, data: Dataset, rows: int) -> Tensor:
     """The first rows of the site that is drawn."""
     with fit.bound(), AtMeans():
-        value: Tensor = _run(fit, data.head(rows), _shared(fit)).nodes[pictured(fit)]["value"]
+        value: Tensor = run(fit, data.head(rows), _shared(fit)).nodes[pictured(fit)]["value"]
         return value.cpu()
 
 
@@ -144,7 +145,7 @@ def decoded(fit: Fit, values: Mapping[str, Tensor], given: Mapping[str, Any], ro
     with fit.bound():
         batch, fixed = prepared(fit, given, rows, alike=alike)
         with AtMeans():
-            return _shown(_run(fit, batch, {**_shared(fit), **fixed, **values}, replicate=True).nodes[pictured(fit)])
+            return _shown(run(fit, batch, {**_shared(fit), **fixed, **values}, replicate=True).nodes[pictured(fit)])
 
 
 def prepared(fit: Fit, given: Mapping[str, Any], rows: int, *, alike: bool) -> tuple[Batch, dict[str, Tensor]]:
@@ -159,7 +160,7 @@ def prepared(fit: Fit, given: Mapping[str, Any], rows: int, *, alike: bool) -> t
         rest = {name: first[name][0] for name in fit.data.entries if name in first and name not in inputs}
         inputs = rest | inputs
     sites = {name: value for name, value in given.items() if name in fit.info.sites}
-    return _template(fit, rows, inputs), {name: _fixed_value(fit, name, value, rows) for name, value in sites.items()}
+    return template(fit, rows, inputs), {name: fixed_value(fit, name, value, rows) for name, value in sites.items()}
 
 
 def _shared(fit: Fit) -> dict[str, Tensor]:
@@ -197,9 +198,9 @@ def walked(fit: Fit, row: Dataset, site: str, units: Sequence[int], values: Tens
         many = Batch(tuple(_repeated(v, count) for v in batch.args), inputs, count, count)
         followers = {known.name for known in fit.info.select(local=True, discrete=False)} - {site}
         with AtMeans():
-            nodes = _run(fit, many, {n: v for n, v in kept.items() if n not in followers}, replicate=True).nodes
+            nodes = run(fit, many, {n: v for n, v in kept.items() if n not in followers}, replicate=True).nodes
             followers = {name for name in followers if name in nodes and _varies(nodes[name]["fn"])}
-            trace = _run(fit, many, {n: v for n, v in kept.items() if n not in followers}, replicate=True)
+            trace = run(fit, many, {n: v for n, v in kept.items() if n not in followers}, replicate=True)
         shown = _shown(trace.nodes[pictured(fit)])
     return shown.reshape(len(units), len(values), *shown.shape[1:])
 
@@ -224,7 +225,7 @@ def levels(fit: Fit, site: str, scores: Tensor, means: Tensor) -> Tensor:
         batch, _ = prepared(fit, {}, 1, alike=True)
         scores = scores.to(device=fit.data.device, dtype=fit.data.dtype)
         with AtMeans():
-            fn = _bare(_run(fit, batch, _shared(fit), replicate=True).nodes[site]["fn"])
+            fn = _bare(run(fit, batch, _shared(fit), replicate=True).nodes[site]["fn"])
         try:
             values: Tensor = fn.icdf(torch.special.ndtr(scores))
         except NotImplementedError:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import LARGE, Dataset
-from ppl_gen.predictive import _deterministic, global_draws, observed_rows
+from ppl_gen.predictive import deterministic, global_draws, observed_rows
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -64,7 +64,7 @@ def _globals(fit: Fit, count: int) -> dict[str, np.ndarray]:
         if fit.info.select(local=False):
             batch = fit.data.head(256) if fit.data.elements > LARGE else fit.data.batch()
             values = global_draws(fit, 1 if fit.learned.kind == "point" else count)
-            extra = [_deterministic(fit, batch, value) if derived else {} for value in values]
+            extra = [deterministic(fit, batch, value) if derived else {} for value in values]
             names = [*derived, *(name for name in values[0] if name in fit.info.sites and name not in derived)]
             stacks = {n: torch.stack([{**v, **e}[n] for v, e in zip(values, extra, strict=True)]) for n in names}
         else:

@@ -1,0 +1,108 @@
+"""New rows from a fit: inputs and sites at values of one's own, everything else drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.distributions import Unit
+from torch import Tensor
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.errors import IncompatibleError
+from ppl_gen.inference.objectives.observed import reads_own_observation
+from ppl_gen.inference.objectives.tracing import is_sample
+from ppl_gen.predictive import global_draws, is_derived, positive, refuse_improper, run
+
+if TYPE_CHECKING:
+    from ppl_gen.result import Fit
+
+__all__ = ["fixed_value", "sample_rows", "template"]
+
+
+def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) -> dict[str, Tensor]:
+    """See `Fit.sample`."""
+    positive("n", n)
+    if not isinstance(given, Mapping):
+        raise TypeError(f'given: expected a mapping of sites or inputs, such as {{"y": 3}}, got {type(given).__name__}')
+    inputs = {name: value for name, value in given.items() if name in fit.data.entries}
+    fixed = {name: value for name, value in given.items() if name not in inputs}
+    unknown = [name for name in fixed if name not in fit.info.sites]
+    if unknown:
+        raise ValueError(f"given: no site or input named {unknown}; sites are {sorted(fit.info.sites)}")
+    with fit.bound(seed):
+        batch = template(fit, n, inputs)
+        values = dict(global_draws(fit, 1)[0]) if fit.info.select(local=False) else {}
+        values.update({name: fixed_value(fit, name, value, n) for name, value in {**fixed, **inputs}.items()})
+        refuse_improper(fit.program.name, {s.name for s in fit.info.select() if s.improper} - set(values))
+        _refuse_teacher_forcing(fit, batch, values)
+        trace = run(fit, batch, values | {}, replicate=True)
+        nodes = trace.nodes.items()
+        return {
+            name: node["value"].detach()
+            for name, node in nodes
+            if (is_sample(node) or is_derived(node)) and not isinstance(node["fn"], Unit)
+        }
+
+
+def template(fit: Fit, n: int, inputs: Mapping[str, Any]) -> Batch:
+    batch = fit.data.template(n)
+    args, kwargs = list(batch.args), dict(batch.kwargs)
+    for name, value in inputs.items():
+        old = args[0] if name == fit.data.positional else kwargs[name]
+        new = _spread(name, _given_numbers(name, value).to(old), tuple(old.shape))
+        if name == fit.data.positional:
+            args[0] = new
+        else:
+            kwargs[name] = new
+    return replace(batch, args=tuple(args), kwargs=kwargs)
+
+
+def fixed_value(fit: Fit, name: str, value: Any, n: int) -> Tensor:
+    site = fit.info.sites.get(name)
+    tensor = _given_numbers(name, value).to(fit.data.device)
+    if site is not None and not site.discrete:
+        tensor = tensor.to(fit.data.dtype)
+    if site is None:
+        return tensor
+    if not site.local:
+        return _spread(name, tensor, (*site.batch_shape, *site.event_shape), whole=True)
+    rows = [n] if site.batch_shape else []
+    return _spread(name, tensor, (*rows, *site.event_shape), whole=len(site.batch_shape) <= 1)
+
+
+def _given_numbers(name: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"given: {name!r}: expected numbers, got {type(value).__name__}") from error
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"given: {name!r}: expected finite numbers, got NaN or infinity")
+    return tensor
+
+
+def _spread(name: str, value: Tensor, shape: tuple[int, ...], *, whole: bool = False) -> Tensor:
+    """One value for all rows, or one for each; raises ValueError for another number of them (or another shape)."""
+    try:
+        spread = value.expand(shape) if value.dim() < len(shape) else value
+    except RuntimeError:
+        spread = value
+    if spread.shape[:1] != shape[:1] or (whole and spread.shape != shape):
+        raise ValueError(f"given: {name!r} has shape {tuple(value.shape)}, expected {shape} or one value for all rows")
+    return spread
+
+
+def _refuse_teacher_forcing(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> None:
+    """A program that reads x in order to make x cannot generate by forgetting its observation: say so."""
+    if fit.program.energy is not None:
+        return
+    observed = [site.name for site in fit.info.select(kind="observed")]
+    found = reads_own_observation(lambda b: run(fit, b, values, replicate=True), batch, observed)
+    reads = [name for name in found if name not in values]
+    if reads:
+        raise IncompatibleError(
+            f"the program {fit.program.name!r} reads its own observation of {', '.join(reads)} to generate it, so "
+            "removing the observation does not make new rows; generate step by step inside the model when it is None"
+        )

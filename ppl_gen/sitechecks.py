@@ -1,0 +1,195 @@
+"""Checks of a traced program: its densities, its data plate, and whether guide and model match."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.errors import IncompatibleError
+from ppl_gen.program import Program
+
+if TYPE_CHECKING:
+    from ppl_gen.dryrun import ProgramInfo, Site
+
+__all__ = ["check_densities", "check_match", "check_observed", "check_plate", "explained", "sample_nodes"]
+
+
+def sample_nodes(trace: poutine.Trace) -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (name, node)
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and type(node["fn"]).__name__ != "_Subsample"
+    ]
+
+
+def check_densities(trace: poutine.Trace) -> None:
+    """Evaluate every site by itself, so that an error names it; raises ValueError or TypeError."""
+    for _, node in sample_nodes(trace):
+        _check_log_prob_shape(node)
+
+
+def _check_log_prob_shape(node: dict[str, Any]) -> None:
+    """Implicit programs have no log density to check."""
+    fn, value = node["fn"], node["value"]
+    if isinstance(fn, dist.Delta) or "Delta" in type(getattr(fn, "base_dist", fn)).__name__:
+        if tuple(fn.shape()) != tuple(value.shape):
+            raise ValueError(f"at site {node['name']!r}: value {tuple(value.shape)}, distribution {tuple(fn.shape())}")
+        return
+    sizes = {f.dim: f.size for f in node["cond_indep_stack"] if f.vectorized}
+    expected = [sizes.get(-k, 1) for k in range(max((-d for d in sizes), default=0), 0, -1)]
+    weights = [w.shape for w in (node["mask"], node["scale"]) if isinstance(w, torch.Tensor)]
+    try:
+        actual = list(torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim], *weights))
+    except RuntimeError as error:
+        raise ValueError(
+            f"at site {node['name']!r}: shape mismatch: the value has shape {tuple(value.shape)}, but the distribution "
+            f"has batch shape {tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}"
+            + "".join(f", and a mask or scale has shape {tuple(shape)}" for shape in weights)
+        ) from error
+    while len(actual) > len(expected) and actual[0] == 1:
+        actual = actual[1:]
+    padded = [1] * (len(expected) - len(actual)) + actual
+    if any(a not in (1, e) for a, e in zip(padded, expected, strict=False)) or len(actual) > len(expected):
+        raise ValueError(
+            f"at site {node['name']!r}: invalid log_prob shape: expected {expected} (its plates), actual {actual}; "
+            f"value {tuple(value.shape)}, batch shape {tuple(fn.batch_shape)}, event shape {tuple(fn.event_shape)}"
+        )
+    if node["is_observed"]:
+        _check_support(node)
+
+
+def _check_support(node: dict[str, Any]) -> None:
+    """Torch checks observed values when a density is taken, and does not know the name of the site."""
+    try:
+        node["fn"].log_prob(node["value"])
+    except IncompatibleError:  # a distribution without a normalised density says so by itself when one is asked for
+        return
+    except ValueError as error:
+        text = str(error).splitlines()[0].removesuffix(", but found invalid values:")
+        raise ValueError(f"at site {node['name']!r}: {text}; observed values lie outside") from error
+    except NotImplementedError as error:
+        if node["value"].dtype is torch.bool and str(error):  # torch's own for no density at all has no words
+            raise TypeError(
+                f"at site {node['name']!r}: observed values are booleans, with which its distribution cannot compute; "
+                "pass numbers, x.float()"
+            ) from error
+
+
+class explained:
+    """Context that rewords Pyro's shape errors: the site, what was found, and the edit that mends it."""
+
+    def __init__(self, program: Program, batch: Batch, what: str) -> None:
+        self.program, self.batch, self.what = program, batch, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is None or not isinstance(error, ValueError | RuntimeError | TypeError):
+            return
+        text, head = str(error), f"the {self.what} of {self.program.name!r} failed on a dry run: "
+        if any(words in text for words in ("on the same device", "device type", "expected device")):
+            raise ValueError(
+                head + "a tensor in its closure lives on another device than the data. Make it inside the model "
+                f"(programs run under torch.device), or pass it as data with pg.constant(...).\n  torch says: {text}"
+            ) from error
+        if "Multiple sample sites named" in text:
+            raise ValueError(
+                head + text.splitlines()[0] + "; every site needs a name of its own, and a plate that is opened twice "
+                "is made once: `rows = pyro.plate(...)`, then `with rows:`"
+            ) from error
+        if "invalid log_prob shape" in text or "shape mismatch" in text.lower() or "broadcast" in text:
+            raise ValueError(head + text.strip() + "\n" + self._advice(text)) from error
+        if isinstance(error, TypeError) and "argument" in text and "missing" in text:
+            raise TypeError(head + text + "; the data must hold that entry, or give the argument a default") from error
+        if isinstance(error, ValueError) and "support" in text and "observed" in text.lower():
+            raise ValueError(head + text) from error
+
+    def _advice(self, text: str) -> str:
+        plate, rows = self.program.data_plate, self.batch.rows
+        return (
+            f"  the rows ({rows}) are the last batch dimension inside pyro.plate({plate!r}, len(x)). Usual mends:\n"
+            f"  - a statement over rows outside every plate: put it under `with pyro.plate({plate!r}, len(x)):`\n"
+            "  - dimensions to the right of the rows belong to the event: dist.Normal(loc, scale).to_event(1)\n"
+            "  - a column (N, 1) against a vector (N,): use .squeeze(-1) or .to_event(1) on both sides\n"
+            f"  - a plate whose size is written out: use pyro.plate({plate!r}, len(x))"
+        )
+
+
+def check_plate(program: Program, batch: Batch, sites: dict[str, Site], frame: Any, frames: dict[str, Any]) -> None:
+    observed = [site for site in sites.values() if site.kind == "observed"]
+    if frame is None:
+        over_rows = [f.name for f in frames.values() if f.size == batch.rows]
+        if over_rows and program.data_plate not in frames:
+            raise ValueError(
+                f"the program {program.name!r} has no plate named {program.data_plate!r}, but the plate "
+                f"{over_rows[0]!r} has as many rows as the data ({batch.rows}). Name it {program.data_plate!r}, or say "
+                f"pg.Program(model, data_plate={over_rows[0]!r})."
+            )
+        return
+    if batch.rows is not None and frame.size not in (batch.rows,) and (frame.full_size or 0) != batch.rows:
+        raise ValueError(
+            f"pyro.plate({frame.name!r}) has size {frame.size}, but the data has {batch.rows} rows here; size it by "
+            f"the data it is given, pyro.plate({frame.name!r}, len(x)), so that minibatches and new rows fit too"
+        )
+    outside = [site.name for site in observed if not site.local]
+    if outside and batch.rows is not None and batch.rows > 1:
+        raise ValueError(
+            f"the observed site(s) {', '.join(map(repr, outside))} stand outside the data plate {frame.name!r}: on a "
+            f"minibatch their likelihood would not be rescaled. Move the statement into "
+            f"`with pyro.plate({frame.name!r}, len(x)):`, or rename the plate if it does not run over the rows."
+        )
+
+
+def check_match(program: Program, sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
+    latents = {site.name for site in sites.values() if site.latent}
+    optional = {site.name for site in sites.values() if site.latent and site.finite}
+    extra = sorted(set(guide_sites) - latents - {n for n, s in guide_sites.items() if s.kind == "deterministic"})
+    observed = [name for name in extra if name in sites and sites[name].kind == "observed"]
+    if observed:
+        raise ValueError(
+            f"model and guide of {program.name!r} do not match: site(s) {observed} are observed in the model and drawn "
+            "in the guide, where they would enter the bound as if they were unknown; draw them only where they are not "
+            "given, `if y is None:`"
+        )
+    missing = sorted(latents - optional - set(guide_sites))
+    if extra or missing:
+        raise ValueError(
+            f"model and guide of {program.name!r} do not match: "
+            + "; ".join(
+                part
+                for part in (
+                    f"latent site(s) {missing} are in the model only" if missing else "",
+                    f"site(s) {extra} are in the guide only" if extra else "",
+                )
+                if part
+            )
+            + ". Each latent site of the model needs a site of the same name in the guide (finite discrete ones may be "
+            "left out: they are summed out)."
+        )
+    for name in sorted(set(guide_sites) & latents):
+        model_site, guide_site = sites[name], guide_sites[name]
+        if model_site.event_shape != guide_site.event_shape:
+            raise ValueError(
+                f"at site {name!r}: the model has event shape {model_site.event_shape}, the guide "
+                f"{guide_site.event_shape}; use the same .to_event(...) on both sides"
+            )
+        if model_site.local != guide_site.local:
+            inside, outside = ("model", "guide") if model_site.local else ("guide", "model")
+            raise ValueError(
+                f"at site {name!r}: inside the data plate in the {inside}, outside it in the {outside}; open "
+                f"pyro.plate({program.data_plate!r}, len(x)) in both"
+            )
+
+
+def check_observed(info: ProgramInfo) -> None:
+    """Raise ValueError if no site is observed: then the data never reach the likelihood."""
+    if not info.select(kind="observed") and not info.select(kind="factor"):
+        raise ValueError(
+            f"no site of {info.name!r} is observed, so the data never reach the likelihood: write "
+            "pyro.sample(..., obs=x) at the site that generates the data"
+        )
