@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 # One thread per process: two test processes with two threads each are slower than this on two cores.
 PYTEST := OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help setup demo test test-all lint format examples docs lock clean
+.PHONY: help setup demo test test-all lint format examples benchmarks docs lock clean
 
 help:
 	@echo "make demo      set up, compare four algorithms on the crabs, say where the report is"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-all  the slow tests too"
 	@echo "make lint      ruff and mypy;  make format  lets ruff mend what it can"
 	@echo "make examples  every file of examples/, shortened"
+	@echo "make benchmarks  the long benchmarks at a few steps each; writes no results"
 	@echo "make docs      the site, into docs/_build/html: every code cell and every example is run"
 	@echo "make lock      resolve requirements.lock anew"
 	@echo "make clean     remove .venv and caches"
@@ -57,6 +58,15 @@ examples: $(READY)
 		folder=$$(mktemp -d); cd "$$folder"; \
 		if $(CURDIR)/$(BIN)/python {} > output.txt 2>&1; then echo "ran {}"; rm -rf "$$folder"; \
 		else echo "FAILED {}"; cat output.txt; rm -rf "$$folder"; exit 1; fi'
+
+# Long benchmarks at a few steps each, two at a time, with partial results in a folder of their own. Those on MNIST want
+# its images; set PPL_GEN_DATA.
+LONG := characters flows_patches $(if $(PPL_GEN_DATA),mnist_vae semi_supervised)
+benchmarks: $(READY)
+	@printf '%s\n' $(LONG) | OMP_NUM_THREADS=1 MPLBACKEND=Agg xargs -P 2 -I {} sh -c ' \
+		PPL_GEN_WORK=$$(mktemp -d); export PPL_GEN_WORK; \
+		if $(BIN)/python benchmarks/{}.py --quick > "$$PPL_GEN_WORK/output.txt" 2>&1; then echo "ran {} --quick"; \
+		else echo "FAILED {}"; cat "$$PPL_GEN_WORK/output.txt"; exit 1; fi; rm -rf "$$PPL_GEN_WORK"'
 
 # The packages of the site are no part of the set-up; a resolved lock keeps them from moving anything else. Pages that are
 # made from the code are made anew, so that none outlives the name it describes.

@@ -11,9 +11,9 @@ import math
 import os
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
+from stages import WORK
 from versions import table, write
 
 import ppl_gen as pg
@@ -25,7 +25,6 @@ CELLS = ("rnn", "lstm", "gru")
 #: learning rates and steps: a long run at a high rate overfits the gated cells, a low rate leaves them unfinished
 SETTINGS = ((1e-2, 1500), (3e-3, 1500), (1e-2, 600), (5e-3, 600))
 SYMBOLS, PARAMETERS, BATCH, VALIDATION = len(ALPHABET), 120_000, 32, 0.1
-WORK = Path(__file__).parent / ".work"
 
 
 def parameters(cell, hidden):
@@ -68,7 +67,7 @@ def run(cell, rate, wanted, steps):
         "test": bits_per_character(fit, test),
     }
     assert result["parameters"] == parameters(cell, hidden)
-    WORK.mkdir(exist_ok=True)
+    WORK.mkdir(parents=True, exist_ok=True)
     partial_file = file.with_suffix(".tmp")
     partial_file.write_text(json.dumps(result))
     os.replace(partial_file, file)

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from stages import WORK
 from versions import table, write
 
 import ppl_gen as pg
@@ -178,7 +179,7 @@ def check_sizes(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path(__file__).parent / ".work", help="folder of partial results")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of partial results")
     parser.add_argument("--quick", action="store_true", help="30 steps, one seed, nothing written to results")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -39,12 +39,14 @@ ALPHA = 1.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="one draw of 100 labels, an epoch of 1000 rows")
     parser.add_argument("--labels", type=int, nargs="*", choices=DRAWS, default=list(DRAWS), help="only these numbers")
     parser.add_argument("--draws", type=int, default=max(DRAWS.values()), help="at most so many draws of the labels")
     parser.add_argument("--models", nargs="*", choices=RATE, default=list(RATE), help="only these; writes nothing")
     options = parser.parse_args()
     began, quick = time.perf_counter(), options.quick
+    if quick:
+        options.labels, options.draws = [100], 1
     rows, folder = (1000, WORK / "semi-quick") if quick else (ROWS, WORK / "semi_supervised")
     whole, test = (pg.load_data("mnist", split=split) for split in ("train", "test"))
     data = {name: value[:rows] for name, value in whole.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from ppl_gen.inference import SVI
 
 __all__ = ["WORK", "recorded", "trained"]
 
-WORK = Path(__file__).parent / ".work"
+#: partial results; PPL_GEN_WORK names another folder
+WORK = Path(os.environ.get("PPL_GEN_WORK") or Path(__file__).parent / ".work")
 
 
 def recorded(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

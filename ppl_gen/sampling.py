@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.distributions import Unit
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
@@ -37,14 +38,51 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
         values = dict(global_draws(fit, 1)[0]) if fit.info.select(local=False) else {}
         values.update({name: fixed_value(fit, name, value, n) for name, value in {**fixed, **inputs}.items()})
         refuse_improper(fit.program.name, {s.name for s in fit.info.select() if s.improper} - set(values))
-        _refuse_teacher_forcing(fit, batch, values)
-        trace = run(fit, batch, values | {}, replicate=True)
+        with _InSupport(fit, set(given)):
+            _refuse_teacher_forcing(fit, batch, values)
+            trace = run(fit, batch, values | {}, replicate=True)
         nodes = trace.nodes.items()
         return {
             name: node["value"].detach()
             for name, node in nodes
             if (is_sample(node) or is_derived(node)) and not isinstance(node["fn"], Unit)
         }
+
+
+class _OutsideError(Exception):
+    """Not a ValueError on its way: Pyro's tracer would append a table of shapes to that."""
+
+
+class _InSupport(Messenger):
+    """Refuses given values outside of the support of their site, before anything is computed from them."""
+
+    def __init__(self, fit: Fit, names: Collection[str]) -> None:
+        super().__init__()
+        self.fit, self.names = fit, names
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.names:
+            return
+        try:
+            inside = msg["fn"].support.check(msg["value"])
+        except (NotImplementedError, AttributeError):  # distributions that do not say
+            return
+        if not bool(inside.all()):
+            raise _OutsideError(
+                f"given: {msg['name']!r}: got a value outside of the support of its "
+                f"{self.fit.info.sites[msg['name']].distribution}, {msg['fn'].support}"
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)
+        if isinstance(error, _OutsideError):
+            raise ValueError(str(error)) from None
+        inputs = sorted(set(self.names) - set(self.fit.info.sites))
+        if isinstance(error, LookupError) and inputs:
+            program, names = self.fit.program.name, ", ".join(inputs)
+            raise ValueError(
+                f"given: the program {program!r} cannot be run on the values of {names}: {error}"
+            ) from error
 
 
 def template(fit: Fit, n: int, inputs: Mapping[str, Any]) -> Batch:

@@ -257,18 +257,19 @@ def test_units_that_m1_left_inactive_keep_their_prior() -> None:
     assert 0 < int(active.sum()) < 4, "two clusters take one unit or two"
     fit = pg.fit(m1_m2(first, classes=2, latent=1, hidden=(8,), alpha=0.5), data, SVI(steps=250, lr=0.02), seed=0)
     assert errors(fit, data, truth) < 0.1
-    z2, y = torch.linspace(-2, 2, 5)[:, None], torch.tensor([0, 1, 0, 1, 0])
+    z2, y = torch.linspace(-2, 2, 5).double()[:, None], torch.tensor([0, 1, 0, 1, 0])
     codes = fit.module("decoder")(z2, y)
     assert bool((codes.mean[:, ~active] == 0).all()) and bool((codes.stddev[:, ~active] == 1).all())
     assert bool((codes.mean[:, active] != 0).all())
-    z1 = torch.zeros(2, 4)
+    z1 = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)).double()
     for unit in range(4):
-        moved = z1.clone()
-        moved[1, unit] = 1.0
-        for name, labels in (("classifier", ()), ("encoder", (y[:2] * 0,))):
-            found = fit.module(name)(moved, *labels)
-            found = found.logits if name == "classifier" else found.mean
-            assert torch.equal(found[0], found[1]) != bool(active[unit]), (name, unit)
+        moved = z1 + 3.0 * (torch.arange(4) == unit)
+        for name, labels in (("classifier", ()), ("encoder", (torch.arange(20) % 2,))):
+            network = fit.module(name)
+            before, after = (
+                q.logits if name == "classifier" else q.mean for q in (network(z1, *labels), network(moved, *labels))
+            )
+            assert torch.equal(before, after) != bool(active[unit]), (name, unit)
 
 
 def test_grey_rows_are_taken_where_m1_was_trained_on_zeros_and_ones(stage: pg.Fit) -> None:
@@ -315,6 +316,21 @@ def test_settings_and_labels_out_of_range_are_refused(stage: pg.Fit) -> None:
         pg.fit(m1(6, hidden=(4,)), x[:, :5], STILL)
     with pytest.raises(pg.IncompatibleError, match="no gradient to the guide's site.s. 'y'"):
         pg.fit(m2(6, classes=2, hidden=(4,)), x, SVI(IWAE(), steps=1))
+
+
+def test_labels_given_out_of_range_are_refused_by_name(stage: pg.Fit) -> None:
+    data, _ = clusters(20)
+    fit = pg.fit(m2(6, classes=2, latent=1, hidden=(4,)), data, STILL, seed=0)
+    assert fit.sample(3, given={"y": 1})["y"].tolist() == [1, 1, 1]
+    for wrong in (2, -1, 0.5, torch.tensor([0, 1, 2])):
+        with pytest.raises(
+            ValueError, match="^given: 'y': got a value outside of the support of its Categorical"
+        ) as caught:
+            fit.sample(3, given={"y": wrong})
+        assert "\n" not in str(caught.value)
+    told = pg.fit(vae(6, latent=1, hidden=(4,), classes=2), {"x": data["x"], "y": torch.arange(20) % 2}, STILL, seed=0)
+    with pytest.raises(ValueError, match="given: the program 'vae' cannot be run on the values of y"):
+        told.sample(3, given={"y": 2})
 
 
 def test_m1_m2_takes_fits_of_m1_alone(stage: pg.Fit) -> None:
