@@ -225,6 +225,7 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             fit.sample(3, given={"y": 1})  ->  given: no site or input named ['y']
             fit.sample(3, given={"z": torch.zeros(2, 2)})  ->  given: 'z' has shape (2, 2), expected (3, 2)
             fit.sample(3, given={"loc_standard": torch.zeros(7)})  ->  given: 'loc_standard' has shape (7,), expected (4,)
+            fit.sample(3, given={"precision": -1.0})  ->  given: 'precision': got a value outside of the support of its Exponential
             fit.sample(3, given={"z": nan})  ->  given: 'z': expected finite numbers
             codes(fit, site="code")  ->  site: 'code' is no local latent site
             active_units(fit, site="code")  ->  site: expected one of z
