@@ -124,7 +124,8 @@ def _written(errors: dict[str, dict[int, list[float]]], seconds: dict[str, float
         "M1+M2 from grey values taken for the chances of pixels. M1 for "
         f"{EPOCHS['M1']} epochs; M2 for {EPOCHS['M2']}, M1+M2 for {EPOCHS['M1+M2']} on top of it, with 10 numbers in "
         f"z2 (half as many epochs with more than 100 labels); batches of {BATCH['M2']} and {BATCH['M1+M2']}; Adam at "
-        f"{RATE['M2']} and {RATE['M1+M2']}, falling over the last 40 % of the steps; alpha {ALPHA}; labelled rows repeated until there are {LABELLED['M2']} and "
+        f"{RATE['M2']} and {RATE['M1+M2']}, falling over the last 40 % of the steps; "
+        f"alpha {ALPHA}; labelled rows repeated until there are {LABELLED['M2']} and "
         f"{LABELLED['M1+M2']} of them. The paper trained M1+M2 for 3000 epochs with alpha 0.1. "
         "The settings were chosen by the test error of the first two draws of 100 labels, which flatters those two.\n\n"
         + table(["", *(f"{labels} labels" for labels in errors["M2"])], rows)
