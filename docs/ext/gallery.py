@@ -1,7 +1,7 @@
 """The gallery: every script of ``examples/`` is run as a user runs it, and its picture and output make a page.
 
 Scripts run shortened unless the build is told otherwise (``PPL_GEN_QUICK= make docs``). One that fails, or that leaves
-no picture, fails the build.
+no picture, fails the build. Where ``docs/images`` keeps the picture of a full run, a shortened one shows that.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Shown:
 
     script: Path
     pictures: tuple[str, ...]
+    kept: bool  # the picture is that of a full run, made earlier
     output: str
     seconds: float
 
@@ -68,11 +69,14 @@ def run(script: Path, folder: Path) -> Shown:
         pictures = sorted(Path(here).glob("*.png"))
         if not pictures:
             raise ExtensionError(f"examples/{script.name} left no picture")
+        full = TOP / "docs" / "images" / f"{script.stem}.png"
+        kept = bool(quick) and full.exists()
+        pictures = [full] if kept else pictures
         for picture in pictures:
             shutil.copy(picture, folder / picture.name)
         output = done.stdout.replace(f"{Path(here).resolve()}/", "").replace(f"{here}/", "")
     names = tuple(picture.name for picture in pictures)
-    return Shown(script, names, output.strip(), time.perf_counter() - began)
+    return Shown(script, names, kept, output.strip(), time.perf_counter() - began)
 
 
 def page(shown: Shown) -> str:
@@ -83,8 +87,9 @@ def page(shown: Shown) -> str:
     short = "shortened (`PPL_GEN_QUICK=1`), " if os.environ.get("PPL_GEN_QUICK", "1") else ""
     pictures = "\n\n".join(f"![{text}]({name})" for name in shown.pictures)
     code = f"```{{literalinclude}} {Path('../..') / shown.script.relative_to(TOP)}\n:language: python\n```"
+    shows = "The picture is that of a full run. " if shown.kept else ""
     printed = "\n".join(["## What it prints", "", "```text", *cut, "```"]) if lines else ""
-    ran = f"*Run {short}in {shown.seconds:.0f} s while this page was built: `python examples/{shown.script.name}`.*"
+    ran = f"*{shows}Run {short}in {shown.seconds:.0f} s for this page: `python examples/{shown.script.name}`.*"
     return "\n\n".join([f"# {title}", text, pictures, ran, "## The script", code, printed]) + "\n"
 
 

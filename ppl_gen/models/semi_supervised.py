@@ -99,9 +99,9 @@ def m2(
 ) -> Recipe:
     r"""M2: a classifier trained with the labels there are and all rows, as part of a generative model.
 
-    .. math:: \log p(x, y) \ge \mathbb{E}_{q(z \mid x, y)}[\log p(x \mid y, z)] + \log p(y)
-              - \mathrm{KL}(q(z \mid x, y) \,\|\, p(z)), \quad
-              \log p(x) \ge \sum_y q(y \mid x) \{ \cdot \} + \mathrm{H}(q(y \mid x))
+    .. math:: \log p(x, y) &\ge \mathbb{E}_{q(z \mid x, y)}[\log p(x \mid y, z)] + \log p(y)
+              - \mathrm{KL}(q(z \mid x, y) \,\|\, p(z)) = L(x, y) \\
+              \log p(x) &\ge \sum_y q(y \mid x) L(x, y) + \mathrm{H}(q(y \mid x))
 
     To the loss of any objective it adds the term ``classifier``, alpha N times the mean over the labelled rows of
     -log q(y | x) (nats; per row in the history), without which the labels would never train q(y | x). Every step takes
