@@ -80,6 +80,7 @@ def draw_heldout(axes: Axes, comparison: Comparison) -> None:
     if not ranks:
         axes.text(0.5, 0.5, "no value to compare", transform=axes.transAxes, ha="center", color=GREY)
     axes.margins(x=0.08)
+    axes.locator_params(axis="x", nbins=5)  # numbers such as -0.125 are wide, and the picture is narrow
 
 
 def _short(label: str) -> str:

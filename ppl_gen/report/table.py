@@ -170,10 +170,11 @@ def answer(comparison: Comparison) -> str:
     if len(equal) == 1:
         text = f"{best.label} predicts best ({best.mean:.4g} {unit})"
     else:
-        who = _listed(s.label for s in equal) if worse else f"All {len(equal)} algorithms"
+        every = "Both" if len(equal) == 2 else f"All {len(equal)}"
+        who = _listed(s.label for s in equal) if worse else f"{every} algorithms"
         rows = f"{best.rows} {'rows' if comparison.in_sample else 'held-out rows'}"
         text = f"{who} predict equally well as far as {rows} can tell ({best.mean:.4g} nats per row)"
-        text += f"; {quick.label} is the quickest of them"
+        text += f"; {quick.label} is the {'quicker' if len(equal) == 2 else 'quickest'} of them"
     if worse:
         text += "; " + ", ".join(f"{s.label} is worse by {rounded(-s.difference, s.difference_se)}" for s in worse)
     if comparison.in_sample:
