@@ -20,10 +20,10 @@ def markup(latex: str, *, block: bool) -> str:
         ValueError: if a command is not known, which the converter would pass through as text.
     """
     if block and ("\\\\" in latex or "&" in latex) and "\\begin" not in latex:
-        latex = rf"\begin{{aligned}}{latex}\end{{aligned}}"
+        latex = rf"\begin{{split}}{latex}\end{{split}}"
     latex = re.sub(r"\\arg\b", r"\\operatorname{arg}", latex)  # the one usual name that the converter lacks
     text = convert(latex, display="block" if block else "inline")
-    if "\\" in text:
+    if "\\" in text or "<mi>&</mi>" in text:
         raise ValueError(f"a command that the converter does not know: {latex}")
     return text
 
