@@ -81,7 +81,8 @@ def by_hand(parts: Any, x: Tensor, y: Tensor, noise: Tensor, beta: float = 1.0) 
 def test_the_bound_of_m2_is_the_sum_over_labels_by_hand(beta: float) -> None:
     """Labelled and unlabelled rows alone and mixed, at equal draws of z: one for each label of each row."""
     data, _ = clusters(12)
-    with Played(m2(6, classes=2, latent=2, hidden=(5,), alpha=0.0), data, ELBO(beta=beta)) as (game, dataset, parts):
+    recipe = m2(6, classes=2, latent=2, hidden=(5,), alpha=0.0, activation="tanh")
+    with Played(recipe, data, ELBO(beta=beta)) as (game, dataset, parts):
         for chosen in (range(12), range(4), range(4, 9)):
             rows = torch.tensor(list(chosen))
             torch.manual_seed(5)
@@ -91,7 +92,7 @@ def test_the_bound_of_m2_is_the_sum_over_labels_by_hand(beta: float) -> None:
             expected = by_hand(parts, data["x"][rows], data["y"][rows], noise, beta).mean()
             assert found == pytest.approx(float(expected), abs=1e-10)
             other = by_hand(parts, data["x"][rows], 1 - data["y"][rows].clamp(min=0), noise, beta).mean()
-            assert abs(found - float(other)) > 0.01, "labels matter, by far more than the tolerance above"
+            assert abs(found - float(other)) > 0.1, "labels matter"
 
 
 def test_a_labelled_row_contributes_its_label_and_the_bound_given_it() -> None:
