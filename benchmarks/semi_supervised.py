@@ -136,8 +136,8 @@ def _written(errors: dict[str, dict[int, list[float]]], seconds: dict[str, float
         f"alpha {ALPHA}; labelled rows repeated until there are {LABELLED['M2']} and "
         f"{LABELLED['M1+M2']} of them. The paper trained M1+M2 for 3000 epochs with alpha 0.1. "
         "The settings were chosen by test error on the first two draws of 100 labels, which flatters these: after 17 "
-        "trials of M1+M2 and 8 of M2 on hand-written copies, and one setting of M1+M2 run here and given up (M1 of grey rows, "
-        f"inactive units kept: 5.13 and 6.09). {_untouched(errors)}\n\n"
+        "trials of M1+M2 and 8 of M2 on hand-written copies, and one setting of M1+M2 run here and given up (M1 of "
+        f"grey rows, inactive units kept: 5.13 and 6.09). {_untouched(errors)}\n\n"
         + table(["", *(f"{labels} labels" for labels in errors["M2"])], rows)
         + f"\n\nTraining took {seconds['M1'] / 60:.0f} min (M1), {seconds['M2'] / 60:.0f} min (M2, all runs) and "
         f"{seconds['M1+M2'] / 60:.0f} min (M1+M2, all runs).\n"
