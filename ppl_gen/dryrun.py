@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -36,6 +36,7 @@ class Site:
     support: Any
     improper: bool = False
     averaged: bool = True  # has a mean, which carries gradients where draws do not
+    point: bool = False  # of a guide: always the same value, whatever else the guide draws
 
     @property
     def latent(self) -> bool:
@@ -127,6 +128,7 @@ def dry_run(program: Program, batch: Batch, *, guide: Callable[..., Any] | None 
     if guide is not None:
         guide_trace = _traced(filtered(guide), batch, program, what="guide")
         guide_sites = {name: _site(name, node, program.data_plate) for name, node in sample_nodes(guide_trace)}
+        guide_sites = _with_points(guide_sites, guide_trace, lambda: _traced(filtered(guide), batch, program, "guide"))
         auxiliary = {name for name, node in guide_trace.nodes.items() if node.get("infer", {}).get("is_auxiliary")}
         check_match(program, sites, {k: v for k, v in guide_sites.items() if k not in auxiliary})
         guide_frames = [f for _, node in sample_nodes(guide_trace) for f in node["cond_indep_stack"] if f.vectorized]
@@ -172,6 +174,25 @@ def _site(name: str, node: dict[str, Any], data_plate: str) -> Site:
         improper=isinstance(base, dist.ImproperUniform) and kind == "latent",
         averaged=type(base).mean is not torch.distributions.Distribution.mean,
     )
+
+
+def _with_points(sites: dict[str, Site], first: poutine.Trace, again: Callable[[], poutine.Trace]) -> dict[str, Site]:
+    """Mark the Deltas of a guide that are point masses: those at a value that no other run of the guide changes.
+
+    Autoguides put a Delta at every site whose value they made of a draw at an auxiliary site; these move with it.
+    """
+    still = {name for name, site in sites.items() if site.likelihood_free}
+    drawn = [site for name, site in sites.items() if name not in still]
+    # Two runs tell continuous draws apart; draws of finite sites often coincide.
+    for _ in range((5 if any(site.discrete for site in drawn) else 1) if drawn and still else 0):
+        other = again()
+        still = {n for n in still if n in other and _same(first.nodes[n]["value"], other.nodes[n]["value"])}
+    return {name: replace(site, point=name in still) for name, site in sites.items()}
+
+
+def _same(one: Any, other: Any) -> bool:
+    one, other = torch.as_tensor(one), torch.as_tensor(other)
+    return one.shape == other.shape and bool(torch.equal(one, other))
 
 
 def _has_support(fn: Any) -> bool:

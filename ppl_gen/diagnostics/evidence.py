@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.diagnostics.densities import densities
+from ppl_gen.diagnostics.weighed import weighed_draws
 from ppl_gen.diagnostics.weighing import WeightQuality
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.inference.objectives.particles import can_vectorise, log_weights_in_chunks
@@ -254,44 +255,10 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
     require_whole("draws", draws)
     require_whole("particles", particles)
     with fit.bound(seed):
-        weights = joint_log_weights(fit, draws, particles)
+        weights = weighed_draws(fit, draws, particles).log_weights
     n = len(weights)
     value = torch.logsumexp(weights, 0) - math.log(n)
     relative = (weights - weights.max()).exp()
     error = float(relative.std() / relative.mean() / math.sqrt(n)) if n > 1 else 0.0
     k = pareto_k(weights.numpy()) if n >= 50 else None
     return Evidence(float(value), 0.0, error, 1, f"importance weighted, {n} draws", False, value.reshape(1), k)
-
-
-def joint_log_weights(fit: Fit, draws: int, particles: int = 1) -> Tensor:
-    """log p(x, theta_s) - log q(theta_s) at draws of the guide, locals integrated; inside ``fit.bound()``."""
-    from pyro import poutine
-
-    from ppl_gen.inference.objectives.tracing import is_sample
-
-    info, batch = fit.info, fit.data.batch()
-    guided = set(info.guide_sites or {})
-    outside, log_q = [], []
-    for _ in range(draws):
-        once = poutine.trace(fit.guide).get_trace(*batch.args, **batch.kwargs)
-        sites = {n: s for n, s in once.nodes.items() if is_sample(s) and not _in_plate(s, info.data_plate)}
-        outside.append({name: site["value"] for name, site in sites.items()})
-        log_q.append(sum((s["fn"].log_prob(s["value"]).sum() for s in sites.values()), torch.zeros(())))
-    if not any(site.local and site.name in guided for site in info.select()):
-        known = [{name: value for name, value in draw.items() if name in info.sites} for draw in outside]
-        rows, prior = densities(fit, batch, known)
-        return (rows.sum(-1) + prior - torch.stack(log_q)).double().cpu()
-    sums = tuple(name for name in info.finite_latents if name not in guided)
-    vectorise = can_vectorise(fit.program.model, fit.guide, info, batch, sums)
-    result = []
-    for values in outside:
-        w = log_weights_in_chunks(
-            fit.program.model, fit.guide, info, batch, particles, values=values, sums=sums, vectorise=vectorise
-        )
-        inside = 0.0 if w.rows is None else (torch.logsumexp(w.rows, 0) - math.log(particles)).sum()
-        result.append(torch.as_tensor(w.globals + inside).double())
-    return torch.stack(result).cpu()
-
-
-def _in_plate(site: dict[str, Any], plate: str | None) -> bool:
-    return any(frame.name == plate for frame in site["cond_indep_stack"])

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.bridge import az_summary, to_tree
-from ppl_gen.diagnostics.evidence import joint_log_weights
 from ppl_gen.diagnostics.export import affordable_rows, latent_summary_names, posterior_groups
 from ppl_gen.diagnostics.psis import pareto_k, pareto_k_rows, pareto_k_threshold, row_subset
 from ppl_gen.diagnostics.summary import loss_trend, verdict_chains, verdict_point, verdict_variational
+from ppl_gen.diagnostics.weighed import weighed_draws
 from ppl_gen.errors import require_whole
 from ppl_gen.inference.objectives.particles import can_vectorise, log_weights_in_chunks
 from ppl_gen.posterior import ChainPosterior
@@ -130,7 +130,8 @@ def _k_hats(fit: Fit, draws: int, seed: int | None) -> tuple[float | None, np.nd
     joint: float | None = None
     if any(not site.local for site in guided) or not local or _whole_vector(fit):
         with fit.bound(seed):
-            joint = float(pareto_k(joint_log_weights(fit, draws, 1 if _whole_vector(fit) else 20).numpy()))
+            weighed = weighed_draws(fit, draws, 1 if _whole_vector(fit) else 20)
+            joint = float(pareto_k(weighed.log_weights.numpy()))
     if not local or _whole_vector(fit):
         return joint, None, threshold
     with fit.bound(seed):

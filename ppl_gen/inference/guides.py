@@ -11,12 +11,13 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_feasible, init_to_value
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.base import Run
 from ppl_gen.isolation import copied, looking, revived
 from ppl_gen.program import filtered
 
-__all__ = ["as_whole", "is_auto", "refuse_row_parameters", "resolved_guide"]
+__all__ = ["as_whole", "is_auto", "point_sites", "refuse_row_parameters", "resolved_guide"]
 
 
 def resolved_guide(run: Run) -> Callable[..., Any] | None:
@@ -43,6 +44,16 @@ def resolved_guide(run: Run) -> Callable[..., Any] | None:
     if isinstance(guide, torch.nn.Module):
         return guide
     return filtered(guide)
+
+
+def point_sites(info: ProgramInfo, *, local: bool | None = None) -> list[str]:
+    """Names of the latent sites that the guide puts at one value: no draws, no density, no uncertainty.
+
+    ``local`` selects sites inside (True) or outside (False) the data plate. Deltas at a value that an autoguide made
+    of a draw at an auxiliary site are none.
+    """
+    guided = info.guide_sites or {}
+    return [site.name for site in info.select(local=local) if site.name in guided and guided[site.name].point]
 
 
 def is_auto(guide: Any) -> bool:
