@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import xarray
 
     from ppl_gen.diagnostics.evidence import Evidence
+    from ppl_gen.diagnostics.verdicts import Verdict
 
 __all__ = ["Fit", "Status"]
 
@@ -203,9 +204,23 @@ class Fit:
 
         Chains get R-hat and ESS; variational draws get ``attrs["pareto_k"]`` (and one per row where latents are local).
         """
-        from ppl_gen.diagnostics.verdict import diagnose
+        from ppl_gen.diagnostics.diagnosis import diagnose
 
         return diagnose(self, draws=draws, seed=seed)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether to trust the fit: ``grade``, ``reason`` and ``advice``, as `diagnose` finds them; computed once.
+
+        >>> import torch, ppl_gen as pg
+        >>> from ppl_gen.inference import EM
+        >>> from ppl_gen.models import ppca
+        >>> pg.fit(ppca(2, latent=1), torch.randn(50, 2), EM(), seed=0).verdict.grade
+        'trust'
+        """
+        from ppl_gen.diagnostics.diagnosis import verdict
+
+        return verdict(self)
 
     def save(self, path: str | Path) -> Path:
         """Write a folder (weights in safetensors, the rest JSON and netCDF; no pickle), atomically."""

@@ -15,7 +15,7 @@ import pytest
 
 import ppl_gen.diagnostics.bridge as bridge
 from ppl_gen.diagnostics.bridge import group, group_names, read_tree, to_tree, write_tree
-from ppl_gen.diagnostics.summary import verdict_chains
+from ppl_gen.diagnostics.verdicts import Verdict, verdict_chains
 
 OLD = bridge._legacy()
 ROOT = Path(bridge.__file__).parents[2]
@@ -277,7 +277,7 @@ def test_arviz_notice_is_silenced_where_it_is_due(tmp_path):
 
 def test_import_of_the_bridge_loads_nothing_heavy():
     code = "import sys; before = set(sys.modules); import ppl_gen.diagnostics.bridge, ppl_gen.diagnostics.psis, " + (
-        "ppl_gen.diagnostics.summary; print(sorted({'arviz', 'xarray', 'pandas', 'matplotlib'} & set(sys.modules)))"
+        "ppl_gen.diagnostics.verdicts; print(sorted({'arviz', 'xarray', 'pandas', 'matplotlib'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -315,12 +315,12 @@ def table(**changes):
 )
 def test_each_rule_on_chains(changes, counts, start, words):
     counts = {"divergences": 0, "chains": 4, **counts}
-    said = verdict_chains(table(**changes), counts.pop("divergences"), 4000, **counts)
+    said = str(verdict_chains(table(**changes), counts.pop("divergences"), 4000, **counts))
     assert said.startswith(start + ": ") and words in said and said.endswith(".")
 
 
 def test_the_worst_finding_speaks_first():
-    said = verdict_chains(table(r_hat=1.3, ess_bulk=200.0), 2, 4000, chains=4, saturated=1)
+    said = str(verdict_chains(table(r_hat=1.3, ess_bulk=200.0), 2, 4000, chains=4, saturated=1))
     assert said.startswith("do not trust: the chains disagree on tau (r_hat 1.30")
     assert "and 2 more. Run a longer warm-up" in said
 
@@ -329,7 +329,7 @@ def test_chains_that_stand_still_are_not_trusted():
     """All at one point (nothing varies), or each at a point of its own (no spread within a chain)."""
     for place in (np.zeros(4), np.arange(4.0)):
         tree = to_tree({"posterior": {"z": np.repeat(place[:, None], 200, axis=1)}})
-        said = verdict_chains(bridge.az_summary(tree, chains=True), 0, 800, chains=4)
+        said = str(verdict_chains(bridge.az_summary(tree, chains=True), 0, 800, chains=4))
         assert said.startswith("do not trust: "), said
 
 
@@ -344,9 +344,9 @@ def test_verdict_reads_the_real_table():
     """From draws to the sentence: four equal chains are trusted, the same with one chain moved by 1 sd are not."""
     rng = np.random.default_rng(6)
     draws = rng.normal(size=(4, 1000))
-    good = verdict_chains(bridge.az_summary(to_tree({"posterior": {"z": draws}}), chains=True), 0, 4000, chains=4)
+    good = str(verdict_chains(bridge.az_summary(to_tree({"posterior": {"z": draws}}), chains=True), 0, 4000, chains=4))
     draws[0] += 1.0
-    bad = verdict_chains(bridge.az_summary(to_tree({"posterior": {"z": draws}}), chains=True), 0, 4000, chains=4)
+    bad = str(verdict_chains(bridge.az_summary(to_tree({"posterior": {"z": draws}}), chains=True), 0, 4000, chains=4))
     assert good.startswith("trust: ") and bad.startswith("do not trust: ")
 
 
@@ -354,3 +354,15 @@ def test_version_switch_matches_what_is_installed():
     assert OLD == bridge._arviz().__version__.startswith("0.")
     name = type(to_tree({"prior": {"z": np.zeros((1, 2))}})).__name__
     assert name == ("InferenceData" if OLD else "DataTree")
+
+
+def test_a_verdict_is_a_value():
+    """Grade, reason and advice are fields, and the text is made of them."""
+    said = verdict_chains(table(r_hat=1.3), 0, 4000, chains=4)
+    assert said.grade == "do not trust" and not said.trusted
+    assert str(said) == f"do not trust: {said.reason}. {said.advice}."
+    assert said.reason.startswith("the chains disagree on tau (r_hat 1.30") and said.advice.startswith("Run a longer")
+    fine = verdict_chains(table(), 0, 4000, chains=4)
+    assert fine.trusted and fine.advice == "" and str(fine) == f"trust: {fine.reason}."
+    with pytest.raises(ValueError, match="grade: expected one of trust, doubtful, do not trust, got 'good'"):
+        Verdict("good", "it is")

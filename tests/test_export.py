@@ -82,7 +82,9 @@ def test_a_guide_at_the_posterior_is_trusted_and_a_narrow_one_is_not():
         return guide
 
     tiny = SVI(steps=1, lr=1e-9)
-    good = pg.fit(pg.Program(conjugate, guide_of(1.0)), X, tiny, seed=0).diagnose()
+    exact_fit = pg.fit(pg.Program(conjugate, guide_of(1.0)), X, tiny, seed=0)
+    good = exact_fit.diagnose()
+    assert str(exact_fit.verdict) == good.attrs["verdict"] and exact_fit.verdict is exact_fit.verdict
     assert good.attrs["pareto_k"] < 0.3 and good.attrs["verdict"].startswith("trust")
     # The ratio of a normal to one of a fifth of its width has a tail of shape k = 1 - 1/25 (proposal variance ratio).
     bad = pg.fit(pg.Program(conjugate, guide_of(0.2)), X, tiny, seed=0).diagnose()

@@ -16,7 +16,7 @@ from ppl_gen.diagnostics.psis import (
     row_subset,
     smoothed_weights,
 )
-from ppl_gen.diagnostics.summary import loss_trend, verdict_point, verdict_variational
+from ppl_gen.diagnostics.verdicts import loss_trend, verdict_point, verdict_variational
 
 
 def pareto_log_ratios(k, shape, seed):
@@ -156,7 +156,7 @@ def test_zero_weights_are_kept():
 def test_hopeless_weights_are_infinite_never_good(ratios):
     k = pareto_k(ratios)
     assert k == math.inf
-    assert verdict_variational(k, None, pareto_k_threshold(100)).startswith("do not trust: ")
+    assert str(verdict_variational(k, None, pareto_k_threshold(100))).startswith("do not trust: ")
 
 
 def test_huge_spread_is_not_mistaken_for_ties():
@@ -298,13 +298,13 @@ def test_loss_trend_edges():
     ],
 )
 def test_each_rule_on_guides(joint, rows, trend, start, words):
-    said = verdict_variational(joint, rows, 2 / 3, trend=trend)
+    said = str(verdict_variational(joint, rows, 2 / 3, trend=trend))
     assert said.startswith(start + ": ") and words in said and said.endswith(".")
 
 
 def test_more_draws_are_asked_for_where_they_would_do():
     """k = 0.6 is above the threshold of 100 draws and below that of the number that is asked for."""
-    said = verdict_variational(0.6, None, pareto_k_threshold(100))
+    said = str(verdict_variational(0.6, None, pareto_k_threshold(100)))
     assert "about 400 draws" in said and pareto_k_threshold(400) > 0.6 > pareto_k_threshold(100)
 
 
@@ -329,7 +329,7 @@ def test_a_guide_without_k_is_refused():
     ],
 )
 def test_each_rule_on_points(converged, options, start, words):
-    said = verdict_point(converged, **options)
+    said = str(verdict_point(converged, **options))
     assert said.startswith(start + ": ") and words in said and said.endswith(".")
 
 
@@ -338,5 +338,5 @@ def test_real_guides_get_the_right_verdict():
     threshold = pareto_k_threshold(4000)
     wide = pareto_k(normal_log_ratios(1.5, 4000, seed=15))
     narrow = pareto_k_rows(normal_log_ratios(0.1, (4000, 50), seed=16))
-    assert verdict_variational(wide, None, threshold).startswith("trust: ")
-    assert not verdict_variational(None, narrow, threshold).startswith("trust: ")
+    assert str(verdict_variational(wide, None, threshold)).startswith("trust: ")
+    assert not str(verdict_variational(None, narrow, threshold)).startswith("trust: ")

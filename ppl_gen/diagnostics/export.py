@@ -216,7 +216,7 @@ def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any], seed: int |
 
 
 def _add_k_hats(fit: Fit, count: int, attrs: dict[str, Any]) -> None:
-    from ppl_gen.diagnostics.verdict import k_hats  # which reads the posterior groups of this module
+    from ppl_gen.diagnostics.diagnosis import k_hats  # which reads the posterior groups of this module
 
     joint, rows, _ = k_hats(fit, count)
     attrs["pareto_k"] = joint if joint is not None else float("nan")

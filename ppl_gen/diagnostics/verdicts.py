@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["loss_trend", "verdict_chains", "verdict_point", "verdict_variational"]
+__all__ = ["Verdict", "loss_trend", "verdict_chains", "verdict_point", "verdict_variational"]
 
 _GRADES = ("trust", "doubtful", "do not trust")
 _Finding = tuple[int, str, str]  # grade, what was found, what to do next
@@ -25,7 +26,37 @@ _TREND, _CHANGE = 4.0, 0.01  # standard errors; nats per row
 _MIN_LOSSES, _BATCHES = 40, 20
 
 
-def verdict_chains(summary: pandas.DataFrame, divergences: int, draws: int, *, chains: int, saturated: int = 0) -> str:
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a fit can be trusted: a grade, what it rests on, and what to try next.
+
+    ``grade`` is "trust", "doubtful" or "do not trust"; ``reason`` what was found, worst first, or what speaks for the
+    fit; ``advice`` what to do about the worst of it, empty where nothing was found. As text, it is one sentence or two.
+
+    >>> print(Verdict("doubtful", "the loss was still falling", "Run more steps"))
+    doubtful: the loss was still falling. Run more steps.
+    """
+
+    grade: str
+    reason: str
+    advice: str = ""
+
+    def __post_init__(self) -> None:
+        if self.grade not in _GRADES:
+            raise ValueError(f"grade: expected one of {', '.join(_GRADES)}, got {self.grade!r}")
+
+    def __str__(self) -> str:
+        return f"{self.grade}: {self.reason}.{f' {self.advice}.' if self.advice else ''}"
+
+    @property
+    def trusted(self) -> bool:
+        """Whether no fault was found."""
+        return self.grade == _GRADES[0]
+
+
+def verdict_chains(
+    summary: pandas.DataFrame, divergences: int, draws: int, *, chains: int, saturated: int = 0
+) -> Verdict:
     """Judge Markov chains by agreement, effective sample size, divergences and tree depth.
 
     ``summary`` is `az_summary(..., chains=True)`; ``draws`` counts the kept draws of all chains together,
@@ -39,8 +70,8 @@ def verdict_chains(summary: pandas.DataFrame, divergences: int, draws: int, *, c
 
     >>> import pandas
     >>> frame = pandas.DataFrame({"mean": 0.1, "sd": 1.0, "r_hat": 1.002, "ess_bulk": 900.0, "ess_tail": 700.0}, ["mu"])
-    >>> verdict_chains(frame, 0, 4000, chains=4)
-    'trust: 4 chains agree (largest r_hat 1.002, smallest effective sample size 700) and no draw diverged.'
+    >>> print(verdict_chains(frame, 0, 4000, chains=4))
+    trust: 4 chains agree (largest r_hat 1.002, smallest effective sample size 700) and no draw diverged.
     """
     lacking = [name for name in ("mean", "sd", "r_hat", "ess_bulk", "ess_tail") if name not in summary.columns]
     if lacking:
@@ -65,7 +96,7 @@ def verdict_chains(summary: pandas.DataFrame, divergences: int, draws: int, *, c
         findings.append((2, "no quantity varies: the chains did not move", "Start elsewhere, or use smaller steps"))
     findings += _trouble(divergences, saturated, draws)
     worst, least = varying["r_hat"].max(), varying[["ess_bulk", "ess_tail"]].min().min()
-    return _sentence(
+    return _verdict(
         findings,
         f"{chains} chains agree (largest r_hat {worst:.3f}, smallest effective sample size {least:.0f}) "
         "and no draw diverged",
@@ -111,7 +142,7 @@ def verdict_variational(
     threshold: float,
     *,
     trend: tuple[float, float] | None = None,
-) -> str:
+) -> Verdict:
     """Judge a guide by k-hat, joint for global latents and per row for local ones, and by the trend of its loss.
 
     ``k_joint`` and ``k_rows`` (shape (rows,)) come from `pareto_k` and `pareto_k_rows`, None where the program has no
@@ -123,8 +154,8 @@ def verdict_variational(
 
     Raises ValueError where both k-hats are missing: a fit without random latents is a point (`verdict_point`).
 
-    >>> verdict_variational(0.31, None, 0.667)
-    'trust: the guide is close to the posterior (k-hat 0.31, below 0.67).'
+    >>> print(verdict_variational(0.31, None, 0.667))
+    trust: the guide is close to the posterior (k-hat 0.31, below 0.67).
     >>> print(verdict_variational(0.8, None, 0.7))
     doubtful: the guide is a poor approximation of the posterior (k-hat 0.80, expected below 0.70); \
 this need not mean that the program is wrong. Use a richer guide (full covariance, a flow) or check against NUTS.
@@ -142,7 +173,7 @@ this need not mean that the program is wrong. Use a richer guide (full covarianc
         findings += _guide_rows(rows, threshold)
         good.append(f"k-hat below {threshold:.2f} in {np.mean(rows <= threshold):.0%} of {rows.size} rows")
     findings += _moving(trend)
-    return _sentence(findings, f"the guide is close to the posterior ({' and '.join(good)})")
+    return _verdict(findings, f"the guide is close to the posterior ({' and '.join(good)})")
 
 
 def _guide(k: float, threshold: float) -> list[_Finding]:
@@ -182,15 +213,15 @@ def _moving(trend: tuple[float, float] | None) -> list[_Finding]:
 
 def verdict_point(
     converged: bool, *, trend: tuple[float, float] | None = None, restarts: int = 1, implicit: bool = False
-) -> str:
+) -> Verdict:
     """Judge a point estimate (EM, MAP, maximum likelihood, the generator of a game): has it settled?
 
     ``converged`` says whether the algorithm's own criterion was met, ``trend`` comes from `loss_trend`, ``restarts``
     counts the starts it was the best of. ``implicit=True`` is for programs without a density: the losses of a game
     measure the players against each other, so they cannot show that the program is right.
 
-    >>> verdict_point(True, restarts=5)
-    'trust: the optimum was reached (best of 5 starts); it is a point and carries no uncertainty.'
+    >>> print(verdict_point(True, restarts=5))
+    trust: the optimum was reached (best of 5 starts); it is a point and carries no uncertainty.
     """
     if restarts < 1:
         raise ValueError(f"restarts: expected at least 1 start, got {restarts}")
@@ -205,16 +236,16 @@ def verdict_point(
         findings.append((1, "the run ended before its own criterion of convergence was met", "Run more steps"))
     reached = "the optimum was reached" if converged else "the loss had settled"
     starts = f" (best of {restarts} starts)" if restarts > 1 else " (from one start: others may end elsewhere)"
-    return _sentence(findings, f"{reached}{starts}; it is a point and carries no uncertainty")
+    return _verdict(findings, f"{reached}{starts}; it is a point and carries no uncertainty")
 
 
-def _sentence(findings: list[_Finding], good: str) -> str:
+def _verdict(findings: list[_Finding], good: str) -> Verdict:
     """The two worst findings and what to do about the worst, or what speaks for the fit."""
     if not findings:
-        return f"{_GRADES[0]}: {good}."
+        return Verdict(_GRADES[0], good)
     worst = sorted(findings, key=lambda finding: -finding[0])
     more = f"; and {len(worst) - 2} more" if len(worst) > 2 else ""
-    return f"{_GRADES[worst[0][0]]}: {'; '.join(found for _, found, _ in worst[:2])}{more}. {worst[0][2]}."
+    return Verdict(_GRADES[worst[0][0]], "; ".join(found for _, found, _ in worst[:2]) + more, worst[0][2])
 
 
 def loss_trend(losses: Any) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.bridge import az_summary, to_tree
 from ppl_gen.diagnostics.export import affordable_rows, latent_summary_names, posterior_groups
 from ppl_gen.diagnostics.psis import pareto_k, pareto_k_rows, pareto_k_threshold, row_subset
-from ppl_gen.diagnostics.summary import loss_trend, verdict_chains, verdict_point, verdict_variational
+from ppl_gen.diagnostics.verdicts import loss_trend, verdict_chains, verdict_point, verdict_variational
 from ppl_gen.diagnostics.weighed import weighed_draws
 from ppl_gen.errors import require_whole
 from ppl_gen.inference.objectives.particles import can_vectorise, log_weights_in_chunks
@@ -23,16 +23,36 @@ from ppl_gen.predictive import global_draws
 if TYPE_CHECKING:
     import pandas
 
+    from ppl_gen.diagnostics.verdicts import Verdict
     from ppl_gen.result import Fit
 
-__all__ = ["diagnose", "k_hats"]
+__all__ = ["diagnose", "k_hats", "verdict"]
 
 MAX_ROWS = 200  # rows whose k-hat a verdict looks at: the share of bad rows is then known to 0.035
 
 
-def diagnose(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> pandas.DataFrame:
+DRAWS = 1000
+
+
+def verdict(fit: Fit) -> Verdict:
+    """See `Fit.verdict`: computed by the first question, and kept."""
+    if "verdict" not in fit.computed:
+        fit.computed["verdict"] = _diagnosed(fit, DRAWS, None)[1]
+    found: Verdict = fit.computed["verdict"]
+    return found
+
+
+def diagnose(fit: Fit, *, draws: int = DRAWS, seed: int | None = None) -> pandas.DataFrame:
     """See `Fit.diagnose`; ``attrs`` also holds ``pareto_k_rows`` and ``pareto_k_threshold`` where they apply."""
     require_whole("draws", draws)
+    frame, found = _diagnosed(fit, draws, seed)
+    frame.attrs["verdict"] = str(found)
+    if (draws, seed) == (DRAWS, None):
+        fit.computed["verdict"] = found
+    return frame
+
+
+def _diagnosed(fit: Fit, draws: int, seed: int | None) -> tuple[pandas.DataFrame, Verdict]:
     with fit.bound(seed):
         groups, _ = posterior_groups(affordable_rows(fit, draws), draws)
     posterior = {k: v for k, v in groups["posterior"].items() if k in latent_summary_names(fit)}
@@ -51,38 +71,39 @@ def _frame(posterior: dict[str, np.ndarray], *, chains: bool) -> pandas.DataFram
     return az_summary(to_tree({"posterior": posterior}), chains=chains)
 
 
-def _chains(fit: Fit, posterior: dict[str, np.ndarray], learned: ChainPosterior) -> pandas.DataFrame:
+def _chains(fit: Fit, posterior: dict[str, np.ndarray], learned: ChainPosterior) -> tuple[pandas.DataFrame, Verdict]:
     frame = _frame(posterior, chains=True)
     stats = {name: value.cpu().numpy() for name, value in learned.stats.items()}
     diverging = int(np.sum(stats["diverging"])) if "diverging" in stats else 0
     saturated = int(np.sum(stats["reached_max_treedepth"])) if "reached_max_treedepth" in stats else 0
     total = int(np.prod(next(iter(learned.draws.values())).shape[:2]))
-    frame.attrs["verdict"] = verdict_chains(frame, diverging, total, chains=learned.chains, saturated=saturated)
     frame.attrs["divergences"] = diverging
     frame.attrs["pareto_k"] = math.nan
-    return frame
+    return frame, verdict_chains(frame, diverging, total, chains=learned.chains, saturated=saturated)
 
 
-def _variational(fit: Fit, posterior: dict[str, np.ndarray], draws: int, seed: int | None) -> pandas.DataFrame:
+def _variational(
+    fit: Fit, posterior: dict[str, np.ndarray], draws: int, seed: int | None
+) -> tuple[pandas.DataFrame, Verdict]:
     joint, rows, threshold = k_hats(fit, draws, seed)
     frame = _frame(posterior, chains=False)
     trend = _trend(fit)
     if _all_points(fit):
-        frame.attrs["verdict"] = verdict_point(str(fit.status) == "converged", trend=trend)
+        found = verdict_point(str(fit.status) == "converged", trend=trend)
     else:
-        frame.attrs["verdict"] = verdict_variational(joint, rows, threshold, trend=trend)
+        found = verdict_variational(joint, rows, threshold, trend=trend)
     frame.attrs["pareto_k"] = math.nan if joint is None else joint
     if rows is not None:
         frame.attrs["pareto_k_rows"] = rows
     frame.attrs["pareto_k_threshold"] = threshold
-    return frame
+    return frame, found
 
 
 def _all_points(fit: Fit) -> bool:
     return all(site.likelihood_free for site in (fit.info.guide_sites or {}).values())
 
 
-def _point(fit: Fit, posterior: dict[str, np.ndarray]) -> pandas.DataFrame:
+def _point(fit: Fit, posterior: dict[str, np.ndarray]) -> tuple[pandas.DataFrame, Verdict]:
     import pandas
 
     values = posterior or {
@@ -96,11 +117,10 @@ def _point(fit: Fit, posterior: dict[str, np.ndarray]) -> pandas.DataFrame:
     frame = pandas.DataFrame({"mean": pandas.Series(rows, dtype=float), "sd": pandas.Series(0.0, index=list(rows))})
     implicit = "density" not in fit.info.offers
     restarts = int(fit.cost.get("restarts", 1))
-    frame.attrs["verdict"] = verdict_point(
+    frame.attrs["pareto_k"] = math.nan
+    return frame, verdict_point(
         str(fit.status) == "converged", trend=_trend(fit), restarts=max(1, restarts), implicit=implicit
     )
-    frame.attrs["pareto_k"] = math.nan
-    return frame
 
 
 def _trend(fit: Fit) -> tuple[float, float] | None:
