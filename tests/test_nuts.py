@@ -309,6 +309,10 @@ def test_starts_lie_within_the_jitter_of_the_programs_values(double: None) -> No
     assert float((points[:, 1] - math.log(50.0)).abs().max()) <= 0.1 and float(points[:, 1].std()) > 0.02
     assert float((points[:, 2:] - parts["shares"]).abs().max()) <= 0.1
     assert float(points[:, 0].abs().max()) <= 2.0 and float(points[:, 0].std()) > 0.5
+    wide = torch.stack([starting_point(function, parts, None) for _ in range(20)])
+    assert float((wide[:, 1] - math.log(50.0)).abs().max()) <= 2.0 and float(wide[:, 1].std()) > 0.5
+    across = torch.stack([starting_point(function, parts, None, point) for point in wide])
+    assert bool((across.sign() == -wide.sign()).all()) and bool(((across.abs() >= 1) & (across.abs() <= 2)).all())
     exact = starting_point(function, parts, 0.0)
     assert torch.allclose(function.values(exact)[2], start["shares"], atol=1e-12)
     assert "loc" not in function.parts_of({"loc": torch.tensor(float("inf"))})
@@ -323,6 +327,48 @@ def test_continues_from_a_fit_that_found_points() -> None:
     fit = pg.fit(recipe, VALUES, nuts, seed=0, start=em)
     assert em.point is not None
     assert float((fit.learned.draws["loc"] - em.point["loc"]).abs().max()) < 1.5, "one short step from where EM ended"
+
+
+def two_modes(x):
+    t = pyro.sample("t", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(t**2, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("start", [None, lambda: {"t": torch.tensor(2.0)}], ids=["no start", "start in one mode"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_chains_do_not_agree_on_one_of_two_modes(start, seed) -> None:
+    """x near 4, so that t is near 2 or -2, with a barrier of 8 rows * 4^2 / 2 = 64 nats: no chain crosses it."""
+    x = 4.0 + VALUES - VALUES.mean()
+    program = pg.Program(two_modes, start=start)
+    fit = pg.fit(program, x, NUTS(draws=60, warmup=60, chains=4, processes=1), seed=seed)
+    means = fit.learned.draws["t"].mean(1)
+    assert bool((means.abs() - 2.0).abs().max() < 0.2)
+    assert bool((means > 0).any()) and bool((means < 0).any()), "both modes are seen"
+    assert fit.diagnose()["r_hat"].max() > 1.1 and "starts" not in fit.notes
+    assert fit.diagnose().attrs["verdict"].startswith("do not trust")
+
+
+def narrow(x):
+    """A density that is zero beyond 0.03 of t = 30."""
+    t = pyro.sample("t", dist.Normal(0.0, 30.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Uniform(t - 0.03, t + 0.03, validate_args=False), obs=0.0 * x + 30.0)
+
+
+def test_chains_that_begin_together_say_so() -> None:
+    near = pg.Program(two_modes, start=lambda: {"t": torch.tensor(2.0)})
+    only = pg.Program(narrow, start=lambda: {"t": torch.tensor(30.0)})
+    mixed = pg.Program(mixture, start=lambda: {"loc": torch.tensor([-1.0, 1.0])})
+    ended = pg.fit(mixed, VALUES, EM(prior=True, steps=20), seed=0)
+    few = {"draws": 5, "warmup": 5, "processes": 1}
+    for program, jitter, start in [(near, 0.1, None), (mixed, 0.1, ended), (only, None, None)]:
+        note = pg.fit(program, VALUES, NUTS(chains=4, jitter=jitter, **few), seed=0, start=start).notes["starts"]
+        assert "all 4 chains" in note and "could not disagree" in note
+        assert ("leave out jitter" in note) == (jitter is not None)
+        alone = pg.fit(program, VALUES, NUTS(chains=1, jitter=jitter, **few), seed=0, start=start)
+        assert "starts" not in alone.notes, "a single chain has a verdict of its own"
+    assert "in weight, loc" in pg.fit(mixed, VALUES, NUTS(chains=2, jitter=0.1, **few), start=ended).notes["starts"]
 
 
 def test_no_starting_point_names_the_sites() -> None:

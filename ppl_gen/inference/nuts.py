@@ -17,7 +17,7 @@ from ppl_gen.inference.base import Algorithm, Outcome, Run
 from ppl_gen.inference.chains import one_thread, run_chains, workers
 from ppl_gen.inference.nuts_kernel import Chain, Table
 from ppl_gen.inference.tape import Recording, RecordingRefused, record_checked
-from ppl_gen.inference.unconstrained import Unconstrained, starting_point
+from ppl_gen.inference.unconstrained import NEAR, Unconstrained, starting_point
 from ppl_gen.isolation import isolated
 from ppl_gen.offers import Need
 from ppl_gen.posterior import ChainPosterior
@@ -26,6 +26,7 @@ __all__ = ["NUTS"]
 
 _TREE_SECONDS = 3e-4  # Pyro's own work per gradient (measured), and about so many gradients an iteration
 _TREE_STEPS = 10
+_DISPERSED = 1.0  # in unconstrained units: logs of scales, logits of shares
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,11 @@ class NUTS(Algorithm):
     processes, the density replayed from a recording where the program allows it. The draws depend on the seed alone,
     not on the number of processes. Ctrl-C keeps what was drawn.
 
-    The posterior of a program with several modes, or with exchangeable parts, is not found by any chain that starts in
-    one of them: look at R-hat in `Fit.diagnose`, and let the program offer `relabel`.
+    Chains agree about a mode that all of them began in, so they begin dispersed. Of every two chains the first begins
+    within 2 of the starting values of the program (or of ``start=``), in unconstrained units, or between 1 and 2 from 0
+    without any; the second always does the latter, with another sign than the first in every number. Several modes
+    then show as a large R-hat in `Fit.diagnose`; those that no chain comes near stay unseen. With exchangeable parts,
+    let the program offer `relabel`.
 
     Args:
         draws: kept draws per chain.
@@ -49,8 +53,8 @@ class NUTS(Algorithm):
         target_accept: the mean acceptance probability that the step size aims at; nearer 1 for fewer divergences.
         full_mass: a dense mass matrix over all sites; False for a diagonal one (better beyond some hundred numbers).
         max_tree_depth: at most 2^depth - 1 gradients per iteration.
-        jitter: how far, at most, chains start from the program's starting values, in unconstrained units. Sites without
-            any start uniformly on (-2, 2).
+        jitter: None: dispersed, as said above. A number: all chains begin at most so far from the starting values, in
+            unconstrained units. Below 1 they could hardly disagree, which ``fit.notes["starts"]`` then says.
         thin: keep one iteration in so many; ``draws`` are kept in any case.
         processes: worker processes; None: as many as there are cores, where the run is long enough to gain.
 
@@ -79,7 +83,7 @@ class NUTS(Algorithm):
     target_accept: float = 0.8
     full_mass: bool = True
     max_tree_depth: int = 10
-    jitter: float = 0.1
+    jitter: float | None = None
     thin: int = 1
     processes: int | None = None
 
@@ -98,8 +102,8 @@ class NUTS(Algorithm):
             require_whole("processes", self.processes)
         if not 0.0 < self.target_accept < 1.0:
             raise ValueError(f"target_accept: expected a number between 0 and 1, got {self.target_accept!r}")
-        if not self.jitter >= 0.0:
-            raise ValueError(f"jitter: expected a number of at least 0, got {self.jitter!r}")
+        if self.jitter is not None and not self.jitter >= 0.0:
+            raise ValueError(f"jitter: expected a number of at least 0, or None, got {self.jitter!r}")
 
     def run(self, run: Run) -> Outcome:
         """See `Algorithm.run`; raises KeyboardInterrupt if interrupted before anything was drawn."""
@@ -127,12 +131,26 @@ class NUTS(Algorithm):
         if edge:
             run.notes["starting values"] = f"{', '.join(edge)}: on the edge of the support or beyond, and not used"
         seeds = np.random.SeedSequence(run.seed).generate_state(2 * self.chains)
-        starts = []
-        for seed in seeds[::2]:
+        starts: list[Tensor] = []
+        for chain, seed in enumerate(seeds[::2]):
             with isolated(int(seed)):
-                starts.append(starting_point(density, parts, self.jitter))
+                starts.append(starting_point(density, parts, self.jitter, starts[-1] if chain % 2 else None))
+        if parts and self.chains > 1:
+            self._note_close(run, [density.split(start) for start in starts], list(parts))
         _refuse_hidden_draws(run, density, starts[0])
         return starts, [int(seed) for seed in seeds[1::2]]
+
+    def _note_close(self, run: Run, starts: list[dict[str, Tensor]], known: list[str]) -> None:
+        """Chains that begin at one point agree by construction; the verdict reads this note."""
+        apart = max(
+            float((at.amax(0) - at.amin(0)).max()) for at in (torch.stack([s[n] for s in starts]) for n in known)
+        )
+        if apart <= 2 * NEAR or (self.jitter is not None and self.jitter < _DISPERSED):
+            mend = "no density was finite farther away" if self.jitter is None else "leave out jitter to disperse them"
+            run.notes["starts"] = (
+                f"all {self.chains} chains began within {apart:.2g} of each other in {', '.join(known)} (unconstrained "
+                f"units), so they could not disagree about modes farther away; {mend}"
+            )
 
     def _chain(
         self,

@@ -23,9 +23,10 @@ from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.enumeration import enumerated_trace, log_joint
 from ppl_gen.isolation import quiet
 
-__all__ = ["Unconstrained", "starting_point"]
+__all__ = ["NEAR", "Unconstrained", "starting_point"]
 
 TRIES = 100
+REACH, NEAR = 2.0, 0.1  # how far from 0 chains begin, as in Stan; and from given values that must not be left
 
 
 class _Placed(Messenger):
@@ -195,18 +196,30 @@ def _brief(value: Tensor) -> str:
     return shown if flat.numel() == 1 else f"[{shown}{', ...' if flat.numel() > 4 else ''}]"
 
 
-def starting_point(density: Unconstrained, given: Mapping[str, Tensor], jitter: float) -> Tensor:
-    """A point with finite density and gradient: ``given`` parts moved by up to ``jitter``, others uniform on (-2, 2).
+def starting_point(
+    density: Unconstrained, given: Mapping[str, Tensor], jitter: float | None, opposite: Tensor | None = None
+) -> Tensor:
+    """A point with finite density and gradient: within ``jitter`` of ``given`` parts, between 1 and 2 from 0 elsewhere.
+
+    ``jitter=None`` means dispersed: within 2 of the given parts; or, with ``opposite``, the start of another chain,
+    between 1 and 2 from 0 in every number and with another sign than there. (A chain that begins nearer 0 begins on the
+    ridge between two modes of a symmetric posterior, and may roll to either side.) Where no density is finite so far
+    away, nearer by and by.
 
     Raises:
         ValueError: if 100 tries fail; the message lists the sites at fault.
     """
-    for _ in range(TRIES):
-        parts = []
-        for name, shape in density.sites.items():
-            noise = 2.0 * torch.rand(shape) - 1.0
-            parts.append((given[name] + jitter * noise if name in given else 2.0 * noise).reshape(-1))
-        u = torch.cat(parts)
+    known = torch.cat([given.get(name, torch.zeros(shape)).reshape(-1) for name, shape in density.sites.items()])
+    told = torch.cat([torch.full((shape.numel(),), name in given) for name, shape in density.sites.items()])
+    for attempt in range(TRIES):
+        third = 3 * attempt // TRIES
+        noise = 2.0 * torch.rand(density.size) - 1.0
+        away = torch.where(noise < 0, -1.0, 1.0) + noise if third < 2 else REACH * noise
+        if jitter is None and opposite is not None and third == 0:
+            u = torch.where(opposite < 0, 1.0, -1.0) * away.abs()
+        else:
+            wide = (REACH if third < 2 else NEAR) if jitter is None else jitter
+            u = torch.where(told, known + wide * noise, away)
         value, gradient = density.potential_and_gradient(u)
         if bool(value.isfinite()) and bool(gradient.isfinite().all()):
             return u
