@@ -50,6 +50,7 @@ class Comparison:
     in_sample: bool = False
     facts: Mapping[str, str] = field(default_factory=dict)
     judged: Any = field(default=None, compare=False)
+    computed: dict[Any, Any] = field(init=False, default_factory=dict, compare=False)  # draws of globals, made once
 
     def __getitem__(self, key: str | tuple[str, int]) -> Fit:
         """The fit of a label for the first seed, or of ``(label, seed)``.
@@ -80,17 +81,53 @@ class Comparison:
 
         return comparison_html(self)
 
-    def table(self) -> pandas.DataFrame:
+    def table(self, reference: str | None = None) -> pandas.DataFrame:
         """One row per algorithm and seed, in the order given.
 
         ``heldout`` is the mean log predictive density in nats per held-out row (``in_sample`` where none were held
         out), ``heldout_se`` its spread over rows / sqrt(rows), ``mc_se`` its Monte Carlo error. ``difference`` is
         ``heldout`` less that of the best algorithm at the same seed, and ``difference_se`` the standard error of that
-        difference, paired over rows: it decides whether two algorithms differ, ``heldout_se`` does not.
+        difference, paired over rows: it decides whether two algorithms differ, ``heldout_se`` does not. ``shift_sd``
+        and ``sd_ratio`` are the worst of `posteriors`: how far a mean is from the reference's, in its sds, and how wide
+        a posterior is beside it (a point has no ratio).
+
+        Raises:
+            ValueError: if ``reference`` is no label of a fit whose posterior has a width.
         """
         from ppl_gen.report.table import frame
 
-        return frame(self)
+        return frame(self, reference)
+
+    def posteriors(self, reference: str | None = None) -> pandas.DataFrame:
+        r"""Where the posteriors differ, which held-out density hardly tells: one row per fit and global number.
+
+        .. math:: \mathrm{shift} = (\bar\theta - \bar\theta_0) / s_0, \qquad \mathrm{ratio} = s / s_0
+
+        ``mean`` and ``sd`` of 500 draws (sd 0: a point), ``shift_sd`` and ``sd_ratio`` against the reference (mean
+        :math:`\bar\theta_0`, sd :math:`s_0`): the label given, else the most trusted chains of the comparison. Without
+        any they are NaN and ``reference`` is empty. Exchangeable components are brought into one order first, where the
+        program offers ``relabel``.
+
+        Raises:
+            ValueError: if ``reference`` is no label of a fit whose posterior has a width.
+
+        Example:
+            >>> import pyro, torch, ppl_gen as pg
+            >>> import pyro.distributions as dist
+            >>> from ppl_gen.inference import SVI
+            >>> def model(x):
+            ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+            ...     with pyro.plate("data", len(x)):
+            ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+            >>> x = torch.linspace(-1.0, 1.0, 20)
+            >>> result = pg.compare(model, x, {"short": SVI(steps=5), "long": SVI(steps=2000, lr=0.05)})
+            >>> frame = result.posteriors(reference="long").set_index("algorithm")
+            >>> bool(frame.loc["short", "sd_ratio"] < 0.6), float(frame.loc["long", "sd_ratio"])
+            (True, 1.0)
+        """
+        from ppl_gen.report.posteriors import frame_of_posteriors
+
+        return frame_of_posteriors(self, reference)
 
     def best(self) -> str | None:
         """The label with the highest mean over its seeds; None where nothing could be compared."""

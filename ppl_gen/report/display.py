@@ -113,13 +113,26 @@ def comparison_html(comparison: Comparison) -> str:
     from ppl_gen.report.table import answer, frame, grade
 
     value = "in_sample" if comparison.in_sample else "heldout"
-    header = ("algorithm", "seed", "ended", "nats per row", "less the best", "k-hat", "verdict", "seconds")
+    header = (
+        "algorithm",
+        "seed",
+        "ended",
+        "nats per row",
+        "less the best",
+        "shift/sd",
+        "sd ratio",
+        "k-hat",
+        "verdict",
+        "seconds",
+    )
     rows, said = [], []
     for line, record in zip(comparison.lines, frame(comparison).to_dict("records"), strict=True):
         level = grade(line)
         cells = (
             _with_error(record[value], record[f"{value}_se"]),
             _with_error(record["difference"], record["difference_se"]),
+            _number(record["shift_sd"], 2),
+            _number(record["sd_ratio"], 2),
             _number(line.pareto_k, 2),
             level,
             _number(line.seconds, 1),

@@ -63,7 +63,7 @@ def _globals(fit: Fit, count: int) -> dict[str, np.ndarray]:
     with fit.bound():
         if fit.info.select(local=False):
             batch = fit.data.head(256) if fit.data.elements > LARGE else fit.data.batch()
-            values = global_draws(fit, 1 if fit.learned.kind == "point" else count)
+            values = _one_order(fit, global_draws(fit, 1 if fit.learned.kind == "point" else count))
             extra = [deterministic(fit, batch, value) if derived else {} for value in values]
             names = [*derived, *(name for name in values[0] if name in fit.info.sites and name not in derived)]
             stacks = {n: torch.stack([{**v, **e}[n] for v, e in zip(values, extra, strict=True)]) for n in names}
@@ -74,6 +74,18 @@ def _globals(fit: Fit, count: int) -> dict[str, np.ndarray]:
                 if v.numel() <= SMALL and n in fit.info.params and "$$$" not in n
             }
     return {name: _array(value) for name, value in stacks.items() if value.is_floating_point()}
+
+
+def _one_order(fit: Fit, draws: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Exchangeable components in the program's own order, so that fits can be compared number by number."""
+    if fit.program.relabel is None or not draws:
+        return draws
+    stacks = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+    try:
+        ordered = {**stacks, **fit.program.relabel(stacks)}
+    except KeyError:  # it orders by local sites too, which are not drawn here
+        return draws
+    return [{name: value[i] for name, value in ordered.items()} for i in range(len(draws))]
 
 
 def distinct(scalars: list[Scalar]) -> tuple[list[Scalar], list[Scalar]]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ppl_gen.report.coded import coded
 from ppl_gen.report.draws import Scalar, distinct, global_scalars, replicates
 from ppl_gen.report.pictures import Picture, picture
-from ppl_gen.report.plots import colours, curves_of, draw_curve, draw_density, draw_heldout, draw_predictive
+from ppl_gen.report.plots import colours, curves_of, draw_apart, draw_curve, draw_density, draw_heldout, draw_predictive
+from ppl_gen.report.posteriors import frame_of_posteriors, posterior_words
 from ppl_gen.report.table import answer, frame, grade, labels_of, standings, trust
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def page(comparison: Comparison) -> str:
         rows=[_cells(comparison, record) for record in frame(comparison).to_dict("records")],
         heldout=_heldout(comparison),
         curves=_curves(comparison),
+        apart=_apart(comparison, style, [picture.caption for picture in densities]),
+        apart_words=posterior_words(comparison),
         densities=densities,
         left_out=left_out,
         without=without,
@@ -101,6 +104,8 @@ def _columns(comparison: Comparison) -> list[tuple[str, str]]:
         ("value", f"{value.capitalize()} nats/row"),
         ("difference", "Less the best"),
         ("mc", "MC error"),
+        ("shift", "Shift, sds"),
+        ("ratio", "Sd ratio"),
         ("k", "Pareto k"),
         ("cost", "Cost"),
         ("grade", "Verdict"),
@@ -119,6 +124,8 @@ def _cells(comparison: Comparison, record: dict[str, Any]) -> dict[str, str]:
         "value": _pm(record[value], record[f"{value}_se"], 4),
         "difference": "best" if best else _pm(record["difference"], record["difference_se"], 4),
         "mc": _number(record["mc_se"], 2),
+        "shift": _number(record["shift_sd"], 2),
+        "ratio": _number(record["sd_ratio"], 2),
         "k": _number(record["pareto_k"], 2),
         "cost": seconds,
         "grade": grade(line),
@@ -176,6 +183,22 @@ def _curves(comparison: Comparison) -> list[Picture]:
         drawn = picture(3.7, 2.5, _bind(draw_curve, curves, style[label][0]), alt, label)
         pictures.append(drawn)
     return pictures
+
+
+def _apart(comparison: Comparison, style: Style, shown: list[str]) -> Picture | None:
+    """Every fit beside the reference, in the numbers that have a panel of their own; None without a reference."""
+    table = frame_of_posteriors(comparison)
+    table = table[table["quantity"].isin(shown) & table["shift_sd"].notna()]
+    table = table[table["algorithm"] != table["reference"]].drop_duplicates(["algorithm", "quantity"])  # the first seed
+    if not len(table):
+        return None
+    said = "; ".join(
+        f"{row['algorithm']}, {row['quantity']}: shift {row['shift_sd']:+.2f}, sd ratio {row['sd_ratio']:.2f}"
+        for row in table.to_dict("records")
+    )
+    lines = table["quantity"].nunique() * (0.14 * table["algorithm"].nunique() + 0.12)
+    alt = f"Means and sds of posteriors in sds of {table['reference'].iloc[0]}: {said}"
+    return picture(5.6, 0.7 + lines, _bind(draw_apart, table, style), alt)
 
 
 def _bind(draw: Callable[..., None], *rest: Any) -> Callable[[Any], None]:

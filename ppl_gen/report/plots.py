@@ -12,12 +12,22 @@ from ppl_gen.report.draws import Replicates, Scalar, curve_of
 from ppl_gen.report.table import labels_of, standings
 
 if TYPE_CHECKING:
+    import pandas
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from ppl_gen.comparison import Comparison
 
-__all__ = ["colours", "curves_of", "draw_curve", "draw_density", "draw_heldout", "draw_predictive", "overview"]
+__all__ = [
+    "colours",
+    "curves_of",
+    "draw_apart",
+    "draw_curve",
+    "draw_density",
+    "draw_heldout",
+    "draw_predictive",
+    "overview",
+]
 
 # Okabe and Ito's palette: told apart with every common colour blindness.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B")
@@ -127,6 +137,31 @@ def draw_density(axes: Axes, scalar: Scalar, style: Mapping[str, tuple[str, str]
     axes.set_ylim(bottom=0.0)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
+
+
+def draw_apart(axes: Axes, table: pandas.DataFrame, style: Mapping[str, tuple[str, str]]) -> None:
+    """Mean and sd of every number and label in units of the reference's sd, which is the grey band around zero."""
+    _plain(axes, grid="x")
+    axes.axvspan(-1.0, 1.0, color=PALE, linewidth=0, zorder=0)
+    axes.axvline(0.0, color=GREY, linewidth=1, zorder=1)
+    names = list(dict.fromkeys(table["quantity"]))
+    labels = list(dict.fromkeys(table["algorithm"]))
+    for row in table.to_dict("records"):
+        at = names.index(row["quantity"]) + 0.7 * ((labels.index(row["algorithm"]) + 0.5) / len(labels) - 0.5)
+        colour, stroke = style[row["algorithm"]]
+        axes.plot(
+            [row["shift_sd"] - row["sd_ratio"], row["shift_sd"] + row["sd_ratio"]],
+            [at, at],
+            color=colour,
+            linestyle=stroke,
+            linewidth=1.6,
+        )
+        axes.plot(row["shift_sd"], at, "o", color=colour, markersize=4)
+    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    reach = max(1.5, min(8.0, 1.1 * float((table["shift_sd"].abs() + table["sd_ratio"]).max())))
+    axes.set_xlim(-reach, reach)
+    axes.set_xlabel("mean ± sd, in sds of the reference", fontsize=8)
 
 
 def smoothed(values: np.ndarray, points: int = 160) -> tuple[np.ndarray, np.ndarray]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from ppl_gen.report.posteriors import Apart, apart, posterior_words
 
 if TYPE_CHECKING:
     import pandas
@@ -23,6 +25,7 @@ __all__ = [
     "best_label",
     "frame",
     "grade",
+    "grades_of",
     "labels_of",
     "paired",
     "rounded",
@@ -33,17 +36,20 @@ __all__ = [
 #: Differences of fewer than so many standard errors are no differences.
 NOTABLE = 2.0
 
+_GRADES = ("trusted", "doubtful", "not trusted", "not diagnosed", "no fit")
 _TRUST = {"trust": "trusted", "doubtful": "doubtful", "do not trust": "not trusted"}
 
 
-def frame(comparison: Comparison) -> pandas.DataFrame:
+def frame(comparison: Comparison, reference: str | None = None) -> pandas.DataFrame:
     """See `Comparison.table`."""
     import pandas
 
     value = "in_sample" if comparison.in_sample else "heldout"
     best = {line.seed: line for line in comparison.lines if line.label == best_label(comparison)}
+    places = apart(comparison, reference)
     rows = []
     for line in comparison.lines:
+        place = places.get((line.label, line.seed), Apart())
         mean, stderr, mc = _numbers(line.evidence)
         difference, error = paired(line.evidence, best[line.seed].evidence if line.seed in best else None)
         cost = {} if line.fit is None else line.fit.cost
@@ -57,6 +63,8 @@ def frame(comparison: Comparison) -> pandas.DataFrame:
                 "mc_se": mc,
                 "difference": difference,
                 "difference_se": error,
+                "shift_sd": place.shift,
+                "sd_ratio": place.ratio,
                 "pareto_k": line.pareto_k,
                 "verdict": line.verdict,
                 "seconds": line.seconds,
@@ -166,20 +174,38 @@ def answer(comparison: Comparison) -> str:
         return f"{best.label} reached {best.mean:.4g} {unit}; nothing else gave a value to compare it with."
     equal = [s for s in ranks if s.equal]
     worse = [s for s in ranks if not s.equal]
-    quick = min(equal, key=lambda s: s.seconds)
+    grades = grades_of(comparison)
     if len(equal) == 1:
-        text = f"{best.label} predicts best ({best.mean:.4g} {unit})"
+        text = f"{best.label} predicts best ({best.mean:.4g} {unit}){_reserve(grades[best.label], ', but is ')}"
     else:
         every = "Both" if len(equal) == 2 else f"All {len(equal)}"
         who = _listed(s.label for s in equal) if worse else f"{every} algorithms"
         rows = f"{best.rows} {'rows' if comparison.in_sample else 'held-out rows'}"
         text = f"{who} predict equally well as far as {rows} can tell ({best.mean:.4g} nats per row)"
-        text += f"; {quick.label} is the {'quicker' if len(equal) == 2 else 'quickest'} of them"
+        text += f"; {_quickest(equal, grades)}"
     if worse:
         text += "; " + ", ".join(f"{s.label} is worse by {rounded(-s.difference, s.difference_se)}" for s in worse)
+    if words := posterior_words(comparison):
+        text += f". {words}"
     if comparison.in_sample:
         text += ". In-sample values favour maximum likelihood by construction: hold out rows to compare predictions"
     return text.replace("(-", "(\N{MINUS SIGN}") + "."
+
+
+def _quickest(equal: Sequence[Standing], grades: Mapping[str, str]) -> str:
+    """Who is recommended among equals: never a fit that is not trusted, without saying so."""
+    trusted = [s for s in equal if grades[s.label] == "trusted"]
+    quick = min(trusted or equal, key=lambda s: s.seconds)
+    if not trusted:
+        return f"none of them is trusted, and {quick.label}{_reserve(grades[quick.label], ', ')} is the quickest"
+    if len(trusted) == 1 and len(equal) > 1:
+        return f"{quick.label} alone of them is trusted"
+    among = "of them" if len(trusted) == len(equal) else f"of the {len(trusted)} that are trusted"
+    return f"{quick.label} is the {'quicker' if len(trusted) == 2 else 'quickest'} {among}"
+
+
+def _reserve(level: str, before: str) -> str:
+    return "" if level == "trusted" else f"{before}{level}"
 
 
 def rounded(value: float, error: float) -> str:
@@ -196,12 +222,17 @@ def rounded(value: float, error: float) -> str:
 
 def trust(comparison: Comparison) -> dict[str, list[str]]:
     """Labels by how far they can be trusted; a label counts by the worst of its seeds."""
-    order = ["trusted", "doubtful", "not trusted", "not diagnosed", "no fit"]
-    groups: dict[str, list[str]] = {name: [] for name in order}
-    for label in labels_of(comparison):
-        grades = [grade(line) for line in comparison.lines if line.label == label]
-        groups[max(grades, key=order.index)].append(label)
+    grades = grades_of(comparison)
+    groups = {name: [label for label, level in grades.items() if level == name] for name in _GRADES}
     return {name: labels for name, labels in groups.items() if labels}
+
+
+def grades_of(comparison: Comparison) -> dict[str, str]:
+    """The grade of each label: that of the worst of its seeds."""
+    found: dict[str, str] = {}
+    for line in comparison.lines:
+        found[line.label] = max(found.get(line.label, _GRADES[0]), grade(line), key=_GRADES.index)
+    return found
 
 
 def grade(line: Line) -> str:
@@ -216,9 +247,44 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def as_text(comparison: Comparison) -> str:
-    """What a terminal shows: the answer and the numbers that carry it."""
-    table = frame(comparison).drop(columns=["verdict", "message", "gradient_evaluations"])
-    grades = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in trust(comparison).items())
-    numbers = table.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="-")
-    return f"{answer(comparison)}\n{grades}\n{numbers}"
+def as_text(comparison: Comparison, width: int = 100) -> str:
+    """What a terminal shows: the answer, the numbers that carry it, and what is said of each fit."""
+    import textwrap
+
+    several = len({line.seed for line in comparison.lines}) > 1
+    value = "in_sample" if comparison.in_sample else "heldout"
+    title = "in-sample" if comparison.in_sample else "held-out"
+    rows, said = [], []
+    for line, record in zip(comparison.lines, frame(comparison).to_dict("records"), strict=True):
+        best = record["difference"] == 0.0 and record["difference_se"] == 0.0
+        rows.append(
+            {
+                "algorithm": line.label,
+                "seed": str(line.seed),
+                "ended": line.status,
+                title: _brief(record[value], 4),
+                "less the best": "best" if best else _with_error(record["difference"], record["difference_se"]),
+                "shift/sd": _brief(record["shift_sd"], 2),
+                "sd ratio": _brief(record["sd_ratio"], 2),
+                "k-hat": _brief(record["pareto_k"], 2),
+                "seconds": _brief(record["seconds"], 1),
+                "verdict": grade(line),
+            }
+        )
+        who = f"{line.label}, seed {line.seed}" if several else line.label
+        text = line.verdict if line.fit is not None and line.verdict else line.message
+        said.append(textwrap.fill(f"{who}: {text}", width, subsequent_indent="    ", break_on_hyphens=False))
+    columns = [name for name in rows[0] if name != "seed" or several] if rows else []
+    columns = [name for name in columns if name == "algorithm" or any(row[name] != "-" for row in rows)]
+    lines = [columns, *([row[name] for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([textwrap.fill(answer(comparison), width), "", *table, "", *said])
+
+
+def _brief(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+def _with_error(value: float, error: float) -> str:
+    return rounded(value, error) if math.isfinite(value) else "-"
