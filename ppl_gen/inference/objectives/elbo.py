@@ -19,6 +19,7 @@ from ppl_gen.inference.objectives.estimators import Estimators, choose_estimator
 from ppl_gen.inference.objectives.tracing import (
     divergence,
     is_sample,
+    log_density,
     own_scale,
     parallel,
     scaled,
@@ -152,7 +153,7 @@ class _SampledGame(Game):
         for trace, sign in ((guide, 1.0), (model, -1.0)):
             for site in trace.nodes.values():
                 if is_sample(site) and any(f.name == self.setting.info.data_plate for f in site["cond_indep_stack"]):
-                    total = total + sign * self._by_row(scaled(site["fn"].log_prob(site["value"]), site))
+                    total = total + sign * self._by_row(scaled(log_density(site), site))
         return total
 
     def _by_row(self, value: Tensor) -> Tensor:
@@ -170,9 +171,9 @@ class _SampledGame(Game):
             if name in self.estimators.analytic and name not in touched and weighed_alike(q, p):
                 total = total + scaled(divergence(q["fn"], p["fn"]), q).sum()
                 continue
-            total = total + scaled(q["fn"].log_prob(q["value"]), q).sum()
+            total = total + scaled(log_density(q), q).sum()
             if p is not None and is_sample(p) and name not in touched:
-                total = total - scaled(p["fn"].log_prob(p["value"]), p).sum()
+                total = total - scaled(log_density(p), p).sum()
         return total
 
     def _log_likelihood(self, guide: poutine.Trace, model: poutine.Trace, batch: Batch) -> tuple[set[str], Tensor]:
@@ -182,7 +183,7 @@ class _SampledGame(Game):
         total = torch.zeros(())
         for name, site in model.nodes.items():
             if is_sample(site) and name not in guide.nodes:
-                total = total + scaled(site["fn"].log_prob(site["value"]), site).sum()
+                total = total + scaled(log_density(site), site).sum()
         return set(), total
 
     def _summed(self, guide: poutine.Trace, batch: Batch) -> tuple[set[str], Tensor]:
@@ -213,7 +214,7 @@ class _SampledGame(Game):
         site = guide.nodes[name]
         mean = self.baseline.get(name, cost.mean())
         self.baseline[name] = 0.9 * mean + 0.1 * cost.mean()
-        log_q = site["fn"].log_prob(site["value"])
+        log_q = log_density(site)
         log_q = self._by_row(log_q) if cost.dim() else log_q.sum()
         return ((cost - mean) * (log_q - log_q.detach())).sum()
 

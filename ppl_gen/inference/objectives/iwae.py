@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting
 from ppl_gen.inference.objectives.estimators import refuse_tied_rows
-from ppl_gen.inference.objectives.particles import can_vectorise, local_log_weights, sampled
-from ppl_gen.inference.objectives.tracing import is_sample
+from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, local_log_weights
 from ppl_gen.offers import Need
 
 __all__ = ["IWAE"]
@@ -109,14 +107,12 @@ class _ImportanceGame(Game):
             self.vectorise = can_vectorise(model, guide, info, batch, self.sums)
             self.notes = {**self.notes, "particles": "vectorised" if self.vectorise else "unrolled"}
         values: dict[str, Tensor] = {}
+        log_q = torch.zeros(())
         if self.globals:
-            once = sampled(guide, batch)
-            values = {
-                n: s["value"] for n, s in once.nodes.items() if is_sample(s) and not _in_plate(s, info.data_plate)
-            }
+            values, log_q = global_draw(guide, batch, info)
         weights, outside, scale = self._weights(batch, values)
         rows = torch.logsumexp(weights, 0) - math.log(self.particles)
-        return rows.sum() * (batch.rescale * scale) + outside
+        return rows.sum() * (batch.rescale * scale) + outside - log_q
 
     def _weights(self, batch: Batch, values: dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
         """log w, particles x rows; the globals' part, which no particle changes; N / B of a program that subsamples."""
@@ -157,7 +153,3 @@ class _ImportanceGame(Game):
         if batch.rows is not None and batch.total != batch.rows:
             return log_weights.mean()
         return torch.logsumexp(log_weights, 0) - math.log(self.particles)
-
-
-def _in_plate(site: Any, plate: str | None) -> bool:
-    return any(frame.name == plate for frame in site["cond_indep_stack"])

@@ -15,13 +15,14 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.inference.objectives.estimators import rows_plate
-from ppl_gen.inference.objectives.tracing import is_sample, own_scale
+from ppl_gen.inference.objectives.tracing import is_sample, log_density, own_scale
 from ppl_gen.isolation import looking
 
 __all__ = [
     "LocalParticles",
     "LogWeights",
     "can_vectorise",
+    "global_draw",
     "local_log_weights",
     "log_weights_in_chunks",
     "sampled",
@@ -59,6 +60,7 @@ class Substitute(Messenger):
 class LogWeights:
     """log w of one batch: ``rows`` particles x rows (None without a data plate), ``globals`` a scalar.
 
+    Of a global site at a given value, ``globals`` holds log p alone: log q is known to the call that drew it.
     Where the program itself subsamples its data plate, ``scale`` is N / B, which belongs outside every logsumexp, and
     ``subsample`` the rows it chose: further particles have to be given these, to be weights of the same rows.
     """
@@ -79,6 +81,17 @@ def sampled(
         return poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
 
 
+def global_draw(guide: Callable[..., Any] | None, batch: Batch, info: ProgramInfo) -> tuple[dict[str, Tensor], Tensor]:
+    """One draw of the guide's sites outside the data plate, auxiliary ones included, and log q of it in nats.
+
+    Both from one call: a flow without an inverse cannot weigh the draw of an earlier one.
+    """
+    once = sampled(guide, batch)
+    sites = {n: s for n, s in once.nodes.items() if is_sample(s) and not _in_plate(s, info.data_plate)}
+    log_q = sum((_unplated(site, info).sum() for site in sites.values()), torch.zeros(()))
+    return {name: site["value"] for name, site in sites.items()}, torch.as_tensor(log_q)
+
+
 def can_vectorise(
     model: Callable[..., Any], guide: Callable[..., Any] | None, info: ProgramInfo, batch: Batch, sums: tuple[str, ...]
 ) -> bool:
@@ -89,7 +102,9 @@ def can_vectorise(
         with looking():
             return _same_one_by_one(model, guide, info, batch)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
-        return False  # convolutions and batch norm refuse the extra dimension: unroll instead
+        # Convolutions and batch norm refuse the extra dimension, and a flow without an inverse cannot be asked again
+        # for the density of one particle of many: unroll instead.
+        return False
 
 
 def _same_one_by_one(
@@ -257,8 +272,11 @@ def _collect(
                 continue
             if trace is p and not site["is_observed"] and name not in q.nodes and name not in values:
                 continue  # drawn from the prior: the term and the proposal cancel
+            inside = _in_plate(site, info.data_plate)
+            if trace is q and name in values and not inside:
+                continue  # weighed when it was drawn
             value = _unplated(site, info)
-            if any(frame.name == info.data_plate for frame in site["cond_indep_stack"]):
+            if inside:
                 value = _by_particle(value, info, count)
                 rows = sign * value if rows is None else rows + sign * value
             else:
@@ -269,7 +287,7 @@ def _collect(
 
 def _unplated(site: dict[str, Any], info: ProgramInfo) -> Tensor:
     """The log density with the user's own scale and mask, without the data plate's N / B."""
-    value = site["fn"].log_prob(site["value"])
+    value = log_density(site)
     scale = site["scale"]
     for frame in site["cond_indep_stack"]:
         if frame.name == info.data_plate and frame.full_size and frame.full_size != frame.size:
@@ -277,6 +295,10 @@ def _unplated(site: dict[str, Any], info: ProgramInfo) -> Tensor:
     if site["mask"] is not None:
         value = torch.where(torch.as_tensor(site["mask"]), value, value.new_zeros(()))
     return value * scale
+
+
+def _in_plate(site: dict[str, Any], plate: str | None) -> bool:
+    return any(frame.name == plate for frame in site["cond_indep_stack"])
 
 
 def _by_particle(value: Tensor, info: ProgramInfo, count: int) -> Tensor:

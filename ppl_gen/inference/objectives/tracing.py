@@ -13,9 +13,21 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.objectives.base import RescalePlate, Setting
 
-__all__ = ["divergence", "is_sample", "nothing", "own_scale", "parallel", "scaled", "traces", "weighed_alike"]
+__all__ = [
+    "divergence",
+    "is_sample",
+    "log_density",
+    "nothing",
+    "own_scale",
+    "parallel",
+    "scaled",
+    "traces",
+    "transforms_of",
+    "weighed_alike",
+]
 
 
 def traces(setting: Setting, batch: Batch) -> tuple[poutine.Trace, poutine.Trace]:
@@ -37,6 +49,37 @@ def is_sample(site: dict[str, Any]) -> bool:
         and type(site["fn"]).__name__ != "_Subsample"
         and not site["infer"].get("_deterministic")
     )
+
+
+def log_density(site: dict[str, Any]) -> Tensor:
+    """The log density of a site at its value, in its batch shape.
+
+    Raises:
+        IncompatibleError: for a flow without an inverse (planar, radial, Sylvester, block-autoregressive, polynomial),
+            which knows the density of the value that it drew last and of no other.
+    """
+    try:
+        value: Tensor = site["fn"].log_prob(site["value"])
+        return value
+    except (KeyError, NotImplementedError) as error:
+        flows = ", ".join(dict.fromkeys(type(t).__name__ for t in transforms_of(site["fn"])))
+        if not flows:
+            raise
+        raise IncompatibleError(
+            f"the site {site['name']!r} goes through {flows}, which has no inverse: it knows the density of the value "
+            "that it drew last, and of no other. Give every site transforms of its own, each used once, and those that "
+            "follow such a one cache_size=1; or take transforms with an inverse (affine_coupling, spline)"
+        ) from error
+
+
+def transforms_of(fn: Any) -> list[Any]:
+    """The transforms of a distribution, those of its wrapped parts included."""
+    found: list[Any] = []
+    while fn is not None:
+        for transform in getattr(fn, "transforms", ()):
+            found += getattr(transform, "parts", [transform])
+        fn = getattr(fn, "base_dist", None)
+    return found
 
 
 def own_scale(trace: poutine.Trace, plate: str | None) -> float:
