@@ -102,7 +102,7 @@ def test_evidence_and_posterior_are_the_dense_gaussian_ones(recipe, gaps):
     fit = pg.fit(recipe(6, 2, prior="flat"), data, STILL)
     values = {name: value[0] for name, value in fit.posterior(draws=1).items()}
     mask = data.get("mask")
-    assert fit.evidence().exact and fit.evidence().kind == "exact"
+    assert fit.evidence().exact and fit.evidence().kind.startswith("exact; given one value of ")
     torch.testing.assert_close(fit.evidence().values, dense(values, x, mask), rtol=0, atol=1e-10)
     normal = fit.program.local_posterior(values, **data)["z"]
     for i in range(len(x)):

@@ -13,9 +13,10 @@ from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.bridge import az_summary, to_tree
 from ppl_gen.diagnostics.export import affordable_rows, latent_summary_names, posterior_groups
 from ppl_gen.diagnostics.psis import pareto_k, pareto_k_rows, pareto_k_threshold, row_subset
-from ppl_gen.diagnostics.verdicts import loss_trend, verdict_chains, verdict_point, verdict_variational
+from ppl_gen.diagnostics.verdicts import loss_trend, verdict_chains, verdict_point, verdict_variational, with_points
 from ppl_gen.diagnostics.weighed import weighed_draws
 from ppl_gen.errors import require_whole
+from ppl_gen.inference.guides import point_sites
 from ppl_gen.inference.objectives.particles import can_vectorise, log_weights_in_chunks
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import global_draws
@@ -88,19 +89,16 @@ def _variational(
     joint, rows, threshold = k_hats(fit, draws, seed)
     frame = _frame(posterior, chains=False)
     trend = _trend(fit)
-    if _all_points(fit):
+    if joint is None and rows is None:
         found = verdict_point(str(fit.status) == "converged", trend=trend)
     else:
         found = verdict_variational(joint, rows, threshold, trend=trend)
+    found = with_points(found, [name for name in point_sites(fit.info) if not fit.info.sites[name].improper])
     frame.attrs["pareto_k"] = math.nan if joint is None else joint
     if rows is not None:
         frame.attrs["pareto_k_rows"] = rows
     frame.attrs["pareto_k_threshold"] = threshold
     return frame, found
-
-
-def _all_points(fit: Fit) -> bool:
-    return all(site.likelihood_free for site in (fit.info.guide_sites or {}).values())
 
 
 def _point(fit: Fit, posterior: dict[str, np.ndarray]) -> tuple[pandas.DataFrame, Verdict]:
@@ -143,9 +141,10 @@ def k_hats(fit: Fit, draws: int, seed: int | None = None) -> tuple[float | None,
 
 def _k_hats(fit: Fit, draws: int, seed: int | None) -> tuple[float | None, np.ndarray | None, float]:
     threshold = pareto_k_threshold(draws)
-    if _all_points(fit):
+    # Where the guide holds a site at one value, the weights are those of the rest given that value.
+    guided = [s for name, s in (fit.info.guide_sites or {}).items() if name in fit.info.sites and not s.point]
+    if not guided:
         return None, None, threshold
-    guided = [site for name, site in (fit.info.guide_sites or {}).items() if name in fit.info.sites]
     local = [site for site in guided if site.local]
     joint: float | None = None
     if any(not site.local for site in guided) or not local or _whole_vector(fit):

@@ -17,6 +17,7 @@ from ppl_gen.diagnostics.densities import densities
 from ppl_gen.diagnostics.weighed import weighed_draws
 from ppl_gen.diagnostics.weighing import WeightQuality
 from ppl_gen.errors import IncompatibleError, require_whole
+from ppl_gen.inference.guides import point_sites
 from ppl_gen.inference.objectives.particles import can_vectorise, log_weights_in_chunks
 from ppl_gen.isolation import looking
 from ppl_gen.predictive import amortised, global_draws
@@ -168,10 +169,8 @@ def _at_point(fit: Fit) -> bool:
     """Whether the global sites were learned as one value each, be it by a guide of point masses."""
     if fit.learned.kind == "point":
         return True
-    guided, sites = fit.info.guide_sites or {}, fit.info.select(local=False)
-    # Autoguides give each site a point mass at a value that they drew at an auxiliary site: that one is looked at.
-    drawn = [site for site in guided.values() if not site.local and not site.likelihood_free]
-    return fit.learned.kind == "variational" and not drawn and all(site.name in guided for site in sites)
+    points = point_sites(fit.info, local=False)
+    return fit.learned.kind == "variational" and all(site.name in points for site in fit.info.select(local=False))
 
 
 def _integrated(fit: Fit) -> bool:
@@ -195,7 +194,16 @@ def _kind(fit: Fit, draws: int, particles: int) -> tuple[str, bool]:
     drawn = bool(fit.info.select(local=False)) and not _at_point(fit)
     if drawn and draws == 1:
         parts.append("at one posterior draw")
-    return ("; ".join(parts) or "exact"), not drawn and not particles
+    return "; ".join([*(parts or ["exact"]), *_plugged_in(fit)]), not drawn and not particles
+
+
+def _plugged_in(fit: Fit) -> list[str]:
+    """What was not averaged over, because the fit knows one value of it: a density given that value."""
+    sites = [site.name for site in fit.info.select(local=False)]
+    points = sites if sites and _at_point(fit) else point_sites(fit.info, local=False)
+    if not points:
+        return []
+    return ["given one value of " + (", ".join(points) if len(points) <= 3 else f"{len(points)} global sites")]
 
 
 def _chunk(
@@ -231,9 +239,7 @@ def _chunk(
 
 def _proposal(fit: Fit) -> Callable[..., Any] | None:
     """The guide where its local sites have densities and follow the rows; autoguides know training rows only."""
-    local = [site for site in (fit.info.guide_sites or {}).values() if site.local]
-    auxiliary = any(site.name not in fit.info.sites for site in local)
-    points = not auxiliary and any(site.likelihood_free for site in local)
+    points = point_sites(fit.info, local=True)
     return fit.guide if not points and amortised(fit) else None
 
 
@@ -241,7 +247,8 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
     r"""log p(all data) by importance weighting, log 1/S sum_s p(x, theta_s) / q(theta_s).
 
     Raises:
-        IncompatibleError: for point estimates and chains, which have no density to propose from.
+        IncompatibleError: for point estimates and chains, which have no density to propose from, and for a guide that
+            puts any site at one value: the mass around that value would go uncounted.
     """
     from ppl_gen.diagnostics.psis import pareto_k
 
@@ -251,6 +258,12 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
         raise IncompatibleError(
             f"{fit.algorithm} learned no density over the globals to propose from; fit the program with SVI (an "
             "AutoMultivariateNormal guide, say) and ask that fit for its marginal likelihood"
+        )
+    if points := point_sites(fit.info):
+        raise IncompatibleError(
+            f"the guide of {fit.program.name!r} puts {', '.join(points)} at one value (a Delta), which has no density "
+            "to propose from: the marginal likelihood integrates over it. Give it a distribution (AutoNormal, "
+            "AutoMultivariateNormal) and fit again"
         )
     require_whole("draws", draws)
     require_whole("particles", particles)

@@ -18,7 +18,8 @@ from ppl_gen.diagnostics.bridge import to_tree
 from ppl_gen.diagnostics.densities import densities, derived
 from ppl_gen.diagnostics.psis import MIN_DRAWS
 from ppl_gen.errors import require_whole
-from ppl_gen.inference.objectives.tracing import is_sample
+from ppl_gen.inference.guides import point_sites
+from ppl_gen.inference.objectives.tracing import is_sample, log_density, scaled
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import amortised, observed_rows, prior_rows, run
 
@@ -202,7 +203,11 @@ def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any], seed: int |
         count = next(iter(groups["posterior"].values())).shape[1]
         with fit.bound(seed):
             log_p, log_q = _joint_densities(fit, count)
-        statistics["log_p"], statistics["log_q"] = log_p[None], log_q[None]
+        statistics["log_p"] = log_p[None]
+        if points := point_sites(fit.info):
+            attrs["log_q"] = f"none: the guide puts {', '.join(points)} at one value"
+        else:
+            statistics["log_q"] = log_q[None]
         if count >= MIN_DRAWS:
             _add_k_hats(fit, count, attrs)
     losses = {
@@ -230,7 +235,7 @@ def _joint_densities(fit: Fit, count: int) -> tuple[np.ndarray, np.ndarray]:
     draws, log_q = [], []
     for _ in range(count):
         q = poutine.trace(fit.guide).get_trace(*batch.args, **batch.kwargs)
-        log_q.append(float(q.log_prob_sum()))
+        log_q.append(float(sum(scaled(log_density(site), site).sum() for site in q.nodes.values() if is_sample(site))))
         draws.append({n: s["value"] for n, s in q.nodes.items() if is_sample(s) and n in fit.info.sites})
     rows, prior = densities(fit, batch, draws)
     log_p = rows.sum(-1) + prior

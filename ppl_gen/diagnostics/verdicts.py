@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Verdict", "loss_trend", "verdict_chains", "verdict_point", "verdict_variational"]
+__all__ = ["Verdict", "loss_trend", "verdict_chains", "verdict_point", "verdict_variational", "with_points"]
 
 _GRADES = ("trust", "doubtful", "do not trust")
 _Finding = tuple[int, str, str]  # grade, what was found, what to do next
@@ -237,6 +238,22 @@ def verdict_point(
     reached = "the optimum was reached" if converged else "the loss had settled"
     starts = f" (best of {restarts} starts)" if restarts > 1 else " (from one start: others may end elsewhere)"
     return _verdict(findings, f"{reached}{starts}; it is a point and carries no uncertainty")
+
+
+def with_points(found: Verdict, sites: Sequence[str]) -> Verdict:
+    """``found`` of a guide that holds ``sites`` at one value each: whatever else is right, no posterior of them.
+
+    >>> print(with_points(verdict_variational(0.31, None, 0.667), ["scale"]))
+    doubtful: the guide puts scale at one value, without any uncertainty; apart from that, the guide is close to the \
+posterior (k-hat 0.31, below 0.67). Give it a distribution there (AutoNormal), or take the fit for an optimum.
+    """
+    if not sites:
+        return found
+    said = f"the guide puts {', '.join(sites)} at one value, without any uncertainty"
+    if not found.trusted:
+        return replace(found, reason=f"{found.reason}; {said}")
+    advice = "Give it a distribution there (AutoNormal), or take the fit for an optimum"
+    return Verdict(_GRADES[1], f"{said}; apart from that, {found.reason}", advice)
 
 
 def _verdict(findings: list[_Finding], good: str) -> Verdict:

@@ -62,7 +62,8 @@ def is_auto(guide: Any) -> bool:
 
 def refuse_row_parameters(run: Run, guide: Callable[..., Any], batch: Batch) -> None:
     """A guide with one set of parameters per row of a batch would share them among all rows: run it on fewer rows."""
-    local = [n for n, s in (run.info.guide_sites or {}).items() if s.local and not s.likelihood_free]
+    sites = (run.info.guide_sites or {}).items()
+    local = [n for n, s in sites if s.local and (s.point or not s.likelihood_free)]
     if not local or batch.rows is None or batch.rows < 3 or batch.index is None:
         return
     fewer = run.data.batch(batch.index[:-1])
