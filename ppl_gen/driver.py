@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ def fit(
             info = _inspected(built, dataset)
             check_observed(info)
             require(algorithm.label, algorithm.needs, built.name, info.offers)
-            run = Run(built, dataset, info, workspace, seed, start)
+            built, notes = _with_plate(built, info)
+            run = Run(built, dataset, info, workspace, seed, start, notes=notes)
             algorithm.check(run)
             if validation is not None:
                 require("validation", [("density", "exact evidence")], built.name, info.offers)
@@ -219,7 +221,15 @@ def _modules_of(program: Program, start: Fit | None) -> dict[str, nn.Module]:
 def _inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInfo:
     batch = data.head(DRY_ROWS) if data.elements > LARGE else data.batch()
     with looking():
-        return dry_run(program, batch, guide=guide)
+        return dry_run(program, batch, guide=guide, fewer=lambda: data.head((batch.rows or 2) // 2))
+
+
+def _with_plate(program: Program, info: ProgramInfo) -> tuple[Program, dict[str, str]]:
+    """The program with the plate that the dry run took for that of the rows, and a note of it."""
+    if info.data_plate in (None, program.data_plate):
+        return program, {}
+    taken = f"{info.data_plate!r}, the one plate that follows the rows"
+    return replace(program, data_plate=info.data_plate), {"data plate": taken}
 
 
 def _note_unused_terms(algorithm: Algorithm, run: Run) -> None:
@@ -323,7 +333,8 @@ def _with_guide(run: Run, outcome: Outcome) -> ProgramInfo:
     if outcome.guide is None or run.info.guide_sites is not None:
         return run.info
     with Workspace(outcome.state, device=run.data.device, dtype=run.data.dtype), isolated():
-        return dry_run(run.program, run.data.batch(), guide=outcome.guide)
+        batch = run.data.batch()
+        return dry_run(run.program, batch, guide=outcome.guide, fewer=lambda: run.data.head((batch.rows or 2) // 2))
 
 
 def _status(outcome: Outcome) -> tuple[Status, str]:

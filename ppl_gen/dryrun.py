@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import pyro.distributions as dist
@@ -13,7 +14,16 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.program import Program, filtered
-from ppl_gen.sitechecks import check_densities, check_match, check_plate, explained, sample_nodes
+from ppl_gen.sitechecks import (
+    check_densities,
+    check_match,
+    check_plate,
+    check_reparameterised,
+    data_plate,
+    explained,
+    sample_nodes,
+    vectorised,
+)
 
 __all__ = ["ProgramInfo", "Site", "dry_run"]
 
@@ -112,22 +122,33 @@ def _guide_cell(guide_sites: dict[str, Site], site: Site) -> str:
     return guide_sites[site.name].distribution if site.name in guide_sites else "-"
 
 
-def dry_run(program: Program, batch: Batch, *, guide: Callable[..., Any] | None = None) -> ProgramInfo:
+def dry_run(
+    program: Program,
+    batch: Batch,
+    *,
+    guide: Callable[..., Any] | None = None,
+    fewer: Callable[[], Batch] | None = None,
+) -> ProgramInfo:
     """Run model (and guide) once on ``batch`` with full validation and describe what happened.
+
+    ``fewer`` gives fewer rows of the same data, on which the program runs again where its shapes alone do not tell
+    what follows the rows.
 
     Raises:
         ValueError: for the usual plate and shape mistakes, naming the site and the edit that mends it.
     """
     trace = _traced(program.model, batch, program)
-    sites = {name: _site(name, node, program.data_plate) for name, node in sample_nodes(trace)}
-    frames = {f.name: f for _, node in sample_nodes(trace) for f in node["cond_indep_stack"] if f.vectorized}
-    frame = frames.get(program.data_plate)
+    few = _on_fewer(program, fewer)
+    plate, frames = data_plate(program, batch, trace, few), vectorised(trace)
+    sites = {name: _site(name, node, plate) for name, node in sample_nodes(trace)}
+    frame = frames.get(plate)
     nesting = max((-f.dim for f in frames.values()), default=0)
-    check_plate(program, batch, sites, frame, frames)
+    check_plate(batch, sites, frame, few)
+    check_reparameterised(sites)
     guide_sites = None
     if guide is not None:
         guide_trace = _traced(filtered(guide), batch, program, what="guide")
-        guide_sites = {name: _site(name, node, program.data_plate) for name, node in sample_nodes(guide_trace)}
+        guide_sites = {name: _site(name, node, plate) for name, node in sample_nodes(guide_trace)}
         guide_sites = _with_points(guide_sites, guide_trace, lambda: _traced(filtered(guide), batch, program, "guide"))
         auxiliary = {name for name, node in guide_trace.nodes.items() if node.get("infer", {}).get("is_auxiliary")}
         check_match(program, sites, {k: v for k, v in guide_sites.items() if k not in auxiliary})
@@ -140,12 +161,26 @@ def dry_run(program: Program, batch: Batch, *, guide: Callable[..., Any] | None 
         sites,
         guide_sites,
         params,
-        program.data_plate if frame is not None else None,
+        plate if frame is not None else None,
         None if frame is None else frame.dim,
         nesting,
         batch.rows,
         offers,
     )
+
+
+def _on_fewer(program: Program, fewer: Callable[[], Batch] | None) -> Callable[[], tuple[poutine.Trace, int] | None]:
+    @cache
+    def run() -> tuple[poutine.Trace, int] | None:
+        if fewer is None or not (batch := fewer()).rows:
+            return None
+        try:
+            with torch.no_grad():
+                return poutine.trace(program.model).get_trace(*batch.args, **batch.kwargs), batch.rows
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return None
+
+    return run
 
 
 def _site(name: str, node: dict[str, Any], data_plate: str) -> Site:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ppl_gen.errors import IncompatibleError, require_seed
+from ppl_gen.handlers.read_sites import ReadSites
 
 __all__ = ["ProgramState", "Workspace", "copied", "isolated", "looking", "quiet", "revived"]
 
@@ -190,6 +191,7 @@ class Workspace:
         self._stack.enter_context(store.scope({"params": plain, "constraints": constraints}))
         self._stack.enter_context(self._patched_module_statement())
         self._stack.enter_context(pyro.settings.context(module_local_params=False))
+        self._stack.enter_context(ReadSites())  # first: nothing else sees a statement after it
         self._stack.enter_context(_OwnInitialValues(lambda parameter: self._own(parameter, None)))
         self._stack.enter_context(warnings.catch_warnings())  # a frozen layer is meant to stay out of the store
         warnings.filterwarnings("ignore", r".* was not registered in the param store because requires_grad=False")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
@@ -15,7 +16,17 @@ from ppl_gen.program import Program
 if TYPE_CHECKING:
     from ppl_gen.dryrun import ProgramInfo, Site
 
-__all__ = ["check_densities", "check_match", "check_observed", "check_plate", "explained", "sample_nodes"]
+__all__ = [
+    "check_densities",
+    "check_match",
+    "check_observed",
+    "check_plate",
+    "check_reparameterised",
+    "data_plate",
+    "explained",
+    "sample_nodes",
+    "vectorised",
+]
 
 
 def sample_nodes(trace: poutine.Trace) -> list[tuple[str, dict[str, Any]]]:
@@ -35,6 +46,8 @@ def check_densities(trace: poutine.Trace) -> None:
 def _check_log_prob_shape(node: dict[str, Any]) -> None:
     """Implicit programs have no log density to check."""
     fn, value = node["fn"], node["value"]
+    if node["infer"].get("_deterministic"):
+        return
     if isinstance(fn, dist.Delta) or "Delta" in type(getattr(fn, "base_dist", fn)).__name__:
         if tuple(fn.shape()) != tuple(value.shape):
             raise ValueError(f"at site {node['name']!r}: value {tuple(value.shape)}, distribution {tuple(fn.shape())}")
@@ -71,12 +84,18 @@ def _check_support(node: dict[str, Any]) -> None:
     except ValueError as error:
         text = str(error).splitlines()[0].removesuffix(", but found invalid values:")
         raise ValueError(f"at site {node['name']!r}: {text}; observed values lie outside") from error
-    except NotImplementedError as error:
-        if node["value"].dtype is torch.bool and str(error):  # torch's own for no density at all has no words
-            raise TypeError(
-                f"at site {node['name']!r}: observed values are booleans, with which its distribution cannot compute; "
-                "pass numbers, x.float()"
-            ) from error
+    except (NotImplementedError, RuntimeError) as error:
+        dtype = node["value"].dtype
+        if dtype.is_floating_point or not str(error):  # torch's own for no density at all has no words
+            raise
+        raise TypeError(
+            f"at site {node['name']!r}: observed values are {_spoken(dtype)}, with which its distribution cannot "
+            "compute; pass numbers, x.float()"
+        ) from error
+
+
+def _spoken(dtype: torch.dtype) -> str:
+    return "booleans" if dtype is torch.bool else f"integers ({dtype})"
 
 
 class explained:
@@ -120,29 +139,82 @@ class explained:
         )
 
 
-def check_plate(program: Program, batch: Batch, sites: dict[str, Site], frame: Any, frames: dict[str, Any]) -> None:
-    observed = [site for site in sites.values() if site.kind == "observed"]
+def data_plate(program: Program, batch: Batch, trace: poutine.Trace, fewer: Fewer) -> str:
+    """The name of the plate over the rows: the program's own, or the one plate that grows and shrinks with them.
+
+    Raises:
+        ValueError: where some plate of another name has as many rows as the data, and need not be theirs.
+    """
+    frames, rows = vectorised(trace), batch.rows
+    over_rows = [name for name, frame in frames.items() if frame.size == rows]
+    if program.data_plate in frames or not over_rows:
+        return program.data_plate
+    few = fewer()
+    if program.data_plate == "data" and few is not None:
+        found, sizes = few
+        follow = [name for name in over_rows if name in (f := vectorised(found)) and f[name].size == sizes]
+        holds = {f.name for _, node in sample_nodes(trace) if node["is_observed"] for f in node["cond_indep_stack"]}
+        if len(follow) == 1 and follow[0] in holds:
+            return follow[0]
+    raise ValueError(
+        f"the program {program.name!r} has no plate named {program.data_plate!r}, but the plate {over_rows[0]!r} has "
+        f"as many rows as the data ({rows}). Name it {program.data_plate!r}, or say "
+        f"pg.Program(model, data_plate={over_rows[0]!r})."
+    )
+
+
+#: The trace of a program on fewer rows and how many these are, made when first asked for; None where it does not run.
+Fewer = Callable[[], tuple[poutine.Trace, int] | None]
+
+
+def vectorised(trace: poutine.Trace) -> dict[str, Any]:
+    """The frames of the vectorised plates of a trace, by name."""
+    return {f.name: f for _, node in sample_nodes(trace) for f in node["cond_indep_stack"] if f.vectorized}
+
+
+def check_plate(batch: Batch, sites: dict[str, Site], frame: Any, fewer: Fewer) -> None:
+    """Raise ValueError unless the data plate holds the rows, and with it every likelihood over rows."""
     if frame is None:
-        over_rows = [f.name for f in frames.values() if f.size == batch.rows]
-        if over_rows and program.data_plate not in frames:
-            raise ValueError(
-                f"the program {program.name!r} has no plate named {program.data_plate!r}, but the plate "
-                f"{over_rows[0]!r} has as many rows as the data ({batch.rows}). Name it {program.data_plate!r}, or say "
-                f"pg.Program(model, data_plate={over_rows[0]!r})."
-            )
         return
     if batch.rows is not None and frame.size not in (batch.rows,) and (frame.full_size or 0) != batch.rows:
         raise ValueError(
             f"pyro.plate({frame.name!r}) has size {frame.size}, but the data has {batch.rows} rows here; size it by "
             f"the data it is given, pyro.plate({frame.name!r}, len(x)), so that minibatches and new rows fit too"
         )
-    outside = [site.name for site in observed if not site.local]
-    if outside and batch.rows is not None and batch.rows > 1:
+    outside = [site for site in sites.values() if site.kind == "observed" and not site.local]
+    over_rows = [site.name for site in outside if _over_rows(site, batch.rows, fewer)]
+    if over_rows:
         raise ValueError(
-            f"the observed site(s) {', '.join(map(repr, outside))} stand outside the data plate {frame.name!r}: on a "
-            f"minibatch their likelihood would not be rescaled. Move the statement into "
+            f"the observed site(s) {', '.join(map(repr, over_rows))} stand outside the data plate {frame.name!r} and "
+            f"run over its rows: on a minibatch their likelihood would not be rescaled. Move the statement into "
             f"`with pyro.plate({frame.name!r}, len(x)):`, or rename the plate if it does not run over the rows."
         )
+
+
+def _over_rows(site: Site, rows: int | None, fewer: Fewer) -> bool:
+    """Whether a site has a dimension of rows; observations of groups, or of a constraint, have none."""
+    shape = (*site.batch_shape, *site.event_shape)
+    if rows is None or rows == 1 or rows not in shape:
+        return False
+    few = fewer()  # five groups and five rows: as many of them on fewer rows?
+    if few is None or site.name not in few[0]:
+        return True
+    fn = few[0].nodes[site.name]["fn"]
+    return (*fn.batch_shape, *fn.event_shape) != shape
+
+
+def check_reparameterised(sites: dict[str, Site]) -> None:
+    """Raise ValueError for a reparameterised observation whose density would lack the Jacobian of its transform.
+
+    `pyro.infer.reparam` then observes T^-1(y) at ``<name>_decentered`` or ``<name>_base`` and counts that alone.
+    """
+    for name, site in sites.items():
+        inner = [sites[n] for suffix in ("decentered", "base") if (n := f"{name}_{suffix}") in sites]
+        if site.kind == "deterministic" and any(part.kind == "observed" for part in inner):
+            raise ValueError(
+                f"at site {name!r}: an observed site is reparameterised, and Pyro leaves the Jacobian of that out of "
+                f"its density; take {name!r} out of the config of poutine.reparam, which is for latent sites"
+            )
 
 
 def check_match(program: Program, sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:

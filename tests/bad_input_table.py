@@ -51,7 +51,6 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.check(normal, [[1.0, 2.0], [3.0]])  ->  data 'x': expected a tensor or an array of numbers, got list
             pg.check(char_rnn(3), x)  ->  data: char_rnn(symbols=3): expected integer codes
             pg.check(hidden_markov(2, emission="categorical"), x)  ->  data: categorical emissions are integers
-            pg.check(normal, x > 0)  ->  at site 'x': observed values are booleans
         """,
     },
     "Programs": {
@@ -60,7 +59,7 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.check(pg.Program(normal, guide_in_the_plate), x)  ->  at site 'loc': inside the data plate in the guide
             pg.check(pg.Program(normal, guide_that_draws_x), x)  ->  model and guide of 'normal' do not match: site(s) ['x'] are observed
             pg.check(no_plate, x)  ->  the model of 'no_plate' failed on a dry run: at site 'x': invalid log_prob shape
-            pg.check(plate_of_another_name, x)  ->  the program 'plate_of_another_name' has no plate named 'data'
+            pg.check(pg.Program(plate_of_another_name, data_plate="units"), x)  ->  the program 'plate_of_another_name' has no plate named 'units'
             pg.check(columns_in_the_plate, x)  ->  the model of 'columns_in_the_plate' failed on a dry run: at site 'x'
             pg.fit(observes_nothing, x, SVI(steps=1))  ->  no site of 'observes_nothing' is observed
         """,

@@ -46,6 +46,12 @@ def named_otherwise(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
 
+def rows_without_data(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
 def plate_of_seven(x: Tensor) -> None:
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     with pyro.plate("data", 7):
@@ -98,7 +104,7 @@ def outside_the_support(x: Tensor) -> None:
 
 
 SHAPES: list[tuple[Callable[..., None], Tensor, list[str]]] = [
-    (named_otherwise, X5, ["'rows' has as many rows as the data (5)", "Name it 'data'", "data_plate='rows'"]),
+    (rows_without_data, X5, ["'rows' has as many rows as the data (5)", "Name it 'data'", "data_plate='rows'"]),
     (plate_of_seven, X5, ["at site 'x'", "batch shape (7,)", "size is written out", "pyro.plate('data', len(x))"]),
     (latent_plate_of_seven, X5, ["pyro.plate('data') has size 7", "the data has 5 rows", "plate('data', len(x))"]),
     (outside_the_plate, X5, ["at site 'x'", "expected [] (its plates), actual [5]", "put it under `with pyro.plate"]),

@@ -132,6 +132,12 @@ class EM(Iterative):
         if not problem.names and not problem.leaves:
             raise IncompatibleError(f"EM has nothing to learn in {run.program.name!r}: no global site, no parameter")
         values = first_values(run, problem)
+        beside = [s.name for s in run.info.sites.values() if s.kind in ("observed", "factor") and not s.local]
+        if beside and not self.prior:
+            raise IncompatibleError(
+                f"EM() drops what stands outside the data plate of {run.program.name!r} with the priors, and "
+                f"{', '.join(beside)} would be lost, which hold data or a constraint. Use EM(prior=True)"
+            )
         idle = [] if self.prior else problem.untouched(values)
         if idle:
             raise IncompatibleError(

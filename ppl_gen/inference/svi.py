@@ -18,6 +18,7 @@ from ppl_gen.inference.guides import as_whole, is_auto, refuse_row_parameters, r
 from ppl_gen.inference.objectives.base import Game, Setting, started
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.plain import as_objective
+from ppl_gen.inference.outside import refuse_rows_outside
 from ppl_gen.inference.updates import OPTIMISERS, State
 from ppl_gen.isolation import looking
 from ppl_gen.offers import Need
@@ -118,6 +119,7 @@ class SVI(Iterative):
                 f"the pyro.factor(s) {factors} stand outside the data plate, and minibatches would have to scale them "
                 "if they hold data and to leave them if not; move them into the plate, or leave batch_size out"
             )
+        refuse_rows_outside(run, size)
         local = [site.name for site in run.info.select(local=True) if not site.finite]
         guide = run.program.guide
         if local and self.objective.uses_guide and (guide is None or is_auto(guide)):
@@ -134,7 +136,7 @@ class SVI(Iterative):
         probe = as_whole(whole)
         if guide is not None:
             with looking():
-                run.info = dry_run(run.program, probe, guide=guide)
+                run.info = dry_run(run.program, probe, guide=guide, fewer=lambda: run.data.head((probe.rows or 2) // 2))
         minibatches = self.batch_size is not None and run.data.rows is not None and self.batch_size < run.data.rows
         if minibatches and guide is not None:
             refuse_row_parameters(run, guide, whole)

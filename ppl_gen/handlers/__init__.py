@@ -1,0 +1,1 @@
+"""Effect handlers that read a program as its author meant it."""
