@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from ppl_gen.data.batching import LARGE, Dataset, as_dataset, is_double
 from ppl_gen.data.sources import collected
 from ppl_gen.dryrun import ProgramInfo, dry_run
 from ppl_gen.errors import NonFiniteError, require_seed
+from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
 from ppl_gen.inference.stopping import EarlyStop
 from ppl_gen.isolation import Workspace, isolated, looking
@@ -86,7 +88,9 @@ def fit(
     with isolated(seed, dtype=dtype or _dtype_of(data)), torch.inference_mode(False), torch.enable_grad():
         built, dataset = _built(recipe, data, dtype, place, start)
         state = start.state if start is not None else None
-        with Workspace(state, device=place, dtype=dataset.dtype, modules=_modules_of(built, start)) as workspace:
+        plates = contextlib.nullcontext() if algorithm.subsamples else whole_plates()
+        modules = _modules_of(built, start)
+        with Workspace(state, device=place, dtype=dataset.dtype, modules=modules) as workspace, plates:
             info = _inspected(built, dataset)
             check_observed(info)
             require(algorithm.label, algorithm.needs, built.name, info.offers)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pyro
 from pyro import poutine
 
-from ppl_gen.data.batching import LARGE, Dataset
+from ppl_gen.data.batching import LARGE, Batch, Dataset
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.whole_plates import RowsOf
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.isolation import looking
 from ppl_gen.predictive import global_draws
@@ -18,7 +20,7 @@ from ppl_gen.sitechecks import check_densities
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["check_columns", "check_rows"]
+__all__ = ["check_columns", "check_rows", "follows_rows"]
 
 _FEW = 256
 
@@ -36,7 +38,7 @@ def check_rows(fit: Fit, data: Dataset) -> None:
     try:
         with fit.bound(), looking():
             values = global_draws(fit, 1)[0] if fit.info.select(local=False) else {}
-            with pyro.validation_enabled(True), Substitute(values):
+            with pyro.validation_enabled(True), RowsOf(fit.info.data_plate, batch.rows), Substitute(values):
                 trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
                 if _columns(data) != _columns(fit.data):
                     _check_sites(fit, trace)
@@ -47,6 +49,15 @@ def check_rows(fit: Fit, data: Dataset) -> None:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(_unlike(fit, data) + text) from error
+
+
+def follows_rows(fit: Fit, batch: Batch) -> bool:
+    """Whether the data plate has as many rows as ``batch``, whatever number the fit was made on; in ``fit.bound()``."""
+    looked = RowsOf(fit.info.data_plate, batch.rows)
+    with contextlib.suppress(ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        with looking(), looked:
+            fit.program.model(*batch.args, **batch.kwargs)
+    return looked.fits
 
 
 def _check_sites(fit: Fit, trace: poutine.Trace) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import LARGE, Batch, Dataset
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.isolation import looking
@@ -209,7 +210,8 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
     positive("draws", draws)
     with isolated(seed, dtype=_dtype_of(data)), torch.no_grad():
         built, dataset = _built(as_recipe(program), data, None, None, None)
-        with Workspace(dtype=dataset.dtype, training=False, modules=_modules_of(built, None)):
+        modules = _modules_of(built, None)
+        with Workspace(dtype=dataset.dtype, training=False, modules=modules), whole_plates():
             batch = dataset.batch()
             trace = poutine.trace(built.model).get_trace(*batch.args, **batch.kwargs)
             refuse_improper(

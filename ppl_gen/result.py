@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ppl_gen.data.batching import Dataset, as_dataset
 from ppl_gen.dryrun import ProgramInfo
+from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.isolation import ProgramState, Workspace, copied, isolated, quiet
 from ppl_gen.posterior import PointPosterior, Posterior
 from ppl_gen.program import Program, Recipe
@@ -120,7 +121,7 @@ class Fit:
 
     @contextlib.contextmanager
     def bound(self, seed: int | None = None) -> Iterator[Workspace]:
-        """The program at its learned parameters, networks in evaluation mode, under a seed; all put back on exit."""
+        """The program at its learned parameters, networks in evaluation mode, plates whole, under a seed."""
         parts = {"model": self.program.model, "guide": self.guide}
         # All that training knew, not only what model and guide will register: what a program offers beside them (its
         # evidence, energy or time steps) calls the same networks without a `pyro.module` statement of its own.
@@ -128,6 +129,7 @@ class Fit:
         with (
             isolated(self.seed if seed is None else seed, dtype=self.data.dtype),
             Workspace(self.state, device=self.data.device, dtype=self.data.dtype, training=False, modules=modules) as w,
+            whole_plates(),
             quiet(),
             torch.no_grad(),
         ):

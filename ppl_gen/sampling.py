@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.whole_plates import RowsOf
 from ppl_gen.inference.objectives.observed import reads_own_observation
 from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.predictive import global_draws, is_derived, positive, refuse_improper, run
@@ -38,7 +39,7 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
         values = dict(global_draws(fit, 1)[0]) if fit.info.select(local=False) else {}
         values.update({name: fixed_value(fit, name, value, n) for name, value in {**fixed, **inputs}.items()})
         refuse_improper(fit.program.name, {s.name for s in fit.info.select() if s.improper} - set(values))
-        with _InSupport(fit, set(given)):
+        with RowsOf(fit.info.data_plate, n, "the sample"), _InSupport(fit, set(given)):
             _refuse_teacher_forcing(fit, batch, values)
             trace = run(fit, batch, values | {}, replicate=True)
         nodes = trace.nodes.items()

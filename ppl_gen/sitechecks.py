@@ -108,13 +108,18 @@ class explained:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if error is None or not isinstance(error, ValueError | RuntimeError | TypeError):
+        if error is None or not isinstance(error, ValueError | RuntimeError | TypeError | IndexError):
             return
         text, head = str(error), f"the {self.what} of {self.program.name!r} failed on a dry run: "
         if any(words in text for words in ("on the same device", "device type", "expected device")):
             raise ValueError(
                 head + "a tensor in its closure lives on another device than the data. Make it inside the model "
                 f"(programs run under torch.device), or pass it as data with pg.constant(...).\n  torch says: {text}"
+            ) from error
+        if isinstance(error, IndexError):
+            raise ValueError(
+                head + text + "; an index goes beyond the rows it is given here, as that of a plate does whose size is "
+                f"written out: use pyro.plate({self.program.data_plate!r}, len(x))"
             ) from error
         if "Multiple sample sites named" in text:
             raise ValueError(

@@ -432,9 +432,9 @@ def moving_support(x):
         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
 
-def subsampled(x):
+def handed(x):
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x), subsample_size=3) as rows:
+    with pyro.plate("data", len(x), subsample=torch.arange(3)) as rows:
         pyro.sample("x", dist.Normal(loc, 1.0), obs=x[rows])
 
 
@@ -446,7 +446,7 @@ def subsampled(x):
         (counted, "differentiable latents"),
         (hidden_randomness, "differs between two evaluations"),
         (moving_support, "the support of loc depends on a discrete"),
-        (subsampled, "3 of 8 rows at random"),
+        (handed, "is handed 3 of its 8 rows"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

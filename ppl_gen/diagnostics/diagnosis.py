@@ -18,6 +18,7 @@ from ppl_gen.diagnostics.weighed import weighed_draws
 from ppl_gen.errors import require_whole
 from ppl_gen.inference.guides import point_sites
 from ppl_gen.inference.objectives.particles import can_vectorise, log_weights_in_chunks
+from ppl_gen.newrows import follows_rows
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import global_draws
 
@@ -172,7 +173,9 @@ def _row_weights(fit: Fit, draws: int) -> Tensor:
     info, rows = fit.info, fit.data.rows or 1
     chosen = row_subset(rows, MAX_ROWS)
     whole = isinstance(fit.guide, AutoGuide)  # its rows cannot be taken apart: weigh all of them, keep some
-    data: Dataset = fit.data if whole else fit.data.subset(torch.as_tensor(chosen))
+    some = fit.data.subset(torch.as_tensor(chosen))
+    whole = whole or not follows_rows(fit, some.batch())
+    data: Dataset = fit.data if whole else some
     batch = data.batch()
     guided = set(info.guide_sites or {})
     sums = tuple(name for name in info.finite_latents if name not in guided)

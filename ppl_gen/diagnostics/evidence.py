@@ -20,6 +20,7 @@ from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.inference.guides import point_sites
 from ppl_gen.inference.objectives.particles import can_vectorise, log_weights_in_chunks
 from ppl_gen.isolation import looking
+from ppl_gen.newrows import follows_rows
 from ppl_gen.predictive import amortised, global_draws
 
 if TYPE_CHECKING:
@@ -70,7 +71,10 @@ def row_evidence(
     for name, value in (("particles", particles), ("draws", draws), ("chunk", chunk)):
         require_whole(name, value)
     with fit.bound(seed):
-        _require_observations(fit, next(iter(data.chunks(chunk))))
+        first = next(iter(data.chunks(chunk)))
+        if not follows_rows(fit, first):
+            chunk, first = data.rows or chunk, data.batch()  # a plate of a size of its own: all rows, or none
+        _require_observations(fit, first)
         thetas = _parameter_draws(fit, draws)
         groups, quality = _Jackknife(len(thetas)), WeightQuality(data.rows or 1)
         values, errors = [], []

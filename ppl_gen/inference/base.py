@@ -83,6 +83,9 @@ class Algorithm(ABC):
     #: The dtype asked for when neither data nor user say otherwise.
     dtype: ClassVar[torch.dtype | None] = None
 
+    #: Whether it runs plates with a ``subsample_size`` as they are written; for all others they are whole.
+    subsamples: ClassVar[bool] = False
+
     @property
     def label(self) -> str:
         """The name in tables and messages."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.nuts_kernel import Chain, Table, sample_chain
 from ppl_gen.inference.tape import Recording
 from ppl_gen.isolation import Workspace, isolated, quiet
@@ -43,7 +44,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _run(chain: Chain, table: Table, tick: Callable[[], None]) -> None:
-    with one_thread(), isolated(chain.seed, dtype=chain.dtype), quiet():
+    with one_thread(), isolated(chain.seed, dtype=chain.dtype), quiet(), whole_plates():
         potential = chain.potential
         sample_chain(chain, potential.load() if isinstance(potential, Recording) else potential, table, tick)
 

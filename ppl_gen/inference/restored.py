@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from pyro import get_param_store
 from torch import Tensor
@@ -30,6 +31,8 @@ class Restored(Algorithm):
     guide: str | None  # "svi": the guide SVI resolves; "cavi": that of the coordinate updates
     params: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
+
+    subsamples: ClassVar[bool] = True
 
     @property
     def label(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,6 +64,8 @@ class SVI(Iterative):
     clip_norm: float | None = None
     stop_rule: Callable[[Mapping[str, Sequence[float]]], str | None] | None = None
     stratify: str | None = None
+
+    subsamples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objective", as_objective(self.objective))

@@ -79,7 +79,7 @@ class Unconstrained:
         info: the site table; it says which sites are summed out and how plates nest.
 
     Raises:
-        IncompatibleError: if nothing continuous is latent, if a plate subsamples, or if the support of a continuous
+        IncompatibleError: if nothing continuous is latent, or if the support of a continuous
             site depends on a discrete one.
     """
 
@@ -104,12 +104,8 @@ class Unconstrained:
     def _add(self, name: str, node: Any) -> None:
         fn = node["fn"]
         if type(fn).__name__ == "_Subsample":
-            if fn.subsample_size is not None and fn.subsample_size < fn.size:
-                raise IncompatibleError(
-                    f"the plate {name!r} takes {fn.subsample_size} of {fn.size} rows at random, and NUTS needs the "
-                    "density of all of them; leave out subsample_size"
-                )
-        elif getattr(fn.support, "is_discrete", False):
+            return
+        if getattr(fn.support, "is_discrete", False):
             self.sums = True
         else:
             self.sites[name] = biject_to(fn.support).inv(node["value"]).shape
