@@ -14,6 +14,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.base import Run
+from ppl_gen.inference.laplace import Laplace
 from ppl_gen.isolation import copied, looking, revived
 from ppl_gen.program import filtered
 
@@ -26,7 +27,7 @@ def resolved_guide(run: Run) -> Callable[..., Any] | None:
     if not info.select():
         return None
     if run.start is not None and run.start.guide is not None:
-        return run.start.guide
+        return run.start.guide.first if isinstance(run.start.guide, Laplace) else run.start.guide
     hidden = [name for name in info.finite_latents]
     if guide is None or (isinstance(guide, type) and issubclass(guide, AutoGuide)):
         continuous = [site.name for site in info.select() if site.name not in hidden]

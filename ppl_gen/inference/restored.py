@@ -8,12 +8,14 @@ from functools import partial
 from typing import ClassVar
 
 from pyro import get_param_store
+from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor
 
 from ppl_gen.data.batching import LARGE
 from ppl_gen.dryrun import dry_run
 from ppl_gen.inference.base import Algorithm, Outcome, Run
 from ppl_gen.inference.guides import resolved_guide
+from ppl_gen.inference.laplace import restored_laplace
 from ppl_gen.isolation import ProgramState
 from ppl_gen.offers import Need
 from ppl_gen.posterior import PointPosterior
@@ -64,6 +66,8 @@ class Restored(Algorithm):
         self._compare(run.program.name, leaves)
         store = get_param_store()
         constraints = {name: store._constraints[name] for name in self.params}
+        if isinstance(guide, AutoLaplaceApproximation) and (kept := restored_laplace(guide, batch, self.buffers)):
+            guide, run.info = kept, dry_run(run.program, batch, guide=kept)
         return Outcome(PointPosterior(), ProgramState(self.params, constraints, self.buffers), guide=guide)
 
     def _compare(self, program: str, leaves: Mapping[str, Tensor]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor
 
 from ppl_gen.data.batching import Batches
@@ -15,12 +16,13 @@ from ppl_gen.dryrun import dry_run
 from ppl_gen.errors import IncompatibleError, require_positive, require_whole
 from ppl_gen.inference.base import Info, Iterative, Outcome, Run
 from ppl_gen.inference.guides import as_whole, is_auto, refuse_row_parameters, resolved_guide
+from ppl_gen.inference.laplace import Laplace, kept_buffers, second_stage
 from ppl_gen.inference.objectives.base import Game, Setting, started
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.inference.outside import refuse_rows_outside
 from ppl_gen.inference.updates import OPTIMISERS, State
-from ppl_gen.isolation import looking
+from ppl_gen.isolation import ProgramState, looking
 from ppl_gen.offers import Need
 from ppl_gen.posterior import GuidePosterior, PointPosterior
 
@@ -159,15 +161,32 @@ class SVI(Iterative):
         run.notes.update(state.game.notes)
         state.check_finite()
         values = state.rolled_back() if state.bad else state.run.workspace.snapshot()
-        posterior = PointPosterior() if state.guide is None else GuidePosterior(state.guide)
+        guide, failed = state.guide, None
+        if isinstance(guide, AutoLaplaceApproximation) and not state.bad:
+            try:
+                guide, values = _curved(guide, values, run)
+            except ValueError as error:
+                failed = str(error)
+        posterior = PointPosterior() if guide is None else GuidePosterior(guide)
         evaluations = sum(p.updates for p in state.game.players) * state.count
         return Outcome(
             posterior,
             values,
             modules=copy.deepcopy(dict(state.game.modules)),  # the workspace puts back what it finds on exit
             cost={"gradient_evaluations": evaluations},
-            guide=state.guide,
+            guide=guide,
+            failed=failed,
         )
+
+
+def _curved(guide: AutoLaplaceApproximation, values: ProgramState, run: Run) -> tuple[Laplace, ProgramState]:
+    """The second stage of a Laplace approximation, its numbers beside those that were learned."""
+    batch = run.data.batch()
+    made = second_stage(Setting(run.program, run.program.model, guide, run.info, batch), batch)
+    with looking():
+        run.info = dry_run(run.program, batch, guide=made)
+    run.notes["second stage"] = "a normal at the optimum, its covariance the inverse Hessian of -log p(x, z)"
+    return made, replace(values, buffers={**values.buffers, **kept_buffers(made)})
 
 
 def _continue(game: Game, run: Run) -> None:
