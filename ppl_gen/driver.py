@@ -135,14 +135,12 @@ def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -
         x     observed  Normal        [3]    []     data    -
         offers: ...
     """
-    from pyro.infer.autoguide import AutoGuide
+    from ppl_gen.inference.guides import is_auto
 
     data = collected(data)
     with isolated(0, dtype=_dtype_of(data)):
         built, dataset = _built(as_recipe(program), data, None, None, None)
-        guide = built.guide
-        if isinstance(guide, AutoGuide) or (isinstance(guide, type) and issubclass(guide, AutoGuide)):
-            guide = None
+        guide = None if is_auto(built.guide) or isinstance(built.guide, type) else built.guide  # made by a fit
         with Workspace(dtype=dataset.dtype, modules=_modules_of(built, None)):
             return _inspected(built, dataset, guide)
 

@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_feasible, init_to_value
+from pyro.contrib.easyguide import EasyGuide
+from pyro.infer.autoguide import (
+    AutoDiscreteParallel,
+    AutoGuide,
+    AutoMessenger,
+    AutoNormal,
+    init_to_feasible,
+    init_to_value,
+)
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
@@ -21,6 +29,9 @@ from ppl_gen.program import filtered
 __all__ = ["as_whole", "is_auto", "point_sites", "refuse_row_parameters", "resolved_guide"]
 
 
+_MADE_OF_A_MODEL = (AutoGuide, AutoMessenger, EasyGuide)
+
+
 def resolved_guide(run: Run) -> Callable[..., Any] | None:
     """The user's guide; an autoguide class or instance made afresh for this fit; AutoNormal when there is none."""
     guide, info = run.program.guide, run.info
@@ -28,23 +39,59 @@ def resolved_guide(run: Run) -> Callable[..., Any] | None:
         return None
     if run.start is not None and run.start.guide is not None:
         return run.start.guide.first if isinstance(run.start.guide, Laplace) else run.start.guide
-    hidden = [name for name in info.finite_latents]
-    if guide is None or (isinstance(guide, type) and issubclass(guide, AutoGuide)):
-        continuous = [site.name for site in info.select() if site.name not in hidden]
-        if not continuous:
-            return None
-        kind = guide or AutoNormal
-        run.notes["guide"] = f"{kind.__name__} over {', '.join(continuous)}" + ("" if guide else " (default)")
-        model = poutine.block(run.program.model, expose=continuous)
-        start = run.starting_values()
-        if start and "init_loc_fn" in inspect.signature(kind).parameters:
-            return kind(model, init_loc_fn=init_to_value(values=start, fallback=init_to_feasible))
-        return kind(model)
+    _refuse_discrete(guide, info)
+    if guide is None or (isinstance(guide, type) and issubclass(guide, _MADE_OF_A_MODEL)):
+        return _made(guide, run)
     if isinstance(guide, AutoGuide):
-        return revived(copied(guide), poutine.block(run.program.model, hide=hidden))
+        return revived(copied(guide), poutine.block(run.program.model, hide=info.finite_latents))
+    if isinstance(guide, AutoMessenger):
+        return _alone(copied(guide))
     if isinstance(guide, torch.nn.Module):
         return guide
     return filtered(guide)
+
+
+def _made(guide: type | None, run: Run) -> Callable[..., Any] | None:
+    """An instance of a class of guides, over the sites that it can guide."""
+    kind = guide or AutoNormal
+    finite = run.info.finite_latents
+    rest = [site.name for site in run.info.select() if site.name not in finite]
+    sites = finite if issubclass(kind, AutoDiscreteParallel) else rest
+    if not sites:
+        return None
+    model, start = poutine.block(run.program.model, expose=sites), run.starting_values()
+    begins = {}
+    if start and "init_loc_fn" in inspect.signature(kind).parameters:
+        begins = {"init_loc_fn": init_to_value(values=start, fallback=init_to_feasible)}
+    try:
+        made = kind(model, **begins)
+    except TypeError as error:
+        raise TypeError(
+            f"guide: {kind.__name__} cannot be made of a model alone ({error}); give an instance, made in a Recipe: "
+            f"pg.Program(model, {kind.__name__}(model, ...))"
+        ) from error
+    run.notes["guide"] = f"{kind.__name__} over {', '.join(sites)}" + ("" if guide else " (default)")
+    return _alone(made) if isinstance(made, AutoMessenger) else made
+
+
+def _alone(guide: AutoMessenger) -> Callable[..., Any]:
+    """A guide that runs the whole model, shown without what is the model's own: observations and derived values."""
+    shown: Callable[..., Any] = poutine.block(guide, hide_fn=lambda site: site["type"] == "sample" and _given(site))
+    return shown
+
+
+def _given(site: Any) -> bool:
+    return bool(site["is_observed"]) or bool(site["infer"].get("_deterministic"))
+
+
+def _refuse_discrete(guide: Any, info: ProgramInfo) -> None:
+    kind = guide if isinstance(guide, type) else type(guide)
+    rest = [site.name for site in info.select() if not site.finite]
+    if issubclass(kind, AutoDiscreteParallel) and rest:
+        raise IncompatibleError(
+            f"AutoDiscreteParallel guides finite latent sites only, and the program has {', '.join(rest)} besides: "
+            "leave it out (finite sites are summed out exactly), or put it beside another in an AutoGuideList"
+        )
 
 
 def point_sites(info: ProgramInfo, *, local: bool | None = None) -> list[str]:
@@ -58,7 +105,8 @@ def point_sites(info: ProgramInfo, *, local: bool | None = None) -> list[str]:
 
 
 def is_auto(guide: Any) -> bool:
-    return isinstance(guide, AutoGuide) or (isinstance(guide, type) and issubclass(guide, AutoGuide))
+    kinds = (AutoGuide, AutoMessenger)
+    return isinstance(guide, kinds) or (isinstance(guide, type) and issubclass(guide, kinds))
 
 
 def refuse_row_parameters(run: Run, guide: Callable[..., Any], batch: Batch) -> None:
