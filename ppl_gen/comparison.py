@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ppl_gen.atomic import as_path
 from ppl_gen.errors import require_whole
 from ppl_gen.inference.base import Algorithm
 from ppl_gen.program import Program, Recipe, as_recipe
@@ -148,14 +149,16 @@ class Comparison:
         return write(self, Path(path))
 
     def save(self, path: str | Path) -> Path:
-        """Write a folder (``table.csv``, ``comparison.json``, ``rows.csv`` and every fit under ``fits``), in one step.
+        """Write a folder: ``comparison.json``, which says where every fit is, ``table.csv`` and ``rows.csv``.
+
+        In one step: until it is done ``comparison.json`` speaks of what was there before, which is there.
 
         Raises:
             ValueError: if ``path`` exists and is no saved comparison.
         """
         from ppl_gen.report.folder import save
 
-        return save(self, Path(path))
+        return save(self, as_path(path))
 
 
 def compare(

@@ -208,7 +208,9 @@ class Fit:
         """
         from ppl_gen.diagnostics.diagnosis import diagnose
 
-        return diagnose(self, draws=draws, seed=seed)
+        frame = diagnose(self, draws=draws, seed=seed)
+        self.computed["diagnosis"] = frame.copy()  # which `save` keeps
+        return frame
 
     @property
     def verdict(self) -> Verdict:
@@ -225,7 +227,10 @@ class Fit:
         return verdict(self)
 
     def save(self, path: str | Path) -> Path:
-        """Write a folder (weights in safetensors, the rest JSON and netCDF; no pickle), atomically."""
+        """Write a folder (weights in safetensors, the rest JSON and netCDF; no pickle), in one step.
+
+        Nothing is judged for it: what the last `diagnose` said is kept, where there was one.
+        """
         from ppl_gen.storage import save_fit
 
         return save_fit(self, path)

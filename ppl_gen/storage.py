@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,66 +13,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_gen.atomic import as_path, atomically
 from ppl_gen.data.batching import Dataset
 from ppl_gen.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
+from ppl_gen.saved import SavedFit
 
 if TYPE_CHECKING:
     from ppl_gen.dryrun import ProgramInfo
     from ppl_gen.program import Program, Recipe
     from ppl_gen.result import Fit
 
-__all__ = ["SavedFit", "as_path", "load", "save_fit"]
+__all__ = ["load", "save_fit"]
 
-FORMAT = 1
+FORMAT = 2
+_FILES = ("tensors.safetensors", "draws.nc", "diagnosis.json")
 MAX_DATA = 64 * 2**20  # bytes of training data kept beside a fit, so that recipes can be built again
 
 
-def as_path(path: Any) -> Path:
-    """A path from text or a `Path`; raises TypeError for anything else."""
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path: expected text or a Path, got {type(path).__name__}")
-    return Path(path).expanduser()
-
-
 def save_fit(fit: Fit, path: str | Path) -> Path:
-    """Write ``path`` as a folder: made beside it under another name, then put in its place in one step."""
+    """Make ``path`` a folder that holds the fit, in one step: see `ppl_gen.atomic`.
+
+    Nothing is computed but an excerpt of the draws: a diagnosis is kept where there is one already.
+    """
     from safetensors.torch import save_file
 
-    path = as_path(path).absolute()
-    if path.exists() and not (path / "fit.json").exists():
-        raise ValueError(f"path: {path} exists and is no saved fit; choose a new folder")
-    if files := [folder for folder in path.parents if folder.exists() and not folder.is_dir()]:
-        raise ValueError(f"path: {files[0]} is a file, so {path} cannot be made; choose another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.parent / f".{path.name}-{uuid.uuid4().hex}"
-    folder.mkdir()
-    try:
+    def write(folder: Path) -> str:
         save_file(_tensors(fit), folder / "tensors.safetensors")
         _write_draws(fit, folder)
         meta = _meta(fit)
-        names = sorted(file.name for file in folder.iterdir())
-        meta["files"] = {name: _digest(folder / name) for name in names}
+        names = [name for name in _FILES if (folder / name).exists()]
+        meta["files"] = {f"{folder.name}/{name}": _digest(folder / name) for name in names}
         text = json.dumps(meta, indent=1)
-        (folder / "fit.json").write_text(json.dumps({"sha256": _sha(text.encode()), "fit": text}))
-        _replace(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return path
+        return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "fit": text})
 
-
-def _replace(folder: Path, path: Path) -> None:
-    """A folder cannot be renamed over a full one: the old one steps aside first and is only then removed."""
-    if not path.exists():
-        os.rename(folder, path)
-        return
-    aside = path.parent / f".{path.name}-old-{uuid.uuid4().hex}"
-    os.rename(path, aside)
-    try:
-        os.rename(folder, path)
-    except BaseException:
-        os.rename(aside, path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    return atomically(as_path(path), "fit.json", "fit", write)
 
 
 def _tensors(fit: Fit) -> dict[str, Tensor]:
@@ -113,9 +84,12 @@ def _left_out(data: Dataset) -> str | None:
 
 def _write_draws(fit: Fit, folder: Path) -> None:
     from ppl_gen.diagnostics.bridge import write_tree
+    from ppl_gen.diagnostics.excerpt import excerpt
 
-    write_tree(fit.to_arviz(), folder / "draws.nc")
-    frame = fit.diagnose()
+    write_tree(excerpt(fit), folder / "draws.nc")
+    frame = fit.computed.get("diagnosis")
+    if frame is None:
+        return
     attrs = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in frame.attrs.items()}
     text = json.dumps({"frame": json.loads(frame.to_json(orient="split", double_precision=15)), "attrs": attrs})
     (folder / "diagnosis.json").write_text(text)
@@ -142,6 +116,7 @@ def _meta(fit: Fit) -> dict[str, Any]:
         "dtype": str(fit.data.dtype).removeprefix("torch."),
         "positional": fit.data.positional,
         "data": _left_out(fit.data),
+        "plate": fit.info.data_plate,
         "sites": _site_table(fit.info),
         "constants": plain,
         "guide": _guide_source(fit),
@@ -157,53 +132,6 @@ def _guide_source(fit: Fit) -> str | None:
     if fit.guide is None:
         return None
     return "cavi" if fit.program.cavi is not None and fit.guide is fit.program.cavi.guide else "svi"
-
-
-class SavedFit:
-    """What is left of a fit without its program: draws, history and diagnostics."""
-
-    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
-        self._folder, self._meta = folder, meta
-        from ppl_gen.diagnostics.bridge import read_tree
-
-        self._tree = read_tree(folder / "draws.nc")
-        self._diagnosis = json.loads((folder / "diagnosis.json").read_text())
-        self.status, self.message, self.seed = meta["status"], meta["message"], meta["seed"]
-        self.cost, self.notes, self.algorithm = meta["cost"], meta["notes"], meta["algorithm"]
-
-    def __repr__(self) -> str:
-        return (
-            f"SavedFit({self._meta['program']}, {self.algorithm}, seed={self.seed}: {self.status}; without its program)"
-        )
-
-    def to_arviz(self) -> Any:
-        """The draws as they were saved."""
-        return self._tree
-
-    def diagnose(self) -> Any:
-        """The diagnostics as they were saved."""
-        import io
-
-        import pandas
-
-        frame = pandas.read_json(io.StringIO(json.dumps(self._diagnosis["frame"])), orient="split")
-        frame.attrs.update(self._diagnosis["attrs"])
-        return frame
-
-    @property
-    def history(self) -> Any:
-        """What every step recorded."""
-        import xarray
-
-        return xarray.Dataset({k: ("step", [float(v) for v in vs]) for k, vs in self._meta["records"].items()})
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("posterior", "predict", "sample", "evidence", "module", "params", "marginal_likelihood"):
-            raise AttributeError(
-                f"{name} needs the program, which is code and is not saved; load it as "
-                f"pg.load({str(self._folder)!r}, program={self._meta['program']})"
-            )
-        raise AttributeError(name)
 
 
 def load(path: str | Path, program: Program | Recipe | Callable[..., Any] | None = None, *, data: Any = None) -> Any:
@@ -225,12 +153,20 @@ def load(path: str | Path, program: Program | Recipe | Callable[..., Any] | None
         ValueError: path: no saved fit at no/such/folder (fit.json is missing)
     """
     folder = as_path(path)
-    meta = _checked_meta(folder, str(path))
-    if program is None:
-        return SavedFit(folder, meta)
-    from safetensors.torch import load_file
+    while True:
+        meta = _checked_meta(folder, str(path))
+        try:
+            contents = _checked_contents(folder, meta)
+            if program is None:
+                return SavedFit(folder, meta, contents)
+            from safetensors.torch import load_file
 
-    return _restored(meta, load_file(folder / "tensors.safetensors"), program, data)
+            tensors = load_file(contents / "tensors.safetensors")
+        except (ValueError, OSError):
+            if meta == _checked_meta(folder, str(path)):
+                raise
+        else:  # else the fit was replaced by another while it was read: read that one
+            return _restored(meta, tensors, program, data)
 
 
 def _checked_meta(folder: Path, shown: str) -> dict[str, Any]:
@@ -239,19 +175,23 @@ def _checked_meta(folder: Path, shown: str) -> dict[str, Any]:
         raise ValueError(f"path: no saved fit at {shown} (fit.json is missing)")
     try:
         outer = json.loads(file.read_text())
-        if _sha(outer["fit"].encode()) != outer["sha256"]:
+        if hashlib.sha256(outer["fit"].encode()).hexdigest() != outer["sha256"]:
             raise ValueError("hash")
         meta: dict[str, Any] = json.loads(outer["fit"])
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"path: {file} is damaged; the fit cannot be trusted and is not loaded") from error
     if meta["format"] != FORMAT:
         raise ValueError(f"path: {shown} has format {meta['format']}, this version of ppl_gen reads {FORMAT}")
+    return meta
+
+
+def _checked_contents(folder: Path, meta: dict[str, Any]) -> Path:
     for name, digest in meta["files"].items():
         if not (folder / name).exists() or _digest(folder / name) != digest:
             raise ValueError(
                 f"path: {folder / name} is missing or damaged; the fit cannot be trusted and is not loaded"
             )
-    return meta
+    return folder / next(iter(meta["files"])).partition("/")[0]
 
 
 def _restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, data: Any) -> Fit:
@@ -307,8 +247,5 @@ def _saved_data(meta: dict[str, Any], entries: dict[str, Tensor], constants: dic
 
 
 def _digest(path: Path) -> str:
-    return _sha(path.read_bytes())
-
-
-def _sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

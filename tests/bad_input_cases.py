@@ -142,7 +142,7 @@ def damaged(folder: Path, how: str) -> Path:
     """A copy of a saved fit of which one file is short, has one bit flipped, or is missing."""
     copy = folder.with_name(f"{folder.name}-{how}")
     shutil.copytree(folder, copy, dirs_exist_ok=True)
-    file = copy / ("fit.json" if how == "rewritten" else "tensors.safetensors")
+    file = copy / "fit.json" if how == "rewritten" else next(copy.glob("*/tensors.safetensors"))
     content = file.read_bytes()
     if how == "short":
         file.write_bytes(content[:-8])

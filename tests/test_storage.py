@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ from programs import both, both_guide, conjugate, generator, regression, sine_ro
 from pyro.infer.autoguide import AutoMultivariateNormal
 
 import ppl_gen as pg
-from ppl_gen import storage
+from ppl_gen import atomic, storage
 from ppl_gen.inference import CAVI, EM, NUTS, SVI, Adversarial
 from ppl_gen.models import gaussian_mixture
 
@@ -87,14 +92,20 @@ def test_another_program_is_refused(tmp_path: Path) -> None:
         pg.load(tmp_path / "kept", program=conjugate)
 
 
+def files_of(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fitted("guide")[0].save(tmp_path_factory.mktemp("kept") / "fit")
+    fit = fitted("guide")[0]
+    fit.diagnose()
+    return fit.save(tmp_path_factory.mktemp("kept") / "fit")
 
 
 def test_every_flipped_bit_is_noticed(kept: Path) -> None:
     chance = random.Random(0)
-    files = sorted(kept.iterdir())
+    files = files_of(kept)
     assert len(files) == 4
     program = pg.Program(both, both_guide)
     for _ in range(100):
@@ -110,7 +121,7 @@ def test_every_flipped_bit_is_noticed(kept: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_every_truncated_file_is_noticed(kept: Path, share: float) -> None:
-    for file in sorted(kept.iterdir()):
+    for file in files_of(kept):
         good = file.read_bytes()
         file.write_bytes(good[: int(share * len(good))])
         with pytest.raises(ValueError, match="damaged"):
@@ -155,7 +166,7 @@ def test_a_pickle_is_not_run(kept: Path, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "executed",))
 
-    file = kept / "tensors.safetensors"
+    (file,) = kept.glob("*/tensors.safetensors")
     good = file.read_bytes()
     file.write_bytes(pickle.dumps(Payload()))
     with pytest.raises(ValueError, match="damaged"):
@@ -170,7 +181,7 @@ def test_another_format_is_refused(kept: Path) -> None:
 
     file = kept / "fit.json"
     good = file.read_text()
-    text = json.loads(good)["fit"].replace('"format": 1', '"format": 99')
+    text = json.loads(good)["fit"].replace('"format": 2', '"format": 99')
     file.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "fit": text}))
     with pytest.raises(ValueError, match="format 99"):
         pg.load(kept)
@@ -235,23 +246,153 @@ def test_rows_drawn_afresh_are_asked_for(tmp_path: Path) -> None:
     assert pg.load(tmp_path / "kept", program=model, data=rows).evidence().mean == fit.evidence().mean
 
 
-def test_a_rename_that_fails_gives_the_old_fit_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exchange_that_fails_leaves_the_old_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, program = fitted("guide")
     first.save(tmp_path / "kept")
-    rename, calls = storage.os.rename, []
+    before = files_of(tmp_path)
 
-    def second_fails(source: Any, target: Any) -> None:
-        calls.append(target)
-        if len(calls) == 2:
-            raise OSError("stale handle")
-        rename(source, target)
+    def fails(source: Any, target: Any) -> None:
+        raise OSError("stale handle")
 
-    monkeypatch.setattr(storage.os, "rename", second_fails)
+    monkeypatch.setattr(atomic.os, "replace", fails)
     with pytest.raises(OSError, match="stale"):
-        first.save(tmp_path / "kept")
+        pg.fit(program, X, SVI(steps=5), seed=9).save(tmp_path / "kept")
     monkeypatch.undo()
     assert pg.load(tmp_path / "kept", program=program).seed == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert files_of(tmp_path) == before
+
+
+def test_an_interrupt_after_the_exchange_keeps_the_new_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, program = fitted("guide")
+    first.save(tmp_path / "kept")
+    replace = os.replace
+
+    def interrupted(source: Any, target: Any) -> None:
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pg.fit(program, X, SVI(steps=5), seed=9).save(tmp_path / "kept")
+    monkeypatch.undo()
+    assert pg.load(tmp_path / "kept", program=program).seed == 9
+
+
+def kills(folder: Path, *how: str) -> tuple[list[str], list[str]]:
+    """What was found after each kill, and the names in the folder after one more save; see `killed_saves`."""
+    script = Path(__file__).with_name("killed_saves.py")
+    done = subprocess.run([sys.executable, script, folder, *how], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    return answer["answers"], answer["left"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills copies of a process")
+def test_a_kill_at_any_step_of_an_exchange_leaves_the_old_contents_or_the_new(tmp_path: Path) -> None:
+    script = f"""
+import importlib.util, json, os, signal, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("atomic", {atomic.__file__!r})  # by itself: nothing else is loaded
+atomic = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(atomic)
+path, left = Path({str(tmp_path / "kept")!r}), 0
+
+def kill(event="", args=("",)):
+    global left
+    if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open") and {str(tmp_path)!r} in str(args[0]):
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def save(text):
+    def write(folder):
+        (folder / "text").write_text(text)
+        return folder.name
+    atomic.atomically(path, "at", "note", write)
+
+save("old")
+sys.addaudithook(kill)
+found, code = [], 1
+while code:
+    steps = len(found) + 1
+    child = os.fork()
+    if not child:
+        left = steps
+        save("new")
+        os._exit(0)
+    code = os.waitpid(child, 0)[1]
+    found.append((path / (path / "at").read_text() / "text").read_text())
+    if found[-1] != "old":
+        save("old")
+for file in path.iterdir():
+    os.utime(file, (0.0, 0.0))  # long ago: a claim of a minute is not swept
+save("old")
+print(json.dumps([found, sorted(file.name for file in path.iterdir())]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    found, left = json.loads(done.stdout)
+    assert len(found) > 15 and set(found) == {"old", "new"}, found
+    assert found == sorted(found, reverse=True), "one exchange: all old before it, all new after"
+    assert len(left) == 2, left
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills copies of a process")
+def test_a_kill_at_any_step_of_a_save_leaves_the_old_fit_or_the_new_one(tmp_path: Path) -> None:
+    answers, left = kills(tmp_path, "placed")
+    assert len(answers) > 15 and set(answers) == {"old", "new"}, answers
+    assert answers == sorted(answers, reverse=True), "one exchange: all old before it, all new after"
+    assert len(left) == 2, f"what the dead left is swept by the next save: {left}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills copies of a process")
+def test_a_kill_at_any_moment_of_a_save_leaves_the_old_fit_or_the_new_one(tmp_path: Path) -> None:
+    answers, left = kills(tmp_path, "random", "100")
+    assert len(answers) == 100 and set(answers) == {"old", "new"}, answers
+    assert len(left) == 2, left
+
+
+def test_contents_of_others_are_swept_only_when_nobody_writes_them(tmp_path: Path) -> None:
+    def owned(number: int, **owner: Any) -> Path:
+        folder = tmp_path / "kept" / f"contents-{number:012x}"
+        folder.mkdir(parents=True)
+        (folder / ".writing.json").write_text(json.dumps(owner))
+        return folder
+
+    host, now = socket.gethostname(), time.time()
+    living = [
+        owned(1, host=host, process=os.getppid(), time=now),
+        owned(2, host="another", process=1, time=now),  # whose processes cannot be seen from here
+    ]
+    dead = [owned(3, host=host, process=2**22 + 1, time=now), owned(4, host="another", process=1, time=now - 1e6)]
+    fit, program = fitted("guide")
+    fit.save(tmp_path / "kept")
+    assert all(folder.exists() for folder in living) and not any(folder.exists() for folder in dead)
+    assert pg.load(tmp_path / "kept", program=program).seed == 2
+
+
+def test_a_folder_is_replaced_while_it_is_read(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, program = fitted("guide")
+    fit.save(tmp_path / "kept")
+    checked, calls = storage._checked_contents, []
+
+    def replaced_meanwhile(*args: Any) -> Path:
+        if not calls:
+            calls.append(1)
+            pg.fit(program, X, SVI(steps=5), seed=9).save(tmp_path / "kept")
+        return checked(*args)
+
+    monkeypatch.setattr(storage, "_checked_contents", replaced_meanwhile)
+    assert pg.load(tmp_path / "kept", program=program).seed == 9
+
+
+def test_notes_beside_a_fit_stay(tmp_path: Path) -> None:
+    fit, _ = fitted("guide")
+    fit.save(tmp_path / "kept")
+    (tmp_path / "kept" / "notes.txt").write_text("the good one")
+    fit.save(tmp_path / "kept")
+    assert (tmp_path / "kept" / "notes.txt").read_text() == "the good one"
 
 
 def test_a_saved_fit_is_as_readable_as_any_other_folder(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from ppl_gen.predictive import amortised, observed_rows, prior_rows, run
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["affordable_rows", "latent_summary_names", "posterior_groups", "to_arviz"]
+__all__ = ["affordable_rows", "latent_summary_names", "posterior_groups", "provenance", "to_arviz"]
 
 Groups = dict[str, dict[str, np.ndarray]]
 
@@ -58,7 +58,7 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
         inputs = {name: _array(v) for name, v in {**_named(fit, batch)}.items() if name not in groups["observed_data"]}
         groups["constant_data"] = inputs
     unsampled = _add_statistics(fit, groups, attrs, seed)
-    attrs.update(_provenance(fit))
+    attrs.update(provenance(fit))
     if fit is not whole:
         attrs["rows"] = f"the first {fit.data.rows} of {whole.data.rows}"
     lacking = [g for g in ("posterior", "log_likelihood") if not groups.get(g)]
@@ -274,7 +274,7 @@ def _reason(fit: Fit, group: str) -> str:
     return "local latents were not drawn, so there is no pointwise value; see fit.evidence"
 
 
-def _provenance(fit: Fit) -> dict[str, Any]:
+def provenance(fit: Fit) -> dict[str, Any]:
     import ppl_gen
 
     return {

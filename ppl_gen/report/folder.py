@@ -5,35 +5,30 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppl_gen.atomic import atomically, replace_file
 from ppl_gen.report.table import answer, frame
-from ppl_gen.storage import _replace
 
 if TYPE_CHECKING:
     from ppl_gen.comparison import Comparison
 
 __all__ = ["save"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(comparison: Comparison, path: Path) -> Path:
     """See `Comparison.save`. A fit that cannot be saved is left out with a warning, and the JSON file says why."""
-    path = path.expanduser().absolute()
-    if path.exists() and not (path / "comparison.json").exists():
-        raise ValueError(f"path: {path} exists and is no saved comparison; choose a new folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    try:
+    tables = {}
+
+    def write(folder: Path) -> str:
         table = frame(comparison)
-        table.to_csv(folder / "table.csv", index=False)
-        _write_rows(comparison, folder / "rows.csv")
-        saved = _write_fits(comparison, folder / "fits")
+        tables.update({"table.csv": table.to_csv(index=False), "rows.csv": _rows(comparison)})
+        for name, text in tables.items():
+            (folder / name).write_text(text, encoding="utf-8")
         content = {
             "format": FORMAT,
             "program": comparison.program,
@@ -41,13 +36,14 @@ def save(comparison: Comparison, path: Path) -> Path:
             "answer": answer(comparison),
             "facts": dict(comparison.facts),
             "table": [{k: _plain(v) for k, v in row.items()} for row in table.to_dict("records")],
-            "fits": saved,
+            "contents": folder.name,
+            "fits": _write_fits(comparison, folder),
         }
-        (folder / "comparison.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        folder.chmod(0o755)
-        _replace(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        return json.dumps(content, indent=1)
+
+    path = atomically(path, "comparison.json", "comparison", write)
+    for name, text in tables.items():  # to be looked at; those that belong to comparison.json stand in its contents
+        replace_file(path / name, text)
     return path
 
 
@@ -57,7 +53,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_rows(comparison: Comparison, path: Path) -> None:
+def _rows(comparison: Comparison) -> str:
     """log p of every held-out row by fit: what paired comparisons of another kind need."""
     import pandas
 
@@ -66,7 +62,8 @@ def _write_rows(comparison: Comparison, path: Path) -> None:
         for line in comparison.lines
         if line.evidence is not None
     }
-    pandas.DataFrame(columns).to_csv(path, index_label="row")
+    text: str = pandas.DataFrame(columns).to_csv(index_label="row")
+    return text
 
 
 def _write_fits(comparison: Comparison, folder: Path) -> list[dict[str, Any]]:
@@ -79,10 +76,10 @@ def _write_fits(comparison: Comparison, folder: Path) -> list[dict[str, Any]]:
             continue
         name = f"{number:02d}-{re.sub(r'[^A-Za-z0-9]+', '-', line.label).strip('-') or 'fit'}-seed{line.seed}"
         try:
-            line.fit.save(folder / name)
+            line.fit.save(folder / "fits" / name)
         except Exception as error:  # one fit must not cost the others
             entry["why"] = f"{type(error).__name__}: {error}"
-            warnings.warn(f"the fit {line.label!r}, seed {line.seed}, was not saved: {entry['why']}", stacklevel=4)
+            warnings.warn(f"the fit {line.label!r}, seed {line.seed}, was not saved: {entry['why']}", stacklevel=6)
         else:
-            entry["folder"] = f"fits/{name}"
+            entry["folder"] = f"{folder.name}/fits/{name}"
     return saved

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppl_gen.atomic import replace_file
 from ppl_gen.report.coded import coded
 from ppl_gen.report.draws import Scalar, distinct, global_scalars, replicates
 from ppl_gen.report.pictures import Picture, picture
@@ -34,15 +33,7 @@ def write(comparison: Comparison, path: Path) -> Path:
     path = path.expanduser().absolute()
     text = page(comparison)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # mkstemp makes it private; a report is meant to be shown
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    replace_file(path, text)
     return path
 
 

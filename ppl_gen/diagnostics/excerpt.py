@@ -1,0 +1,145 @@
+"""What is kept of a fit's draws beside its weights: as many draws and rows as are read without its program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_gen.data.batching import LARGE, Batch
+from ppl_gen.diagnostics.bridge import to_tree
+from ppl_gen.diagnostics.densities import derived
+from ppl_gen.diagnostics.export import provenance
+from ppl_gen.posterior import ChainPosterior, PointPosterior
+from ppl_gen.predictive import amortised, observed_rows
+
+if TYPE_CHECKING:
+    from ppl_gen.result import Fit
+
+__all__ = ["DRAWS", "ROWS", "excerpt"]
+
+DRAWS, ROWS = 1000, 256
+_CELLS = 20_000_000  # numbers drawn in all, kept or not, before fewer draws have to do
+_FEWEST = 25
+_WORK = 200_000_000  # numbers of data that a program runs through, draw by draw, for its deterministic sites
+
+
+def excerpt(fit: Fit) -> Any:
+    """ArviZ's tree of a fit at a bounded cost: nothing is weighed, predicted or judged for it.
+
+    Groups: posterior (chains as they are; else at most 1000 draws of a guide, fewer where it draws many numbers at
+    once), sample_stats (those of a sampler, or the losses), observed_data and constant_data. Sites and entries with
+    more than 256 rows are kept for the first 256; ``attrs["rows"]`` and ``attrs["lacks"]`` say what is left out.
+    """
+    attrs: dict[str, Any] = {"kind": fit.learned.kind, **provenance(fit)}
+    with fit.bound():
+        posterior, lacking = _posterior(fit)
+        observed = {name: _first_rows(fit, name, value) for name, value in observed_rows(fit, fit.data).items()}
+    rows = fit.data.rows
+    entries = {**fit.data.entries, **{n: v for n, v in fit.data.constants.items() if isinstance(v, Tensor)}}
+    inputs = {name: _array(v[:ROWS] if name in fit.data.entries and v.ndim else v) for name, v in entries.items()}
+    stats, unsampled = _statistics(fit)
+    groups = {
+        "posterior": posterior,
+        "sample_stats": stats,
+        "observed_data": observed,
+        "constant_data": {name: value for name, value in inputs.items() if name not in observed},
+    }
+    if rows is not None and rows > ROWS:
+        attrs["rows"] = f"the first {ROWS} of {rows}"
+    if lacking:
+        attrs["lacks"] = lacking
+    plate = fit.info.data_plate
+    dims = {s.name: list(s.plates) for s in fit.info.sites.values() if s.plates and len(s.plates) == len(s.batch_shape)}
+    dims |= {n: [plate] for n in groups["constant_data"] if plate and n in fit.data.entries and inputs[n].ndim}
+    dims |= {name: ["step"] for name in unsampled}
+    return to_tree({k: v for k, v in groups.items() if v}, dims=dims, attrs=attrs, unsampled=unsampled)
+
+
+def _posterior(fit: Fit) -> tuple[dict[str, np.ndarray], str]:
+    """The posterior group, and what it lacks in words; inside ``fit.bound()``."""
+    if not fit.info.select():
+        return {}, "posterior: the program has no latent sites"
+    if isinstance(fit.learned, ChainPosterior):
+        flat = {name: value.flatten(0, 1) for name, value in fit.learned.draws.items()}
+        chains = fit.learned.chains
+    else:
+        flat, chains = _drawn(fit), 1
+    if not flat:
+        return {}, "posterior: the algorithm learned no posterior over latent sites"
+    more, lacking = _deterministic(fit, flat)
+    kept = {name: _first_rows(fit, name, value, lead=1) for name, value in flat.items()} | more
+    return {name: value.reshape(chains, -1, *value.shape[1:]) for name, value in kept.items()}, lacking
+
+
+def _drawn(fit: Fit) -> dict[str, Tensor]:
+    """Draws x shape of every latent site that the algorithm learned of, rows beyond the first dropped at once."""
+    names, batch = {site.name for site in fit.info.select()}, _batch(fit)
+
+    def one() -> tuple[dict[str, Tensor], int]:
+        drawn = {n: torch.as_tensor(v) for n, v in fit.learned.draw(1, batch)[0].items() if n in names}
+        kept = {name: _head(fit, name, value).detach().clone() for name, value in drawn.items()}
+        return kept, sum(value.numel() for value in drawn.values())
+
+    first, size = one()
+    few = isinstance(fit.learned, PointPosterior)
+    count = 1 if few else min(DRAWS, max(_FEWEST, _CELLS // max(1, size)))
+    draws = [first, *(one()[0] for _ in range(count - 1))]
+    return {name: torch.stack([draw[name] for draw in draws]) for name in first}
+
+
+def _batch(fit: Fit) -> Batch:
+    """What a guide is called with: the first rows where it follows them, or where only globals are drawn of many."""
+    rows = fit.data.rows
+    if rows is None or rows <= ROWS:
+        return fit.data.batch()
+    local = {site.name for site in fit.info.select(local=True)}.intersection(fit.info.guide_sites or {})
+    if amortised(fit) or (not local and fit.data.elements > LARGE and fit.info.data_plate):
+        return fit.data.head(ROWS)
+    return fit.data.batch()
+
+
+def _deterministic(fit: Fit, flat: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray], str]:
+    """What follows from the globals outside the data plate, from the whole data."""
+    sites = fit.info.select(kind="deterministic", local=False)
+    if not sites or not flat:
+        return {}, ""
+    count = len(next(iter(flat.values())))
+    if count * fit.data.elements > _WORK:
+        named = ", ".join(site.name for site in sites)
+        return {}, f"{named}: computed from {fit.data.rows} rows for every draw, which only fit.to_arviz() does"
+    known = {name: value for name, value in flat.items() if not fit.info.sites[name].local}
+    draws = [{name: value[i] for name, value in known.items()} for i in range(count)]
+    rows = derived(fit, fit.data.batch(), draws)
+    return {name: _array(torch.stack([row[name] for row in rows])) for name in rows[0]}, ""
+
+
+def _head(fit: Fit, name: str, value: Tensor, lead: int = 0) -> Tensor:
+    """The first rows of a value of a site, along the axis of the data plate."""
+    site, dim = fit.info.sites.get(name), fit.info.plate_dim
+    if site is None or not site.local or dim is None:
+        return value
+    axis = lead + len(site.batch_shape) + dim
+    return value.narrow(axis, 0, min(ROWS, value.shape[axis])) if lead <= axis < value.dim() else value
+
+
+def _first_rows(fit: Fit, name: str, value: Tensor, lead: int = 0) -> np.ndarray:
+    return _array(_head(fit, name, torch.as_tensor(value), lead))
+
+
+def _statistics(fit: Fit) -> tuple[dict[str, np.ndarray], list[str]]:
+    """A sampler's own numbers, or the losses of every step (whose names are also given: they are no draws)."""
+    if isinstance(fit.learned, ChainPosterior):
+        return {name: _array(value) for name, value in fit.learned.stats.items()}, []
+    wanted = [name for name in fit.records if name.endswith("loss")]
+    wanted = wanted or [name for name in fit.records if name in ("elbo", "log_likelihood")]
+    renamed = {"loss" if name == "program_loss" else name: np.asarray(fit.records[name]) for name in wanted}
+    return renamed, list(renamed)
+
+
+def _array(value: Any) -> np.ndarray:
+    made: np.ndarray = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    return made
