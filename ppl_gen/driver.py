@@ -18,6 +18,7 @@ from ppl_gen.dryrun import ProgramInfo, dry_run
 from ppl_gen.errors import NonFiniteError, require_seed
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
+from ppl_gen.inference.enumerable import unenumerable
 from ppl_gen.inference.stopping import EarlyStop
 from ppl_gen.isolation import Workspace, isolated, looking
 from ppl_gen.monitoring import ProgressBar, Validation
@@ -93,7 +94,7 @@ def fit(
         with Workspace(state, device=place, dtype=dataset.dtype, modules=modules) as workspace, plates:
             info = _inspected(built, dataset)
             check_observed(info)
-            require(algorithm.label, algorithm.needs, built.name, info.offers)
+            require(algorithm.label, algorithm.needs, built.name, info.offers, why=info.unenumerable)
             built, notes = _with_plate(built, info)
             run = Run(built, dataset, info, workspace, seed, start, notes=notes)
             algorithm.check(run)
@@ -223,7 +224,8 @@ def _modules_of(program: Program, start: Fit | None) -> dict[str, nn.Module]:
 def _inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInfo:
     batch = data.head(DRY_ROWS) if data.elements > LARGE else data.batch()
     with looking():
-        return dry_run(program, batch, guide=guide, fewer=lambda: data.head((batch.rows or 2) // 2))
+        info = dry_run(program, batch, guide=guide, fewer=lambda: data.head((batch.rows or 2) // 2))
+        return info.refusing_sums(unenumerable(program.model, batch, data.head, info))
 
 
 def _with_plate(program: Program, info: ProgramInfo) -> tuple[Program, dict[str, str]]:
@@ -336,7 +338,8 @@ def _with_guide(run: Run, outcome: Outcome) -> ProgramInfo:
         return run.info
     with Workspace(outcome.state, device=run.data.device, dtype=run.data.dtype), isolated():
         batch = run.data.batch()
-        return dry_run(run.program, batch, guide=outcome.guide, fewer=lambda: run.data.head((batch.rows or 2) // 2))
+        info = dry_run(run.program, batch, guide=outcome.guide, fewer=lambda: run.data.head((batch.rows or 2) // 2))
+        return info.refusing_sums(run.info.unenumerable)
 
 
 def _status(outcome: Outcome) -> tuple[Status, str]:

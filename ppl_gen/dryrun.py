@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -69,7 +69,7 @@ class ProgramInfo:
     plate_nesting: int
     rows: int | None
     offers: frozenset[str]
-    warnings: tuple[str, ...] = field(default=())
+    unenumerable: str = ""  # why the finite latents cannot be summed out
 
     def select(self, *, kind: str = "latent", local: bool | None = None, discrete: bool | None = None) -> list[Site]:
         """Sites of one kind, optionally only those inside (outside) the data plate or (not) discrete."""
@@ -80,6 +80,13 @@ class ProgramInfo:
             and (local is None or site.local == local)
             and (discrete is None or site.discrete == discrete)
         ]
+
+    def refusing_sums(self, reason: str) -> ProgramInfo:
+        """The same, if its finite latents cannot be summed out for a ``reason`` (with none, they can)."""
+        if not reason:
+            return self
+        lost = {"finite local latents", "differentiable latents"}
+        return replace(self, unenumerable=reason, offers=self.offers - lost)
 
     @property
     def finite_latents(self) -> list[str]:
@@ -110,7 +117,9 @@ class ProgramInfo:
             if self.data_plate
             else "no data plate: whole data only"
         )
-        return "\n".join([f"{self.name}: {plate}", *lines, "offers: " + ", ".join(sorted(self.offers)), *self.warnings])
+        lines.append("offers: " + ", ".join(sorted(self.offers)))
+        lines += [f"not enumerable: {self.unenumerable}"] if self.unenumerable else []
+        return "\n".join([f"{self.name}: {plate}", *lines])
 
     def _repr_html_(self) -> str:
         from ppl_gen.report.display import info_html

@@ -29,8 +29,8 @@ OFFERS: dict[str, str] = {
 }
 
 
-def require(algorithm: str, needs: Iterable[Need], program: str, offers: Iterable[str]) -> None:
-    """Raise `IncompatibleError` unless each need is met by an offer, printing both sides.
+def require(algorithm: str, needs: Iterable[Need], program: str, offers: Iterable[str], *, why: str = "") -> None:
+    """Raise `IncompatibleError` unless each need is met by an offer, printing both sides (and ``why`` one is not).
 
     >>> require("EM", [("density",)], "mixture", {"density"})
     >>> require("NUTS", [("density",)], "gan", {"samples"})
@@ -53,7 +53,7 @@ def require(algorithm: str, needs: Iterable[Need], program: str, offers: Iterabl
         f"  {program + ' offers:':<{width}}" + (", ".join(name for name in OFFERS if name in have) or "nothing"),
         f"  {'missing:':<{width}}" + "; ".join(" or ".join(f"{o} ({OFFERS[o]})" for o in need) for need in missing),
     ]
-    lines += _who_offers(missing, width)
+    lines += [f"  {'because:':<{width}}{why}"] if why else _who_offers(missing, width)
     raise IncompatibleError("\n".join(lines))
 
 

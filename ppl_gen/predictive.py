@@ -19,6 +19,7 @@ from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.isolation import looking
 from ppl_gen.posterior import PointPosterior
+from ppl_gen.sitechecks import require_enumerable
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -104,6 +105,7 @@ def completed(fit: Fit, batch: Batch, values: Mapping[str, Tensor], finite: list
         return drawn
     from ppl_gen.inference.enumeration import enumerated_trace, sample_discrete
 
+    require_enumerable(fit.info, finite)
     trace = enumerated_trace(
         fit.program.model,
         batch.args,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
@@ -24,6 +24,7 @@ __all__ = [
     "check_reparameterised",
     "data_plate",
     "explained",
+    "require_enumerable",
     "sample_nodes",
     "vectorised",
 ]
@@ -261,6 +262,15 @@ def check_match(program: Program, sites: dict[str, Site], guide_sites: dict[str,
                 f"at site {name!r}: inside the data plate in the {inside}, outside it in the {outside}; open "
                 f"pyro.plate({program.data_plate!r}, len(x)) in both"
             )
+
+
+def require_enumerable(info: ProgramInfo, names: Sequence[str]) -> None:
+    """Raise IncompatibleError, saying why, if the finite sites ``names`` cannot be summed out."""
+    if names and info.unenumerable:
+        raise IncompatibleError(
+            f"{info.name!r}: nothing draws {', '.join(names)}, and they cannot be summed out: {info.unenumerable}. Or "
+            "draw them in a guide"
+        )
 
 
 def check_observed(info: ProgramInfo) -> None:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ppl_gen.data.batching import Batch
 from ppl_gen.inference.enumeration import enumerated_trace, log_prior, row_log_density
 from ppl_gen.inference.objectives.particles import Substitute
+from ppl_gen.sitechecks import require_enumerable
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -47,6 +48,7 @@ def _single(
     info = fit.info
     local = [name for name in names if name in info.sites and info.sites[name].local]
     sums = [name for name in info.finite_latents if name not in names]
+    require_enumerable(info, sums)
 
     def one(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         trace = enumerated_trace(

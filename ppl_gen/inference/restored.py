@@ -54,7 +54,8 @@ class Restored(Algorithm):
             guide = run.program.cavi.guide
         elif self.guide == "svi":
             guide = resolved_guide(run)
-            run.info = dry_run(run.program, batch, guide=guide, fewer=lambda: run.data.head((batch.rows or 2) // 2))
+            info = dry_run(run.program, batch, guide=guide, fewer=lambda: run.data.head((batch.rows or 2) // 2))
+            run.info = info.refusing_sums(run.info.unenumerable)
             if guide is not None:
                 runs.append(partial(guide, *batch.args, **batch.kwargs))
         leaves = run.workspace.collect(*runs)

@@ -140,7 +140,8 @@ class SVI(Iterative):
         probe = as_whole(whole)
         if guide is not None:
             with looking():
-                run.info = dry_run(run.program, probe, guide=guide, fewer=lambda: run.data.head((probe.rows or 2) // 2))
+                info = dry_run(run.program, probe, guide=guide, fewer=lambda: run.data.head((probe.rows or 2) // 2))
+                run.info = info.refusing_sums(run.info.unenumerable)
         minibatches = self.batch_size is not None and run.data.rows is not None and self.batch_size < run.data.rows
         if minibatches and guide is not None:
             refuse_row_parameters(run, guide, whole)

@@ -90,7 +90,7 @@ def info_html(info: ProgramInfo) -> str:
         "offers": _meanings(offer for offer in OFFERS if offer in info.offers) or "nothing",
         "lacks": _meanings(offer for offer in OFFERS if offer not in info.offers) or "nothing",
     }
-    warnings = "".join(_note(escape(text)) for text in info.warnings)
+    warnings = _note(escape(f"not enumerable: {info.unenumerable}")) if info.unenumerable else ""
     return _box(escape(info.name), _table(header, rows, f"Sites; {plate}"), _facts(facts), warnings)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ppl_gen.dryrun import ProgramInfo, Site
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.objectives.base import Setting
+from ppl_gen.sitechecks import require_enumerable
 
 __all__ = ["Estimators", "choose_estimators", "refuse_tied_rows", "rows_plate"]
 
@@ -42,10 +43,12 @@ def choose_estimators(setting: Setting, enumerate_sites: bool = True) -> Estimat
     stuck = [name for name in in_model if not latent[name].finite]
     if stuck:
         raise IncompatibleError(f"latent site(s) {stuck} are not in the guide and cannot be summed out")
+    require_enumerable(info, in_model)
     if in_model and not enumerate_sites:
         raise IncompatibleError(f"enumerate=False: the guide must draw the discrete site(s) {list(in_model)}")
     shared = {name: site for name, site in guide_sites.items() if name in latent}
-    summed = tuple(n for n, s in shared.items() if s.finite and s.discrete and enumerate_sites)
+    sums = enumerate_sites and not info.unenumerable
+    summed = tuple(n for n, s in shared.items() if s.finite and s.discrete and sums)
     rest = {n: s for n, s in shared.items() if n not in summed}
     score = tuple(n for n, s in rest.items() if not s.reparameterised)
     ordered = [n for n in latent if n in shared] == [n for n in shared]

@@ -16,6 +16,7 @@ from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting
 from ppl_gen.inference.objectives.estimators import refuse_tied_rows
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, local_log_weights
 from ppl_gen.offers import Need
+from ppl_gen.sitechecks import require_enumerable
 
 __all__ = ["IWAE"]
 
@@ -86,6 +87,7 @@ class _ImportanceGame(Game):
         guided = set(info.guide_sites or {})
         self.setting, self.particles, self.chunk = setting, particles, min(chunk, particles)
         self.sums = tuple(n for n in info.finite_latents if n not in guided)
+        require_enumerable(info, self.sums)
         # A guide that maps one joint vector onto all sites (full rank, a flow) has no locals that could be drawn alone.
         self.local = any(s.local and not s.likelihood_free for s in (info.guide_sites or {}).values())
         self.globals = [site.name for site in info.select(local=False) if site.name in guided]

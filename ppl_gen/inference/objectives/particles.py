@@ -17,6 +17,7 @@ from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.inference.objectives.estimators import rows_plate
 from ppl_gen.inference.objectives.tracing import is_sample, log_density, own_scale
 from ppl_gen.isolation import looking
+from ppl_gen.sitechecks import require_enumerable
 
 __all__ = [
     "LocalParticles",
@@ -238,6 +239,7 @@ def _single(
         return replace(weights, rows=None if weights.rows is None else weights.rows[0])
     from ppl_gen.inference.enumeration import enumerated_trace, log_prior, row_log_density
 
+    require_enumerable(info, sums)
     q = sampled(guide, batch, values)
     drawn = {name: site["value"] for name, site in q.nodes.items() if site["type"] == "sample"}
     known = {**drawn, **values}
