@@ -6,7 +6,7 @@ import contextlib
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ppl_gen.errors import IncompatibleError, require_seed
 from ppl_gen.handlers.read_sites import ReadSites
 
-__all__ = ["ProgramState", "Workspace", "copied", "isolated", "looking", "quiet", "revived"]
+__all__ = ["ProgramState", "Workspace", "copied", "isolated", "looking", "quiet", "revived", "unremembered"]
 
 _PYRO_MODULE = pyro.primitives.module
 
@@ -61,7 +61,7 @@ def isolated(seed: int | None = None, *, dtype: torch.dtype | None = None) -> It
 
 @contextlib.contextmanager
 def looking() -> Iterator[None]:
-    """Run a program only to look at it: no gradients, and buffers and generators are put back on exit."""
+    """Run a program only to look at it: no gradients; buffers, generators and what modules remember are put back."""
     kept: dict[int, tuple[nn.Module, dict[str, tuple[Tensor, Tensor]]]] = {}
 
     def keep(module: nn.Module, _inputs: object) -> None:
@@ -70,7 +70,7 @@ def looking() -> Iterator[None]:
 
     hook = register_module_forward_pre_hook(keep)
     try:
-        with isolated(), torch.no_grad():
+        with isolated(), torch.no_grad(), unremembered():
             yield
     finally:
         hook.remove()
@@ -79,12 +79,65 @@ def looking() -> Iterator[None]:
                 module._buffers[name] = buffer.copy_(value)
 
 
-def copied(module: nn.Module) -> nn.Module:
-    """A deep copy. Pyro's autoguides let go of their model when they are copied: both get it back."""
+@contextlib.contextmanager
+def unremembered() -> Iterator[None]:
+    """What modules keep in Python between calls (cached plates, counters) is on exit what it was before.
+
+    A module that makes its parameters inside (autoguides do when they are first called) keeps all it then set up.
+    """
+    kept: dict[int, tuple[nn.Module, dict[str, tuple[Any, Any]], int]] = {}
+
+    def keep(module: nn.Module, _inputs: object) -> None:
+        if id(module) not in kept:
+            state = {name: (value, _shallow(value)) for name, value in _remembered(module)}
+            kept[id(module)] = module, state, _made_so_far(module)
+
+    hook = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module, state, made in kept.values():
+            if _made_so_far(module) == made:
+                _put_back(module, state)
+
+
+def _remembered(module: nn.Module) -> list[tuple[str, Any]]:
+    """A module's attributes that are not torch's own: its parameters, buffers, parts and hooks."""
+    return [(name, value) for name, value in vars(module).items() if name not in _TORCH_ATTRIBUTES]
+
+
+_TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+def _made_so_far(module: nn.Module) -> int:
+    return sum(len(part._parameters) + len(part._buffers) for part in module.modules())
+
+
+def _shallow(value: Any) -> Any:
+    return value.copy() if type(value) in (dict, list, set) else value
+
+
+def _put_back(module: nn.Module, state: Mapping[str, tuple[Any, Any]]) -> None:
+    for name, _ in _remembered(module):
+        if name not in state:
+            del module.__dict__[name]
+    for name, (value, contents) in state.items():
+        if type(value) in (dict, list, set):
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(contents)
+        module.__dict__[name] = value
+
+
+def copied(module: nn.Module, *, shared: Iterable[nn.Module] = ()) -> nn.Module:
+    """A deep copy, ``shared`` parts and models apart. Pyro's autoguides let go of their model: both get it back."""
+    memo = {
+        id(part): part for part in (*shared, *(vars(p).get("_model") for p in module.modules())) if part is not None
+    }
     guides = [part for part in module.modules() if isinstance(part, AutoGuide)]
     kept = [(part._model, part.master) for part in guides]
     try:
-        made = copy.deepcopy(module)
+        made = copy.deepcopy(module, memo)
     finally:
         for part, (model, master) in zip(guides, kept, strict=True):
             part._model, part.master = model, master

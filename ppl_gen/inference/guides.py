@@ -46,6 +46,8 @@ def resolved_guide(run: Run) -> Callable[..., Any] | None:
         return revived(copied(guide), poutine.block(run.program.model, hide=info.finite_latents))
     if isinstance(guide, AutoMessenger):
         return _alone(copied(guide))
+    if isinstance(guide, EasyGuide):  # it remembers the rows it first saw; networks in it may be the model's too
+        return copied(guide, shared=guide.children())
     if isinstance(guide, torch.nn.Module):
         return guide
     return filtered(guide)
