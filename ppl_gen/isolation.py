@@ -22,8 +22,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ppl_gen.errors import IncompatibleError, require_seed
 from ppl_gen.handlers.read_sites import ReadSites
+from ppl_gen.memory import unremembered
 
-__all__ = ["ProgramState", "Workspace", "copied", "isolated", "looking", "quiet", "revived", "unremembered"]
+__all__ = ["ProgramState", "Workspace", "copied", "isolated", "looking", "quiet", "revived"]
 
 _PYRO_MODULE = pyro.primitives.module
 
@@ -77,56 +78,6 @@ def looking() -> Iterator[None]:
         for module, buffers in kept.values():
             for name, (buffer, value) in buffers.items():
                 module._buffers[name] = buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def unremembered() -> Iterator[None]:
-    """What modules keep in Python between calls (cached plates, counters) is on exit what it was before.
-
-    A module that makes its parameters inside (autoguides do when they are first called) keeps all it then set up.
-    """
-    kept: dict[int, tuple[nn.Module, dict[str, tuple[Any, Any]], int]] = {}
-
-    def keep(module: nn.Module, _inputs: object) -> None:
-        if id(module) not in kept:
-            state = {name: (value, _shallow(value)) for name, value in _remembered(module)}
-            kept[id(module)] = module, state, _made_so_far(module)
-
-    hook = register_module_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        hook.remove()
-        for module, state, made in kept.values():
-            if _made_so_far(module) == made:
-                _put_back(module, state)
-
-
-def _remembered(module: nn.Module) -> list[tuple[str, Any]]:
-    """A module's attributes that are not torch's own: its parameters, buffers, parts and hooks."""
-    return [(name, value) for name, value in vars(module).items() if name not in _TORCH_ATTRIBUTES]
-
-
-_TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
-
-
-def _made_so_far(module: nn.Module) -> int:
-    return sum(len(part._parameters) + len(part._buffers) for part in module.modules())
-
-
-def _shallow(value: Any) -> Any:
-    return value.copy() if type(value) in (dict, list, set) else value
-
-
-def _put_back(module: nn.Module, state: Mapping[str, tuple[Any, Any]]) -> None:
-    for name, _ in _remembered(module):
-        if name not in state:
-            del module.__dict__[name]
-    for name, (value, contents) in state.items():
-        if type(value) in (dict, list, set):
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(contents)
-        module.__dict__[name] = value
 
 
 def copied(module: nn.Module, *, shared: Iterable[nn.Module] = ()) -> nn.Module:

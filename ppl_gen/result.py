@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ppl_gen.data.batching import Dataset, as_dataset
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.handlers.whole_plates import whole_plates
-from ppl_gen.isolation import ProgramState, Workspace, copied, isolated, quiet, unremembered
+from ppl_gen.isolation import ProgramState, Workspace, copied, isolated, quiet
+from ppl_gen.memory import unremembered
 from ppl_gen.posterior import PointPosterior, Posterior
 from ppl_gen.program import Program, Recipe
 
