@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ppl_gen.data.arrays import shared
 from ppl_gen.data.batching import LARGE, Dataset, as_dataset, is_double
+from ppl_gen.data.names import Read
 from ppl_gen.data.sources import collected
 from ppl_gen.dryrun import ProgramInfo, dry_run
 from ppl_gen.errors import NonFiniteError, require_seed
@@ -96,6 +97,8 @@ def fit(
             check_observed(info)
             require(algorithm.label, algorithm.needs, built.name, info.offers, why=info.unenumerable)
             built, notes = _with_plate(built, info)
+            if dataset.left_out:
+                notes["left out"] = f"{', '.join(dataset.left_out)}: neither model nor recipe reads them"
             run = Run(built, dataset, info, workspace, seed, start, notes=notes)
             algorithm.check(run)
             if validation is not None:
@@ -197,9 +200,18 @@ def _dtype_of(data: Any) -> torch.dtype:
 def _built(
     recipe: Recipe, data: Any, dtype: torch.dtype | None, device: torch.device | None, start: Fit | None
 ) -> tuple[Program, Dataset]:
+    given = _as_given(data, dtype)
+    given = Read(given) if type(given) is dict else given
     with torch.device(device or "cpu"):
-        built = start.program if start is not None else recipe(_as_given(data, dtype))
-    return built, as_dataset(data, built.model, dtype=dtype or torch.get_default_dtype(), device=device)
+        built = start.program if start is not None else recipe(given)
+    read = start.data.read if start is not None else _read(given)
+    dtype = dtype or torch.get_default_dtype()
+    return built, as_dataset(data, built.model, dtype=dtype, device=device, read=read)
+
+
+def _read(given: Any) -> Collection[str]:
+    """The entries that a recipe has read; of a mapping that does not tell, perhaps all."""
+    return given.names if isinstance(given, Read) else list(given) if isinstance(given, Mapping) else ()
 
 
 def _as_given(data: Any, dtype: torch.dtype | None) -> Any:

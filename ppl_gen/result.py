@@ -147,7 +147,8 @@ class Fit:
             return self.data
         from ppl_gen.newrows import check_rows
 
-        made = as_dataset(data, self.program.model, dtype=self.data.dtype, device=self.data.device)
+        known = self.data
+        made = as_dataset(data, self.program.model, dtype=known.dtype, device=known.device, read=known.read)
         check_rows(self, made)
         return made
 

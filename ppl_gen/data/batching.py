@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.arrays import as_array, check_extent, check_finite, shared
+from ppl_gen.data.names import refuse_misspelt
 from ppl_gen.data.rows import Rows
 
 __all__ = ["Batch", "Batches", "Constant", "Dataset", "as_dataset", "constant", "is_double"]
@@ -63,6 +64,8 @@ class Dataset:
     dtype: torch.dtype | None = None
     on_batch: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     original: Any = None
+    left_out: tuple[str, ...] = ()  # entries that neither model nor recipe reads
+    read: frozenset[str] = frozenset()  # what the recipe read
 
     def batch(self, index: Tensor | None = None, total: int | None = None) -> Batch:
         """The rows of ``index`` (all of them when None) as a call of the model."""
@@ -190,13 +193,18 @@ def _strata(data: Dataset, stratify: str | None) -> list[Tensor] | None:
 
 
 def as_dataset(
-    data: Any, model: Callable[..., Any], *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    data: Any,
+    model: Callable[..., Any],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    read: Collection[str] = (),
 ) -> Dataset:
-    """Check ``data`` against the signature of ``model`` and wrap it.
+    """Check ``data`` against the signature of ``model`` and wrap it; a recipe has ``read`` entries of these names.
 
     Raises:
         TypeError: for data that is no tensor, array, mapping, Dataset or DataLoader, or holds no numbers.
-        ValueError: for empty data, NaN or infinity, rows that differ in number, or a missing argument.
+        ValueError: for empty data, NaN or infinity, rows that differ in number, a missing or misspelt argument.
     """
     if isinstance(data, Dataset):
         return replace(data, dtype=dtype or data.dtype, device=device or data.device)
@@ -210,8 +218,11 @@ def as_dataset(
     open_kind = inspect.Parameter.VAR_KEYWORD if isinstance(data, Mapping) else inspect.Parameter.VAR_POSITIONAL
     if not names and open_kind not in kinds and not (isinstance(data, Mapping) and not data):
         raise ValueError("the model takes no arguments, so data cannot reach it; give it one, e.g. `def model(x):`")
+    left_out: tuple[str, ...] = ()
     if isinstance(data, Mapping):
         entries, constants = _mapping_entries(data, signature)
+        if open_kind not in kinds:
+            left_out = tuple(str(name) for name in data if name not in signature.parameters and name not in read)
         positional = None
         there = [str(name) for name, value in data.items() if value is not None]
         _require_arguments(signature, {*entries, *constants}, there)
@@ -220,6 +231,7 @@ def as_dataset(
                 f"data: none of its entries ({', '.join(map(str, data))}) is an argument of the model "
                 f"({', '.join(names)}); give them the names of the model's arguments"
             )
+        refuse_misspelt(left_out, names, [name for name, value in data.items() if value is not None])
     else:
         positional = names[0] if names else "data"
         entries, constants = {positional: as_array(data, positional)}, {}
@@ -229,7 +241,7 @@ def as_dataset(
         dtype = torch.float64 if any(map(is_double, (*entries.values(), *constants.values()))) else torch.float32
     for name, value in {**entries, **constants}.items():
         check_finite(name, value, dtype)
-    return Dataset(entries, constants, positional, rows, device, dtype, on_batch, original)
+    return Dataset(entries, constants, positional, rows, device, dtype, on_batch, original, left_out, frozenset(read))
 
 
 def _mapping_entries(data: Mapping[str, Any], signature: inspect.Signature) -> tuple[dict[str, Any], dict[str, Any]]:

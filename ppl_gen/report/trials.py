@@ -105,7 +105,7 @@ def inspected(task: Task) -> tuple[ProgramInfo, str]:
         built, dataset = _built(task.recipe, task.train, task.dtype, place, None)
         with Workspace(device=place, dtype=dataset.dtype, training=False, modules=_modules_of(built, None)):
             info = _inspected(built, dataset)
-            held = as_dataset(task.test, built.model)
+            held = as_dataset(task.test, built.model, read=dataset.read)
             check_columns("test", held, dataset)
             with torch.no_grad():
                 return info, _mark(built, dataset.head(64))
@@ -210,7 +210,7 @@ def _received(task: Task, line: Line) -> Line:
     if line.fit is None:
         return line
     kept = line.fit.data
-    rows = as_dataset(task.train, line.fit.program.model, dtype=kept.dtype, device=kept.device)
+    rows = as_dataset(task.train, line.fit.program.model, dtype=kept.dtype, device=kept.device, read=kept.read)
     return replace(line, fit=replace(line.fit, data=rows))
 
 
