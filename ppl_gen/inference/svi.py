@@ -16,6 +16,7 @@ from ppl_gen.dryrun import dry_run
 from ppl_gen.errors import IncompatibleError, require_positive, require_whole
 from ppl_gen.inference.base import Info, Iterative, Outcome, Run
 from ppl_gen.inference.guides import as_whole, is_auto, refuse_row_parameters, resolved_guide
+from ppl_gen.inference.jacobians import check_jacobians
 from ppl_gen.inference.laplace import Laplace, kept_buffers, second_stage
 from ppl_gen.inference.objectives.base import Game, Setting, started
 from ppl_gen.inference.objectives.elbo import ELBO
@@ -142,6 +143,7 @@ class SVI(Iterative):
             with looking():
                 info = dry_run(run.program, probe, guide=guide, fewer=lambda: run.data.head((probe.rows or 2) // 2))
                 run.info = info.refusing_sums(run.info.unenumerable)
+            check_jacobians(guide, probe)
         minibatches = self.batch_size is not None and run.data.rows is not None and self.batch_size < run.data.rows
         if minibatches and guide is not None:
             refuse_row_parameters(run, guide, whole)
