@@ -35,12 +35,10 @@ def check_jacobians(guide: Callable[..., Any], batch: Batch, seed: int = 0) -> N
         trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
         torch.manual_seed(seed)
         for name, site in trace.nodes.items():
-            size = site["fn"].event_shape[-1:] if is_sample(site) else ()
-            for transform in transforms_of(site["fn"]) if size and size[0] <= _LARGEST else ():
+            size = site["fn"].event_shape[-1] if is_sample(site) and site["fn"].event_dim else 0
+            for transform in transforms_of(site["fn"]) if 0 < size <= _LARGEST else ():
                 if isinstance(transform, nn.Module):
-                    _refuse_wrong(
-                        name, type(transform).__name__, [_compared(transform, size[0]) for _ in range(_TRIALS)]
-                    )
+                    _refuse_wrong(name, type(transform).__name__, [_compared(transform, size) for _ in range(_TRIALS)])
 
 
 def _refuse_wrong(site: str, transform: str, trials: Sequence[tuple[float, float] | None]) -> None:
