@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from bad_input_table import TABLE
 from pyro.distributions import constraints
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoDiscreteParallel, AutoNormal, AutoNormalizingFlow
 from torch import Tensor, nn
 
 import ppl_gen as pg
@@ -174,6 +174,9 @@ def names(folder: Path) -> dict[str, Any]:
             "nn": nn,
             "partial": functools.partial,
             "AutoNormal": AutoNormal,
+            "AutoDelta": AutoDelta,
+            "AutoDiscreteParallel": AutoDiscreteParallel,
+            "AutoNormalizingFlow": AutoNormalizingFlow,
             "nan": float("nan"),
             "inf": float("inf"),
         },

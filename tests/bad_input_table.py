@@ -67,6 +67,7 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.Program(3)  ->  model: expected a Pyro model
             pg.Program(normal, guide="AutoNormal")  ->  guide: expected a Pyro guide
             pg.Program(normal, guide=partial(AutoNormal, init_scale=0.5))  ->  guide: a partial of the class AutoNormal
+            pg.fit(pg.Program(normal, AutoNormalizingFlow), x, SVI(steps=1))  ->  guide: AutoNormalizingFlow cannot be made of a model alone
             pg.Program(normal, terms={"penalty": 1.0})  ->  terms: expected functions
             pg.Recipe(pg.Program(normal))  ->  build: expected a function
             pg.fit(pg.Recipe(normal), x, SVI(steps=1))  ->  the recipe 'normal' must return a Program, got NoneType
@@ -75,6 +76,8 @@ TABLE: dict[str, dict[type[Exception], str]] = {
         """,
         pg.IncompatibleError: """
             pg.fit(pg.Program(counts, guide_without_gradient), x, SVI(IWAE(), steps=1))  ->  IWAE gives no gradient to the guide's site(s) 'count'
+            pg.fit(pg.Program(normal, AutoDiscreteParallel), x, SVI(steps=1))  ->  AutoDiscreteParallel guides finite latent sites only
+            pg.fit(pg.Program(normal, AutoDelta), x, SVI(steps=1)).marginal_likelihood()  ->  the guide of 'normal' puts loc at one value
             pg.fit(gan(4), x, SVI(steps=1))  ->  SVI(ELBO) does not fit the program 'gan'
             pg.fit(gan(4), x, NUTS())  ->  NUTS does not fit the program 'gan'
             pg.fit(vae(4), x, EM())  ->  EM does not fit the program 'vae'

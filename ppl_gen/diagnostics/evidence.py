@@ -256,6 +256,8 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
     """
     from ppl_gen.diagnostics.psis import pareto_k
 
+    require_whole("draws", draws)
+    require_whole("particles", particles)
     _require_density(fit)
     guide = fit.guide
     if guide is None or fit.learned.kind != "variational":
@@ -269,8 +271,6 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
             "to propose from: the marginal likelihood integrates over it. Give it a distribution (AutoNormal, "
             "AutoMultivariateNormal) and fit again"
         )
-    require_whole("draws", draws)
-    require_whole("particles", particles)
     with fit.bound(seed):
         weights = weighed_draws(fit, draws, particles).log_weights
     n = len(weights)
