@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ppl_gen.data.arrays import shared
 from ppl_gen.data.batching import LARGE, Dataset, as_dataset, is_double
+from ppl_gen.data.columns import column_notes
 from ppl_gen.data.names import Read
 from ppl_gen.data.sources import collected
 from ppl_gen.dryrun import ProgramInfo, dry_run
@@ -23,6 +24,7 @@ from ppl_gen.inference.enumerable import unenumerable
 from ppl_gen.inference.stopping import EarlyStop
 from ppl_gen.isolation import Workspace, isolated, looking
 from ppl_gen.monitoring import ProgressBar, Validation
+from ppl_gen.naming import check_names
 from ppl_gen.offers import require
 from ppl_gen.program import Program, Recipe, as_recipe
 from ppl_gen.result import Fit, Status
@@ -97,6 +99,7 @@ def fit(
             check_observed(info)
             require(algorithm.label, algorithm.needs, built.name, info.offers, why=info.unenumerable)
             built, notes = _with_plate(built, info)
+            notes |= column_notes(dataset.entries, scaled=isinstance(program, Recipe))
             if dataset.left_out:
                 notes["left out"] = f"{', '.join(dataset.left_out)}: neither model nor recipe reads them"
             run = Run(built, dataset, info, workspace, seed, start, notes=notes)
@@ -237,6 +240,7 @@ def _inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInf
     batch = data.head(DRY_ROWS) if data.elements > LARGE else data.batch()
     with looking():
         info = dry_run(program, batch, guide=guide, fewer=lambda: data.head((batch.rows or 2) // 2))
+        check_names(info.sites, [*data.entries, *data.constants])
         return info.refusing_sums(unenumerable(program.model, batch, data.head, info))
 
 

@@ -93,6 +93,24 @@ def plate_of_another_name(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(loc, 1.0).expand([4]).to_event(1), obs=x)
 
 
+def forty_rows(x: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", 40):
+        pyro.sample("x", dist.Normal(loc, 1.0).expand([4]).to_event(1), obs=x)
+
+
+def keeps_a_name(x: Tensor) -> None:
+    loc = pyro.sample("draw", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0).expand([4]).to_event(1), obs=x)
+
+
+def sums_everything(x: Tensor) -> None:
+    on = pyro.sample("on", dist.Bernoulli(0.5))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(on.sum(), 1.0).expand([4]).to_event(1), obs=x)
+
+
 def columns_in_the_plate(x: Tensor) -> None:
     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
     with pyro.plate("data", len(x)):
@@ -164,6 +182,7 @@ def names(folder: Path) -> dict[str, Any]:
     public = {name: getattr(module, name) for module in (models, inference) for name in module.__all__}
     programs = (normal, guide, guide_of_another_name, guide_in_the_plate, guide_that_draws_x, guide_without_gradient)
     programs += (counts, no_plate, plate_of_another_name, columns_in_the_plate, observes_nothing, chances)
+    programs += (forty_rows, keeps_a_name, sums_everything)
     return {
         **public,
         **{program.__name__: program for program in (*programs, takes_nothing)},

@@ -25,6 +25,7 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.check(normal, 3.0)  ->  data 'x': expected rows
             pg.check(ppca(4, 2), None)  ->  data: ppca reads the entry 'x', got none
             pg.check(ppca(4, 2), {"rows": x})  ->  data: ppca reads the entry 'x', got only rows
+            pg.check(m2(4, classes=2), {"x": x, "Y": y})  ->  data 'Y': neither model nor recipe reads it; did you mean the argument 'y'
             pg.check(normal, {"rows": x})  ->  the model needs the argument 'x', which the data does not hold (it holds rows)
             pg.check(takes_nothing, x)  ->  the model takes no arguments
             pg.check(m2(4, classes=2), {"x": x, "y": y[:3]})  ->  data: entries must share their rows
@@ -61,6 +62,9 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.check(no_plate, x)  ->  the model of 'no_plate' failed on a dry run: at site 'x': invalid log_prob shape
             pg.check(pg.Program(plate_of_another_name, data_plate="units"), x)  ->  the program 'plate_of_another_name' has no plate named 'units'
             pg.check(columns_in_the_plate, x)  ->  the model of 'columns_in_the_plate' failed on a dry run: at site 'x'
+            pg.check(keeps_a_name, x)  ->  the site 'draw' bears a name that ArviZ keeps for the draws
+            pg.fit(forty_rows, x, SVI(steps=1)).sample(3)  ->  pyro.plate('data') has 40 rows, written out
+            pg.fit(forty_rows, x, SVI(steps=1)).predict(x[:3])  ->  data: the fit of 'forty_rows' cannot take these rows: pyro.plate('data') has 40 rows
             pg.fit(observes_nothing, x, SVI(steps=1))  ->  no site of 'observes_nothing' is observed
         """,
         TypeError: """
@@ -75,6 +79,7 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.check("ppca", x)  ->  program: expected a model function
         """,
         pg.IncompatibleError: """
+            pg.fit(sums_everything, x, NUTS())  ->  NUTS does not fit the program 'sums_everything'
             pg.fit(pg.Program(counts, guide_without_gradient), x, SVI(IWAE(), steps=1))  ->  IWAE gives no gradient to the guide's site(s) 'count'
             pg.fit(pg.Program(normal, AutoDiscreteParallel), x, SVI(steps=1))  ->  AutoDiscreteParallel guides finite latent sites only
             pg.fit(pg.Program(normal, AutoDelta), x, SVI(steps=1)).marginal_likelihood()  ->  the guide of 'normal' puts loc at one value

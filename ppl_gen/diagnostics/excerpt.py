@@ -54,7 +54,10 @@ def excerpt(fit: Fit) -> Any:
         attrs["lacks"] = lacking
     plate = fit.info.data_plate
     dims = {s.name: list(s.plates) for s in fit.info.sites.values() if s.plates and len(s.plates) == len(s.batch_shape)}
-    dims |= {n: [plate] for n in groups["constant_data"] if plate and n in fit.data.entries and inputs[n].ndim}
+    inside = [
+        n for n in groups["constant_data"] if n in fit.data.entries and n not in fit.info.sites and inputs[n].ndim
+    ]
+    dims |= {name: [plate] for name in inside if plate}
     dims |= {name: ["step"] for name in unsampled}
     return to_tree({k: v for k, v in groups.items() if v}, dims=dims, attrs=attrs, unsampled=unsampled)
 

@@ -66,7 +66,8 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
         attrs["lacks"] = "; ".join(f"{g}: {_reason(fit, g)}" for g in lacking)
     plate = fit.info.data_plate
     dims = {s.name: _dims(s) for s in fit.info.sites.values() if s.plates and len(s.plates) == len(s.batch_shape)}
-    dims |= {name: [plate] for name in inputs if plate and inputs[name].ndim and len(inputs[name]) == fit.data.rows}
+    rows = [n for n in inputs if n not in fit.info.sites and inputs[n].ndim and len(inputs[n]) == fit.data.rows]
+    dims |= {name: [plate] for name in rows if plate}
     dims |= {name: ["step"] for name in unsampled}
     return to_tree({k: v for k, v in groups.items() if v}, dims=dims, attrs=attrs, unsampled=unsampled)
 

@@ -31,8 +31,8 @@ def entries(data: Any, program: str, *names: str) -> list[Tensor | None]:
     """
     data = collected(data)
     found = data if isinstance(data, Mapping) else {names[0]: data}
-    there = [str(name) for name, value in found.items() if value is not None]
-    if names[0] not in there:
+    if found.get(names[0]) is None:  # nothing else is asked of the mapping: what nobody reads may be misspelt
+        there = [str(name) for name, value in found.items() if value is not None]
         listed = f"only {', '.join(there)}" if there else "none"
         raise ValueError(f"data: {program} reads the entry {names[0]!r}, got {listed}")
     hint = _MASK if "mask" in names else FILL
