@@ -115,3 +115,17 @@ def test_the_rest_of_a_half_point_guide_is_judged_given_the_point():
     assert frame.attrs["pareto_k"] < 0.5
     drawn = fit.posterior(draws=2000)
     assert float(drawn["b"].std()) == pytest.approx(1 / math.sqrt(1 + len(X)), rel=0.15)
+
+
+def test_rows_are_weighed_at_the_auxiliary_draw_that_their_guide_saw():
+    def through_an_auxiliary(x):
+        drawn = pyro.sample(
+            "m_raw", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.0), infer={"is_auxiliary": True}
+        )
+        pyro.sample("m", dist.Delta(drawn))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((drawn + x) / 2, math.sqrt(0.5)))  # p(z | x, m), exactly
+
+    fit = pg.fit(pg.Program(deep, through_an_auxiliary), X, SVI(steps=2, lr=1e-6))
+    # Given m every weight is p(x_i | m): constant but for rounding, so that no row has a tail.
+    assert float(max(fit.diagnose(draws=100).attrs["pareto_k_rows"])) < 0.3

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_gen.data.batching import Dataset
+from ppl_gen.data.batching import LARGE, Dataset
 from ppl_gen.diagnostics.bridge import az_summary, to_tree
 from ppl_gen.diagnostics.export import affordable_rows, latent_summary_names, posterior_groups
 from ppl_gen.diagnostics.psis import pareto_k, pareto_k_rows, pareto_k_threshold, row_subset
@@ -17,10 +17,9 @@ from ppl_gen.diagnostics.verdicts import loss_trend, verdict_chains, verdict_poi
 from ppl_gen.diagnostics.weighed import weighed_draws
 from ppl_gen.errors import require_whole
 from ppl_gen.inference.guides import point_sites
-from ppl_gen.inference.objectives.particles import can_vectorise, log_weights_in_chunks
+from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, log_weights_in_chunks
 from ppl_gen.newrows import follows_rows
 from ppl_gen.posterior import ChainPosterior
-from ppl_gen.predictive import global_draws
 
 if TYPE_CHECKING:
     import pandas
@@ -179,8 +178,9 @@ def _row_weights(fit: Fit, draws: int) -> Tensor:
     batch = data.batch()
     guided = set(info.guide_sites or {})
     sums = tuple(name for name in info.finite_latents if name not in guided)
-    values: dict[str, Any] = dict(global_draws(fit, 1)[0]) if info.select(local=False) else {}
-    values = {name: value for name, value in values.items() if name in info.sites}
+    # Auxiliary draws included: the guide's locals may hang on them.
+    drawn_on = fit.data.head(256) if fit.data.elements > LARGE and info.data_plate else fit.data.batch()
+    values = global_draw(fit.guide, drawn_on, info)[0] if info.select(local=False) else {}
     vectorise = can_vectorise(fit.program.model, fit.guide, info, batch, sums)
     weights = log_weights_in_chunks(
         fit.program.model, fit.guide, info, batch, draws, values=values, sums=sums, vectorise=vectorise
