@@ -99,6 +99,10 @@ def _spoken(dtype: torch.dtype) -> str:
     return "booleans" if dtype is torch.bool else f"integers ({dtype})"
 
 
+#: What torch says of operands whose dtypes do not go together.
+_OF_DTYPES = ("same dtype", "expected scalar type", "can't be cast", "not implemented for '", "dtypes")
+
+
 class explained:
     """Context that rewords Pyro's shape errors: the site, what was found, and the edit that mends it."""
 
@@ -117,6 +121,8 @@ class explained:
                 head + "a tensor in its closure lives on another device than the data. Make it inside the model "
                 f"(programs run under torch.device), or pass it as data with pg.constant(...).\n  torch says: {text}"
             ) from error
+        if isinstance(error, RuntimeError) and any(words in text for words in _OF_DTYPES):
+            raise TypeError(head + text.splitlines()[0] + self._integers()) from error
         if isinstance(error, IndexError):
             raise ValueError(
                 head + text + "; an index goes beyond the rows it is given here, as that of a plate does whose size is "
@@ -133,6 +139,12 @@ class explained:
             raise TypeError(head + text + "; the data must hold that entry, or give the argument a default") from error
         if isinstance(error, ValueError) and "support" in text and "observed" in text.lower():
             raise ValueError(head + text) from error
+
+    def _integers(self) -> str:
+        entries = {f"argument {i}": value for i, value in enumerate(self.batch.args)} | self.batch.kwargs
+        tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
+        listed = ", ".join(f"{n} ({v.dtype})" for n, v in tensors.items() if not v.is_floating_point())
+        return f"; the data hold {listed}: compute with .float() of them" if listed else "; cast with .to(x.dtype)"
 
     def _advice(self, text: str) -> str:
         plate, rows = self.program.data_plate, self.batch.rows

@@ -201,6 +201,19 @@ def test_a_label_is_a_label_however_it_is_stored(family: str) -> None:
         assert torch.equal(fit.evidence(draws=5).values, expected.evidence(draws=5).values), name
 
 
+@pytest.mark.parametrize("stored", [torch.long, torch.int32, torch.uint8, torch.bool])
+def test_integers_that_the_program_computes_with_are_named(stored: torch.dtype) -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+    x = torch.ones(6, 2).to(stored)
+    for call in (lambda: pg.check(model, {"x": x, "y": LABELS}), lambda: pg.fit(model, {"x": x, "y": LABELS}, SVI())):
+        with pytest.raises(TypeError, match=rf"dry run: [^;]*; the data hold x \({stored}\).*\.float\(\)"):
+            call()
+
+
 def test_observed_categories_stay_indices() -> None:
     means = torch.tensor([-1.0, 2.0])
 
