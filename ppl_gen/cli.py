@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from ppl_gen.interrupts import allowed, listening
+
 if TYPE_CHECKING:
     import typer
 
@@ -30,19 +32,27 @@ class Misuse(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``ppl-gen`` and give its exit code: 0 done, 1 a fit or the run failed, 2 the command was not understood.
 
+    Ctrl-C and SIGTERM end the fits under way; what they learned is shown and saved, and the code is 130 or 143.
+
     >>> main(["fit", "no_such_program", "crabs"])
     2
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
+    with listening() as heard, allowed():
+        code = _run([a for a in arguments if a != "--debug"], "--debug" in arguments)
+    return 128 + heard.signal if heard.signal else code
+
+
+def _run(arguments: Sequence[str], debug: bool) -> int:
     try:
-        app = _app()
-        return int(app(args=[a for a in arguments if a != "--debug"], prog_name="ppl-gen", standalone_mode=False) or 0)
+        return int(_app()(args=list(arguments), prog_name="ppl-gen", standalone_mode=False) or 0)
     except Misuse as error:
         return _said(error, 2, debug)
     except KeyboardInterrupt:
         return _said("interrupted", 130, False)
     except Exception as error:  # shown without a traceback unless it was asked for
+        if type(error).__name__ == "Abort":  # what typer makes of KeyboardInterrupt
+            return _said("interrupted", 130, False)
         if debug:
             raise
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # what typer raises for the command line itself

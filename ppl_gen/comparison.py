@@ -12,6 +12,7 @@ import torch
 from ppl_gen.atomic import as_path
 from ppl_gen.errors import require_whole
 from ppl_gen.inference.base import Algorithm
+from ppl_gen.interrupts import allowed, listening
 from ppl_gen.program import Program, Recipe, as_recipe
 from ppl_gen.report.split import settled, split_rows
 from ppl_gen.report.trials import Line, Task, inspected, one_by_one, side_by_side
@@ -181,8 +182,9 @@ def compare(
 
     .. math:: \frac1n \sum_i \log \frac1S \sum_s p(x_i \mid \theta_s), \qquad \theta_s \sim q(\theta)
 
-    A fit that fails, diverges or is refused is a row of the table with that status and message; Ctrl-C keeps the rows
-    that are done.
+    A fit that fails, diverges or is refused is a row of the table with that status and message. Ctrl-C, or SIGTERM
+    where the process has no handler of its own for it, ends the fits under way, also those in other processes: their
+    rows and those done before are kept, and those not begun say so. A second one waits for no process.
 
     Args:
         program: a Pyro model function, a `Program`, or a `Recipe` (built once per fit, on the training rows).
@@ -213,18 +215,22 @@ def compare(
     _check(algorithms, holdout, n_jobs)
     for name, value in {"particles": particles, "draws": draws, "threads": threads}.items():
         require_whole(name, value)
-    recipe = as_recipe(program)
-    train, held = (data, test) if test is not None or not holdout else split_rows(data, holdout, program)
-    task = Task(recipe, train, settled(data if held is None else held), particles, draws, threads, device, dtype)
-    info, mark = inspected(task)
-    if info.data_plate is None and held is not None and test is None:
-        raise ValueError(
-            f"holdout: the program {recipe.name!r} has no data plate, so its rows cannot be told apart and held out; "
-            "give test=..., or holdout=0 for in-sample values"
-        )
-    task = replace(task, mark=mark)
     jobs = [(label, algorithm, seed) for label, algorithm in algorithms.items() for seed in seeds]
-    done = one_by_one(task, jobs, progress) if n_jobs == 1 else side_by_side(task, jobs, n_jobs, progress)
+    recipe = as_recipe(program)
+    with listening():
+        with allowed():
+            train, held = (data, test) if test is not None or not holdout else split_rows(data, holdout, program)
+            task = Task(
+                recipe, train, settled(data if held is None else held), particles, draws, threads, device, dtype
+            )
+        info, mark = inspected(task)
+        if info.data_plate is None and held is not None and test is None:
+            raise ValueError(
+                f"holdout: the program {recipe.name!r} has no data plate, so its rows cannot be told apart and held "
+                "out; give test=..., or holdout=0 for in-sample values"
+            )
+        task = replace(task, mark=mark)
+        done = one_by_one(task, jobs, progress) if n_jobs == 1 else side_by_side(task, jobs, n_jobs, progress)
     lines = [done[i] if i in done else _not_done(label, seed) for i, (label, _, seed) in enumerate(jobs)]
     from ppl_gen.report.facts import facts_of
 

@@ -22,6 +22,7 @@ from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
 from ppl_gen.inference.enumerable import unenumerable
 from ppl_gen.inference.stopping import EarlyStop
+from ppl_gen.interrupts import allowed, check, hold, listening, taken
 from ppl_gen.isolation import Workspace, isolated, looking
 from ppl_gen.monitoring import ProgressBar, Validation
 from ppl_gen.naming import check_names
@@ -65,7 +66,9 @@ def fit(
         start: a fit of the same program to continue from.
 
     Returns:
-        The fit. Ctrl-C returns the partial fit with status ``interrupted``.
+        The fit. Ctrl-C, or SIGTERM where the process has no handler of its own for it, ends the run after the step
+        under way and returns the partial fit with status ``interrupted``; a second one ends the step too. Before the
+        first step KeyboardInterrupt is raised, and nothing is left changed.
 
     Raises:
         IncompatibleError: the program does not offer what the algorithm needs; both sides are printed.
@@ -85,38 +88,37 @@ def fit(
         True
     """
     seed, place = _checked(algorithm, seed, device, dtype, validate_every)
-    recipe, data = as_recipe(program), collected(data)
+    recipe = as_recipe(program)
     _check_start(recipe, start)
     _check_callbacks(callbacks)
     dtype = dtype or algorithm.dtype
-    with isolated(seed, dtype=dtype or _dtype_of(data)), torch.inference_mode(False), torch.enable_grad():
-        built, dataset = _built(recipe, data, dtype, place, start)
-        state = start.state if start is not None else None
-        plates = contextlib.nullcontext() if algorithm.subsamples else whole_plates()
-        modules = _modules_of(built, start)
-        with Workspace(state, device=place, dtype=dataset.dtype, modules=modules) as workspace, plates:
-            info = _inspected(built, dataset)
-            check_observed(info)
-            require(algorithm.label, algorithm.needs, built.name, info.offers, why=info.unenumerable)
-            built, notes = _with_plate(built, info)
-            notes |= column_notes(dataset.entries, scaled=isinstance(program, Recipe))
-            if dataset.left_out:
-                notes["left out"] = f"{', '.join(dataset.left_out)}: neither model nor recipe reads them"
-            run = Run(built, dataset, info, workspace, seed, start, notes=notes)
-            algorithm.check(run)
-            if validation is not None:
-                require("validation", [("density", "exact evidence")], built.name, info.offers)
-            with ProgressBar(progress, algorithm.label) as report:
-                run.progress = report
-                run.hooks = tuple(callbacks)
-                if validation is not None:
-                    run.validation = Validation(validation, validate_every, built, dataset)
-                began = time.perf_counter()
-                outcome = algorithm.run(run)
-                seconds = time.perf_counter() - began
-            _note_unregistered(workspace, run)
-            _note_unused_terms(algorithm, run)
-            result = _finished(recipe, algorithm, run, outcome, seconds)
+    with listening():
+        with allowed():
+            data = collected(data)
+        with isolated(seed, dtype=dtype or _dtype_of(data)), torch.inference_mode(False), torch.enable_grad():
+            with allowed():
+                built, dataset = _built(recipe, data, dtype, place, start)
+            state = start.state if start is not None else None
+            plates = contextlib.nullcontext() if algorithm.subsamples else whole_plates()
+            modules = _modules_of(built, start)
+            with Workspace(state, device=place, dtype=dataset.dtype, modules=modules) as workspace, plates:
+                with allowed():
+                    run = _checked_run(algorithm, built, dataset, workspace, seed, start, validation)
+                    run.notes |= column_notes(dataset.entries, scaled=isinstance(program, Recipe))
+                with ProgressBar(progress, algorithm.label) as report, allowed():
+                    run.progress = report
+                    run.hooks = tuple(callbacks)
+                    if validation is not None:
+                        run.validation = Validation(validation, validate_every, run.program, dataset)
+                    began = time.perf_counter()
+                    outcome = algorithm.run(run)
+                    seconds = time.perf_counter() - began
+                    hold()
+                _note_unregistered(workspace, run)
+                _note_unused_terms(algorithm, run)
+                result = _finished(recipe, algorithm, run, outcome, seconds)
+        if taken():  # it came after the last step: nothing is missing, but a script has to hear of it
+            result = replace(result, status=Status.INTERRUPTED, message=f"interrupted at the end: {result.message}")
     if result.status is Status.DIVERGED:
         raise NonFiniteError(result.message, result)
     return result
@@ -150,6 +152,28 @@ def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -
         guide = None if is_auto(built.guide) or isinstance(built.guide, type) else built.guide  # made by a fit
         with Workspace(dtype=dataset.dtype, modules=_modules_of(built, None)):
             return _inspected(built, dataset, guide)
+
+
+def _checked_run(
+    algorithm: Algorithm,
+    program: Program,
+    data: Dataset,
+    workspace: Workspace,
+    seed: int,
+    start: Fit | None,
+    validation: Any,
+) -> Run:
+    info = _inspected(program, data)
+    check_observed(info)
+    require(algorithm.label, algorithm.needs, program.name, info.offers, why=info.unenumerable)
+    program, notes = _with_plate(program, info)
+    if data.left_out:
+        notes["left out"] = f"{', '.join(data.left_out)}: neither model nor recipe reads them"
+    run = Run(program, data, info, workspace, seed, start, notes=notes)
+    algorithm.check(run)
+    if validation is not None:
+        require("validation", [("density", "exact evidence")], program.name, info.offers)
+    return run
 
 
 def _checked(
@@ -271,6 +295,7 @@ def _note_unregistered(workspace: Workspace, run: Run) -> None:
 def iterate(algorithm: Iterative, run: Run) -> Outcome:
     """The one loop: steps, history, stopping, validation, interrupts and the non-finite guard."""
     state, source, limit = algorithm.init(run), algorithm.source(run), algorithm.limit(run)
+    hold()  # from here on a signal ends the loop between two steps, and what was learned is kept
     history: dict[str, list[Any]] = {}
     checks: dict[str, list[float]] = {}
     converged = diverged = None
@@ -283,6 +308,7 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
             done = step
             for hook in run.hooks:
                 hook(step, info)
+            check()
             if step % algorithm.stop_every() == 0 and (converged := algorithm.stop({**history, **checks})) is not None:
                 break
             if run.validation is not None and run.validation.due(step, limit):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -42,6 +44,7 @@ def isolated(seed: int | None = None, *, dtype: torch.dtype | None = None) -> It
     seed = None if seed is None else require_seed(seed)
     kept = torch.get_rng_state(), np.random.get_state(), random.getstate(), torch.get_default_dtype()
     validate = torch.distributions.Distribution._validate_args  # Pyro knows its own flag and overwrites torch's
+    handlers = list(_PYRO_STACK)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     try:
         with pyro.validation_enabled(True):
@@ -51,6 +54,7 @@ def isolated(seed: int | None = None, *, dtype: torch.dtype | None = None) -> It
                 torch.set_default_dtype(dtype)
             yield
     finally:
+        _PYRO_STACK[:] = handlers
         torch.distributions.Distribution._validate_args = validate
         torch.set_default_dtype(kept[3])
         torch.set_rng_state(kept[0])
@@ -184,7 +188,7 @@ class Workspace:
         try:
             self._open()
         except BaseException:
-            self.__exit__()
+            self.__exit__(*sys.exc_info())
             raise
         return self
 
@@ -206,13 +210,15 @@ class Workspace:
         for name, module in self._given.items():
             self.adopt(module, name)
 
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
-        self._adopted.clear()
-        self._owned.clear()
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            self._stack.__exit__(*(exception or (None, None, None)))
+        finally:
+            for undo in reversed(self._undo):
+                undo()
+            self._undo.clear()
+            self._adopted.clear()
+            self._owned.clear()
 
     @contextlib.contextmanager
     def _patched_module_statement(self) -> Iterator[None]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import pickle
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -21,7 +20,9 @@ import torch
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.nuts_kernel import Chain, Table, sample_chain
 from ppl_gen.inference.tape import Recording
+from ppl_gen.interrupts import check, hold
 from ppl_gen.isolation import Workspace, isolated, quiet
+from ppl_gen.workers import initializer, scratch, spawning, unworried
 
 __all__ = ["one_thread", "run_chains", "workers"]
 
@@ -73,9 +74,10 @@ def workers(chains: int, seconds: float, device: torch.device | None) -> int:
 def run_chains(chains: Sequence[Chain], processes: int, report: Report) -> tuple[list[Table], bool, str | None]:
     """Run all chains; ``report(tables)`` is called as they grow.
 
-    Returns the tables, whether a KeyboardInterrupt ended the run, and why it ran in this process although more were
-    asked for (None if it did not).
+    Returns the tables, whether Ctrl-C, SIGTERM or a KeyboardInterrupt of ``report`` ended the run, and why it ran in
+    this process although more were asked for (None if it did not).
     """
+    hold()  # from here on a signal ends the run between two iterations, and what was drawn is kept
     why = None
     if processes > 1:
         try:
@@ -91,9 +93,14 @@ class _CannotTravel(Exception):
 
 def _here(chains: Sequence[Chain], report: Report) -> tuple[list[Table], bool]:
     tables = [Table.of(chain) for chain in chains]
+
+    def tick() -> None:
+        report(tables)
+        check()
+
     try:
         for chain, table in zip(chains, tables, strict=True):
-            _run(chain, table, lambda: report(tables))
+            _run(chain, table, tick)
     except KeyboardInterrupt:
         return tables, True
     return tables, False
@@ -109,13 +116,15 @@ def _side_by_side(chains: Sequence[Chain], processes: int, report: Report) -> tu
         contents = [bytes(dumps(chain)) for chain in chains]
     except Exception as error:
         raise _CannotTravel(f"{type(error).__name__}: {error}") from error
-    with tempfile.TemporaryDirectory(prefix="ppl_gen-chains-", ignore_cleanup_errors=True) as folder:
-        paths = [Path(folder) / f"chain{i}" for i in range(len(chains))]
+    with scratch() as folder, unworried():
+        paths = [folder / f"chain{i}" for i in range(len(chains))]
         tables = [Table.of(chain, path) for chain, path in zip(chains, paths, strict=True)]
-        executor = get_reusable_executor(max_workers=processes, timeout=_IDLE)
+        executor = get_reusable_executor(max_workers=processes, timeout=_IDLE, **initializer())
         interrupted = False
         try:
-            _wait([executor.submit(_work, c, str(p)) for c, p in zip(contents, paths, strict=True)], tables, report)
+            with spawning():
+                futures = [executor.submit(_work, c, str(p)) for c, p in zip(contents, paths, strict=True)]
+            _wait(futures, tables, report)
         except BaseException as error:
             executor.shutdown(wait=True, kill_workers=True)
             if not isinstance(error, KeyboardInterrupt):
@@ -138,3 +147,4 @@ def _wait(futures: Sequence[Future[None]], tables: Sequence[Table], report: Repo
                 ) from error
             future.result()
         report(tables)
+        check()

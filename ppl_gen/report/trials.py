@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import pickle
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +22,12 @@ from ppl_gen.data.batching import Batch, as_dataset
 from ppl_gen.driver import fit as learn
 from ppl_gen.errors import IncompatibleError, NonFiniteError
 from ppl_gen.inference.base import Algorithm
+from ppl_gen.interrupts import allowed, taken, telling
 from ppl_gen.isolation import isolated
 from ppl_gen.newrows import check_columns
 from ppl_gen.program import Program, Recipe, filtered
 from ppl_gen.result import Fit, Status
+from ppl_gen.workers import heeding, initializer, scratch, spawning, unworried
 
 if TYPE_CHECKING:
     import pandas
@@ -102,8 +105,10 @@ def inspected(task: Task) -> tuple[ProgramInfo, str]:
 
     place = None if task.device is None else torch.device(task.device)
     with counted(task.threads), isolated(0, dtype=task.dtype or _dtype_of(task.train)):
-        built, dataset = _built(task.recipe, task.train, task.dtype, place, None)
-        with Workspace(device=place, dtype=dataset.dtype, training=False, modules=_modules_of(built, None)):
+        with allowed():
+            built, dataset = _built(task.recipe, task.train, task.dtype, place, None)
+        space = Workspace(device=place, dtype=dataset.dtype, training=False, modules=_modules_of(built, None))
+        with space, allowed():
             info = _inspected(built, dataset)
             held = as_dataset(task.test, built.model, read=dataset.read)
             check_columns("test", held, dataset)
@@ -136,7 +141,7 @@ def one_by_one(task: Task, jobs: Sequence[Job], progress: bool | None) -> dict[i
     with contextlib.suppress(KeyboardInterrupt):
         for i, (label, algorithm, seed) in enumerate(jobs):
             done[i] = _line(task, label, algorithm, seed, progress)
-            if done[i].status == Status.INTERRUPTED:
+            if taken() or done[i].status == Status.INTERRUPTED:
                 break
     return done
 
@@ -148,7 +153,7 @@ def side_by_side(task: Task, jobs: Sequence[Job], n_jobs: int, progress: bool | 
         TypeError: if program, data or an algorithm cannot be sent to another process.
         ValueError: if joblib was told to run threads.
     """
-    from joblib import Parallel, delayed
+    from joblib import delayed
     from joblib.parallel import get_active_backend
 
     if getattr(get_active_backend()[0], "uses_threads", False):
@@ -158,23 +163,42 @@ def side_by_side(task: Task, jobs: Sequence[Job], n_jobs: int, progress: bool | 
         )
     sent = _pickled(replace(task, device=None if task.device is None else str(task.device)), "the program or the data")
     packed = [(label, _pickled(algorithm, label), seed) for label, algorithm, seed in jobs]
-    calls = [delayed(_remote)(sys.path, sent, i, *job) for i, job in enumerate(packed)]
-    # Bytes go and come, so that joblib neither maps arrays into read-only memory nor fails on a result.
-    pool = Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
     done: dict[int, Line] = {}
-    with _bar(progress, len(jobs)) as advance, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*still being processed by the workers.*")  # after Ctrl-C: we know
+    with _bar(progress, len(jobs)) as advance, _pool(n_jobs) as (pool, flag), unworried():
+        calls = [delayed(_remote)(sys.path, flag, os.getpid(), sent, i, *job) for i, job in enumerate(packed)]
         try:
-            for i, content in pool(calls):
-                done[i] = _received(task, pickle.loads(content))
-                advance(done[i].label)
+            with spawning():
+                results = pool(calls)
+            for i, content in results:
+                if content is not None:
+                    done[i] = _received(task, pickle.loads(content))
+                    advance(done[i].label)
         except KeyboardInterrupt:
             return done
         except Exception as error:  # a process that died takes the lines it had not finished with it
             text = f"its process ended: {type(error).__name__}: {error}"
             for i, (label, _, seed) in enumerate(jobs):
                 done.setdefault(i, Line(label, seed, str(Status.FAILED), text))
+        taken()  # the workers were told
     return done
+
+
+@contextlib.contextmanager
+def _pool(n_jobs: int) -> Iterator[tuple[Any, Path | None]]:
+    """joblib's pool; and for its own workers the file that tells them of Ctrl-C, so that they send what they have."""
+    from joblib import Parallel
+    from joblib.parallel import get_active_backend
+
+    # Bytes go and come, so that joblib neither maps arrays into read-only memory nor fails on a result.
+    settings: dict[str, Any] = {"n_jobs": n_jobs, "return_as": "generator_unordered", "batch_size": 1}
+    if type(get_active_backend()[0]).__name__ != "LokyBackend":
+        with allowed():
+            yield Parallel(**settings), None
+        return
+    with scratch() as folder:
+        flag = folder / "interrupted"
+        with telling(flag.touch):
+            yield Parallel(**settings, **initializer()), flag
 
 
 def _pickled(value: Any, what: str) -> bytes:
@@ -186,24 +210,37 @@ def _pickled(value: Any, what: str) -> bytes:
         raise TypeError(f"n_jobs: {what} cannot be sent to another process ({error}); use n_jobs=1") from error
 
 
-def _remote(path: list[str], sent: bytes, index: int, label: str, algorithm: bytes, seed: int) -> tuple[int, bytes]:
-    """One fit in a process of its own, which may have been started before the caller's ``sys.path`` was complete."""
+def _remote(
+    path: list[str], flag: Path | None, owner: int, sent: bytes, index: int, label: str, algorithm: bytes, seed: int
+) -> tuple[int, bytes | None]:
+    """One fit in a process of its own; None where Ctrl-C came before it was begun."""
+    # The process may have been started before the caller's sys.path was complete.
     sys.path.extend(entry for entry in path if entry not in sys.path)
+    if flag is None:
+        return index, _fitted(sent, label, algorithm, seed)
+    try:
+        with heeding(flag, owner):
+            return index, None if flag.exists() else _fitted(sent, label, algorithm, seed)
+    except KeyboardInterrupt:
+        return index, None
+
+
+def _fitted(sent: bytes, label: str, algorithm: bytes, seed: int) -> bytes:
     task: Task = pickle.loads(sent)
     if inspected(task)[1] != task.mark:
         text = (
             "the program draws other values in another process: a module that it imports makes random numbers, such as "
             "the first weights of a network. Make them in a pg.Recipe, or use n_jobs=1"
         )
-        return index, _pickled(Line(label, seed, str(Status.FAILED), text), label)
+        return _pickled(Line(label, seed, str(Status.FAILED), text), label)
     line = _line(task, label, pickle.loads(algorithm), seed, False)
     if line.fit is not None:  # the rows are at home already
         bare = replace(line.fit, data=replace(line.fit.data, entries={}, constants={}, original=None, on_batch=None))
         line = replace(line, fit=bare)
     try:
-        return index, _pickled(line, label)
+        return _pickled(line, label)
     except TypeError as error:
-        return index, _pickled(replace(line, fit=None, message=f"{line.message}; its fit is lost: {error}"), label)
+        return _pickled(replace(line, fit=None, message=f"{line.message}; its fit is lost: {error}"), label)
 
 
 def _received(task: Task, line: Line) -> Line:
@@ -250,7 +287,8 @@ def _line(task: Task, label: str, algorithm: Algorithm, seed: int, progress: boo
 def _judged(task: Task, label: str, result: Fit) -> Line:
     line = Line(label, result.seed, str(result.status), result.message, float(result.cost["seconds"]), result)
     try:
-        line = replace(line, evidence=result.evidence(task.test, particles=task.particles, draws=task.draws))
+        with allowed():
+            line = replace(line, evidence=result.evidence(task.test, particles=task.particles, draws=task.draws))
     except KeyboardInterrupt:
         return replace(line, status=str(Status.INTERRUPTED), message="interrupted before it was judged")
     except IncompatibleError as error:  # a program without a density has no held-out value: the row says so
@@ -258,7 +296,8 @@ def _judged(task: Task, label: str, result: Fit) -> Line:
     except Exception as error:  # the row says why there is no value
         line = replace(line, message=f"{line.message}; no held-out value: {error}", traceback=traceback.format_exc())
     try:
-        summary = result.diagnose()
+        with allowed():
+            summary = result.diagnose()
     except KeyboardInterrupt:
         return replace(line, status=str(Status.INTERRUPTED), message="interrupted before it was judged")
     except Exception as error:  # the row says why there is no verdict
