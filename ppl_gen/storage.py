@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ppl_gen.atomic import as_path, atomically
 from ppl_gen.data.batching import Dataset
+from ppl_gen.fingerprint import differences, fingerprint
 from ppl_gen.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
 from ppl_gen.saved import SavedFit
 
@@ -120,6 +122,7 @@ def _meta(fit: Fit) -> dict[str, Any]:
         "sites": _site_table(fit.info),
         "constants": plain,
         "guide": _guide_source(fit),
+        "fingerprint": fingerprint(fit),
     }
 
 
@@ -166,7 +169,22 @@ def load(path: str | Path, program: Program | Recipe | Callable[..., Any] | None
             if meta == _checked_meta(folder, str(path)):
                 raise
         else:  # else the fit was replaced by another while it was read: read that one
-            return _restored(meta, tensors, program, data)
+            fit = _restored(meta, tensors, program, data)
+            return _compared(fit, meta["fingerprint"], str(path))
+
+
+def _compared(fit: Fit, kept: Mapping[str, Any], shown: str) -> Fit:
+    """The fit, with a warning and a note where its program is not the one that was fitted."""
+    found = differences(kept, fingerprint(fit))
+    if not found:
+        return fit
+    text = f"{'; '.join(found[:5])}{f'; and {len(found) - 5} more' if len(found) > 5 else ''}"
+    warnings.warn(
+        f"the fit in {shown} is of another program than {fit.program.name!r} is now: {text}. Its weights and draws are "
+        "those of the old one; load it with that, or fit again",
+        stacklevel=3,
+    )
+    return replace(fit, notes={**fit.notes, "program": f"not as it was when it was fitted: {text}"})
 
 
 def _checked_meta(folder: Path, shown: str) -> dict[str, Any]:
