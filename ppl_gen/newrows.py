@@ -13,6 +13,7 @@ from ppl_gen.data.batching import LARGE, Batch, Dataset
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.whole_plates import RowsOf
 from ppl_gen.inference.objectives.particles import Substitute
+from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.isolation import looking
 from ppl_gen.predictive import global_draws
 from ppl_gen.sitechecks import check_densities
@@ -62,8 +63,7 @@ def follows_rows(fit: Fit, batch: Batch) -> bool:
 
 def _check_sites(fit: Fit, trace: poutine.Trace) -> None:
     """Rows with other columns are all right where the program makes of them what it made of the training rows."""
-    latents = {n for n, node in trace.nodes.items() if node["type"] == "sample" and not node["is_observed"]}
-    strange = latents - set(fit.info.sites) - {fit.info.data_plate}
+    strange = {n for n, node in trace.nodes.items() if is_sample(node) and not node["is_observed"]} - set(fit.info.sites)
     if lost := strange or {site.name for site in fit.info.select()} - set(trace.nodes):
         raise ValueError(f"with them it has other latent sites: {', '.join(sorted(lost))}")
     for name in (site.name for site in fit.info.select(kind="observed")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,15 +17,14 @@ from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.isolation import looking
+from ppl_gen.local_draws import local_draws
 from ppl_gen.posterior import PointPosterior
-from ppl_gen.sitechecks import require_enumerable
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
 __all__ = [
     "amortised",
-    "completed",
     "deterministic",
     "global_draws",
     "is_derived",
@@ -52,24 +50,26 @@ def global_draws(fit: Fit, count: int) -> list[dict[str, Tensor]]:
 
 
 def latent_draws(fit: Fit, batch: Batch, count: int, *, training: bool) -> list[dict[str, Tensor]]:
-    """Joint draws of globals and locals given ``batch``; finite sites that nobody drew are drawn exactly.
+    """Joint draws of globals and locals given ``batch``: what was learned of these rows, and `local_draws` for the rest.
 
-    Local sites known only for the training rows (chains, autoguides) come for other rows from the program's own
-    ``local_posterior``, where it offers that, else from the model's prior.
+    Chains and autoguides know the locals of the training rows; an amortised guide those of any rows that it can read.
     """
     local = {site.name for site in fit.info.select(local=True)}
-    if training or amortised(fit):
-        draws = fit.learned.draw(count, batch)
-    else:
+    draws = fit.learned.draw(count, batch) if training else _guided(fit, batch, count)
+    if draws is None:
         draws = [{k: v for k, v in draw.items() if k not in local} for draw in global_draws(fit, count)]
     names = {site.name for site in fit.info.select()}
-    finite = [name for name in fit.info.finite_latents if not draws or name not in draws[0]]
-    result = []
-    for draw in draws:
-        values = {name: value for name, value in draw.items() if name in names}
-        values.update(completed(fit, batch, values, finite))
-        result.append(values)
-    return result
+    return local_draws(fit, batch, [{name: v for name, v in draw.items() if name in names} for draw in draws])
+
+
+def _guided(fit: Fit, batch: Batch, count: int) -> list[dict[str, Tensor]] | None:
+    """Draws of an amortised guide; None where there is none, or where it cannot read these rows."""
+    if not amortised(fit):
+        return None
+    try:
+        return fit.learned.draw(count, batch)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+        return None  # an entry that it reads is missing
 
 
 def amortised(fit: Fit) -> bool:
@@ -90,33 +90,6 @@ def amortised(fit: Fit) -> bool:
     return {frame.size for frame in frames if frame.name == fit.info.data_plate} == {few.rows}
 
 
-def completed(fit: Fit, batch: Batch, values: Mapping[str, Tensor], finite: list[str]) -> dict[str, Tensor]:
-    """What is still missing of the latents: from their exact conditional where there is one, else from the prior."""
-    rest = [s.name for s in fit.info.select() if s.name not in values and s.name not in finite]
-    drawn: dict[str, Tensor] = {}
-    if rest and fit.program.local_posterior is not None:
-        exact = fit.program.local_posterior(values, *batch.args, **batch.kwargs)
-        drawn = {name: exact[name].sample() for name in rest if name in exact}
-        values, rest = {**values, **drawn}, [name for name in rest if name not in drawn]
-    if rest:
-        trace = run(fit, batch, values)
-        drawn |= {name: trace.nodes[name]["value"] for name in rest if name in trace.nodes}
-    if not finite:
-        return drawn
-    from ppl_gen.inference.enumeration import enumerated_trace, sample_discrete
-
-    require_enumerable(fit.info, finite)
-    trace = enumerated_trace(
-        fit.program.model,
-        batch.args,
-        batch.kwargs,
-        discrete=finite,
-        values={**values, **drawn},
-        plate_nesting=fit.info.plate_nesting,
-    )
-    return drawn | sample_discrete(trace)
-
-
 def run(fit: Fit, batch: Batch, values: Mapping[str, Tensor], *, replicate: bool = False) -> poutine.Trace:
     model = poutine.uncondition(fit.program.model) if replicate else fit.program.model
     with Substitute(values):
@@ -132,7 +105,7 @@ def posterior_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[s
     dataset = fit.dataset(data)
     with fit.bound(seed):
         batch = dataset.batch()
-        latents = latent_draws(fit, batch, draws, training=data is None)
+        latents = latent_draws(fit, batch, draws, training=dataset.same_rows(fit.data))
         extended = [values | deterministic(fit, batch, values) for values in latents]
     return _stacked(extended)
 
@@ -141,8 +114,8 @@ def _refuse_prior(fit: Fit) -> None:
     """Draws of the prior must not pass for draws of a posterior that nobody learned (an adversarial fit, say)."""
     if not isinstance(fit.learned, PointPosterior):
         return
-    exact = fit.program.local_posterior is not None
-    asked = [site for site in fit.info.select() if not site.finite and not (site.local and exact)]
+    drawn = fit.program.local_posterior is not None or "density" in fit.info.offers
+    asked = [site for site in fit.info.select() if not site.finite and not (site.local and drawn)]
     unknown = [site.name for site in asked if site.name not in fit.learned.values]
     if unknown:
         raise IncompatibleError(
@@ -172,15 +145,9 @@ def predictive_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[
         if len(missing) == len(observed):  # no observation informs the locals: they follow their prior
             latents = global_draws(fit, draws)
         else:
-            latents = latent_draws(_given_rest(fit, missing), batch, draws, training=data is None)
+            latents = latent_draws(fit, batch, draws, training=dataset.same_rows(fit.data))
         traces = (run(fit, batch, values, replicate=replicate) for values in latents)
         return _stacked([{name: t.nodes[name]["value"] for name in names if name in t.nodes} for t in traces])
-
-
-def _given_rest(fit: Fit, missing: list[str]) -> Fit:
-    """The fit with sites that are missing here no longer among the observed (they are drawn, not latent)."""
-    sites = {name: site for name, site in fit.info.sites.items() if name not in missing}
-    return replace(fit, info=replace(fit.info, sites=sites)) if missing else fit
 
 
 def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 0) -> dict[str, Tensor]:

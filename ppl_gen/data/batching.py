@@ -110,6 +110,15 @@ class Dataset:
             return self.batch()
         return self.batch(torch.arange(rows, device="cpu") % self.rows, total=rows)
 
+    def same_rows(self, other: Dataset) -> bool:
+        """Whether ``other`` holds the same entries, number for number."""
+        if self is other:
+            return True
+        mine, theirs = ({**data.entries, **data.constants} for data in (self, other))
+        if self.rows != other.rows or mine.keys() != theirs.keys() or self.on_batch is not other.on_batch:
+            return False
+        return all(_equal(self._placed(value), other._placed(theirs[name])) for name, value in mine.items())
+
     def chunks(self, size: int) -> Iterator[Batch]:
         """All rows in order, at most ``size`` at a time; each chunk counts as the whole (no rescaling)."""
         if self.rows is None or self.rows <= size:
@@ -242,6 +251,12 @@ def as_dataset(
     for name, value in {**entries, **constants}.items():
         check_finite(name, value, dtype)
     return Dataset(entries, constants, positional, rows, device, dtype, on_batch, original, left_out, frozenset(read))
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one is two or (one.shape == two.shape and torch.equal(one, two.to(one)))
+    return type(one) is type(two) and bool(one == two)
 
 
 def _mapping_entries(data: Mapping[str, Any], signature: inspect.Signature) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.objectives.tracing import is_sample
-from ppl_gen.predictive import amortised, completed, global_draws, run
+from ppl_gen.local_draws import local_draws
+from ppl_gen.predictive import amortised, global_draws, run
 from ppl_gen.sampling import fixed_value, template
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = ["decoded", "expected", "few", "guesses", "levels", "pictured", "recon
 
 
 MOST = 2000  # rows
+AVERAGED = 100  # draws of a latent, where its mean has no closed form
 
 
 class AtMeans(Messenger):
@@ -105,8 +107,12 @@ def guesses(fit: Fit, batch: Batch) -> dict[str, Tensor]:
         exact = fit.program.local_posterior(values, *batch.args, **batch.kwargs)
         found = {name: settled(fn) for name, fn in exact.items() if name not in values}
         values |= {name: value for name, value in found.items() if value is not None}
+    loose = [site.name for site in fit.info.select(local=True) if site.name not in values and not site.finite]
+    if loose:  # their means, over draws given the rows
+        drawn = local_draws(fit, batch, [values] * AVERAGED)
+        values |= {name: torch.stack([draw[name] for draw in drawn]).mean(0) for name in loose if name in drawn[0]}
     finite = [name for name in fit.info.finite_latents if name not in values]
-    return values | (completed(fit, batch, values, finite) if finite else {})
+    return local_draws(fit, batch, [values])[0] if finite else values
 
 
 def reconstructed(fit: Fit, data: Dataset, rows: int) -> tuple[Tensor, Tensor]:

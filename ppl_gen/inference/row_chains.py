@@ -1,0 +1,156 @@
+r"""Hamiltonian chains in many rows at once, each accepted, tuned and judged by itself.
+
+Chains come in pairs with the same target, two for each draw of the globals: differences within pairs say how wide the
+posterior of a row is and whether its chains forget where they began, whatever the globals do between pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["RowChains", "run_chains"]
+
+PHASE = 10  # trajectories between two looks
+PHASES = 20  # at most
+TARGET = 0.8  # mean acceptance that step sizes aim at
+LONGEST = 32  # leapfrog steps of one trajectory, at most
+REACH = 1.6  # about a quarter of a period of a normal density of width one
+MOST = 64  # numbers of a row beyond which only their widths are learned, not how they hang together
+_Z = 4.5  # standard errors: a false alarm in 150 000
+
+
+@dataclass(frozen=True)
+class RowChains:
+    """Where the chains ended, and what is to be said of each row.
+
+    Args:
+        ends: chains x rows x numbers.
+        log_density: chains x rows, there.
+        settled: rows: whether means and widths stood still over the last phase and the chains forgot its start.
+        acceptance: rows: the mean acceptance probability of the last phase.
+        forgetting: rows: the correlation within pairs over the last phase, at worst over the numbers of a row.
+    """
+
+    ends: Tensor
+    log_density: Tensor
+    settled: Tensor
+    acceptance: Tensor
+    forgetting: Tensor
+
+
+def run_chains(log_density: Callable[[Tensor], Tensor], start: Tensor) -> RowChains:
+    r"""Chains that leave :math:`\exp \ell` invariant, from ``start``, until every row has settled or `PHASES` went by.
+
+    Each trajectory has momenta of its own and is accepted row by row. Between phases the moves of a row are scaled by
+    the covariance within its pairs, and its step size is tuned; in the last phase both stand still.
+
+    Args:
+        log_density: of chains x rows x numbers, differentiable: chains x rows. Chains 2s and 2s + 1 have one target.
+        start: chains x rows x numbers, an even number of chains.
+    """
+    state = _State(log_density, start)
+    before = start
+    for phase in range(PHASES):
+        frozen = phase >= 2 and phase % 2 == 0  # looks alternate with tuning: only phases that stood still count
+        if not frozen:
+            state.rescale()
+        state.accepted.zero_()
+        for _ in range(PHASE):
+            state.trajectory(tune=not frozen)
+        if frozen:
+            still, forgetting = _judged(before, state.u)
+            settled = still & (state.accepted / PHASE > 0.2) & state.value.isfinite().all(0)
+            if bool(settled.all()) or phase + 2 >= PHASES:
+                break
+        before = state.u.clone()
+    return RowChains(state.u, state.value, settled, state.accepted / PHASE, forgetting)
+
+
+class _State:
+    """Positions, densities and gradients of all chains, and how each row is moved."""
+
+    def __init__(self, log_density: Callable[[Tensor], Tensor], start: Tensor) -> None:
+        self.log_density, self.u = log_density, start.clone()
+        self.value, self.gradient = self._at(self.u)
+        rows = start.shape[1]
+        self.step = torch.full((rows,), 0.3)
+        self.accepted = torch.zeros(rows)
+        self.scale = torch.ones(rows, start.shape[2])
+
+    def _at(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_(True)
+            value = self.log_density(u)
+            (gradient,) = torch.autograd.grad(value.sum(), u)
+        return value.detach().nan_to_num(-torch.inf, torch.inf, -torch.inf), gradient.nan_to_num(0.0, 0.0, 0.0)
+
+    def rescale(self) -> None:
+        """L with L L^T the covariance within pairs of each row, drawn to its diagonal where pairs are few."""
+        apart = (self.u[0::2] - self.u[1::2]) / math.sqrt(2)
+        pairs, width = apart.shape[0], apart.shape[2]
+        diagonal = apart.square().mean(0).clamp_min(1e-12)
+        if width > MOST:
+            self.scale = diagonal.sqrt()
+            return
+        covariance = torch.einsum("srd,sre->rde", apart, apart) / pairs
+        trust = pairs / (pairs + 5.0 * width)
+        covariance = trust * covariance + (1 - trust) * torch.diag_embed(diagonal)
+        covariance = covariance + torch.diag_embed(1e-4 * diagonal + 1e-12)
+        self.scale, failed = torch.linalg.cholesky_ex(covariance)
+        self.scale = torch.where(failed.bool()[:, None, None], torch.diag_embed(diagonal.sqrt()), self.scale)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        """L x."""
+        return self.scale * x if self.scale.dim() == 2 else torch.einsum("rde,cre->crd", self.scale, x)
+
+    def _force(self, gradient: Tensor) -> Tensor:
+        """L^T times the gradient."""
+        return self.scale * gradient if self.scale.dim() == 2 else torch.einsum("rde,crd->cre", self.scale, gradient)
+
+    def trajectory(self, *, tune: bool) -> None:
+        step = self.step * (0.8 + 0.4 * torch.rand(()))
+        typical = float(self.step.median())
+        length = min(LONGEST, max(3, math.ceil(REACH / typical)))
+        length = int(torch.randint(max(1, length // 2), length + 1, ()))
+        move = step[None, :, None]
+        momentum = torch.randn_like(self.u)
+        kinetic = 0.5 * momentum.square().sum(-1)
+        u, value, gradient = self.u, self.value, self.gradient
+        for _ in range(length):
+            momentum = momentum + 0.5 * move * self._force(gradient)
+            u = u + move * self._moved(momentum)
+            value, gradient = self._at(u)
+            momentum = momentum + 0.5 * move * self._force(gradient)
+        change = value - self.value + kinetic - 0.5 * momentum.square().sum(-1)
+        # From where the density is zero any place with some is taken.
+        chance = change.nan_to_num(-torch.inf, torch.inf, -torch.inf).clamp(max=0.0).exp()
+        chance = torch.where(self.value.isinf() & value.isfinite(), 1.0, chance)
+        taken = torch.rand_like(chance) < chance
+        self.u = torch.where(taken[..., None], u, self.u)
+        self.gradient = torch.where(taken[..., None], gradient, self.gradient)
+        self.value = torch.where(taken, value, self.value)
+        rate = chance.mean(0)
+        self.accepted = self.accepted + rate
+        if tune:
+            self.step = (self.step.log() + (rate - TARGET)).exp().clamp(1e-4, 0.6)
+
+
+def _judged(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """By row: whether means and widths stood still between two looks and pairs forgot; the worst correlation."""
+    chains = before.shape[0]
+    first, second = (x[0::2] - x[1::2] for x in (before, after))
+    pairs = len(first)
+    width = second.square().mean(0).div(2).sqrt().clamp_min(1e-12)
+    drift = after - before
+    far = drift.mean(0).abs() > 0.1 * width + _Z * drift.std(0) / math.sqrt(chains)
+    spread = first.square().mean(0).div(2).sqrt().clamp_min(1e-12)
+    wide = (width / spread).log().abs() > 0.1 + _Z / math.sqrt(pairs)
+    both = (first.square().mean(0) * second.square().mean(0)).sqrt().clamp_min(1e-24)
+    correlation = (first * second).mean(0) / both
+    stuck = correlation > 0.3 + _Z / math.sqrt(pairs)
+    return ~(far | wide | stuck).any(-1), correlation.amax(-1)

@@ -1,0 +1,114 @@
+"""Latent sites that no other density depends on: they integrate to one, and are predictions rather than unknowns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.inference.objectives.particles import Substitute
+
+__all__ = ["Hidden", "leaves", "plausible"]
+
+
+class Hidden(Messenger):
+    """Sites that nothing outside the program sees: no trace, no replay, no density; each takes one fixed value.
+
+    The value lies in the support of the site. It is no draw: a run of the program stays free of randomness here.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names and not msg["is_observed"]:
+            msg["value"], msg["done"], msg["stop"] = plausible(msg["fn"]), True, True
+
+
+def plausible(fn: Any) -> Tensor:
+    """A value inside the support of ``fn``, in its shape."""
+    if getattr(fn.support, "is_discrete", False):
+        first: Tensor = fn.enumerate_support(expand=True)[0] if fn.has_enumerate_support else fn.sample()
+        return first
+    transform = biject_to(fn.support)
+    value: Tensor = transform(torch.zeros(transform.inverse_shape(fn.shape())))
+    return value.expand(fn.shape())
+
+
+def leaves(
+    model: Callable[..., Any], batch: Batch, names: Sequence[str], values: Mapping[str, Tensor] | None = None
+) -> list[str]:
+    """Those of the latent sites ``names`` on whose values no density depends, other such sites apart.
+
+    The program is run at one value of every site, then with a site's value changed: where no other density changes,
+    it is a leaf. ``values`` fixes what is known.
+    """
+    found: list[str] = []
+    base = _trace(model, batch, values or {})
+    candidates = [name for name in names if name in base.nodes and not base.nodes[name]["is_observed"]]
+    while True:
+        more = [n for n in candidates if n not in found and not _matters(model, batch, base, n, found)]
+        if not more:
+            return [name for name in candidates if name in found]
+        found += more
+
+
+def _matters(
+    model: Callable[..., Any], batch: Batch, base: poutine.Trace, name: str, ignored: Collection[str]
+) -> bool:
+    fixed = {n: node["value"] for n, node in base.nodes.items() if node["type"] == "sample" and not node["is_observed"]}
+    other = _other(base.nodes[name]["fn"], base.nodes[name]["value"])
+    try:
+        moved = _trace(model, batch, {**fixed, name: other})
+    except (ArithmeticError, IndexError, RuntimeError, ValueError):
+        return True
+    skipped = {name, *ignored}
+    if {n for n in moved.nodes if n not in skipped} != {n for n in base.nodes if n not in skipped}:
+        return True
+    return any(
+        not _same(base.nodes[n], moved.nodes[n])
+        for n, node in base.nodes.items()
+        if n not in skipped and node["type"] == "sample" and not node["infer"].get("_deterministic")
+    )
+
+
+def _same(one: Any, two: Any) -> bool:
+    if type(one["fn"]).__name__ == "_Subsample":
+        return True
+    value = one["value"]
+    if one["is_observed"] and not torch.equal(torch.as_tensor(value), torch.as_tensor(two["value"])):
+        return False
+    first, second = (poutine.util.site_is_subsample, None) if False else (_density(one, value), _density(two, value))
+    return first.shape == second.shape and bool(torch.allclose(first, second, rtol=1e-5, atol=1e-6, equal_nan=True))
+
+
+def _density(node: Any, value: Any) -> Tensor:
+    found: Tensor = node["fn"].log_prob(value)
+    mask = node["mask"]
+    return found if mask is None else torch.where(torch.as_tensor(mask), found, torch.zeros_like(found))
+
+
+def _other(fn: Any, value: Tensor) -> Tensor:
+    """Another value of the support, different in every entry where there is another."""
+    if getattr(fn.support, "is_discrete", False):
+        if not fn.has_enumerate_support:
+            return value + 1
+        first, last = fn.enumerate_support(expand=True)[0], fn.enumerate_support(expand=True)[-1]
+        event = tuple(range(value.dim() - len(fn.event_shape), value.dim()))
+        is_first = (value == first).all(event, keepdim=True) if event else value == first
+        return torch.where(is_first, last, first)
+    transform = biject_to(fn.support)
+    part = transform.inv(value).nan_to_num(0.0, 3.0, -3.0)
+    return transform(part + 0.5 + torch.rand_like(part))
+
+
+def _trace(model: Callable[..., Any], batch: Batch, values: Mapping[str, Tensor]) -> poutine.Trace:
+    with Substitute(values):
+        return poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
