@@ -17,6 +17,7 @@ from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.inference.row_chains import run_chains
 from ppl_gen.inference.row_density import CELLS, RowDensity
 from ppl_gen.inference.unlearned import leaves
+from ppl_gen.sitechecks import require_enumerable
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -59,11 +60,11 @@ def local_draws(fit: Fit, batch: Batch, draws: Sequence[Values]) -> list[dict[st
         unknown = {name: node for name, node in unknown.items() if name not in result[0]}
     if not unknown:
         return result
-    known = set(result[0])
     free = leaves(fit.program.model, batch, list(unknown), result[0])
     asked = {name: node for name, node in unknown.items() if name not in free}
     finite = [name for name, node in asked.items() if _finite(node["fn"])]
     moved = [name for name in asked if name not in finite]
+    require_enumerable(fit.info, finite)
     if moved:
         _require_density(fit, moved)
         for values, found in zip(result, _moved(fit, batch, result, moved, finite, free), strict=True):
@@ -75,7 +76,6 @@ def local_draws(fit: Fit, batch: Batch, draws: Sequence[Values]) -> list[dict[st
         for values in result:
             trace = _run(fit, batch, values)
             values.update({name: trace.nodes[name]["value"] for name in wanted})
-    assert all(known <= set(values) for values in result)
     return result
 
 
@@ -133,11 +133,11 @@ def _moved(
     density = RowDensity(fit.program.model, batch, fit.info, enough, moved=moved, sums=finite, hidden=hidden)
     target = torch.arange(len(enough)).repeat_interleave(2)
     counts = any(place.discrete for place in density.places.values())
-    start, effective = _started(density, target, COUNTS if counts else POOL)
+    start, width, effective = _started(density, target, COUNTS if counts else POOL)
     if counts:
         _check_weighed(fit, moved, effective)
         return density.values(start[0 : 2 * len(draws) : 2])
-    chains = run_chains(lambda u: density.log_density(u, target), start)
+    chains = run_chains(lambda u, chains: density.log_density(u, target[chains]), start, width)
     lost = ~chains.log_density.isfinite().all(0)
     if bool(lost.any()):
         raise IncompatibleError(
@@ -158,27 +158,27 @@ def _moved(
     return density.values(chains.ends[0 : 2 * len(draws) : 2])
 
 
-def _started(density: RowDensity, target: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    r"""Points of the prior chosen by their weights, one for each chain and row, and how many of them carry each row.
+def _started(density: RowDensity, target: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Points of the prior chosen by their weights, one for each chain and row; its width; how many carry each row.
 
     A pool of prior draws serves all chains: drawn at theta_j, a point u weighs p(x, u | theta_s) / p(u | theta_j).
     """
     own = torch.arange(most if density.together else len(density.draws)) % len(density.draws)
     pool = torch.stack([density.prior_point(j) for j in own.tolist()])
     if not density.together:  # one draw at a time: too slow to weigh a pool
-        return pool[target], torch.zeros(pool.shape[1])
+        return pool[target], pool.std(0), torch.zeros(pool.shape[1])
     log_q = density.log_density(pool, own, prior=True)
-    size = min(most, max(8, WORK // (len(target) * density.cells)))
+    size = min(most // 4, max(8, WORK // (len(target) * density.cells)))
     points, effective = [], []
     for chains in target.split(max(1, CELLS // (size * density.cells))):
-        chosen = torch.randperm(len(pool))[:size]
-        each = chosen.repeat(len(chains))
+        chosen = torch.rand(len(chains), len(pool)).argsort(1)[:, :size]  # others for each chain: no two begin as one
+        each = chosen.flatten()
         log_w = density.log_density(pool[each], chains.repeat_interleave(size)) - log_q[each]
         log_w = log_w.nan_to_num(-torch.inf, torch.inf, -torch.inf).unflatten(0, (len(chains), size))
         best = (log_w - torch.empty_like(log_w).exponential_().log()).argmax(1)  # Gumbel's trick: a draw by weight
-        points.append(pool[chosen[best], torch.arange(pool.shape[1])])
+        points.append(pool[chosen.gather(1, best), torch.arange(pool.shape[1])])
         effective.append(torch.exp(2 * log_w.logsumexp(1) - (2 * log_w).logsumexp(1)).nan_to_num(0.0))
-    return torch.cat(points), torch.cat(effective).quantile(0.1, 0)
+    return torch.cat(points), pool.std(0), torch.cat(effective).quantile(0.1, 0)
 
 
 def _check_weighed(fit: Fit, names: Sequence[str], effective: Tensor) -> None:

@@ -155,8 +155,17 @@ class Fit:
     def posterior(self, data: Any = None, draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
         """Joint draws of the latent sites given ``data`` (the training data when None): draws x shape of the site.
 
+        Latents of rows that were not fitted are drawn given these rows at each draw of the globals: by the program's
+        ``local_posterior``, by an amortised guide, or as `ppl_gen.local_draws.local_draws` says. The training rows
+        passed again are the training rows. Of rows in which nothing is observed the posterior is the prior (given the
+        globals), and that is what is drawn.
+
         Raises:
-            IncompatibleError: if the program has no latent sites, or the algorithm learned no posterior of them.
+            IncompatibleError: if the program has no latent sites, the algorithm learned no posterior of them, or the
+                latents of these rows cannot be drawn given them (the site is named).
+
+        Warns:
+            UserWarning: naming site and rows, where draws are not to be trusted.
         """
         from ppl_gen.predictive import posterior_draws
 
@@ -165,7 +174,8 @@ class Fit:
     def predict(self, data: Any = None, draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
         """Posterior predictive draws of what is missing from ``data``: draws x rows x shape.
 
-        If nothing is missing (or ``data`` is None), replicates of the observed sites.
+        If nothing is missing (or ``data`` is None), replicates of the observed sites. Latents are drawn given what is
+        observed of each row, as `posterior` draws them.
         """
         from ppl_gen.predictive import predictive_draws
 

@@ -1,7 +1,8 @@
 r"""Hamiltonian chains in many rows at once, each accepted, tuned and judged by itself.
 
 Chains come in pairs with the same target, two for each draw of the globals: differences within pairs say how wide the
-posterior of a row is and whether its chains forget where they began, whatever the globals do between pairs.
+posterior of a row is and whether its chains forget where they began, whatever the globals do between pairs. Beside
+Hamiltonian moves chains make jumps by the difference of two others (ter Braak 2006), which lead from mode to mode.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["RowChains", "run_chains"]
 
-PHASE = 10  # trajectories between two looks
+PHASE = 7  # trajectories between two looks
 PHASES = 20  # at most
 TARGET = 0.8  # mean acceptance that step sizes aim at
 LONGEST = 32  # leapfrog steps of one trajectory, at most
@@ -43,24 +44,30 @@ class RowChains:
     forgetting: Tensor
 
 
-def run_chains(log_density: Callable[[Tensor], Tensor], start: Tensor) -> RowChains:
+Density = Callable[[Tensor, Tensor], Tensor]
+
+
+def run_chains(log_density: Density, start: Tensor, width: Tensor) -> RowChains:
     r"""Chains that leave :math:`\exp \ell` invariant, from ``start``, until every row has settled or `PHASES` went by.
 
     Each trajectory has momenta of its own and is accepted row by row. Between phases the moves of a row are scaled by
     the covariance within its pairs, and its step size is tuned; in the last phase both stand still.
 
     Args:
-        log_density: of chains x rows x numbers, differentiable: chains x rows. Chains 2s and 2s + 1 have one target.
+        log_density: of positions and the numbers of their chains, chains x rows; differentiable in the positions. Chains
+            2s and 2s + 1 have one target.
         start: chains x rows x numbers, an even number of chains.
+        width: rows x numbers: how far the first moves go, better too far (step sizes shrink) than not far enough.
     """
-    state = _State(log_density, start)
+    state = _State(log_density, start, width)
     before = start
     for phase in range(PHASES):
         frozen = phase >= 2 and phase % 2 == 0  # looks alternate with tuning: only phases that stood still count
-        if not frozen:
+        if not frozen and phase:
             state.rescale()
         state.accepted.zero_()
         for _ in range(PHASE):
+            state.jump()
             state.trajectory(tune=not frozen)
         if frozen:
             still, forgetting = _judged(before, state.u)
@@ -72,35 +79,37 @@ def run_chains(log_density: Callable[[Tensor], Tensor], start: Tensor) -> RowCha
 
 
 class _State:
-    """Positions, densities and gradients of all chains, and how each row is moved."""
+    """Positions and densities of all chains, and how each row is moved."""
 
-    def __init__(self, log_density: Callable[[Tensor], Tensor], start: Tensor) -> None:
+    def __init__(self, log_density: Density, start: Tensor, width: Tensor) -> None:
         self.log_density, self.u = log_density, start.clone()
-        self.value, self.gradient = self._at(self.u)
+        self.every = torch.arange(len(start))
+        self.value = self._at(self.u)[0]
         rows = start.shape[1]
         self.step = torch.full((rows,), 0.3)
         self.accepted = torch.zeros(rows)
-        self.scale = torch.ones(rows, start.shape[2])
+        self.scale = self.width = width.clamp_min(1e-6)
 
     def _at(self, u: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             u = u.detach().requires_grad_(True)
-            value = self.log_density(u)
+            value = self.log_density(u, self.every)
             (gradient,) = torch.autograd.grad(value.sum(), u)
-        return value.detach().nan_to_num(-torch.inf, torch.inf, -torch.inf), gradient.nan_to_num(0.0, 0.0, 0.0)
+        return _cleaned(value.detach()), gradient.nan_to_num(0.0, 0.0, 0.0)
 
     def rescale(self) -> None:
         """L with L L^T the covariance within pairs of each row, drawn to its diagonal where pairs are few."""
         apart = (self.u[0::2] - self.u[1::2]) / math.sqrt(2)
         pairs, width = apart.shape[0], apart.shape[2]
-        diagonal = apart.square().mean(0).clamp_min(1e-12)
+        self.width = torch.maximum(apart.square().mean(0).sqrt(), 0.1 * self.width)  # pairs may begin at one point
+        diagonal = self.width.square()
         if width > MOST:
-            self.scale = diagonal.sqrt()
+            self.scale = self.width
             return
         covariance = torch.einsum("srd,sre->rde", apart, apart) / pairs
         trust = pairs / (pairs + 5.0 * width)
         covariance = trust * covariance + (1 - trust) * torch.diag_embed(diagonal)
-        covariance = covariance + torch.diag_embed(1e-4 * diagonal + 1e-12)
+        covariance = covariance + torch.diag_embed(1e-4 * diagonal)
         self.scale, failed = torch.linalg.cholesky_ex(covariance)
         self.scale = torch.where(failed.bool()[:, None, None], torch.diag_embed(diagonal.sqrt()), self.scale)
 
@@ -120,7 +129,7 @@ class _State:
         move = step[None, :, None]
         momentum = torch.randn_like(self.u)
         kinetic = 0.5 * momentum.square().sum(-1)
-        u, value, gradient = self.u, self.value, self.gradient
+        u, (value, gradient) = self.u, self._at(self.u)
         for _ in range(length):
             momentum = momentum + 0.5 * move * self._force(gradient)
             u = u + move * self._moved(momentum)
@@ -128,16 +137,34 @@ class _State:
             momentum = momentum + 0.5 * move * self._force(gradient)
         change = value - self.value + kinetic - 0.5 * momentum.square().sum(-1)
         # From where the density is zero any place with some is taken.
-        chance = change.nan_to_num(-torch.inf, torch.inf, -torch.inf).clamp(max=0.0).exp()
+        chance = _cleaned(change).clamp(max=0.0).exp()
         chance = torch.where(self.value.isinf() & value.isfinite(), 1.0, chance)
         taken = torch.rand_like(chance) < chance
         self.u = torch.where(taken[..., None], u, self.u)
-        self.gradient = torch.where(taken[..., None], gradient, self.gradient)
         self.value = torch.where(taken, value, self.value)
         rate = chance.mean(0)
         self.accepted = self.accepted + rate
         if tune:
             self.step = (self.step.log() + (rate - TARGET)).exp().clamp(1e-4, 0.6)
+
+
+    def jump(self) -> None:
+        """Half of the chains after the other, by the difference of two of the half that stands still."""
+        for half in (0, 1):
+            mine, others = self.every[half::2], self.every[1 - half :: 2]
+            one, two = (others[torch.randint(len(others), self.value[half::2].shape)] for _ in range(2))
+            rows = torch.arange(self.u.shape[1])
+            noise = 1e-2 * self.width * torch.randn_like(self.u[mine])
+            moved = self.u[mine] + self.u[one, rows] - self.u[two, rows] + noise
+            value = _cleaned(self.log_density(moved, mine))
+            taken = torch.rand_like(value).log() < _cleaned(value - self.value[mine])
+            self.u[mine] = torch.where(taken[..., None], moved, self.u[mine])
+            self.value[mine] = torch.where(taken, value, self.value[mine])
+
+
+def _cleaned(value: Tensor) -> Tensor:
+    """What is not a number counts as impossible."""
+    return value.nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
 
 def _judged(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
