@@ -97,8 +97,8 @@ def _finite(fn: Any) -> bool:
 def _require_density(fit: Fit, names: Sequence[str]) -> None:
     if "density" not in fit.info.offers:
         raise IncompatibleError(
-            f"the latent site(s) {', '.join(names)} of {fit.program.name!r} cannot be drawn given rows: the program has "
-            "no density to weigh them by, and nothing that was learned follows new rows (an amortised guide would)"
+            f"the latent site(s) {', '.join(names)} of {fit.program.name!r} cannot be drawn given rows: the program "
+            "has no density to weigh them by, and nothing that was learned follows new rows (an amortised guide would)"
         )
 
 
@@ -126,8 +126,8 @@ def _moved(
     outside = [n for n in moved if n in fit.info.sites and not fit.info.sites[n].local]
     if outside:
         raise IncompatibleError(
-            f"{fit.algorithm} learned no posterior of {', '.join(outside)} in {fit.program.name!r}, which stand outside "
-            "its data plate"
+            f"{fit.algorithm} learned no posterior of {', '.join(outside)} in {fit.program.name!r}, which stand "
+            "outside its data plate"
         )
     enough = [draws[s % len(draws)] for s in range(max(len(draws), PAIRS))]
     density = RowDensity(fit.program.model, batch, fit.info, enough, moved=moved, sums=finite, hidden=hidden)
@@ -185,9 +185,9 @@ def _check_weighed(fit: Fit, names: Sequence[str], effective: Tensor) -> None:
     few = effective < FEW
     if bool(few.any()):
         raise IncompatibleError(
-            f"latent site(s) {', '.join(names)} of {fit.program.name!r} hold counts without a bound, which are drawn by "
-            f"weighing {COUNTS} draws of the prior; for {_rows(few, -effective)} fewer than {FEW:.0f} of these carry the "
-            "weights. Write the counts with finite support, or give an amortised guide"
+            f"latent site(s) {', '.join(names)} of {fit.program.name!r} hold counts without a bound, which are drawn "
+            f"by weighing {COUNTS} draws of the prior; for {_rows(few, -effective)} fewer than {FEW:.0f} of these "
+            "carry the weights. Write the counts with finite support, or give an amortised guide"
         )
 
 

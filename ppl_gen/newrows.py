@@ -63,7 +63,9 @@ def follows_rows(fit: Fit, batch: Batch) -> bool:
 
 def _check_sites(fit: Fit, trace: poutine.Trace) -> None:
     """Rows with other columns are all right where the program makes of them what it made of the training rows."""
-    strange = {n for n, node in trace.nodes.items() if is_sample(node) and not node["is_observed"]} - set(fit.info.sites)
+    strange = {n for n, node in trace.nodes.items() if is_sample(node) and not node["is_observed"]} - set(
+        fit.info.sites
+    )
     if lost := strange or {site.name for site in fit.info.select()} - set(trace.nodes):
         raise ValueError(f"with them it has other latent sites: {', '.join(sorted(lost))}")
     for name in (site.name for site in fit.info.select(kind="observed")):

@@ -50,7 +50,7 @@ def global_draws(fit: Fit, count: int) -> list[dict[str, Tensor]]:
 
 
 def latent_draws(fit: Fit, batch: Batch, count: int, *, training: bool) -> list[dict[str, Tensor]]:
-    """Joint draws of globals and locals given ``batch``: what was learned of these rows, and `local_draws` for the rest.
+    """Joint draws of globals and locals given ``batch``: what was learned of these rows, `local_draws` for the rest.
 
     Chains and autoguides know the locals of the training rows; an amortised guide those of any rows that it can read.
     """

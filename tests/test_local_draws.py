@@ -254,9 +254,10 @@ def test_what_cannot_be_drawn_given_rows_is_refused_by_name() -> None:
         fit.posterior(torch.ones(3), 10)
 
     def implicit(x):
+        shift = pyro.param("shift", torch.tensor(0.0))
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Delta(z), obs=x)
+            pyro.sample("x", dist.Delta(z + shift), obs=x)
 
     fit = pg.fit(implicit, torch.zeros(4), SVI(Adversarial(), steps=1), seed=0)
     with pytest.raises(pg.IncompatibleError, match=r"learned no posterior of z"):

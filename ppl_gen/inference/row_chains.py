@@ -54,8 +54,8 @@ def run_chains(log_density: Density, start: Tensor, width: Tensor) -> RowChains:
     the covariance within its pairs, and its step size is tuned; in the last phase both stand still.
 
     Args:
-        log_density: of positions and the numbers of their chains, chains x rows; differentiable in the positions. Chains
-            2s and 2s + 1 have one target.
+        log_density: of positions and the numbers of their chains: chains x rows; differentiable in the positions.
+            Chains 2s and 2s + 1 have one target.
         start: chains x rows x numbers, an even number of chains.
         width: rows x numbers: how far the first moves go, better too far (step sizes shrink) than not far enough.
     """
@@ -146,7 +146,6 @@ class _State:
         self.accepted = self.accepted + rate
         if tune:
             self.step = (self.step.log() + (rate - TARGET)).exp().clamp(1e-4, 0.6)
-
 
     def jump(self) -> None:
         """Half of the chains after the other, by the difference of two of the half that stands still."""

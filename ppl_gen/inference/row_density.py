@@ -209,7 +209,7 @@ class RowDensity:
         return row_log_density(trace, self.info.data_plate, without=seen if prior else ()) + log_det
 
     def log_density(self, u: Tensor, draws: Tensor, *, prior: bool = False) -> Tensor:
-        """Points x rows, in nats: of ``u`` (points x rows x numbers) at the draws of the known sites numbered ``draws``.
+        """Points x rows, in nats: of ``u`` (points x rows x numbers) at the known sites' draws of numbers ``draws``.
 
         Differentiable with respect to ``u``. ``prior`` leaves out what is observed.
         """
@@ -249,9 +249,9 @@ class RowDensity:
         even = half.squeeze(-1)
         if not torch.allclose(before[even], after[even], rtol=1e-4, atol=1e-4, equal_nan=True):
             raise IncompatibleError(
-                f"the latent site(s) {', '.join(self.places)} of {self.info.name!r} couple its rows: the density of one "
-                "row changes with the latents of another, so rows that were not fitted have no posterior of their own. "
-                "Fit all rows together"
+                f"the latent site(s) {', '.join(self.places)} of {self.info.name!r} couple its rows: the density of "
+                "one row changes with the latents of another, so rows that were not fitted have no posterior of "
+                "their own. Fit all rows together"
             )
 
 

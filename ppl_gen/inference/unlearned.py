@@ -48,7 +48,7 @@ def leaves(
     """Those of the latent sites ``names`` on whose values no density depends, other such sites apart.
 
     The program is run at one value of every site, then with a site's value changed: where no other density changes,
-    it is a leaf. ``values`` fixes what is known.
+    nor any parameter of another distribution, it is a leaf. ``values`` fixes what is known.
     """
     found: list[str] = []
     base = _trace(model, batch, values or {})
@@ -60,9 +60,7 @@ def leaves(
         found += more
 
 
-def _matters(
-    model: Callable[..., Any], batch: Batch, base: poutine.Trace, name: str, ignored: Collection[str]
-) -> bool:
+def _matters(model: Callable[..., Any], batch: Batch, base: poutine.Trace, name: str, ignored: Collection[str]) -> bool:
     fixed = {n: node["value"] for n, node in base.nodes.items() if node["type"] == "sample" and not node["is_observed"]}
     other = _other(base.nodes[name]["fn"], base.nodes[name]["value"])
     try:
@@ -85,8 +83,28 @@ def _same(one: Any, two: Any) -> bool:
     value = one["value"]
     if one["is_observed"] and not torch.equal(torch.as_tensor(value), torch.as_tensor(two["value"])):
         return False
-    first, second = (poutine.util.site_is_subsample, None) if False else (_density(one, value), _density(two, value))
+    if not _alike(_parameters(one["fn"]), _parameters(two["fn"])):
+        return False
+    first, second = _density(one, value), _density(two, value)
     return first.shape == second.shape and bool(torch.allclose(first, second, rtol=1e-5, atol=1e-6, equal_nan=True))
+
+
+def _parameters(fn: Any) -> list[Tensor]:
+    """All tensors of a distribution: a density may be level at one value and yet depend on another site."""
+    found: list[Tensor] = []
+    for part in vars(fn).values():
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, torch.distributions.Distribution):
+            found += _parameters(part)
+    return found
+
+
+def _alike(one: list[Tensor], two: list[Tensor]) -> bool:
+    return len(one) == len(two) and all(
+        a.shape == b.shape and bool(torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-7, equal_nan=True))
+        for a, b in zip(one, two, strict=True)
+    )
 
 
 def _density(node: Any, value: Any) -> Tensor:
