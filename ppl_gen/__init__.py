@@ -8,7 +8,7 @@ from ppl_gen.data import load_data
 from ppl_gen.data.batching import constant
 from ppl_gen.driver import fit
 from ppl_gen.driver import inspect_program as check
-from ppl_gen.errors import IncompatibleError, MissingExtraError, NonFiniteError
+from ppl_gen.errors import FitWarning, IncompatibleError, MissingExtraError, NonFiniteError
 from ppl_gen.predictive import prior_predictive
 from ppl_gen.program import Program, Recipe
 from ppl_gen.result import Fit, Status
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Comparison",
     "Fit",
+    "FitWarning",
     "IncompatibleError",
     "MissingExtraError",
     "NonFiniteError",

@@ -152,10 +152,9 @@ def fit(
     chosen = algorithm_of(algorithm, {k: v for k, v in {"steps": steps, "lr": lr}.items() if v is not None})
     made = program_of(program)
     result = pg.fit(made, data_of(data, made), chosen, seed=seed)
-    summary = result.diagnose()
-    print(result)
+    summary = result.diagnose()  # before the fit is printed, which then shows its verdict
     print(summary.to_string(float_format=lambda v: f"{v:.4g}"))
-    print(summary.attrs["verdict"])
+    print(result)
     if out is not None:
         print(f"saved in {result.save(out)}")
     return 0 if str(result.status) in GOOD else 1

@@ -16,6 +16,7 @@ from ppl_gen.data.batching import LARGE, Dataset, as_dataset, is_double
 from ppl_gen.data.columns import column_notes
 from ppl_gen.data.names import Read
 from ppl_gen.data.sources import collected
+from ppl_gen.diagnostics.complaints import warn_if_bad
 from ppl_gen.dryrun import ProgramInfo, dry_run
 from ppl_gen.errors import NonFiniteError, require_seed
 from ppl_gen.handlers.whole_plates import whole_plates
@@ -64,6 +65,9 @@ def fit(
         validate_every: steps between two such estimates (a tenth of all steps when None).
         callbacks: called as ``callback(step, info)`` after every step; KeyboardInterrupt raised there ends the run.
         start: a fit of the same program to continue from.
+
+    Warns:
+        FitWarning: once, where chains are bad: what they did, and what to do next.
 
     Returns:
         The fit. Ctrl-C, or SIGTERM where the process has no handler of its own for it, ends the run after the step
@@ -121,6 +125,7 @@ def fit(
             result = replace(result, status=Status.INTERRUPTED, message=f"interrupted at the end: {result.message}")
     if result.status is Status.DIVERGED:
         raise NonFiniteError(result.message, result)
+    warn_if_bad(result)
     return result
 
 

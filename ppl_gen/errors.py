@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
 __all__ = [
+    "FitWarning",
     "IncompatibleError",
     "MissingExtraError",
     "NonFiniteError",
@@ -23,6 +24,10 @@ __all__ = [
 
 class IncompatibleError(ValueError):
     """A program and an algorithm (or objective, or yardstick) do not fit; the message prints both sides."""
+
+
+class FitWarning(UserWarning):
+    """A fit ended and is bad: chains that diverge, disagree or hardly move. One for a fit, with all that was seen."""
 
 
 class MissingExtraError(ImportError):

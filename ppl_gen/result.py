@@ -72,7 +72,13 @@ class Fit:
 
     def __repr__(self) -> str:
         head = f"{self.program.name}, {self.algorithm}, seed={self.seed}"
-        return f"Fit({head}: {self.status}, {self.cost.get('seconds', 0.0):.1f} s; {self.message})"
+        ended = f"{head}: {self.status}, {self.cost.get('seconds', 0.0):.1f} s; {self.message}"
+        return f"Fit({ended}; {self._judged()})"
+
+    def _judged(self) -> str:
+        """The verdict where it is known: to show a fit must not cost what judging it may cost."""
+        found = self.computed.get("verdict")
+        return "not diagnosed yet: fit.verdict says whether to trust it" if found is None else f"verdict: {found}"
 
     def _repr_html_(self) -> str:
         from ppl_gen.report.display import fit_html

@@ -100,12 +100,23 @@ def fit_html(fit: Fit) -> str:
     facts = {
         "ended": f"{_mark(_ENDINGS.get(str(fit.status), 'bad'))}<b>{escape(str(fit.status))}</b>: "
         f"{escape(fit.message) or 'no message'}",
+        "verdict": _judged(fit),
         "algorithm": f"{escape(fit.algorithm)}, seed {fit.seed}",
         "cost": escape(", ".join(cost)) or "not recorded",
         "history": _history(fit.records),
         **{escape(name): escape(str(text)) for name, text in fit.notes.items()},
     }
     return _box(f"Fit of {escape(fit.program.name)}", _facts(facts), _values(fit))
+
+
+def _judged(fit: Fit) -> str:
+    """The verdict where it is known already: showing a fit does not judge it."""
+    found = fit.computed.get("verdict")
+    if found is None:
+        return "not diagnosed yet: <code>fit.verdict</code> says whether to trust it"
+    tone = {"trust": "good", "doubtful": "fair"}.get(found.grade, "bad")
+    advice = f" {escape(found.advice)}." if found.advice else ""
+    return f"{_mark(tone)}<b>{escape(found.grade)}</b>: {escape(found.reason)}.{advice}"
 
 
 def comparison_html(comparison: Comparison) -> str:

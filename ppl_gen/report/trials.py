@@ -20,7 +20,7 @@ from pyro import poutine
 
 from ppl_gen.data.batching import Batch, as_dataset
 from ppl_gen.driver import fit as learn
-from ppl_gen.errors import IncompatibleError, NonFiniteError
+from ppl_gen.errors import FitWarning, IncompatibleError, NonFiniteError
 from ppl_gen.inference.base import Algorithm
 from ppl_gen.interrupts import allowed, taken, telling
 from ppl_gen.isolation import isolated
@@ -236,6 +236,7 @@ def _fitted(sent: bytes, label: str, algorithm: bytes, seed: int) -> bytes:
     line = _line(task, label, pickle.loads(algorithm), seed, False)
     if line.fit is not None:  # the rows are at home already
         bare = replace(line.fit, data=replace(line.fit.data, entries={}, constants={}, original=None, on_batch=None))
+        bare.computed.update(line.fit.computed)  # what was judged once
         line = replace(line, fit=bare)
     try:
         return _pickled(line, label)
@@ -248,7 +249,9 @@ def _received(task: Task, line: Line) -> Line:
         return line
     kept = line.fit.data
     rows = as_dataset(task.train, line.fit.program.model, dtype=kept.dtype, device=kept.device, read=kept.read)
-    return replace(line, fit=replace(line.fit, data=rows))
+    whole = replace(line.fit, data=rows)
+    whole.computed.update(line.fit.computed)
+    return replace(line, fit=whole)
 
 
 @contextlib.contextmanager
@@ -270,9 +273,17 @@ def _line(task: Task, label: str, algorithm: Algorithm, seed: int, progress: boo
     kept, text, trail = None, "", ""
     with counted(task.threads):
         try:
-            result = learn(
-                task.recipe, task.train, algorithm, seed=seed, device=task.device, dtype=task.dtype, progress=progress
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FitWarning)  # the row has a verdict
+                result = learn(
+                    task.recipe,
+                    task.train,
+                    algorithm,
+                    seed=seed,
+                    device=task.device,
+                    dtype=task.dtype,
+                    progress=progress,
+                )
             return _judged(task, label, result)
         except IncompatibleError as error:
             status, text = "incompatible", str(error)
