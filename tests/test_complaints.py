@@ -10,8 +10,6 @@ import pytest
 import torch
 
 import ppl_gen as pg
-from ppl_gen.data.batching import as_dataset
-from ppl_gen.diagnostics.complaints import column_hints
 from ppl_gen.inference import NUTS, SVI
 
 X = torch.linspace(3.0, 5.0, 8, dtype=torch.float64)
@@ -50,15 +48,17 @@ def test_a_good_fit_does_not_warn() -> None:
         pg.compare(two_modes, X, {"NUTS": BAD})  # whose rows have verdicts
 
 
-def test_columns_are_named() -> None:
-    z = torch.stack([torch.ones(6), 1e4 * torch.arange(6.0), torch.arange(6.0)], 1)
+def test_starts_and_columns_are_named() -> None:
+    def regression(z, y):
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+        with pyro.plate("data", len(z)):
+            pyro.sample("y", dist.Normal(z @ slope, 1.0), obs=y)
 
-    def model(z):
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-
-    hints = column_hints(as_dataset(z, model))
-    assert hints[0].startswith("z[:, 0] constant") and "sds of z[:, 1] and z[:, 2]" in hints[1]
-    assert column_hints(as_dataset(z[:, 2:], model)) == []
+    program = pg.Program(regression, start=lambda: {"slope": torch.zeros(2)})
+    data = {"z": torch.stack([1e4 * X, X], 1), "y": X}
+    with pytest.warns(pg.FitWarning, match="Note on starts: all 2 chains(.|\n)*Note on unscaled columns: z") as caught:
+        pg.fit(program, data, NUTS(draws=20, warmup=5, chains=2, jitter=0.1, max_tree_depth=3, processes=1), seed=0)
+    assert len(caught) == 1
 
 
 def test_a_fit_shows_its_verdict_once_it_is_known() -> None:

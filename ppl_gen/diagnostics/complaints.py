@@ -7,20 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ppl_gen.errors import FitWarning
 from ppl_gen.posterior import ChainPosterior
 
 if TYPE_CHECKING:
-    from ppl_gen.data.batching import Dataset
     from ppl_gen.result import Fit
 
-__all__ = ["column_hints", "complaint", "warn_if_bad"]
+__all__ = ["complaint", "warn_if_bad"]
 
 NUMBERS = 200  # of a posterior that are looked at: the summary of one takes about a millisecond
-ROWS = 10_000  # of the data that are looked at
-_UNEVEN = 1e3  # times: sds of columns this far apart make every step too long for one or too short for another
 _FEW = 100  # effective draws per chain (Vehtari et al. 2021)
 _R_HAT = 1.01
 
@@ -33,7 +29,7 @@ def warn_if_bad(fit: Fit) -> None:
 
 
 def complaint(fit: Fit) -> str:
-    """What is wrong with chains, with hints from notes and data; empty for other fits, which `Fit.verdict` judges.
+    """What is wrong with chains, with what the notes say of starts and columns; empty for other fits, which `Fit.verdict` judges.
 
     Chains are bad that diverge, end at the largest tree depth, disagree (R-hat above 1.01), have an effective sample
     size under 100 per chain, or do not move.
@@ -43,9 +39,8 @@ def complaint(fit: Fit) -> str:
     found = _chains(fit, fit.learned)
     if not found:
         return ""
-    hints = column_hints(fit.data)
-    starts = [f"Starts: {fit.notes['starts']}."] if "starts" in fit.notes else []
-    return " ".join([found, *starts, *([f"Columns: {'; '.join(hints)}."] if hints else [])])
+    named = ("starts", "constant columns", "unscaled columns")
+    return " ".join([found, *(f"Note on {name}: {fit.notes[name]}." for name in named if name in fit.notes)])
 
 
 def _chains(fit: Fit, learned: ChainPosterior) -> str:
@@ -76,28 +71,3 @@ def _looked_at(fit: Fit, learned: ChainPosterior) -> dict[str, np.ndarray]:
             result[name] = (value if size <= left else value.flatten(2)[..., :left]).double().numpy()
             left -= size
     return result
-
-
-def column_hints(data: Dataset) -> list[str]:
-    """Columns that make a posterior hard to sample: constant ones beside others, and sds a thousandfold apart."""
-    hints = []
-    for name, value in data.entries.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() != 2 or value.shape[1] < 2:
-            continue
-        sds = value[:ROWS].detach().double().std(0)
-        constant = (sds == 0).nonzero().flatten().tolist()
-        if constant:
-            hints.append(f"{name}[:, {_listed(constant)}] constant, which an intercept cannot be told from")
-        moving = sds[sds > 0]
-        if len(moving) > 1 and float(moving.max() / moving.min()) > _UNEVEN:
-            hints.append(
-                f"the sds of {name}[:, {int(sds.argmax())}] and {name}[:, "
-                f"{int(torch.where(sds > 0, sds, torch.inf).argmin())}] are {float(moving.max()):.2g} and "
-                f"{float(moving.min()):.2g}; divide every column by its sd"
-            )
-    return hints
-
-
-def _listed(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:5])) + (" ..." if len(numbers) > 5 else "")
-    return shown if len(numbers) == 1 else f"[{shown}]"
