@@ -29,7 +29,7 @@ def warn_if_bad(fit: Fit) -> None:
 
 
 def complaint(fit: Fit) -> str:
-    """What is wrong with chains, with what the notes say of starts and columns; empty for other fits, which `Fit.verdict` judges.
+    """What is wrong with chains, and the notes on starts and columns; empty for other fits, which `Fit.verdict` judges.
 
     Chains are bad that diverge, end at the largest tree depth, disagree (R-hat above 1.01), have an effective sample
     size under 100 per chain, or do not move.
