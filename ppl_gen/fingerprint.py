@@ -337,7 +337,7 @@ def _tensor(value: Tensor | np.ndarray) -> list[Any]:
         flat = np.where(odd, 0.0, flat)
         signs = np.random.default_rng(0).integers(0, 2, (4, flat.size), dtype=np.int8) * 2 - 1
         numbers = [float(np.linalg.norm(flat)), *(float(row @ flat) for row in signs), float(odd.sum())]
-        return ["tensor", kind, shape, numbers]
+        return ["tensor", kind, shape, numbers if np.isfinite(numbers).all() else str(numbers)]
     return ["tensor", kind, shape, str(flat.tolist()) if odd.any() else flat.tolist()]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.schema import check_diagnosis, check_tree, read_json
 
 __all__ = ["SavedFit"]
 
@@ -19,9 +20,11 @@ class SavedFit:
         self._folder, self._meta = folder, meta
         from ppl_gen.diagnostics.bridge import read_tree
 
-        self._tree = read_tree(contents / "draws.nc")
+        self._tree = check_tree(contents / "draws.nc", meta, read_tree)
         diagnosis = contents / "diagnosis.json"
-        self._diagnosis = json.loads(diagnosis.read_text()) if diagnosis.exists() else None
+        kept = f"{contents.name}/diagnosis.json" in meta["files"]
+        text = diagnosis.read_text(encoding="utf-8", errors="replace") if kept else ""
+        self._diagnosis = check_diagnosis(diagnosis, read_json(diagnosis, text)) if kept else None
         self.status, self.message, self.seed = meta["status"], meta["message"], meta["seed"]
         self.cost, self.notes, self.algorithm = meta["cost"], meta["notes"], meta["algorithm"]
 
@@ -44,7 +47,7 @@ class SavedFit:
             import pandas
 
             frame = pandas.read_json(io.StringIO(json.dumps(self._diagnosis["frame"])), orient="split")
-            frame.attrs.update(self._diagnosis["attrs"])
+            frame.attrs.update({k: float("nan") if v is None else v for k, v in self._diagnosis["attrs"].items()})
             return frame
         if self._meta["kind"] == "chains":
             return self._diagnosed_chains()

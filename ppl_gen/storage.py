@@ -19,6 +19,7 @@ from ppl_gen.data.batching import Dataset
 from ppl_gen.fingerprint import differences, fingerprint
 from ppl_gen.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
 from ppl_gen.saved import SavedFit
+from ppl_gen.schema import FILES, check_meta, check_tensors, read_json, refuse, tensors_of
 
 if TYPE_CHECKING:
     from ppl_gen.dryrun import ProgramInfo
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["load", "save_fit"]
 
 FORMAT = 2
-_FILES = ("tensors.safetensors", "draws.nc", "diagnosis.json")
 MAX_DATA = 64 * 2**20  # bytes of training data kept beside a fit, so that recipes can be built again
 
 
@@ -43,7 +43,7 @@ def save_fit(fit: Fit, path: str | Path) -> Path:
         save_file(_tensors(fit), folder / "tensors.safetensors")
         _write_draws(fit, folder)
         meta = _meta(fit)
-        names = [name for name in _FILES if (folder / name).exists()]
+        names = [name for name in FILES if (folder / name).exists()]
         meta["files"] = {f"{folder.name}/{name}": _digest(folder / name) for name in names}
         text = json.dumps(meta, indent=1)
         return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "fit": text})
@@ -93,6 +93,7 @@ def _write_draws(fit: Fit, folder: Path) -> None:
     if frame is None:
         return
     attrs = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in frame.attrs.items()}
+    attrs = {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in attrs.items()}  # JSON's NaN
     text = json.dumps({"frame": json.loads(frame.to_json(orient="split", double_precision=15)), "attrs": attrs})
     (folder / "diagnosis.json").write_text(text)
 
@@ -107,14 +108,14 @@ def _meta(fit: Fit) -> dict[str, Any]:
         "program": fit.program.name,
         "algorithm": fit.algorithm,
         "settings": fit.settings,
-        "kind": fit.learned.kind,
+        "kind": fit.learned.kind if fit.learned.kind in ("chains", "point") else "variational",
         "status": str(fit.status),
         "message": fit.message,
         "seed": fit.seed,
-        "cost": dict(fit.cost),
-        "notes": dict(fit.notes),
+        "cost": {name: float(v) if isinstance(v, float) else int(v) for name, v in fit.cost.items() if np.isfinite(v)},
+        "notes": {name: str(note) for name, note in fit.notes.items()},
         "records": {name: [repr(float(v)) for v in values] for name, values in fit.records.items()},
-        "checks": {name: [float(v) for v in values] for name, values in fit.checks.items()},
+        "checks": {name: [repr(float(v)) for v in values] for name, values in fit.checks.items()},
         "dtype": str(fit.data.dtype).removeprefix("torch."),
         "positional": fit.data.positional,
         "data": _left_out(fit.data),
@@ -162,9 +163,8 @@ def load(path: str | Path, program: Program | Recipe | Callable[..., Any] | None
             contents = _checked_contents(folder, meta)
             if program is None:
                 return SavedFit(folder, meta, contents)
-            from safetensors.torch import load_file
-
-            tensors = load_file(contents / "tensors.safetensors")
+            tensors = tensors_of(contents / "tensors.safetensors")
+            check_tensors(contents / "tensors.safetensors", meta, tensors)
         except (ValueError, OSError):
             if meta == _checked_meta(folder, str(path)):
                 raise
@@ -192,24 +192,28 @@ def _checked_meta(folder: Path, shown: str) -> dict[str, Any]:
     if not file.exists():
         raise ValueError(f"path: no saved fit at {shown} (fit.json is missing)")
     try:
-        outer = json.loads(file.read_text())
-        if hashlib.sha256(outer["fit"].encode()).hexdigest() != outer["sha256"]:
-            raise ValueError("hash")
-        meta: dict[str, Any] = json.loads(outer["fit"])
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        outer = json.loads(file.read_text(encoding="utf-8"))
+        whole = hashlib.sha256(outer["fit"].encode()).hexdigest() == outer["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ValueError(f"path: {file} is damaged; the fit cannot be trusted and is not loaded") from error
-    if meta["format"] != FORMAT:
-        raise ValueError(f"path: {shown} has format {meta['format']}, this version of ppl_gen reads {FORMAT}")
-    return meta
+    if not whole:
+        raise ValueError(f"path: {file} is damaged; the fit cannot be trusted and is not loaded")
+    meta = read_json(file, outer["fit"])
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else None
+        raise ValueError(f"path: {file} has format {repr(found)[:40]}, this version of ppl_gen reads {FORMAT}")
+    return check_meta(file, meta)
 
 
 def _checked_contents(folder: Path, meta: dict[str, Any]) -> Path:
+    contents = folder / next(iter(meta["files"])).partition("/")[0]
     for name, digest in meta["files"].items():
-        if not (folder / name).exists() or _digest(folder / name) != digest:
-            raise ValueError(
-                f"path: {folder / name} is missing or damaged; the fit cannot be trusted and is not loaded"
-            )
-    return folder / next(iter(meta["files"])).partition("/")[0]
+        file = folder / name
+        if not file.is_file() or _digest(file) != digest:
+            raise ValueError(f"path: {file} is missing or damaged; the fit cannot be trusted and is not loaded")
+        if file.is_symlink() or contents.is_symlink():
+            refuse(file, "it is a link to another place")
+    return contents
 
 
 def _restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, data: Any) -> Fit:
@@ -247,7 +251,7 @@ def _restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, da
         settings=meta["settings"],
         learned=learned,
         records={name: [float(v) for v in values] for name, values in meta["records"].items()},
-        checks=meta["checks"],
+        checks={name: [float(v) for v in values] for name, values in meta["checks"].items()},
         status=Status(meta["status"]),
         message=meta["message"],
         cost=meta["cost"],
