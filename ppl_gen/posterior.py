@@ -81,6 +81,11 @@ class ChainPosterior(Posterior):
     def chains(self) -> int:
         return next(iter(self.draws.values())).shape[0]
 
+    @property
+    def total(self) -> int:
+        """Draws of all chains together."""
+        return self.chains * next(iter(self.draws.values())).shape[1]
+
     def draw(self, count: int, batch: Batch) -> list[dict[str, Tensor]]:
         """``count`` draws spread evenly over all chains, in order (all of them once when ``count`` is larger)."""
         flat = {name: value.flatten(0, 1) for name, value in self.draws.items()}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import LARGE, Batch, Dataset
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.inference.objectives.tracing import is_sample
@@ -38,15 +39,20 @@ __all__ = [
 ]
 
 
-def global_draws(fit: Fit, count: int) -> list[dict[str, Tensor]]:
+def global_draws(fit: Fit, count: int, *, finite: bool = True) -> list[dict[str, Tensor]]:
     """Draws of the sites outside the data plate; call inside ``fit.bound()``.
 
-    A guide is run on the training data (on a slice of it when they are large: globals do not depend on the rows).
+    A guide is run on the training data (on a slice of it when they are large: globals do not depend on the rows). The
+    finite sites that the algorithm summed out are drawn given the others and all training rows (left out where not
+    ``finite``).
     """
     data = fit.data
-    batch = data.head(256) if data.elements > LARGE and fit.info.data_plate else data.batch()
+    finite = finite and any(site.finite for site in fit.info.select(local=False, discrete=True))
+    batch = data.head(256) if data.elements > LARGE and fit.info.data_plate and not finite else data.batch()
     local = {site.name for site in fit.info.select(local=True)}
-    return [{k: v for k, v in draw.items() if k not in local} for draw in fit.learned.draw(count, batch)]
+    draws = fit.learned.draw(count, batch)
+    draws = extended(fit, draws) if finite else draws
+    return [{k: v for k, v in draw.items() if k not in local} for draw in draws]
 
 
 def latent_draws(fit: Fit, batch: Batch, count: int, *, training: bool) -> list[dict[str, Tensor]]:
@@ -55,7 +61,7 @@ def latent_draws(fit: Fit, batch: Batch, count: int, *, training: bool) -> list[
     Chains and autoguides know the locals of the training rows; an amortised guide those of any rows that it can read.
     """
     local = {site.name for site in fit.info.select(local=True)}
-    draws = fit.learned.draw(count, batch) if training else _guided(fit, batch, count)
+    draws = extended(fit, fit.learned.draw(count, batch)) if training else _guided(fit, batch, count)
     if draws is None:
         draws = [{k: v for k, v in draw.items() if k not in local} for draw in global_draws(fit, count)]
     names = {site.name for site in fit.info.select()}
@@ -66,8 +72,16 @@ def _guided(fit: Fit, batch: Batch, count: int) -> list[dict[str, Tensor]] | Non
     """Draws of an amortised guide; None where there is none, or where it cannot read these rows."""
     if not amortised(fit):
         return None
+    finite = summed_globals(fit, fit.info.guide_sites or {})  # these follow from the training rows, not from these ones
+    known = global_draws(fit, count) if finite else []
     try:
-        return fit.learned.draw(count, batch)
+        if not finite:
+            return fit.learned.draw(count, batch)
+        found = []
+        for shared in known:
+            with Substitute(shared):
+                found.append(fit.learned.draw(1, batch)[0] | shared)
+        return found
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
         return None  # an entry that it reads is missing
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.inference.enumeration import enumerated_trace, log_prior, row_log_density
+from ppl_gen.inference.enumeration import enumerated_trace, log_joint, log_prior, row_log_density
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.sitechecks import require_enumerable
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["densities", "derived"]
+__all__ = ["densities", "derived", "joint_densities", "of_each"]
 
 CELLS = 2_000_000  # draws x rows held at once
 
@@ -30,39 +30,47 @@ def densities(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> 
     Local sites with a value are conditioned on; the finite ones without are summed out. Call inside ``fit.bound()``.
     All draws go through the program at once (`torch.vmap`) where that gives what one draw at a time gives.
     """
-    one = _single(fit, batch, draws[0])
-    if len(draws) == 1 or not draws[0]:
-        rows, prior = one(dict(draws[0]))
-        return rows.expand(len(draws), -1), prior.expand(len(draws))
-    stacked = {name: torch.stack([torch.as_tensor(draw[name]) for draw in draws]) for name in draws[0]}
-    checked: tuple[Tensor, Tensor] | None = _vectorised(one, stacked, len(draws), batch.rows or 1)
-    if checked is not None:
-        return checked
-    pairs = [one(dict(draw)) for draw in draws]
-    return torch.stack([rows for rows, _ in pairs]), torch.stack([prior for _, prior in pairs])
-
-
-def _single(
-    fit: Fit, batch: Batch, names: Mapping[str, Tensor]
-) -> Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]:
     info = fit.info
-    local = [name for name in names if name in info.sites and info.sites[name].local]
-    sums = [name for name in info.finite_latents if name not in names]
-    require_enumerable(info, sums)
+    local = [name for name in draws[0] if name in info.sites and info.sites[name].local]
 
     def one(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        trace = enumerated_trace(
-            fit.program.model,
-            batch.args,
-            batch.kwargs,
-            discrete=sums,
-            values=values,
-            plate_nesting=info.plate_nesting,
-        )
+        trace = _enumerated(fit, batch, values)
         rows = row_log_density(trace, info.data_plate, without=local)
         return rows, torch.as_tensor(log_prior(trace, info.data_plate), dtype=rows.dtype)
 
-    return one
+    rows, prior = of_each(one, draws, batch.rows or 1)
+    return rows, prior
+
+
+def joint_densities(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """log p(x, draw) in nats, shape (draws,): all sites with a value counted, finite ones without summed out jointly.
+
+    As `densities`, whose rows fall apart only where no site outside the data plate is summed out.
+    """
+    result: Tensor = of_each(
+        lambda values: (log_joint(_enumerated(fit, batch, values), fit.info.data_plate),), draws, batch.rows or 1
+    )[0]
+    return result
+
+
+def _enumerated(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> poutine.Trace:
+    sums = [name for name in fit.info.finite_latents if name not in values]
+    require_enumerable(fit.info, sums)
+    model, nesting = fit.program.model, fit.info.plate_nesting
+    return enumerated_trace(model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=nesting)
+
+
+def of_each(
+    one: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], draws: Sequence[Mapping[str, Tensor]], rows: int
+) -> tuple[Tensor, ...]:
+    """``one`` at every draw, stacked."""
+    if len(draws) == 1 or not draws[0]:
+        return tuple(value.expand(len(draws), *value.shape) for value in one(dict(draws[0])))
+    stacked = {name: torch.stack([torch.as_tensor(draw[name]) for draw in draws]) for name in draws[0]}
+    checked: tuple[Tensor, ...] | None = _vectorised(one, stacked, len(draws), rows)
+    if checked is not None:
+        return checked
+    return tuple(torch.stack(column) for column in zip(*(one(dict(draw)) for draw in draws), strict=True))
 
 
 def derived(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -71,13 +79,10 @@ def derived(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> li
     if not names or not draws:
         return [{} for _ in draws]
     sums = [name for name in fit.info.finite_latents if name not in draws[0]]
-    nesting = fit.info.plate_nesting
 
     def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
         if sums:
-            trace = enumerated_trace(
-                fit.program.model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=nesting
-            )
+            trace = _enumerated(fit, batch, values)
         else:  # what has no value inside the data plate is drawn, and no site outside depends on it
             with Substitute(values):
                 trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)

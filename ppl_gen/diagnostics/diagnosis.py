@@ -16,8 +16,9 @@ from ppl_gen.diagnostics.psis import pareto_k, pareto_k_rows, pareto_k_threshold
 from ppl_gen.diagnostics.verdicts import loss_trend, verdict_chains, verdict_point, verdict_variational, with_points
 from ppl_gen.diagnostics.weighed import weighed_draws
 from ppl_gen.errors import require_whole
+from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.inference.guides import point_sites
-from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, log_weights_in_chunks
+from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, log_weights_in_chunks, sampled
 from ppl_gen.newrows import follows_rows
 from ppl_gen.posterior import ChainPosterior
 
@@ -177,13 +178,25 @@ def _row_weights(fit: Fit, draws: int) -> Tensor:
     data: Dataset = fit.data if whole else some
     batch = data.batch()
     guided = set(info.guide_sites or {})
-    sums = tuple(name for name in info.finite_latents if name not in guided)
     # Auxiliary draws included: the guide's locals may hang on them.
     drawn_on = fit.data.head(256) if fit.data.elements > LARGE and info.data_plate else fit.data.batch()
-    values = global_draw(fit.guide, drawn_on, info)[0] if info.select(local=False) else {}
+    values: dict[str, Tensor] = {}
+    if coupling := summed_globals(fit, guided):
+        values = _with_finite_globals(fit)
+    elif info.select(local=False):
+        values = global_draw(fit.guide, drawn_on, info)[0]
+    sums = tuple(name for name in info.finite_latents if name not in guided and name not in coupling)
     vectorise = can_vectorise(fit.program.model, fit.guide, info, batch, sums)
     weights = log_weights_in_chunks(
         fit.program.model, fit.guide, info, batch, draws, values=values, sums=sums, vectorise=vectorise
     )
     assert weights.rows is not None
     return weights.rows[:, torch.as_tensor(chosen)] if whole else weights.rows
+
+
+def _with_finite_globals(fit: Fit) -> dict[str, Tensor]:
+    """One draw of what the guide draws outside the data plate, and of the finite sites there given it and all rows."""
+    drawn = sampled(fit.guide, fit.data.batch()).nodes.items()
+    every = {name: site["value"] for name, site in drawn if site["type"] == "sample"}
+    sites = {**(fit.info.guide_sites or {}), **fit.info.sites}
+    return {n: value for n, value in extended(fit, [every])[0].items() if n in sites and not sites[n].local}

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_gen.data.batching import Batch, Dataset
-from ppl_gen.diagnostics.densities import densities
+from ppl_gen.data.batching import Dataset
+from ppl_gen.diagnostics.integration import RowIntegral, row_integral
 from ppl_gen.diagnostics.weighed import weighed_draws
-from ppl_gen.diagnostics.weighing import WeightQuality
 from ppl_gen.errors import IncompatibleError, require_whole
+from ppl_gen.finite_globals import summed_globals
 from ppl_gen.inference.guides import point_sites
-from ppl_gen.inference.objectives.particles import can_vectorise, log_weights_in_chunks
-from ppl_gen.isolation import looking
 from ppl_gen.newrows import follows_rows
-from ppl_gen.predictive import amortised, global_draws
+from ppl_gen.posterior import PointPosterior
+from ppl_gen.predictive import global_draws
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -74,19 +72,19 @@ def row_evidence(
         first = next(iter(data.chunks(chunk)))
         if not follows_rows(fit, first):
             chunk, first = data.rows or chunk, data.batch()  # a plate of a size of its own: all rows, or none
-        _require_observations(fit, first)
         thetas = _parameter_draws(fit, draws)
-        groups, quality = _Jackknife(len(thetas)), WeightQuality(data.rows or 1)
+        integral = row_integral(fit, first, thetas[0], data.rows or 1)
+        groups = _Jackknife(len(thetas))
         values, errors = [], []
         for batch in data.chunks(chunk):
-            per_draw, variance = _chunk(fit, batch, thetas, particles, quality)
+            per_draw, variance = integral(batch, thetas, particles)
             values.append(torch.logsumexp(per_draw, 0) - math.log(len(per_draw)))
             errors.append(variance)
             groups.add(per_draw)
         rows = torch.cat(values).double().cpu()
         variances = torch.cat(errors).double().cpu()
-    mean, n = float(rows.mean()), len(rows)
-    kind, exact = _kind(fit, len(thetas), particles if _integrated(fit) else 0)
+    mean, n, quality = float(rows.mean()), len(rows), integral.quality
+    kind, exact = _kind(fit, integral, len(thetas), particles if integral.sampled else 0)
     # Parameter draws are shared by all rows, so their error does not average out over rows: it is taken over draws.
     mc = math.sqrt(float(variances.sum()) / n**2 + groups.error(n) ** 2)
     stderr = float(rows.std() / math.sqrt(n)) if n > 1 else 0.0
@@ -148,56 +146,34 @@ def _require_density(fit: Fit) -> None:
     )
 
 
-def _require_observations(fit: Fit, batch: Batch) -> None:
-    from pyro import poutine
-
-    with looking():
-        trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
-    sites = [site.name for site in fit.info.sites.values() if site.kind in ("observed", "factor")]
-    if not any(trace.nodes[name]["is_observed"] for name in sites if name in trace.nodes):
-        raise ValueError(f"data: none of the observed sites {sites} has a value in these data, so there is no evidence")
-
-
-def _offered(fit: Fit) -> bool:
-    return fit.program.evidence is not None
-
-
-def _closed_form(fit: Fit, batch: Batch, theta: dict[str, Tensor]) -> Tensor:
-    """The program's own log p(x) per row, at values of its global sites where it has any."""
-    assert fit.program.evidence is not None
-    first = (theta,) if fit.info.select(local=False) else ()
-    return fit.program.evidence(*first, *batch.args, **batch.kwargs)
-
-
 def _at_point(fit: Fit) -> bool:
     """Whether the global sites were learned as one value each, be it by a guide of point masses."""
-    if fit.learned.kind == "point":
-        return True
+    if isinstance(fit.learned, PointPosterior):
+        return fit.info.data_plate is None or not summed_globals(fit, fit.learned.values)
     points = point_sites(fit.info, local=False)
     return fit.learned.kind == "variational" and all(site.name in points for site in fit.info.select(local=False))
 
 
-def _integrated(fit: Fit) -> bool:
-    return not _offered(fit) and any(not site.finite for site in fit.info.select(local=True))
-
-
 def _parameter_draws(fit: Fit, draws: int) -> list[dict[str, Tensor]]:
+    """Draws of the globals. Without a data plate the whole data are one row, whose finite latents are summed out."""
     if not fit.info.select(local=False):
         return [{}]
-    return global_draws(fit, 1 if _at_point(fit) else draws)
+    return global_draws(fit, 1 if _at_point(fit) else draws, finite=fit.info.data_plate is not None)
 
 
-def _kind(fit: Fit, draws: int, particles: int) -> tuple[str, bool]:
+def _kind(fit: Fit, integral: RowIntegral, draws: int, particles: int) -> tuple[str, bool]:
     parts = []
     if draws > 1:
         parts.append(f"averaged over {draws} posterior draws")
     if particles:
         parts.append(f"importance weighted, {particles} particles")
-    elif fit.info.finite_latents and not _offered(fit):
+    elif integral.sums and not integral.offered:
         parts.append("finite latents summed out")
     drawn = bool(fit.info.select(local=False)) and not _at_point(fit)
     if drawn and draws == 1:
         parts.append("at one posterior draw")
+    if integral.missing and not integral.offered:
+        parts.append(f"without {', '.join(integral.missing)}, not measured")
     return "; ".join([*(parts or ["exact"]), *_plugged_in(fit)]), not drawn and not particles
 
 
@@ -208,43 +184,6 @@ def _plugged_in(fit: Fit) -> list[str]:
     if not points:
         return []
     return ["given one value of " + (", ".join(points) if len(points) <= 3 else f"{len(points)} global sites")]
-
-
-def _chunk(
-    fit: Fit, batch: Batch, thetas: list[dict[str, Tensor]], particles: int, quality: WeightQuality
-) -> tuple[Tensor, Tensor]:
-    """Row densities of one chunk (draws x rows), and the Monte Carlo variance (rows) of the particles."""
-    if _offered(fit):
-        found = torch.stack([_closed_form(fit, batch, theta) for theta in thetas])
-        return found, torch.zeros_like(found[0])
-    if not _integrated(fit):
-        per_draw, _ = densities(fit, batch, thetas)
-        return per_draw, torch.zeros_like(per_draw[0])
-    model, info, guide = fit.program.model, fit.info, _proposal(fit)
-    guided = set(fit.info.guide_sites or {}) if guide is not None else set()
-    sums = tuple(name for name in info.finite_latents if name not in guided)
-    vectorise = can_vectorise(model, guide, info, batch, sums)
-    rows_by_draw, variances, pooled = [], [], []
-    for theta in thetas:
-        weights = log_weights_in_chunks(
-            model, guide, info, batch, particles, values=theta, sums=sums, vectorise=vectorise
-        )
-        assert weights.rows is not None
-        pooled.append(weights.rows)
-        rows_by_draw.append(torch.logsumexp(weights.rows, 0) - math.log(particles))
-        relative = (weights.rows - weights.rows.amax(0)).exp()
-        spread = relative.var(0) / particles / relative.mean(0) ** 2 if particles > 1 else torch.zeros(len(relative[0]))
-        variances.append(spread)
-    quality.add(torch.cat(pooled))
-    per_draw = torch.stack(rows_by_draw)
-    share = torch.softmax(per_draw, 0)
-    return per_draw, (share**2 * torch.stack(variances)).sum(0)
-
-
-def _proposal(fit: Fit) -> Callable[..., Any] | None:
-    """The guide where its local sites have densities and follow the rows; autoguides know training rows only."""
-    points = point_sites(fit.info, local=True)
-    return fit.guide if not points and amortised(fit) else None
 
 
 def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | None = None) -> Evidence:

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.bridge import to_tree
-from ppl_gen.diagnostics.densities import densities, derived
+from ppl_gen.diagnostics.densities import densities, derived, joint_densities
 from ppl_gen.diagnostics.psis import MIN_DRAWS
 from ppl_gen.errors import require_whole
+from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.inference.guides import point_sites
 from ppl_gen.inference.objectives.tracing import is_sample, log_density, scaled
+from ppl_gen.isolation import isolated
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import amortised, observed_rows, prior_rows, run
 
@@ -36,10 +38,10 @@ CELLS = 20_000_000  # numbers of latent draws held at once: 160 MB
 def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
     """See `Fit.to_arviz`.
 
-    Sites inside the data plate get the plate's name as dimension. Finite latents that the algorithm summed out are not
-    drawn here (`Fit.posterior` draws them); a chain's predictive and log likelihood are thinned to about ``draws``.
-    Where a guide is amortised and rows times draws are too many, the first rows stand for all; ``attrs["rows"]`` says
-    so.
+    Sites inside the data plate get the plate's name as dimension. Finite latents that the algorithm summed out are
+    drawn given all else where they stand outside the data plate, and left out inside it (`Fit.posterior` draws them); a
+    chain's predictive and log likelihood are thinned to about ``draws``. Where a guide is amortised and rows times
+    draws are too many, the first rows stand for all; ``attrs["rows"]`` says so.
     """
     require_whole("draws", draws)
     with fit.bound(seed):
@@ -92,23 +94,38 @@ def posterior_groups(fit: Fit, draws: int) -> tuple[Groups, dict[str, Any]]:
     latents = {site.name for site in fit.info.select()}
     posterior: dict[str, np.ndarray] = {}
     if isinstance(fit.learned, ChainPosterior):
-        posterior = {name: _array(value) for name, value in fit.learned.draws.items()}
+        posterior = {name: _array(value) for name, value in _chain_draws(fit).items()}
         wanted = [s.name for s in fit.info.select(kind="deterministic", local=False) if s.name not in posterior]
         if wanted:
-            flat = {n: v.flatten(0, 1) for n, v in fit.learned.draws.items()}
+            flat = {n: torch.as_tensor(v).flatten(0, 1) for n, v in _chain_draws(fit).items()}
             total = len(next(iter(flat.values())))
             rows = derived(fit, fit.data.batch(), [{n: v[i] for n, v in flat.items()} for i in range(total)])
             for name in wanted:
                 stacked = torch.stack([row[name] for row in rows])
                 posterior[name] = _array(stacked.unflatten(0, (fit.learned.chains, -1)))
     elif latents:
-        known = _affordable_draws(fit, draws)
+        known = extended(fit, _affordable_draws(fit, draws))
         known = [{k: v for k, v in draw.items() if k in latents} for draw in known]
         if known and known[0]:
             extra = derived(fit, fit.data.batch(), known)
             full = [draw | more for draw, more in zip(known, extra, strict=True)]
             posterior = {name: _array(torch.stack([d[name] for d in full]))[None] for name in full[0]}
     return {"posterior": posterior}, {"kind": fit.learned.kind}
+
+
+def _chain_draws(fit: Fit) -> dict[str, Tensor]:
+    """All draws of the chains with the finite globals that they summed out: chains x draws x shape, made once."""
+    assert isinstance(fit.learned, ChainPosterior)
+    if not summed_globals(fit, fit.learned.draws):
+        return dict(fit.learned.draws)
+    if "finite globals" not in fit.computed:
+        flat = fit.learned.draw(fit.learned.total, fit.data.batch())
+        with isolated(fit.seed, dtype=fit.data.dtype):
+            full = extended(fit, flat)
+        stacked = {name: torch.stack([draw[name] for draw in full]) for name in full[0]}
+        fit.computed["finite globals"] = {n: v.unflatten(0, (fit.learned.chains, -1)) for n, v in stacked.items()}
+    found: dict[str, Tensor] = fit.computed["finite globals"]
+    return found
 
 
 def _affordable_draws(fit: Fit, draws: int) -> list[dict[str, Tensor]]:
@@ -238,13 +255,7 @@ def _joint_densities(fit: Fit, count: int) -> tuple[np.ndarray, np.ndarray]:
         q = poutine.trace(fit.guide).get_trace(*batch.args, **batch.kwargs)
         log_q.append(float(sum(scaled(log_density(site), site).sum() for site in q.nodes.values() if is_sample(site))))
         draws.append({n: s["value"] for n, s in q.nodes.items() if is_sample(s) and n in fit.info.sites})
-    rows, prior = densities(fit, batch, draws)
-    log_p = rows.sum(-1) + prior
-    local = [name for name in draws[0] if fit.info.sites[name].local]
-    for i, draw in enumerate(draws) if local else ():
-        trace = run(fit, batch, draw)
-        log_p[i] += sum(trace.nodes[name]["fn"].log_prob(trace.nodes[name]["value"]).sum() for name in local)
-    return _array(log_p), np.asarray(log_q)
+    return _array(joint_densities(fit, batch, draws)), np.asarray(log_q)
 
 
 def _named(fit: Fit, batch: Batch) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ppl_gen.diagnostics.densities import densities
+from ppl_gen.diagnostics.densities import joint_densities
+from ppl_gen.finite_globals import combinations, summed_globals
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, log_weights_in_chunks
 
 if TYPE_CHECKING:
@@ -47,15 +48,26 @@ def weighed_draws(fit: Fit, draws: int, particles: int = 1) -> WeighedDraws:
     stacked = {name: torch.stack([draw[name].detach() for draw in outside]) for name in names}
     if not any(site.local and site.name in guided for site in info.select()):
         known = [{name: value for name, value in draw.items() if name in info.sites} for draw in outside]
-        rows, prior = densities(fit, batch, known)
-        return WeighedDraws(stacked, (rows.sum(-1) + prior - torch.stack(log_q)).double().cpu())
-    sums = tuple(name for name in info.finite_latents if name not in guided)
+        return WeighedDraws(stacked, (joint_densities(fit, batch, known) - torch.stack(log_q)).double().cpu())
+    coupling = summed_globals(fit, guided)  # rows are independent given these: a sum over all their values is outermost
+    states = combinations(fit, batch, coupling) if coupling else [{}]
+    sums = tuple(name for name in info.finite_latents if name not in guided and name not in coupling)
     vectorise = can_vectorise(fit.program.model, fit.guide, info, batch, sums)
     result = []
     for draw, density in zip(outside, log_q, strict=True):
-        w = log_weights_in_chunks(
-            fit.program.model, fit.guide, info, batch, particles, values=draw, sums=sums, vectorise=vectorise
-        )
-        inside = 0.0 if w.rows is None else (torch.logsumexp(w.rows, 0) - math.log(particles)).sum()
-        result.append(torch.as_tensor(w.globals - density + inside).double())
+        terms = []
+        for state in states:
+            w = log_weights_in_chunks(
+                fit.program.model,
+                fit.guide,
+                info,
+                batch,
+                particles,
+                values={**draw, **state},
+                sums=sums,
+                vectorise=vectorise,
+            )
+            inside = 0.0 if w.rows is None else (torch.logsumexp(w.rows, 0) - math.log(particles)).sum()
+            terms.append(torch.as_tensor(w.globals - density + inside).double())
+        result.append(torch.logsumexp(torch.stack(terms), 0))
     return WeighedDraws(stacked, torch.stack(result).cpu())

@@ -262,14 +262,21 @@ def _contracted(component: Sequence[Factor], dims: set[str], keep: str, steps: l
     return named(torch.where(result <= torch.finfo(result.dtype).min / 2, -torch.inf, result), dims_of(result))
 
 
-def backward_draws(steps: Sequence[Step], draws: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+def backward_draws(
+    steps: Sequence[Step],
+    draws: int,
+    generator: torch.Generator | None = None,
+    wanted: frozenset[str] | None = None,
+) -> dict[str, Tensor]:
     """Joint draws of all summed dims: the eliminations are undone last to first, each dim given those drawn before.
 
-    On a chain this is forward filtering, backward sampling. Returns packed index tensors by symbol, each with the
-    plates of its site and, first, the dim of the draws.
+    On a chain this is forward filtering, backward sampling. It ends early where all ``wanted`` dims are drawn. Returns
+    packed index tensors by symbol, each with the plates of its site and, first, the dim of the draws.
     """
     drawn: dict[str, Tensor] = {}
     for step in reversed(steps):
+        if wanted is not None and wanted <= drawn.keys():
+            break
         given = []
         for term in step.operands:
             term = named(term.detach(), dims_of(term))

@@ -148,6 +148,7 @@ def enumerated_trace(
                 trace.remove_node(name)
         _check_discrete(trace, discrete_sites or frozenset())
         _pack(trace)
+        _check_plates(trace)
     return trace
 
 
@@ -180,6 +181,29 @@ def _pack(trace: Trace) -> None:
             }
         except ValueError as error:
             raise ValueError(f"the log-prob of site '{name}' cannot be evaluated: {error}") from error
+
+
+def _check_plates(trace: Trace) -> None:
+    """All members of a plate are enumerated at once, on one dim: nothing outside the plate may look at them together.
+
+    Summed as if it could, a density would have them all take the same value, and be wrong without a word.
+    """
+    plates = {name: {f.name for f in outer_plates(site) if f.size > 1} for name, site in packed_sites(trace)}
+    for name, site in packed_sites(trace):
+        if not (is_discrete(site) and plates[name]):
+            continue
+        own = site["infer"]["_enumerate_symbol"]
+        for other, reader in packed_sites(trace):
+            outside = plates[name] - plates[other]
+            if outside and own in getattr(reader["packed"]["unscaled_log_prob"], "_pyro_dims", ""):
+                plate = next(f for f in outer_plates(site) if f.name in outside)
+                raise ValueError(
+                    f"site '{other}' depends on the {plate.size} discrete values '{name}' of plate '{plate.name}' and "
+                    "stands outside of that plate. The values of a plate are summed out one by one, which is right "
+                    "only where they are independent given all else, and they are not. Write them as sites of their "
+                    f'own, `[pyro.sample(f"{name}_{{j}}", ...) for j in range({plate.size})]`, or as one Categorical '
+                    "over their combinations"
+                )
 
 
 def packed_sites(trace: Trace) -> Iterator[tuple[str, Any]]:

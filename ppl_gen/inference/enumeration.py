@@ -34,6 +34,8 @@ from ppl_gen.inference.enumerated import (
 __all__ = [
     "FactorMarginals",
     "discrete_marginals",
+    "drawn",
+    "eliminated",
     "enumerated_trace",
     "expected_log_joint",
     "factor_marginals",
@@ -241,26 +243,52 @@ def discrete_marginals(trace: Trace) -> dict[str, Tensor]:
 
 
 def sample_discrete(
-    trace: Trace, *, draws: int | None = None, generator: torch.Generator | None = None
+    trace: Trace,
+    *,
+    draws: int | None = None,
+    generator: torch.Generator | None = None,
+    sites: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Joint draws of all discrete sites from their posterior given everything else in the trace.
+    """Joint draws of all discrete sites (or of ``sites`` only) from their posterior given all else in the trace.
 
     On a hidden Markov chain: whole paths, by forward filtering and backward sampling. Values have the shape that the
     program sees (no enumeration dims), with ``draws`` in front if given. `poutine.scale` does not temper the posterior.
     Raises ValueError where the data has density zero, so that there is no posterior.
     """
+    total, steps = eliminated(trace)
+    if not torch.isfinite(total):
+        raise ValueError("the data has density zero, or NaN, at these values: there is no posterior to draw from.")
+    return drawn(trace, steps, sites=sites, draws=draws, generator=generator)
+
+
+def eliminated(trace: Trace) -> tuple[Tensor, list[Step]]:
+    """The log-density of what depends on discrete sites, these summed out, and the eliminations that `drawn` undoes."""
     symbols = summed_symbols(trace)
-    count = 1 if draws is None else draws
     steps: list[Step] = []
     with torch.no_grad():
         every = [_factor(trace, name, None) for name, _ in packed_sites(trace)]
         factors = [Factor(f.site, f.value, f.plates) for f in every if not symbols.isdisjoint(f.dims)]
-        if factors and not torch.isfinite(contract(factors, symbols, steps=steps)):
-            raise ValueError("the data has density zero, or NaN, at these values: there is no posterior to draw from.")
-        indices = backward_draws(steps, count, generator)
-        return {
-            name: _values(trace, site, indices, draws, count) for name, site in packed_sites(trace) if is_discrete(site)
-        }
+        return (contract(factors, symbols, steps=steps) if factors else torch.zeros(())), steps
+
+
+def drawn(
+    trace: Trace,
+    steps: Sequence[Step],
+    *,
+    sites: Collection[str] | None = None,
+    draws: int | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Joint draws of the discrete sites (of those in ``sites`` only, where given), after `eliminated`.
+
+    Without a check, and so fit for ``torch.vmap(..., randomness="different")``.
+    """
+    chosen = {n: s for n, s in packed_sites(trace) if is_discrete(s) and (sites is None or n in sites)}
+    count = 1 if draws is None else draws
+    wanted = frozenset(site["infer"]["_enumerate_symbol"] for site in chosen.values())
+    with torch.no_grad():
+        indices = backward_draws(steps, count, generator, wanted)
+        return {name: _values(trace, site, indices, draws, count) for name, site in chosen.items()}
 
 
 def _values(trace: Trace, site: Any, indices: Mapping[str, Tensor], draws: int | None, count: int) -> Tensor:

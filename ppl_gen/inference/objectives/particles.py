@@ -26,6 +26,7 @@ __all__ = [
     "global_draw",
     "local_log_weights",
     "log_weights_in_chunks",
+    "of_particle",
     "sampled",
 ]
 
@@ -116,7 +117,7 @@ def _same_one_by_one(
     together = _collect(p, q, info, 2, {})
     nodes = {name: site for trace in (p, q) for name, site in trace.nodes.items() if site["type"] == "sample"}
     for k in range(2):
-        values = {n: _of_particle(s, k, info) for n, s in nodes.items() if not s["is_observed"]}
+        values = {n: of_particle(s, k, info) for n, s in nodes.items() if not s["is_observed"]}
         alone_p, alone_q = _traced_alone(model, guide, batch, values)
         alone = _collect(alone_p, alone_q, info, 1, {})
         if together.rows is None or alone.rows is None or together.rows.shape[1:] != alone.rows.shape[1:]:
@@ -126,7 +127,7 @@ def _same_one_by_one(
     return True
 
 
-def _of_particle(site: dict[str, Any], k: int, info: ProgramInfo) -> Tensor:
+def of_particle(site: dict[str, Any], k: int, info: ProgramInfo) -> Tensor:
     """The value of one particle, in the shape that the site has without a plate of particles."""
     value: Tensor = site["value"]
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != "_particles"]
