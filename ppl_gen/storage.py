@@ -113,7 +113,7 @@ def _meta(fit: Fit) -> dict[str, Any]:
         "message": fit.message,
         "seed": fit.seed,
         "cost": {name: float(v) if isinstance(v, float) else int(v) for name, v in fit.cost.items() if np.isfinite(v)},
-        "notes": {name: str(note) for name, note in fit.notes.items()},
+        "notes": {name: str(note) for name, note in {**fit.notes, **_not_kept(fit)}.items()},
         "records": {name: [repr(float(v)) for v in values] for name, values in fit.records.items()},
         "checks": {name: [repr(float(v)) for v in values] for name, values in fit.checks.items()},
         "dtype": str(fit.data.dtype).removeprefix("torch."),
@@ -125,6 +125,20 @@ def _meta(fit: Fit) -> dict[str, Any]:
         "guide": _guide_source(fit),
         "fingerprint": fingerprint(fit),
     }
+
+
+def _not_kept(fit: Fit) -> dict[str, str]:
+    """What a saved fit says that it lacks; a posterior of the user's own class, without which it cannot be loaded."""
+    lacking = [f"network {name!r} of a player" for name in fit.extra_modules]
+    own = type(fit.learned)
+    if own not in (PointPosterior, GuidePosterior, ChainPosterior):
+        lacking.append(f"the posterior, a {own.__name__}, which is code")
+        warnings.warn(
+            f"fit.save: the posterior of this fit is a {own.__name__}, which is code and is not saved: only draws, "
+            "history and parameters are, and pg.load(path) without program= reads them",
+            stacklevel=6,
+        )
+    return {"not saved": "; ".join(lacking)} if lacking else {}
 
 
 def _site_table(info: ProgramInfo) -> dict[str, list[Any]]:

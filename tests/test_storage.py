@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import ppl_gen as pg
 from ppl_gen import atomic, storage
 from ppl_gen.inference import CAVI, EM, NUTS, SVI, Adversarial
 from ppl_gen.models import gaussian_mixture
+from ppl_gen.posterior import ChainPosterior
 
 X = torch.linspace(-1.0, 2.0, 12)
 
@@ -399,3 +401,18 @@ def test_a_saved_fit_is_as_readable_as_any_other_folder(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     fitted("guide")[0].save(tmp_path / "kept")
     assert (tmp_path / "kept").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_game_says_that_its_critic_is_not_saved(tmp_path: Path) -> None:
+    fit, _ = fitted("implicit")
+    fit.save(tmp_path / "kept")
+    assert pg.load(tmp_path / "kept").notes["not saved"] == "network 'critic' of a player"
+
+
+def test_a_posterior_of_a_class_of_ones_own_is_not_saved_in_silence(tmp_path: Path) -> None:
+    class Own(ChainPosterior):
+        pass
+
+    fit, _ = fitted("chains")
+    with pytest.warns(UserWarning, match="the posterior of this fit is a Own, which is code and is not saved"):
+        replace(fit, learned=Own(fit.learned.draws, {})).save(tmp_path / "kept")
