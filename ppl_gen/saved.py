@@ -60,7 +60,7 @@ class SavedFit:
         import torch
 
         from ppl_gen.diagnostics.bridge import group
-        from ppl_gen.diagnostics.diagnosis import _chains
+        from ppl_gen.diagnostics.diagnosis import chain_table, judged_chains
         from ppl_gen.posterior import ChainPosterior
 
         def arrays(name: str) -> dict[str, Any]:
@@ -73,9 +73,8 @@ class SavedFit:
             {name: torch.as_tensor(value.values) for name, value in arrays("posterior").items()},
             {name: torch.as_tensor(value.values) for name, value in arrays("sample_stats").items()},
         )
-        fit: Any = None  # of which chains need nothing
-        frame, found = _chains(fit, {name: value.values for name, value in posterior.items()}, learned)
-        frame.attrs["verdict"] = str(found)
+        frame = chain_table({name: value.values for name, value in posterior.items()}, learned)
+        frame.attrs["verdict"] = str(judged_chains(frame, learned, close="starts" in self._meta["notes"]))
         return frame
 
     @property

@@ -12,7 +12,9 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Verdict", "loss_trend", "verdict_chains", "verdict_point", "verdict_variational", "with_points"]
+    from ppl_gen.diagnostics.moments import Moments
+
+__all__ = ["Cause", "Verdict", "loss_trend", "verdict_chains", "verdict_point", "verdict_variational", "with_points"]
 
 _GRADES = ("trust", "doubtful", "do not trust")
 _Finding = tuple[int, str, str]  # grade, what was found, what to do next
@@ -22,7 +24,14 @@ _ESS_PER_CHAIN, _ESS_TOTAL = 100, 400  # Vehtari et al. 2021: below these r_hat 
 _ESS_NONE = 50  # an effective sample this small leaves a standard error of 0.14 posterior sd
 _DIVERGENT_SHARE = 0.01
 _BAD_ROWS = 0.1  # at k = 0.5 and 1000 draws k-hat scatters by 0.15 around its value, so some rows exceed by chance
-_TREND, _CHANGE = 4.0, 0.01  # standard errors; nats per row
+_TREND, _CHANGE, _TOTAL = 4.0, 0.01, 0.2  # standard errors; nats per row; nats in all
+_SHIFT, _RATIO = (
+    0.35,
+    1.35,
+)  # posterior sd; times: half of what must never pass (0.5 sd, 0.6 to 1.6), noise of 0.07 beside
+_SHIFT_FAR, _RATIO_FAR = 1.0, 2.0
+_EFFECTIVE = 100  # draws: weighted means are then known to a tenth of an sd
+_MANY = 200  # numbers: among more of them some are off by chance, and a share is judged
 
 _MIN_LOSSES, _BATCHES = 40, 20
 
@@ -56,7 +65,14 @@ class Verdict:
 
 
 def verdict_chains(
-    summary: pandas.DataFrame, divergences: int, draws: int, *, chains: int, saturated: int = 0
+    summary: pandas.DataFrame,
+    divergences: int,
+    draws: int,
+    *,
+    chains: int,
+    saturated: int = 0,
+    close: bool = False,
+    places: tuple[int, int, float, str] = (0, 0, 0.0, ""),
 ) -> Verdict:
     """Judge Markov chains by agreement, effective sample size, divergences and tree depth.
 
@@ -66,6 +82,8 @@ def verdict_chains(
     Carpenter, Burkner, Bayesian Analysis 2021), any divergence (Betancourt 2017), a saturated tree, fewer than two
     chains. Not to be trusted, by limits of our own: r_hat > 1.1, an effective sample size under 50, more than 1 % of
     divergent draws, a quantity that is not finite, or none that varies. Constant quantities are otherwise left out.
+    ``close=True``: the chains began beside each other, so that their agreement shows little; ``places``: what chains
+    from elsewhere found, as in `verdict_variational`.
 
     Raises ValueError where the summary lacks columns or the counts are impossible.
 
@@ -91,16 +109,22 @@ def verdict_chains(
         findings.append((1, "a single chain cannot show whether it missed a part of the posterior", "Run 4 chains"))
     elif len(varying):
         findings += _agreement(varying)
+    if close and not places[1]:
+        found = "all chains began beside each other and could hardly disagree"
+        findings.append((1, found, "Leave out jitter (or start=), so that they begin dispersed"))
     if len(varying):
         findings += _sample_size(varying, max(_ESS_TOTAL, _ESS_PER_CHAIN * chains))
     elif not len(undefined):
         findings.append((2, "no quantity varies: the chains did not move", "Start elsewhere, or use smaller steps"))
-    findings += _trouble(divergences, saturated, draws)
+    findings += _trouble(divergences, saturated, draws) + _elsewhere(places, "all chains")
     worst, least = varying["r_hat"].max(), varying[["ess_bulk", "ess_tail"]].min().min()
+    near = "; they began beside each other and could hardly disagree" if close else ""
+    if places[1]:
+        near += f"; of {places[1]} short chains begun elsewhere none found another place"
     return _verdict(
         findings,
         f"{chains} chains agree (largest r_hat {worst:.3f}, smallest effective sample size {least:.0f}) "
-        "and no draw diverged",
+        f"and no draw diverged{near}",
     )
 
 
@@ -111,7 +135,7 @@ def _agreement(varying: pandas.DataFrame) -> list[_Finding]:
     worst = float(varying["r_hat"].max())
     if worst <= _R_HAT:
         return []
-    found = f"the chains disagree on {varying['r_hat'].idxmax()} (r_hat {worst:.2f}, expected at most {_R_HAT})"
+    found = f"the chains disagree on {varying['r_hat'].idxmax()} (r_hat {worst:.3f}, expected at most {_R_HAT})"
     advice = "Run a longer warm-up and more draws; if they still disagree, look for several modes or swapped labels"
     return [(2 if worst > _R_HAT_APART else 1, found, advice)]
 
@@ -143,41 +167,100 @@ def verdict_variational(
     threshold: float,
     *,
     trend: tuple[float, float] | None = None,
+    rows: int = 1,
+    effective: tuple[float, int] | None = None,
+    weighted: Moments | None = None,
+    moved: Moments | None = None,
+    chains: int = 0,
+    places: tuple[int, int, float, str] = (0, 0, 0.0, ""),
+    unseen: str = "",
+    cause: Cause | None = None,
 ) -> Verdict:
-    """Judge a guide by k-hat, joint for global latents and per row for local ones, and by the trend of its loss.
+    """Judge a guide by its weights, the moments these imply, short chains from its draws, and the trend of its loss.
 
-    ``k_joint`` and ``k_rows`` (shape (rows,)) come from `pareto_k` and `pareto_k_rows`, None where the program has no
-    such latents; ``threshold`` from `pareto_k_threshold`; ``trend`` from `loss_trend`. Doubtful: k-hat between the
-    threshold and 1, more than a tenth of the rows above the threshold, or a loss that still moved by more than 0.01
-    nats per row and 4 standard errors over the last half. Not to be trusted: k-hat of 1 or more (infinite mean), or
-    that in more than a tenth of the rows; NaN counts as infinite. A high k-hat speaks against the guide, which is to
-    be mended first; the program may well be right.
+    Args:
+        k_joint, k_rows: `pareto_k` of the globals, `pareto_k_rows` of the rows; None without such latents.
+        threshold: from `pareto_k_threshold`.
+        trend: from `loss_trend`, in nats per row; ``rows`` turns it into nats in all.
+        effective: effective sample size of the weights, and of how many draws.
+        weighted: the guide's moments against its importance-weighted ones.
+        moved: the guide's moments against those of ``chains`` short chains that began at its draws.
+        places: of the chains that began elsewhere, how many ended outside of the guide's mass at a comparable density,
+            how many there were, the mean log density gained, and the number that shows it.
+        unseen: what could not be looked at.
+        cause: what is known of the run, for advice that fits.
 
-    Raises ValueError where both k-hats are missing: a fit without random latents is a point (`verdict_point`).
+    Doubtful: a mean off by more than 0.35 posterior sd, an sd ratio outside of 1 / 1.35 to 1.35, by weights or by
+    chains (among locals: in more than a tenth of them); k-hat between the threshold and 1; fewer than 100 effective
+    draws; more than a tenth of the rows with a k-hat above the threshold; another place of comparable density; a loss
+    that still moved by 4 standard errors and more than 0.2 nats in all. Not to be trusted: a mean
+    off by more than 1 sd, a ratio beyond 2, a k-hat of 1 or more (infinite mean), NaN counting as infinite.
+
+    Raises ValueError where nothing was looked at: a fit without random latents is a point (`verdict_point`).
 
     >>> print(verdict_variational(0.31, None, 0.667))
-    trust: the guide is close to the posterior (k-hat 0.31, below 0.67).
+    trust: no fault was found where the guide looks (k-hat 0.31, below 0.67).
     >>> print(verdict_variational(0.8, None, 0.7))
     doubtful: the guide is a poor approximation of the posterior (k-hat 0.80, expected below 0.70); \
 this need not mean that the program is wrong. Use a richer guide (full covariance, a flow) or check against NUTS.
     """
-    rows = None if k_rows is None else np.nan_to_num(np.atleast_1d(np.asarray(k_rows, dtype=np.float64)), nan=np.inf)
-    if k_joint is None and (rows is None or rows.size == 0):
+    k = None if k_rows is None else np.nan_to_num(np.atleast_1d(np.asarray(k_rows, dtype=np.float64)), nan=np.inf)
+    if k_joint is None and (k is None or k.size == 0) and moved is None:
         raise ValueError("k_joint and k_rows are both missing; use verdict_point for a fit without random latents")
+    moving = _moving(trend, rows, (cause or Cause()).networks)
+    advice = (cause or Cause()).advice(bool(moving), trend)
     findings: list[_Finding] = []
     good = []
     if k_joint is not None:
         joint = math.inf if math.isnan(k_joint) else float(k_joint)
-        findings += _guide(joint, threshold)
+        findings += _guide(joint, threshold, advice)
         good.append(f"k-hat {joint:.2f}, below {threshold:.2f}")
-    if rows is not None and rows.size:
-        findings += _guide_rows(rows, threshold)
-        good.append(f"k-hat below {threshold:.2f} in {np.mean(rows <= threshold):.0%} of {rows.size} rows")
-    findings += _moving(trend)
-    return _verdict(findings, f"the guide is close to the posterior ({' and '.join(good)})")
+        if effective is not None:
+            findings += _weights(*effective, joint, advice)
+            good.append(f"{effective[0]:.0f} of {effective[1]} draws effective")
+        if weighted is not None:
+            good.append(_close(weighted, "weighted draws"))
+    if k is not None and k.size:
+        findings += _guide_rows(k, threshold, advice)
+        good.append(f"k-hat below {threshold:.2f} in {np.mean(k <= threshold):.0%} of {k.size} rows")
+    believed = weighted if k_joint is not None and k_joint < 1.0 else None
+    findings += _moments(believed, moved, chains, advice)
+    if moved is not None:
+        good.append(_close(moved, f"{chains} short chains from its draws"))
+    findings += _elsewhere(places, "the guide") + moving
+    if places[1] and not places[0]:
+        good.append(f"of {places[1]} begun elsewhere none found another place")
+    if unseen:
+        good.append(unseen)
+    return _verdict(findings, f"no fault was found where the guide looks ({'; '.join(good)})")
 
 
-def _guide(k: float, threshold: float) -> list[_Finding]:
+@dataclass(frozen=True)
+class Cause:
+    """What is known of a run, for advice that fits: its updates, whether on minibatches, what guide, what networks."""
+
+    steps: int = 0
+    minibatches: bool = False
+    guide: str = ""
+    networks: bool = False
+    amortised: bool = False
+
+    def advice(self, moving: bool, trend: tuple[float, float] | None) -> str:
+        """More steps for what has not converged, a richer guide for what has."""
+        if moving and trend is not None and trend[1] < 0:
+            return "Run more steps; judge the guide when the loss has settled"
+        if self.steps and (trend is None or math.isnan(trend[1])):
+            return "Run more steps: so few do not show whether the loss has settled"
+        if self.minibatches:
+            return "Let the learning rate fall to zero (schedule=) or use larger batches; then a richer guide"
+        if self.guide == "AutoMultivariateNormal":
+            return "Let the learning rate fall to zero (schedule=), use a flow as guide, or check against NUTS"
+        if self.amortised:
+            return "Use a richer guide for the local latents, or correct it by importance weighting (IWAE)"
+        return "Use a richer guide (full covariance, a flow) or check against NUTS"
+
+
+def _guide(k: float, threshold: float, advice: str) -> list[_Finding]:
     if k <= threshold:
         return []
     found = (
@@ -187,11 +270,64 @@ def _guide(k: float, threshold: float) -> list[_Finding]:
     if k < 0.7:
         needed = math.ceil(10 ** (1 / (1 - k)) / 100) * 100
         return [(1, found, f"Judge it again with about {needed} draws, or use a richer guide")]
-    advice = "Use a richer guide (full covariance, a flow) or check against NUTS"
     return [(2 if k >= 1 else 1, found, advice)]
 
 
-def _guide_rows(k: np.ndarray, threshold: float) -> list[_Finding]:
+def _weights(effective: float, draws: int, k: float, advice: str) -> list[_Finding]:
+    needed = min(_EFFECTIVE, draws / 4)
+    if effective >= needed or k >= 1:
+        return []
+    found = f"only {effective:.0f} of {draws} draws of the guide carry the weights, expected at least {needed:.0f}"
+    return [(1, found, advice)]
+
+
+def _close(moments: Moments, source: str) -> str:
+    (shift, _), (ratio, _) = moments.farthest, moments.uneven
+    return f"means within {shift:.2f} sd and sds within {max(ratio, 1 / max(ratio, 1e-12)):.2f} times of {source}"
+
+
+def _moments(weighted: Moments | None, moved: Moments | None, chains: int, advice: str) -> list[_Finding]:
+    """What weights or short chains say against means and spreads, told once: by the one that says most."""
+    said = [(*found, "importance-weighted draws") for found in _off(weighted)]
+    said += [(*found, f"{chains} short chains from its draws") for found in _off(moved)]
+    if not said:
+        return []
+    grade, _, what, source = max(said, key=lambda found: found[:2])
+    both = "by importance-weighted draws and short chains alike" if len(said) == 2 else f"by {source}"
+    return [(grade, f"the guide is not the posterior: {both}, {what}", advice)]
+
+
+def _off(moments: Moments | None) -> list[tuple[int, float, str]]:
+    """A fault in any of few numbers, or in more than a tenth of many (those of rows): grade, size, words."""
+    off = np.zeros(0, dtype=bool) if moments is None else moments.beyond(_SHIFT, _RATIO)
+    if moments is None or not off.any() or (off.size > _MANY and off.mean() <= _BAD_ROWS):
+        return []
+    (shift, where), (ratio, name) = moments.farthest, moments.uneven
+    parts = []
+    if shift > _SHIFT:
+        parts.append(f"its mean of {where} is {shift:.1f} sd off")
+    if not 1 / _RATIO <= ratio <= _RATIO:
+        parts.append(f"its sd of {name} is {ratio:.2g} times the posterior's")
+    share = f" ({off.mean():.0%} of {off.size} numbers are off)" if off.size > _MANY else ""
+    far = shift > _SHIFT_FAR or not 1 / _RATIO_FAR <= ratio <= _RATIO_FAR
+    return [
+        (2 if far else 1, max(shift / _SHIFT, abs(math.log(ratio)) / math.log(_RATIO)), " and ".join(parts) + share)
+    ]
+
+
+def _elsewhere(places: tuple[int, int, float, str], what: str) -> list[_Finding]:
+    found, of, gain, where = places
+    if not found:
+        return []
+    far = f", {gain:.1f} nats higher" if gain > 3.0 else ""
+    text = (
+        f"{found} of {of} short chains begun elsewhere ended outside of the mass of {what}{far} ({where}): another mode"
+    )
+    how = "Run NUTS with dispersed starts and look at R-hat; let the program offer relabel where parts are exchangeable"
+    return [(2 if gain > 3.0 else 1, text + ": another mode, or parts that swapped labels", how)]
+
+
+def _guide_rows(k: np.ndarray, threshold: float, advice: str) -> list[_Finding]:
     above, hopeless = float(np.mean(k > threshold)), float(np.mean(k >= 1))
     if above <= _BAD_ROWS:
         return []
@@ -199,27 +335,40 @@ def _guide_rows(k: np.ndarray, threshold: float) -> list[_Finding]:
         f"the guide is a poor approximation of the posterior in {above:.0%} of {k.size} rows "
         f"(k-hat above {threshold:.2f}; largest {k.max():.2f}); this need not mean that the program is wrong"
     )
-    advice = "Train longer, use a richer guide for the local latents, or correct it by importance weighting (IWAE)"
     return [(2 if hopeless > _BAD_ROWS else 1, found, advice)]
 
 
-def _moving(trend: tuple[float, float] | None) -> list[_Finding]:
-    if trend is None or not (abs(trend[0]) > _TREND and abs(trend[1]) > _CHANGE):
+def _moving(trend: tuple[float, float] | None, rows: int = 1, networks: bool = False) -> list[_Finding]:
+    """A loss that moved by more than chance, and by more than matters: a mean one sd off costs half a nat in all.
+
+    A program with networks of its own is no posterior but an estimate, whose last nat of thousands is never found.
+    """
+    if trend is None or not abs(trend[0]) > _TREND:
         return []
-    size = f"by {abs(trend[1]):.2g} nats per row over the last half of the run"
+    total = abs(trend[1]) * max(1, rows)
+    if not total > _TOTAL or (networks and abs(trend[1]) <= _CHANGE):
+        return []
+    size = f"by {total:.2g} nats over the last half of the run"
     if trend[1] < 0:
         return [(1, f"the loss was still falling ({size})", "Run more steps")]
     return [(1, f"the loss was rising ({size})", "Lower the learning rate")]
 
 
 def verdict_point(
-    converged: bool, *, trend: tuple[float, float] | None = None, restarts: int = 1, implicit: bool = False
+    converged: bool,
+    *,
+    trend: tuple[float, float] | None = None,
+    rows: int = 1,
+    networks: bool = False,
+    restarts: int = 1,
+    implicit: bool = False,
 ) -> Verdict:
     """Judge a point estimate (EM, MAP, maximum likelihood, the generator of a game): has it settled?
 
-    ``converged`` says whether the algorithm's own criterion was met, ``trend`` comes from `loss_trend`, ``restarts``
-    counts the starts it was the best of. ``implicit=True`` is for programs without a density: the losses of a game
-    measure the players against each other, so they cannot show that the program is right.
+    ``converged`` says whether the algorithm's own criterion was met, ``trend`` comes from `loss_trend` (with ``rows``
+    it is in nats in all; ``networks``: whether the program has some), ``restarts`` counts its starts.
+    ``implicit=True`` is for what a game learned: its losses measure the players against each other, so they cannot show
+    that the program is right.
 
     >>> print(verdict_point(True, restarts=5))
     trust: the optimum was reached (best of 5 starts); it is a point and carries no uncertainty.
@@ -228,11 +377,12 @@ def verdict_point(
         raise ValueError(f"restarts: expected at least 1 start, got {restarts}")
     findings: list[_Finding] = []
     settled = trend is not None and math.isfinite(trend[1])
+    moving = _moving(trend, rows, networks)
     if implicit:
         found = "the losses of a game do not show whether its samples are like the data"
         findings.append((1, found, "Look at samples and at a yardstick computed on them"))
-    elif _moving(trend):
-        findings += _moving(trend)
+    elif moving:
+        findings += moving
     elif not converged and not settled:
         findings.append((1, "the run ended before its own criterion of convergence was met", "Run more steps"))
     reached = "the optimum was reached" if converged else "the loss had settled"
@@ -244,8 +394,9 @@ def with_points(found: Verdict, sites: Sequence[str]) -> Verdict:
     """``found`` of a guide that holds ``sites`` at one value each: whatever else is right, no posterior of them.
 
     >>> print(with_points(verdict_variational(0.31, None, 0.667), ["scale"]))
-    doubtful: the guide puts scale at one value, without any uncertainty; apart from that, the guide is close to the \
-posterior (k-hat 0.31, below 0.67). Give it a distribution there (AutoNormal), or take the fit for an optimum.
+    doubtful: the guide puts scale at one value, without any uncertainty; apart from that, no fault was found \
+where the guide looks (k-hat 0.31, below 0.67). Give it a distribution there (AutoNormal), or take the fit for an \
+optimum.
     """
     if not sites:
         return found

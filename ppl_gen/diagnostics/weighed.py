@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
+from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.densities import joint_densities
 from ppl_gen.finite_globals import combinations, summed_globals
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, log_weights_in_chunks
@@ -16,7 +21,10 @@ from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, l
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["WeighedDraws", "weighed_draws"]
+__all__ = ["WeighedDraws", "many", "weighed_draws"]
+
+ALONE = 1000  # draws of a program that takes one at a time only
+CELLS = 2_000_000  # numbers of data, times particles, times draws held at once
 
 
 @dataclass(frozen=True)
@@ -35,39 +43,111 @@ def weighed_draws(fit: Fit, draws: int, particles: int = 1) -> WeighedDraws:
     """``draws`` draws of the guide with their log weights; call inside ``fit.bound()``.
 
     Local latents that the guide draws are integrated by importance weighting, ``particles`` of them per row and draw;
-    finite ones that it leaves out are summed.
+    finite ones that it leaves out are summed. All draws go through guide and model at once (`torch.vmap`) where these
+    allow it; one at a time they are fewer, at most `ALONE`.
     """
     info, batch = fit.info, fit.data.batch()
     guided = set(info.guide_sites or {})
-    outside, log_q = [], []
-    for _ in range(draws):
-        values, density = global_draw(fit.guide, batch, info)
-        outside.append(values)
-        log_q.append(density)
-    names = [site.name for site in info.select(local=False) if site.name in outside[0]]
-    stacked = {name: torch.stack([draw[name].detach() for draw in outside]) for name in names}
-    if not any(site.local and site.name in guided for site in info.select()):
-        known = [{name: value for name, value in draw.items() if name in info.sites} for draw in outside]
-        return WeighedDraws(stacked, (joint_densities(fit, batch, known) - torch.stack(log_q)).double().cpu())
+    local = any(site.local and site.name in guided for site in info.select())
+    outside, log_q = _drawn(fit, batch, draws, ALONE // (5 if local else 1))
+    count = len(log_q)
+    values = {site.name: outside[site.name] for site in info.select(local=False) if site.name in outside}
+    if not local:
+        known = [{name: value[i] for name, value in values.items()} for i in range(count)]
+        return WeighedDraws(values, (joint_densities(fit, batch, known) - log_q).double().cpu())
+    inside = _integrated(fit, batch, outside, particles, count)
+    return WeighedDraws(values, (inside.double() - log_q).cpu())
+
+
+def _drawn(fit: Fit, batch: Batch, draws: int, alone: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Draws of the guide's sites outside the data plate, draws x shape, and log q of each."""
+
+    def one(_: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return global_draw(fit.guide, batch, fit.info)
+
+    together = many(one, torch.zeros(draws), batch)
+    if together is not None:
+        values, log_q = together
+        return {name: value.detach() for name, value in values.items()}, log_q.detach()
+    singles = [one(torch.zeros(())) for _ in range(min(draws, alone))]
+    names = singles[0][0]
+    return (
+        {name: torch.stack([torch.as_tensor(values[name]).detach() for values, _ in singles]) for name in names},
+        torch.stack([log_q for _, log_q in singles]).detach(),
+    )
+
+
+def _integrated(fit: Fit, batch: Batch, outside: dict[str, Tensor], particles: int, count: int) -> Tensor:
+    """log p(x, theta_s) of every draw of the sites outside the data plate, those inside integrated."""
+    info = fit.info
+    guided = set(info.guide_sites or {})
     coupling = summed_globals(fit, guided)  # rows are independent given these: a sum over all their values is outermost
     states = combinations(fit, batch, coupling) if coupling else [{}]
     sums = tuple(name for name in info.finite_latents if name not in guided and name not in coupling)
-    vectorise = can_vectorise(fit.program.model, fit.guide, info, batch, sums)
-    result = []
-    for draw, density in zip(outside, log_q, strict=True):
+    model, guide = fit.program.model, fit.guide
+    vectorise = can_vectorise(model, guide, info, batch, sums)
+
+    def one(values: dict[str, Tensor]) -> Tensor:
         terms = []
         for state in states:
+            known = {**values, **state}
             w = log_weights_in_chunks(
-                fit.program.model,
-                fit.guide,
-                info,
-                batch,
-                particles,
-                values={**draw, **state},
-                sums=sums,
-                vectorise=vectorise,
+                model, guide, info, batch, particles, values=known, sums=sums, vectorise=vectorise
             )
             inside = 0.0 if w.rows is None else (torch.logsumexp(w.rows, 0) - math.log(particles)).sum()
-            terms.append(torch.as_tensor(w.globals - density + inside).double())
-        result.append(torch.logsumexp(torch.stack(terms), 0))
-    return WeighedDraws(stacked, torch.stack(result).cpu())
+            terms.append(torch.as_tensor(w.globals + inside).double())
+        return torch.logsumexp(torch.stack(terms), 0)
+
+    together = many(one, outside, batch, particles)
+    if together is not None:
+        return together
+    return torch.stack([one({name: value[i] for name, value in outside.items()}) for i in range(count)])
+
+
+class _FreshNoise(TorchFunctionMode):
+    """What `torch.vmap` refuses: noise written into an empty tensor is made as a new one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "requires_grad_":
+            return args[0]  # Pyro says it of every parameter it hands out, and nothing is differentiated here
+        if name not in ("normal_", "exponential_", "cauchy_", "uniform_"):
+            return func(*args, **kwargs)
+        like, rest = args[0], [*args[1:], *(v for k, v in kwargs.items() if k != "generator")]
+        options = {"dtype": like.dtype, "device": like.device}
+        if name == "normal_":
+            mean, std = rest or (0.0, 1.0)
+            return mean + std * torch.randn(like.shape, **options)
+        u = torch.rand(like.shape, **options)
+        if name == "uniform_":
+            low, high = rest or (0.0, 1.0)
+            return low + (high - low) * u
+        if name == "exponential_":
+            return -torch.log1p(-u) / (rest[0] if rest else 1.0)
+        middle, scale = rest or (0.0, 1.0)
+        return middle + scale * torch.tan(math.pi * (u - 0.5))
+
+
+def many(one: Callable[[Any], Any], inputs: Any, batch: Batch, particles: int = 1) -> Any | None:
+    """``one`` of many inputs at once, each with random numbers of its own; None where the program does not allow it.
+
+    Of the first input alone it has to give, from the same random numbers, what it gives without `torch.vmap`.
+    """
+    first = tree_map(lambda value: value[:1], inputs)
+    cells = sum(v.numel() for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)) * particles
+    state = torch.get_rng_state()
+    try:
+        with warnings.catch_warnings(), _FreshNoise():
+            warnings.simplefilter("ignore", UserWarning)  # that an operation has no batching rule costs time, no more
+            trial = torch.vmap(one, randomness="different")(first)
+            torch.set_rng_state(state)
+            alone = one(tree_map(lambda value: value[0], first))
+            for a, b in zip(tree_leaves(trial), tree_leaves(alone), strict=True):
+                if not torch.allclose(a[0], torch.as_tensor(b), rtol=1e-3, atol=1e-3, equal_nan=True):
+                    return None
+            return torch.vmap(one, randomness="different", chunk_size=max(1, CELLS // max(1, cells)))(inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError, KeyError):
+        return None  # indexing by a drawn value, data-dependent Python: one draw at a time then
+    finally:
+        torch.set_rng_state(state)

@@ -162,6 +162,8 @@ class SVI(Iterative):
 
     def outcome(self, state: State, run: Run) -> Outcome:
         run.notes.update(state.game.notes)
+        if ("density",) not in self.objective.needs:
+            run.notes["game"] = f"{self.objective.label} does not use the density: look at samples, not at the loss"
         state.check_finite()
         values = state.rolled_back() if state.bad else state.run.workspace.snapshot()
         guide, failed = state.guide, None

@@ -1,0 +1,122 @@
+"""Means and spreads of a fit beside those of the posterior, as importance weights or short chains show it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import biject_to
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.inference.objectives.particles import Substitute
+
+if TYPE_CHECKING:
+    from ppl_gen.result import Fit
+
+__all__ = ["Moments", "between_draws", "unconstrained", "weighted"]
+
+HEAVY = 8.0  # kurtosis of the fit's draws above which a standard deviation says little; a normal has 3, a Laplace 6
+
+
+@dataclass(frozen=True)
+class Moments:
+    """How far a fit is from the posterior in each number that was looked at.
+
+    ``shift``: fit's mean less the posterior's, in posterior sd; ``ratio``: fit's sd over the posterior's; ``names``: a
+    label for each. Numbers are on their unconstrained scale (the logarithm of what is positive).
+    """
+
+    shift: np.ndarray
+    ratio: np.ndarray
+    names: Sequence[str]
+
+    @property
+    def farthest(self) -> tuple[float, str]:
+        """The largest shift, without its sign, and where."""
+        worst = int(np.abs(self.shift).argmax())
+        return float(abs(self.shift[worst])), self.names[worst]
+
+    @property
+    def uneven(self) -> tuple[float, str]:
+        """The ratio farthest from one, and where."""
+        worst = int(np.abs(np.log(np.maximum(self.ratio, 1e-12))).argmax())
+        return float(self.ratio[worst]), self.names[worst]
+
+    def beyond(self, shift: float, ratio: float) -> np.ndarray:
+        """Which numbers are farther off than ``shift`` or outside of 1 / ``ratio`` to ``ratio``."""
+        return (np.abs(self.shift) > shift) | (np.abs(np.log(np.maximum(self.ratio, 1e-12))) > np.log(ratio))
+
+
+def weighted(values: Mapping[str, Tensor], log_weights: np.ndarray) -> Moments | None:
+    r"""Draws' own moments against their importance-weighted ones, :math:`\sum_s w_s u_s`.
+
+    ``values``: numbers, draws x shape of the site, on an unconstrained scale; ``log_weights``: as
+    `ppl_gen.diagnostics.psis.smoothed_weights` gives them. None without any number that varies.
+
+    >>> u = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> found = weighted({"u": u}, np.full(4000, -np.log(4000)))
+    >>> float(found.shift[0]), round(float(found.ratio[0]), 6)
+    (0.0, 1.0)
+    """
+    u, names = _matrix(values)
+    if not names:
+        return None
+    w = np.exp(log_weights)
+    w = (w / w.sum())[:, None]
+    mean = (w * u).sum(0)
+    sd = np.sqrt((w * (u - mean) ** 2).sum(0))
+    sd = np.maximum(sd, 1e-12 * (1.0 + np.abs(mean)))
+    return Moments((u.mean(0) - mean) / sd, u.std(0) / sd, names)
+
+
+def between_draws(fit: np.ndarray, start: np.ndarray, end: np.ndarray, names: Sequence[str]) -> Moments:
+    """Draws of a fit against draws of the posterior: ``start``, moved by short chains to ``end``; numbers in columns.
+
+    Where the fit's draws have heavy tails, medians and the spread of the middle two thirds stand for mean and sd.
+    """
+    centred = fit - fit.mean(0)
+    kurtosis = (centred**4).mean(0) / np.maximum((centred**2).mean(0) ** 2, 1e-300)
+    low, middle, high = (np.quantile(end, q, axis=0) for q in (0.16, 0.5, 0.84))
+    own_low, own_middle, own_high = (np.quantile(fit, q, axis=0) for q in (0.16, 0.5, 0.84))
+    heavy = kurtosis > HEAVY
+    scale = np.where(heavy, (high - low) / 2, end.std(0))
+    scale = np.maximum(scale, 1e-12 * (1.0 + np.abs(middle)))
+    shift = np.where(heavy, own_middle - middle, fit.mean(0) - end.mean(0)) / scale
+    ratio = np.where(heavy, (own_high - own_low) / 2, fit.std(0)) / scale
+    return Moments(shift, ratio, names)
+
+
+def _matrix(values: Mapping[str, Tensor]) -> tuple[np.ndarray, list[str]]:
+    columns, names = [], []
+    for name, value in values.items():
+        flat = value.detach().double().cpu().numpy().reshape(len(value), -1)
+        labels = [name + (str(list(i)) if i else "") for i in np.ndindex(tuple(value.shape[1:]))]
+        keep = np.isfinite(flat).all(0) & (flat.std(0) > 1e-9 * (1e-300 + np.abs(flat).max(0)))
+        columns.append(flat[:, keep])
+        names += [label for label, kept in zip(labels, keep, strict=True) if kept]
+    return (np.concatenate(columns, 1) if columns else np.empty((0, 0))), names
+
+
+def unconstrained(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of latent sites (draws x shape) on the scale on which their support is a whole space; inside ``bound()``.
+
+    Sites that are not latent (derived ones) stay as they are, those that are finite are left out.
+    """
+    with Substitute({name: value[0] for name, value in values.items()}):
+        trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
+    found = {}
+    for name, value in values.items():
+        node = trace.nodes.get(name)
+        if node is None or not value.is_floating_point():
+            continue
+        found[name] = value
+        if fit.info.sites[name].kind == "latent":
+            try:
+                found[name] = biject_to(node["fn"].support).inv(value)
+            except (NotImplementedError, RuntimeError, ValueError):
+                pass  # a support without a bijection, or one that moves with another site: as it is
+    return found
