@@ -57,6 +57,7 @@ def weighted(values: Mapping[str, Tensor], log_weights: np.ndarray) -> Moments |
     ``values``: numbers, draws x shape of the site, on an unconstrained scale; ``log_weights``: as
     `ppl_gen.diagnostics.psis.smoothed_weights` gives them. None without any number that varies.
 
+    >>> import torch
     >>> u = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     >>> found = weighted({"u": u}, np.full(4000, -np.log(4000)))
     >>> float(found.shift[0]), round(float(found.ratio[0]), 6)
