@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["check_columns", "check_rows", "follows_rows"]
 
 _FEW = 256
+_BOOLEAN = ("torch.bool", "bool")
 
 
 def check_rows(fit: Fit, data: Dataset) -> None:
@@ -35,6 +36,7 @@ def check_rows(fit: Fit, data: Dataset) -> None:
         ValueError, TypeError: naming both shapes, if the program cannot be run on these rows, gives them other latent
             sites, or stretches them; or if observed values lie outside of their support.
     """
+    _refuse_unread_mask(fit, data)
     batch = data.head(_FEW) if data.elements > LARGE else data.batch()
     try:
         with fit.bound(), looking():
@@ -59,6 +61,20 @@ def follows_rows(fit: Fit, batch: Batch) -> bool:
         with looking(), looked:
             fit.program.model(*batch.args, **batch.kwargs)
     return looked.fits
+
+
+def _refuse_unread_mask(fit: Fit, data: Dataset) -> None:
+    """An entry that says what is missing, and that the program does not read, would be passed over without a word."""
+    given = data.original if isinstance(data.original, Mapping) else {}
+    whole = {tuple(value.shape) for value in data.entries.values() if value.ndim > 1}
+    for name, value in given.items():
+        if name in data.entries or name in data.constants or str(getattr(value, "dtype", "")) not in _BOOLEAN:
+            continue
+        if "mask" in str(name).lower() or tuple(value.shape) in whole:
+            raise IncompatibleError(
+                f"data: {name!r} looks like a mask, and the program {fit.program.name!r} does not read it: its answers "
+                "would be those of whole rows. Leave it out, or use a program that takes a mask (ppca, factor_analysis)"
+            )
 
 
 def _check_sites(fit: Fit, trace: poutine.Trace) -> None:

@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import ppl_gen as pg
 from ppl_gen.inference import NUTS, SVI, Adversarial
+from ppl_gen.models import denoising_diffusion, ppca, vae
 
 QUICK = SVI(steps=2, lr=1e-3)
 DRAWS = 400
@@ -318,3 +319,16 @@ def test_new_inputs_beside_another_plate() -> None:
         # a's posterior sd is 0.1 / sqrt(10) = 0.032; Adam at this rate ends within 0.1 of the optimum
         torch.testing.assert_close(fit.predict(data, DRAWS)["y"].mean(0), centres, atol=0.15, rtol=0)
         torch.testing.assert_close(fit.posterior(data, DRAWS)["a"].mean(0), centres, atol=0.15, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+def test_a_mask_that_the_program_does_not_read_is_refused_and_one_it_reads_is_used() -> None:
+    x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    seen = torch.rand(30, 3, generator=torch.Generator().manual_seed(1)) > 0.3
+    for recipe in (denoising_diffusion(3, steps=5, hidden=4), vae(3, latent=1, hidden=(4,), likelihood="normal")):
+        fit = pg.fit(recipe, x, SVI(steps=1), seed=0)
+        for ask in (fit.predict, fit.posterior, fit.evidence):
+            with pytest.raises(pg.IncompatibleError, match="'mask' looks like a mask.*does not read it"):
+                ask({"x": x, "mask": seen})
+    fit = pg.fit(ppca(3, 1), {"x": x, "mask": seen}, SVI(steps=1), seed=0)
+    assert fit.predict({"x": x, "mask": seen}, 2)["x"].shape == (2, 30, 3)
