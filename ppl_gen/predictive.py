@@ -156,12 +156,19 @@ def predictive_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[
         trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
         missing = [name for name in observed if name in trace.nodes and not trace.nodes[name]["is_observed"]]
         replicate, names = not missing, missing or observed
-        if len(missing) == len(observed):  # no observation informs the locals: they follow their prior
+        # No observation informs the locals, or none can: without a density replicates are what the program makes.
+        if len(missing) == len(observed) or (replicate and _is_forward(fit)):
             latents = global_draws(fit, draws)
         else:
             latents = latent_draws(fit, batch, draws, training=dataset.same_rows(fit.data))
         traces = (run(fit, batch, values, replicate=replicate) for values in latents)
         return _stacked([{name: t.nodes[name]["value"] for name in names if name in t.nodes} for t in traces])
+
+
+def _is_forward(fit: Fit) -> bool:
+    """Whether neither what was learned nor the program says anything of the latents of given rows (a GAN)."""
+    silent = fit.program.local_posterior is None and "density" not in fit.info.offers
+    return silent and isinstance(fit.learned, PointPosterior)
 
 
 def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 0) -> dict[str, Tensor]:
