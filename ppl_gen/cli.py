@@ -105,7 +105,12 @@ def demo(
     if quick:
         algorithms = {"EM": EM(), "CAVI": CAVI(), "SVI": SVI(steps=300, lr=0.03), "NUTS": NUTS(draws=100, chains=2)}
     else:
-        algorithms = {"EM": EM(), "CAVI": CAVI(), "SVI": SVI(steps=2000, lr=0.02), "NUTS": NUTS(draws=1000, chains=4)}
+        algorithms = {
+            "EM": EM(),
+            "CAVI": CAVI(),
+            "SVI": SVI(steps=2000, lr=0.02),
+            "NUTS": NUTS(draws=1000, chains=4, target_accept=0.95),
+        }
     result = pg.compare(pg.Recipe(_crabs, name="gaussian_mixture"), pg.load_data("crabs"), algorithms, n_jobs=jobs)
     return _shown(result, out)
 
