@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppl_gen.atomic import as_path
-from ppl_gen.errors import require_whole
+from ppl_gen.errors import (
+    is_number,
+    require_device,
+    require_dtype,
+    require_flag,
+    require_number,
+    require_path,
+    require_seed,
+    require_whole,
+)
 from ppl_gen.inference.base import Algorithm
 from ppl_gen.interrupts import allowed, listening
 from ppl_gen.program import Program, Recipe, as_recipe
@@ -147,7 +158,7 @@ class Comparison:
         """Write one self-contained HTML file, in one step; gives its absolute path."""
         from ppl_gen.report.html import write
 
-        return write(self, Path(path))
+        return write(self, require_path("path", path, file=True))
 
     def save(self, path: str | Path) -> Path:
         """Write a folder: ``comparison.json``, which says where every fit is, ``table.csv`` and ``rows.csv``.
@@ -215,6 +226,9 @@ def compare(
     _check(algorithms, holdout, n_jobs)
     for name, value in {"particles": particles, "draws": draws, "threads": threads}.items():
         require_whole(name, value)
+    require_device(device)
+    require_dtype(dtype)
+    require_flag("progress", progress, optional=True)
     jobs = [(label, algorithm, seed) for label, algorithm in algorithms.items() for seed in seeds]
     recipe = as_recipe(program)
     with listening():
@@ -253,18 +267,19 @@ def _check(algorithms: Any, holdout: Any, n_jobs: Any) -> None:
             hint = f"; write {algorithm.__name__}() with brackets" if kind else ", such as SVI(steps=1000)"
             got = f"the class {algorithm.__name__}" if kind else f"{algorithm!r}"
             raise TypeError(f"algorithms[{label!r}]: expected an algorithm, got {got}{hint}")
-    if isinstance(holdout, bool) or not isinstance(holdout, int | float) or not 0 <= holdout < 1:
-        raise ValueError(f"holdout: expected a share of the rows in [0, 1), got {holdout!r}")
-    if not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or n_jobs == 0:
+    require_number("holdout", holdout, 0.0, 1.0, "a share of the rows in [0, 1)")
+    count = 0 if isinstance(n_jobs, bool) or not isinstance(n_jobs, numbers.Integral) else int(n_jobs)
+    if count == 0 or count < -(os.cpu_count() or 1):  # joblib: -2 is all cores but one, and so on
         raise ValueError(f"n_jobs: expected a number of processes, or -1 for one per core, got {n_jobs!r}")
 
 
 def _checked_seeds(seeds: Any) -> tuple[int, ...]:
-    if isinstance(seeds, int | str) or not hasattr(seeds, "__iter__"):
+    if isinstance(seeds, numbers.Number | str) or not hasattr(seeds, "__iter__"):
         raise TypeError(f"seeds: expected several whole numbers, such as [0] or range(3), got {seeds!r}")
     result = tuple(seeds)
-    if not result or any(not isinstance(s, int) or isinstance(s, bool) or s < 0 for s in result):
+    if not result or not all(is_number(s) and isinstance(s, numbers.Integral) and int(s) >= 0 for s in result):
         raise ValueError(f"seeds: expected at least one whole number, none below 0, got {list(result)!r}")
+    result = tuple(require_seed(s, "seeds") for s in result)
     if len(set(result)) < len(result):
         raise ValueError(f"seeds: expected each of them once, got {list(result)!r}")
     return result

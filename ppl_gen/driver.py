@@ -18,7 +18,14 @@ from ppl_gen.data.names import Read
 from ppl_gen.data.sources import collected
 from ppl_gen.diagnostics.complaints import warn_if_bad
 from ppl_gen.dryrun import ProgramInfo, dry_run
-from ppl_gen.errors import NonFiniteError, require_seed
+from ppl_gen.errors import (
+    NonFiniteError,
+    require_device,
+    require_dtype,
+    require_flag,
+    require_seed,
+    require_whole,
+)
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
 from ppl_gen.inference.enumerable import unenumerable
@@ -91,7 +98,7 @@ def fit(
         >>> abs(float(result.posterior(draws=1000)["loc"].mean()) - 2.0) < 0.2
         True
     """
-    seed, place = _checked(algorithm, seed, device, dtype, validate_every)
+    seed, place = _checked(algorithm, seed, device, dtype, validate_every, progress)
     recipe = as_recipe(program)
     _check_start(recipe, start)
     _check_callbacks(callbacks)
@@ -182,25 +189,18 @@ def _checked_run(
 
 
 def _checked(
-    algorithm: Any, seed: Any, device: Any, dtype: Any, validate_every: Any
+    algorithm: Any, seed: Any, device: Any, dtype: Any, validate_every: Any, progress: Any
 ) -> tuple[int, torch.device | None]:
     """The seed and the device, after everything that can be refused without looking at the data was looked at."""
     if isinstance(algorithm, type) or not isinstance(algorithm, Algorithm):
         name = algorithm.__name__ if isinstance(algorithm, type) else type(algorithm).__name__
         hint = f"{name}() (with brackets)" if isinstance(algorithm, type) else "SVI(), EM() or NUTS()"
         raise TypeError(f"algorithm: expected an instance such as {hint}, got {name}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype!r}")
-    if validate_every is not None and (not isinstance(validate_every, int) or validate_every < 1):
-        raise ValueError(f"validate_every: expected a whole number of at least 1, got {validate_every!r}")
-    return require_seed(seed), _checked_device(device)
-
-
-def _checked_device(device: str | torch.device | None) -> torch.device | None:
-    try:
-        return None if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: {str(error).splitlines()[0]}") from error
+    require_dtype(dtype)
+    require_flag("progress", progress, optional=True)
+    if validate_every is not None:
+        require_whole("validate_every", validate_every)
+    return require_seed(seed), require_device(device)
 
 
 def _check_callbacks(callbacks: Any) -> None:

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from ppl_gen.data.batching import LARGE, Batch, Dataset
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.objectives.particles import Substitute
@@ -246,8 +246,7 @@ def is_derived(node: Mapping[str, Any]) -> bool:
 
 
 def positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    require_whole(name, value)
 
 
 def _stacked(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -137,6 +137,12 @@ def fitted() -> pg.Fit:
 
 
 @functools.cache
+def compared() -> pg.Comparison:
+    """A comparison of nothing: what its methods refuse, they refuse before they look."""
+    return pg.Comparison((), "nothing")
+
+
+@functools.cache
 def rows() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(40, 2, generator=generator) @ torch.tensor([[2.0, 1, 0, -1], [0, 1, 1, 0.5]]) + torch.randn(
@@ -188,6 +194,7 @@ def names(folder: Path) -> dict[str, Any]:
         **{program.__name__: program for program in (*programs, takes_nothing)},
         **{
             "pg": pg,
+            "compared": compared,
             "torch": torch,
             "np": np,
             "nn": nn,

@@ -54,6 +54,37 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.check(hidden_markov(2, emission="categorical"), x)  ->  data: categorical emissions are integers
         """,
     },
+    "Settings of the wrong kind": {
+        ValueError: """
+            NUTS(full_mass="yes")  ->  full_mass: expected True or False, got 'yes'
+            NUTS(jitter=float("inf"))  ->  jitter: expected a number of at least 0, or None, got inf
+            NUTS(max_tree_depth=100)  ->  max_tree_depth: expected a whole number of at least 1 and at most 20, got 100
+            NUTS(target_accept="high")  ->  target_accept: expected a number between 0 and 1, got 'high'
+            ELBO(enumerate="all")  ->  enumerate: expected True or False, got 'all'
+            EM(tolerance="small")  ->  tolerance: expected a number of nats of at least 0, got 'small'
+            CAVI(tolerance=None)  ->  tolerance: expected a number from 0 up to 1, got None
+            Plateau(window=2.5)  ->  window: expected a whole number of at least 2, got 2.5
+            Patience(checks="many")  ->  checks: expected a whole number of at least 1, got 'many'
+            pg.fit(normal, x, SVI(steps=1), progress="yes")  ->  progress: expected True, False or None, got 'yes'
+            pg.fit(normal, x, SVI(steps=1), device="meta")  ->  device: expected one that holds numbers
+            pg.fit(normal, x, SVI(steps=1), device=[1])  ->  device: 
+            pg.fit(normal, x, SVI(steps=1), validate_every=True)  ->  validate_every: expected a whole number of at least 1, got True
+            pg.compare(normal, x, {"a": SVI(steps=1)}, n_jobs=-5000)  ->  n_jobs: expected a number of processes
+            pg.compare(normal, x, {"a": SVI(steps=1)}, seeds=[2**40])  ->  seeds: expected a whole number of at least 0 and below 2**32
+            pg.compare(normal, x, {"a": SVI(steps=1)}, device="meta")  ->  device: expected one that holds numbers
+            pg.compare(normal, x, {"a": SVI(steps=1)}, progress=3)  ->  progress: expected True, False or None, got 3
+        """,
+        TypeError: """
+            pg.fit(normal, x, SVI(steps=1), dtype=torch.float16)  ->  dtype: expected torch.float32 or torch.float64, got torch.float16
+            pg.compare(normal, x, {"a": SVI(steps=1)}, dtype="float64")  ->  dtype: expected torch.float32 or torch.float64, got 'float64'
+            pg.compare(normal, x, {"a": SVI(steps=1)}, seeds=np.int64(3))  ->  seeds: expected several whole numbers
+            pg.fit(normal, x, SVI(steps=60, stop_rule=lambda history: 0.5))  ->  stop_rule: expected None, or a sentence that says why the run ends, got 0.5
+            pg.fit(normal, x, SVI(steps=1, schedule=lambda optimiser: None))  ->  schedule: expected a function of the optimiser that returns
+            pg.check(normal, x.to("meta"))  ->  data 'x': expected a tensor or an array of real numbers, got a meta tensor
+            Plateau(on=3)  ->  on: expected the name of a record of the history, got 3
+            compared().report(3)  ->  path: expected a path, as text or pathlib.Path, got int
+        """,
+    },
     "Programs": {
         ValueError: """
             pg.check(pg.Program(normal, guide_of_another_name), x)  ->  model and guide of 'normal' do not match: latent site(s) ['loc'] are in the model only; site(s) ['mean']

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bad_input_cases import CASES, Case, fitted, labels, names, rows
@@ -86,3 +87,28 @@ def test_the_site_shows_every_part_of_the_table() -> None:
     page = (Path(__file__).parents[1] / "docs" / "bad_input.md").read_text(encoding="utf-8")
     shown = re.findall(r"^```\{bad-input-table\} (.*)$", page, re.M)
     assert shown == list(dict.fromkeys(case.part for case in CASES))
+
+
+def test_numbers_of_numpy_serve_where_pythons_do(folder: Path) -> None:
+    two, half = np.int64(2), np.float32(0.5)
+    for build in (
+        lambda: inference.EM(steps=two, tolerance=half, restarts=two),
+        lambda: inference.NUTS(draws=two, chains=two, target_accept=half, jitter=half, max_tree_depth=two),
+        lambda: inference.SVI(steps=two, lr=half, clip_norm=half, objective=inference.ELBO(particles=two, beta=half)),
+        lambda: models.char_rnn(two),
+        lambda: models.vae(two, latent=two, hidden=two),
+    ):
+        build()
+    compared = pg.compare(
+        models.ppca(4, 2), rows(), {"a": inference.SVI(steps=two)}, holdout=half, seeds=[two], n_jobs=np.int64(1)
+    )
+    assert compared["a"].seed == 2
+    assert pg.fit(models.ppca(4, 2), rows(), inference.SVI(steps=1), validate_every=two).sample(two)["x"].shape[0] == 2
+
+
+@pytest.mark.parametrize("place", ["folder", "under a file"])
+def test_a_report_goes_to_a_file_that_can_be_made(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path if place == "folder" else tmp_path / "file" / "report.html"
+    with pytest.raises(ValueError, match="^path: "):
+        pg.Comparison((), "nothing").report(path)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from ppl_gen.data.batching import Batches
-from ppl_gen.errors import require_whole
+from ppl_gen.errors import require_number, require_whole
 from ppl_gen.inference.base import Info, Iterative, Outcome, Run
 from ppl_gen.isolation import ProgramState
 from ppl_gen.offers import Need
@@ -65,8 +65,7 @@ class CAVI(Iterative):
 
     def __post_init__(self) -> None:
         require_whole("steps", self.steps)
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance: expected a number from 0 up to 1, got {self.tolerance!r}")
+        require_number("tolerance", self.tolerance, 0.0, 1.0, "a number from 0 up to 1")
 
     @property
     def needs(self) -> Sequence[Need]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import Batches
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import IncompatibleError, require_flag, require_number, require_whole
 from ppl_gen.inference.base import Info, Iterative, Outcome, Run
 from ppl_gen.inference.em_starts import TRIAL_STEPS, advanced, candidates, first_values
 from ppl_gen.inference.expectation import Expectation, Problem
@@ -90,12 +90,9 @@ class EM(Iterative):
             value = getattr(self, name)
             if value is None and name == "restarts":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-        if isinstance(self.tolerance, bool) or not 0 <= self.tolerance < math.inf:
-            raise ValueError(f"tolerance: expected a number of nats of at least 0, got {self.tolerance!r}")
-        if not isinstance(self.prior, bool):
-            raise ValueError(f"prior: expected True or False, got {self.prior!r}")
+            require_whole(name, value)
+        require_number("tolerance", self.tolerance, expected="a number of nats of at least 0")
+        require_flag("prior", self.prior)
         if self.m_step not in _MODES:
             raise ValueError(f"m_step: expected one of {', '.join(map(repr, _MODES))}, got {self.m_step!r}")
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppl_gen.errors import IncompatibleError, require_whole
+from ppl_gen.errors import IncompatibleError, is_number, require_flag, require_whole
 from ppl_gen.inference.base import Algorithm, Outcome, Run
 from ppl_gen.inference.chains import one_thread, run_chains, workers
 from ppl_gen.inference.nuts_kernel import Chain, Table
@@ -26,6 +26,7 @@ __all__ = ["NUTS"]
 
 _TREE_SECONDS = 3e-4  # Pyro's own work per gradient (measured), and about so many gradients an iteration
 _TREE_STEPS = 10
+_DEEPEST = 20  # a million gradients for one draw
 _DISPERSED = 1.0  # in unconstrained units: logs of scales, logits of shares
 
 
@@ -96,13 +97,15 @@ class NUTS(Algorithm):
     )
 
     def __post_init__(self) -> None:
-        for name in ("draws", "chains", "warmup", "max_tree_depth", "thin"):
+        for name in ("draws", "chains", "warmup", "thin"):
             require_whole(name, getattr(self, name))
+        require_whole("max_tree_depth", self.max_tree_depth, most=_DEEPEST)
+        require_flag("full_mass", self.full_mass)
         if self.processes is not None:
             require_whole("processes", self.processes)
-        if not 0.0 < self.target_accept < 1.0:
+        if not is_number(self.target_accept) or not 0.0 < self.target_accept < 1.0:
             raise ValueError(f"target_accept: expected a number between 0 and 1, got {self.target_accept!r}")
-        if self.jitter is not None and not self.jitter >= 0.0:
+        if self.jitter is not None and not (is_number(self.jitter) and 0.0 <= self.jitter < math.inf):
             raise ValueError(f"jitter: expected a number of at least 0, or None, got {self.jitter!r}")
 
     def run(self, run: Run) -> Outcome:

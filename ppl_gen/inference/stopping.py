@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ppl_gen.errors import require_number, require_whole
+
 __all__ = ["EarlyStop", "Patience", "Plateau"]
 
 History = Mapping[str, Sequence[Any]]
@@ -46,10 +48,9 @@ class Plateau:
     on: str = "program_loss"
 
     def __post_init__(self) -> None:
-        if self.window < 2:
-            raise ValueError(f"window: expected at least 2 steps, got {self.window}")
-        if self.tolerance < 0:
-            raise ValueError(f"tolerance: expected at least 0, got {self.tolerance}")
+        require_whole("window", self.window, 2)
+        require_number("tolerance", self.tolerance)
+        _require_record(self.on)
 
     def __call__(self, history: History) -> str | None:
         """The sentence, or None to go on."""
@@ -84,8 +85,8 @@ class Patience:
     on: str = "validation_evidence"
 
     def __post_init__(self) -> None:
-        if self.checks < 1:
-            raise ValueError(f"checks: expected at least 1, got {self.checks}")
+        require_whole("checks", self.checks)
+        _require_record(self.on)
 
     def __call__(self, history: History) -> str | None:
         """The sentence, or None to go on."""
@@ -93,6 +94,11 @@ class Patience:
         if len(values) <= self.checks or max(values[-self.checks :]) > max(values[: -self.checks]):
             return None
         return EarlyStop(f"stopped early: {self.on} has not improved for {self.checks} checks")
+
+
+def _require_record(on: Any) -> None:
+    if not isinstance(on, str) or not on:
+        raise TypeError(f"on: expected the name of a record of the history, got {on!r}")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batches
 from ppl_gen.dryrun import dry_run
-from ppl_gen.errors import IncompatibleError, require_positive, require_whole
+from ppl_gen.errors import IncompatibleError, require_callable, require_positive, require_whole
 from ppl_gen.inference.base import Info, Iterative, Outcome, Run
 from ppl_gen.inference.guides import as_whole, is_auto, refuse_row_parameters, resolved_guide
 from ppl_gen.inference.jacobians import check_jacobians
@@ -83,8 +83,8 @@ class SVI(Iterative):
         if self.clip_norm is not None:
             require_positive("clip_norm", self.clip_norm)
         for name in ("schedule", "stop_rule"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise TypeError(f"{name}: expected a function, got {type(getattr(self, name)).__name__}")
+            if getattr(self, name) is not None:
+                require_callable(name, getattr(self, name))
         named = self.optimiser.values() if isinstance(self.optimiser, Mapping) else [self.optimiser]
         for name in named:
             if isinstance(name, str) and name.lower() not in OPTIMISERS:
@@ -109,7 +109,10 @@ class SVI(Iterative):
         return Batches(run.data, self.batch_size, run.seed, self.stratify)
 
     def stop(self, history: Mapping[str, Sequence[float]]) -> str | None:
-        return self.stop_rule(history) if self.stop_rule is not None else None
+        said: Any = None if self.stop_rule is None else self.stop_rule(history)  # whatever the user's function gives
+        if said is not None and not isinstance(said, str):
+            raise TypeError(f"stop_rule: expected None, or a sentence that says why the run ends, got {said!r}")
+        return said
 
     def stop_every(self) -> int:
         return 50

@@ -61,7 +61,7 @@ class State:
         self._check_players()
         self.leaves = {player.name: self._owned(player, leaves) for player in game.players}
         self.optimisers = {p.name: self._optimiser(p) for p in game.players if self.leaves[p.name]}
-        self.schedules = {n: svi.schedule(o) for n, o in self.optimisers.items() if svi.schedule is not None}
+        self.schedules = {n: self._schedule(o) for n, o in self.optimisers.items() if svi.schedule is not None}
         self.kept = {name: [p.detach().clone() for p in ps.values()] for name, ps in self.leaves.items()}
         if not self.leaves["program"]:
             raise IncompatibleError(
@@ -83,6 +83,15 @@ class State:
         owned = {name: leaf for name, leaf in leaves.items() if player.owns is None or player.owns(name)}
         first = {id(leaf): name for name, leaf in reversed(owned.items())}
         return {name: owned[name] for name in owned if first[id(owned[name])] == name}  # tied weights move once
+
+    def _schedule(self, optimiser: torch.optim.Optimizer) -> Any:
+        made = None if self.svi.schedule is None else self.svi.schedule(optimiser)
+        if not callable(getattr(made, "step", None)):
+            raise TypeError(
+                "schedule: expected a function of the optimiser that returns a torch.optim.lr_scheduler.LRScheduler, "
+                f"such as lambda o: StepLR(o, 100); it returned {made!r}"
+            )
+        return made
 
     def _optimiser(self, player: Player) -> torch.optim.Optimizer:
         svi, params = self.svi, list(self.leaves[player.name].values())

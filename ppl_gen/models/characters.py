@@ -78,8 +78,7 @@ def char_rnn(
     """
     for name, value in (("hidden", hidden), ("layers", layers)):
         require_whole(name, value)
-    if isinstance(symbols, bool) or not isinstance(symbols, int) or symbols < 2:
-        raise ValueError(f"symbols: expected a whole number of at least 2, got {symbols!r}")
+    require_whole("symbols", symbols, 2)
     if cell not in CELLS:
         raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
     if embedding is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -35,7 +36,7 @@ def checked_widths(hidden: Sequence[int], activation: str) -> tuple[int, ...]:
     """Widths as a tuple; raises ValueError for one that is no whole number, or for an unknown activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    widths: Any = (hidden,) if isinstance(hidden, int) else hidden  # whatever was passed
+    widths: Any = (hidden,) if isinstance(hidden, numbers.Integral) else hidden  # whatever was passed
     if not isinstance(widths, Sequence) or isinstance(widths, str):
         raise ValueError(f"hidden: expected widths of layers, such as (128,), got {hidden!r}")
     for width in widths:

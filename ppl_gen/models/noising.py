@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ppl_gen.errors import require_whole
+
 __all__ = ["Noising", "Schedule", "noise_schedule"]
 
 Schedule = Literal["linear", "cosine"]
@@ -116,8 +118,7 @@ def noise_schedule(kind: Schedule, steps: int) -> Noising:
         >>> noise_schedule("linear", 1000).betas[[0, -1]].numpy().round(4)
         array([0.0001, 0.0199])
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 2:
-        raise ValueError(f"steps: expected a whole number of at least 2, got {steps!r}")
+    require_whole("steps", steps, 2)
     time = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     if kind == "linear":
         log_kept = -(0.1 * time + 0.5 * (20 - 0.1) * time**2)

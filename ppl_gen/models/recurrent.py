@@ -12,7 +12,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 
-from ppl_gen.errors import require_whole
+from ppl_gen.errors import is_number, require_whole
 
 __all__ = ["CELLS", "AutoregressiveRows", "CharacterNetwork", "check_codes"]
 
@@ -109,7 +109,7 @@ class CharacterNetwork(nn.Module):
         """
         require_whole("rows", rows)
         require_whole("length", length)
-        if isinstance(temperature, bool) or not 0 <= temperature < math.inf:
+        if not is_number(temperature) or not 0 <= temperature < math.inf:
             raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature!r}")
         if prompt is not None:
             prompt = torch.as_tensor(prompt)

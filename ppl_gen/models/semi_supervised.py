@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.diagnostics.units import active_units
-from ppl_gen.errors import require_whole
+from ppl_gen.errors import is_number, require_whole
 from ppl_gen.models.labelling import Classifier, labels_of
 from ppl_gen.models.likelihoods import Kind, check_likelihood, check_rows, chosen_likelihood
 from ppl_gen.models.networks import Perceptron, Reading, Writing, checked_widths
@@ -299,6 +299,6 @@ def _checked(
     require_whole("features", features)
     check_classes(classes)
     require_whole("latent", latent)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
+    if not is_number(alpha) or not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha: expected a finite number of at least 0, got {alpha!r}")
     return checked_widths(hidden, activation)

@@ -6,6 +6,7 @@ r"""Variational autoencoders: a network of normal latents, and a network that gu
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -210,12 +211,13 @@ def _conditional(encoder: NormalEncoder, decoder: Decoder, latent: int) -> Progr
 
 def row_shape(features: int | Sequence[int]) -> tuple[int, ...]:
     """The shape of a row from a number of columns or a shape; raises ValueError for anything else."""
-    shape = (features,) if isinstance(features, int) else tuple(features)
+    given: Any = features  # whatever was passed
+    shape = (given,) if isinstance(given, numbers.Integral) else tuple(given)
     if not shape:
         raise ValueError("features: expected a number of columns or the shape of a row, got an empty shape")
     for size in shape:
         require_whole("features", size)
-    return shape
+    return tuple(map(int, shape))
 
 
 def check_classes(classes: int | None) -> None:

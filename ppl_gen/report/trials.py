@@ -163,6 +163,7 @@ def side_by_side(task: Task, jobs: Sequence[Job], n_jobs: int, progress: bool | 
             'use joblib.parallel_config(backend="loky"), or n_jobs=1'
         )
     sent = _pickled(replace(task, device=None if task.device is None else str(task.device)), "the program or the data")
+    n_jobs = max(2, min(n_jobs, len(jobs))) if n_jobs > 0 else n_jobs  # more would only be idle
     packed = [(label, _pickled(algorithm, label), seed) for label, algorithm, seed in jobs]
     done: dict[int, Line] = {}
     with _bar(progress, len(jobs)) as advance, _pool(n_jobs) as (pool, flag), unworried():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.errors import IncompatibleError, require_whole
+from ppl_gen.errors import IncompatibleError, require_flag, require_number, require_whole
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting
 from ppl_gen.inference.objectives.estimators import Estimators, choose_estimators, refuse_tied_rows, rows_plate
 from ppl_gen.inference.objectives.tracing import (
@@ -70,8 +69,8 @@ class ELBO(Objective):
 
     def __post_init__(self) -> None:
         require_whole("particles", self.particles)
-        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta: expected a finite number of at least 0, got {self.beta!r}")
+        require_number("beta", self.beta)
+        require_flag("enumerate", self.enumerate)
         if self.time_step not in ("sampled", "all"):
             raise ValueError(f"time_step: expected 'sampled' or 'all', got {self.time_step!r}")
 
