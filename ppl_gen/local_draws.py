@@ -131,6 +131,12 @@ def _moved(
         )
     enough = [draws[s % len(draws)] for s in range(max(len(draws), PAIRS))]
     density = RowDensity(fit.program.model, batch, fit.info, enough, moved=moved, sums=finite, hidden=hidden)
+    if not density.together:
+        raise IncompatibleError(
+            f"the latent site(s) {', '.join(moved)} of {fit.program.name!r} cannot be drawn given new rows in any "
+            f"reasonable time, as the program does not run on many draws at once ({density.why}). Give it a "
+            "`local_posterior` or an amortised guide, or write it without Python that looks at drawn values"
+        )
     target = torch.arange(len(enough)).repeat_interleave(2)
     counts = any(place.discrete for place in density.places.values())
     start, width, effective = _started(density, target, COUNTS if counts else POOL)
@@ -163,10 +169,8 @@ def _started(density: RowDensity, target: Tensor, most: int) -> tuple[Tensor, Te
 
     A pool of prior draws serves all chains: drawn at theta_j, a point u weighs p(x, u | theta_s) / p(u | theta_j).
     """
-    own = torch.arange(most if density.together else len(density.draws)) % len(density.draws)
+    own = torch.arange(most) % len(density.draws)
     pool = torch.stack([density.prior_point(j) for j in own.tolist()])
-    if not density.together:  # one draw at a time: too slow to weigh a pool
-        return pool[target], pool.std(0), torch.zeros(pool.shape[1])
     log_q = density.log_density(pool, own, prior=True)
     size = min(most // 4, max(8, WORK // (len(target) * density.cells)))
     points, effective = [], []

@@ -301,6 +301,35 @@ def test_many_rows_take_seconds_and_say_nothing() -> None:
     assert float(scores.abs().max()) < 5.5 and 0.8 < float(scores.std()) < 1.2, "300 scores: sd 1 +- 0.041"
 
 
+def test_a_missing_count_without_bound_is_a_prediction() -> None:
+    """rate ~ Gamma(3, 1), two counts: rate given c1 is Gamma(3 + c1, 2), c2 given c1 has mean m = (3 + c1) / 2 and
+    variance 3 m / 2."""
+
+    def counts(c1, c2=None):
+        with pyro.plate("data", len(c1)):
+            rate = pyro.sample("rate", dist.Gamma(3.0, 1.0))
+            pyro.sample("c1", dist.Poisson(rate), obs=c1)
+            pyro.sample("c2", dist.Poisson(rate), obs=c2)
+
+    seen = torch.tensor([1.0, 2.0, 4.0, 3.0])
+    fit = pg.fit(counts, {"c1": seen, "c2": seen}, QUICK, seed=0)
+    c1 = torch.tensor([0.0, 20.0, 3.0])
+    drawn, mean = fit.predict({"c1": c1}, 400)["c2"], (3 + c1) / 2
+    # 5.5 standard errors of 200 independent draws: those of one chain pair are two of the 400
+    assert bool(((drawn.mean(0) - mean).abs() < 5.5 * (1.5 * mean / 200).sqrt()).all())
+
+
+def test_a_program_that_looks_at_drawn_values_is_refused_by_name() -> None:
+    def looking(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z if float(z.sum()) > -1e6 else -z, 1.0), obs=x)
+
+    fit = pg.fit(looking, torch.zeros(4), QUICK, seed=0)
+    with pytest.raises(pg.IncompatibleError, match=r"site\(s\) z of 'looking' cannot be drawn given new rows"):
+        fit.posterior(torch.ones(3), 10)
+
+
 # ---------------------------------------------------------------------------------------------- plates beside the rows
 def test_new_inputs_beside_another_plate() -> None:
     centres = torch.tensor([-2.0, 0.0, 2.0, 4.0])

@@ -144,6 +144,7 @@ class RowDensity:
         self.cells = max(sum(inputs), (batch.rows or 1) * self.width)
         first = self.flat({n: trace.nodes[n]["value"] for n in self.places}, 0)
         self._refuse_coupled(first)
+        self.why = ""  # they do not go together
         self.together = self._goes_together(first)
 
     @property
@@ -229,9 +230,11 @@ class RowDensity:
         self.together = True
         try:
             together = self.log_density(two, last)
-        except _FAILS:
+        except _FAILS as error:
+            self.why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return False
         alone = self._one(self.draws[-1], two[-1])
+        self.why = "many draws at once give other densities than one at a time"
         return bool(torch.allclose(together[-1], alone, rtol=1e-3, atol=1e-3, equal_nan=True))
 
     @property

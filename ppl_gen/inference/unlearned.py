@@ -35,8 +35,12 @@ class Hidden(Messenger):
 def plausible(fn: Any) -> Tensor:
     """A value inside the support of ``fn``, in its shape."""
     if getattr(fn.support, "is_discrete", False):
-        first: Tensor = fn.enumerate_support(expand=True)[0] if fn.has_enumerate_support else fn.sample()
-        return first
+        if fn.has_enumerate_support:
+            first: Tensor = fn.enumerate_support(expand=True)[0]
+            return first
+        # Counts without a bound: nothing may be drawn here, as many draws of the rest go through the program at once.
+        least = getattr(getattr(fn.support, "base_constraint", fn.support), "lower_bound", 0)
+        return torch.zeros(fn.shape()) + least
     transform = biject_to(fn.support)
     value: Tensor = transform(torch.zeros(transform.inverse_shape(fn.shape())))
     return value.expand(fn.shape())
