@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
@@ -23,6 +22,7 @@ from ppl_gen.inference.objectives.particles import (
     log_weights_in_chunks,
     of_particle,
 )
+from ppl_gen.inference.unlearned import leaves
 from ppl_gen.isolation import looking
 from ppl_gen.predictive import amortised, run
 
@@ -116,10 +116,10 @@ def row_integral(fit: Fit, batch: Batch, theta: Mapping[str, Tensor], rows: int)
                 f"data: none of the observed sites {sites} has a value in these data, so there is no evidence"
             )
         missing = [name for name in there if not trace.nodes[name]["is_observed"]]
-        leaves = missing if missing and not offered and _nothing_depends(fit, batch, trace, missing) else []
+        idle = leaves(fit.program.model, batch, missing, theta) if missing and not offered else []
     unmeasured = {name: replace(fit.info.sites[name], kind="latent") for name in missing}
     fit = replace(fit, info=replace(fit.info, sites={**fit.info.sites, **unmeasured}))
-    free = [site for site in fit.info.select() if site.name not in leaves and site.name not in theta]
+    free = [site for site in fit.info.select() if site.name not in idle and site.name not in theta]
     drawn = tuple(site.name for site in free if not site.finite and (site.local or site.name in missing))
     if drawn and fit.info.data_plate is None and not offered:
         raise IncompatibleError(
@@ -129,7 +129,7 @@ def row_integral(fit: Fit, batch: Batch, theta: Mapping[str, Tensor], rows: int)
     guide = _proposal(fit) if drawn and not offered else None
     guided = set(fit.info.guide_sites or {}) if guide is not None else set()
     sums = tuple(site.name for site in free if site.finite and site.name not in guided)
-    return RowIntegral(fit, offered, guide, sums, drawn, tuple(missing), tuple(leaves), WeightQuality(rows))
+    return RowIntegral(fit, offered, guide, sums, drawn, tuple(missing), tuple(idle), WeightQuality(rows))
 
 
 def _closed_form(fit: Fit, batch: Batch, theta: Mapping[str, Tensor]) -> Tensor:
@@ -137,34 +137,6 @@ def _closed_form(fit: Fit, batch: Batch, theta: Mapping[str, Tensor]) -> Tensor:
     assert fit.program.evidence is not None
     first = (theta,) if fit.info.select(local=False) else ()
     return fit.program.evidence(*first, *batch.args, **batch.kwargs)
-
-
-def _nothing_depends(fit: Fit, batch: Batch, trace: poutine.Trace, missing: Sequence[str]) -> bool:
-    """Whether no other site is distributed otherwise when the unmeasured ones take other values."""
-    latent = {n: s["value"] for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
-    for shift in range(3):  # draws of a finite site often coincide
-        other = dict(latent)
-        for name in missing:
-            other[name] = _elsewhere(trace.nodes[name], shift)
-        moved = run(fit, batch, other)
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample" or name in missing or type(site["fn"]).__name__ == "_Subsample":
-                continue
-            before, after = (node["fn"].log_prob(node["value"]) for node in (site, moved.nodes[name]))
-            if before.shape != after.shape or not torch.equal(before, after):
-                return False
-    return True
-
-
-def _elsewhere(site: Mapping[str, Any], shift: int) -> Tensor:
-    """Another value that the site can take, in every row."""
-    fn, value = site["fn"], site["value"]
-    if not fn.has_enumerate_support:
-        drawn: Tensor = fn.sample()
-        return drawn
-    support = fn.enumerate_support(expand=False).reshape(-1, *fn.event_shape)
-    choice: Tensor = support[shift % len(support)].expand(value.shape)
-    return choice
 
 
 def _proposal(fit: Fit) -> Callable[..., Any] | None:
