@@ -323,7 +323,7 @@ def test_a_program_that_looks_at_drawn_values_is_refused_by_name() -> None:
     def looking(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z if float(z.sum()) > -1e6 else -z, 1.0), obs=x)
+            pyro.sample("x", dist.Normal(z if float(z.detach().sum()) > -1e6 else -z, 1.0), obs=x)
 
     fit = pg.fit(looking, torch.zeros(4), QUICK, seed=0)
     with pytest.raises(pg.IncompatibleError, match=r"site\(s\) z of 'looking' cannot be drawn given new rows"):
