@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
 from ppl_gen.inference.enumerable import unenumerable
 from ppl_gen.inference.stopping import EarlyStop
+from ppl_gen.inference.unlearned import joint, predictions
 from ppl_gen.interrupts import allowed, check, hold, listening, taken
 from ppl_gen.isolation import Workspace, isolated, looking
 from ppl_gen.monitoring import ProgressBar, Validation
@@ -268,9 +270,14 @@ def _modules_of(program: Program, start: Fit | None) -> dict[str, nn.Module]:
 def _inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInfo:
     batch = data.head(DRY_ROWS) if data.elements > LARGE else data.batch()
     with looking():
-        info = dry_run(program, batch, guide=guide, fewer=lambda: data.head((batch.rows or 2) // 2))
+        look = partial(dry_run, program, batch, fewer=lambda: data.head((batch.rows or 2) // 2))
+        info = look()
+        if predicted := predictions(program.model, batch, info):
+            info = look(predicted=predicted)
+        if guide is not None:
+            info = look(guide=guide, predicted=predicted)
         check_names(info.sites, [*data.entries, *data.constants])
-        return info.refusing_sums(unenumerable(program.model, batch, data.head, info))
+        return info.refusing_sums(unenumerable(joint(program.model, info), batch, data.head, info))
 
 
 def _with_plate(program: Program, info: ProgramInfo) -> tuple[Program, dict[str, str]]:
@@ -385,7 +392,8 @@ def _with_guide(run: Run, outcome: Outcome) -> ProgramInfo:
         return run.info
     with Workspace(outcome.state, device=run.data.device, dtype=run.data.dtype), isolated():
         batch = run.data.batch()
-        info = dry_run(run.program, batch, guide=outcome.guide, fewer=lambda: run.data.head((batch.rows or 2) // 2))
+        fewer, known = (lambda: run.data.head((batch.rows or 2) // 2)), run.info.predicted
+        info = dry_run(run.program, batch, guide=outcome.guide, fewer=fewer, predicted=known)
         return info.refusing_sums(run.info.unenumerable)
 
 

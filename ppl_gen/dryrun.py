@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -33,7 +33,7 @@ class Site:
     """What the dry run saw of one sample site."""
 
     name: str
-    kind: str  # latent | observed | deterministic | factor
+    kind: str  # latent | predicted (a latent site that nothing depends on) | observed | deterministic | factor
     distribution: str
     batch_shape: tuple[int, ...]
     event_shape: tuple[int, ...]
@@ -89,6 +89,26 @@ class ProgramInfo:
         return replace(self, unenumerable=reason, offers=self.offers - lost)
 
     @property
+    def predicted(self) -> list[str]:
+        """Names of the latent sites that no other density depends on: drawn when they are asked for, never learned."""
+        return [site.name for site in self.select(kind="predicted")]
+
+    @property
+    def partly_observed(self) -> list[str]:
+        """Names of the sites that `obs_mask` splits into ``<name>_observed`` and ``<name>_unobserved``."""
+        return [
+            site.name
+            for site in self.select(kind="deterministic")
+            if (seen := self.sites.get(f"{site.name}_observed")) and seen.kind == "observed"
+            if (rest := self.sites.get(f"{site.name}_unobserved")) and rest.kind in ("latent", "predicted")
+        ]
+
+    def shown(self, name: str) -> str:
+        """What the user calls an observed site: ``y`` for the half of it that `obs_mask` names ``y_observed``."""
+        whole = name.removesuffix("_observed")
+        return whole if whole in self.partly_observed else name
+
+    @property
     def finite_latents(self) -> list[str]:
         """Names of the latent sites that can be summed out."""
         return [site.name for site in self.select(discrete=True) if site.finite]
@@ -137,11 +157,13 @@ def dry_run(
     *,
     guide: Callable[..., Any] | None = None,
     fewer: Callable[[], Batch] | None = None,
+    predicted: Collection[str] = (),
 ) -> ProgramInfo:
     """Run model (and guide) once on ``batch`` with full validation and describe what happened.
 
     ``fewer`` gives fewer rows of the same data, on which the program runs again where its shapes alone do not tell
-    what follows the rows.
+    what follows the rows. ``predicted`` names latent sites that need not be learned: those that the guide draws
+    nevertheless are latent sites like others.
 
     Raises:
         ValueError: for the usual plate and shape mistakes, naming the site and the edit that mends it.
@@ -155,11 +177,14 @@ def dry_run(
     check_plate(batch, sites, frame, few)
     check_reparameterised(sites)
     guide_sites = None
-    if guide is not None:
+    if guide is None:
+        sites = _predicting(sites, predicted)
+    else:
         guide_trace = _traced(filtered(guide), batch, program, what="guide")
         guide_sites = {name: _site(name, node, plate) for name, node in sample_nodes(guide_trace)}
         guide_sites = _with_points(guide_sites, guide_trace, lambda: _traced(filtered(guide), batch, program, "guide"))
         auxiliary = {name for name, node in guide_trace.nodes.items() if node.get("infer", {}).get("is_auxiliary")}
+        sites = _predicting(sites, set(predicted) - set(guide_sites))
         check_match(program, sites, {k: v for k, v in guide_sites.items() if k not in auxiliary})
         guide_frames = [f for _, node in sample_nodes(guide_trace) for f in node["cond_indep_stack"] if f.vectorized]
         nesting = max([nesting, *(-f.dim for f in guide_frames)])
@@ -176,6 +201,10 @@ def dry_run(
         batch.rows,
         offers,
     )
+
+
+def _predicting(sites: dict[str, Site], names: Collection[str]) -> dict[str, Site]:
+    return {n: replace(site, kind="predicted") if n in names and site.latent else site for n, site in sites.items()}
 
 
 def _on_fewer(program: Program, fewer: Callable[[], Batch] | None) -> Callable[[], tuple[poutine.Trace, int] | None]:

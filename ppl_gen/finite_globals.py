@@ -66,7 +66,7 @@ def _drawn(
     require_enumerable(fit.info, sums)
 
     def traced(values: Mapping[str, Tensor]) -> poutine.Trace:
-        model, nesting = fit.program.model, fit.info.plate_nesting
+        model, nesting = fit.joint, fit.info.plate_nesting
         return enumerated_trace(model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=nesting)
 
     together: dict[str, Tensor] | None

@@ -60,7 +60,8 @@ def local_draws(fit: Fit, batch: Batch, draws: Sequence[Values]) -> list[dict[st
         unknown = {name: node for name, node in unknown.items() if name not in result[0]}
     if not unknown:
         return result
-    free = leaves(fit.program.model, batch, list(unknown), result[0])
+    unread = {*fit.info.predicted, *leaves(fit.program.model, batch, list(unknown), result[0])}
+    free = [name for name in unknown if name in unread]
     asked = {name: node for name, node in unknown.items() if name not in free}
     finite = [name for name, node in asked.items() if _finite(node["fn"])]
     moved = [name for name in asked if name not in finite]
@@ -72,7 +73,8 @@ def local_draws(fit: Fit, batch: Batch, draws: Sequence[Values]) -> list[dict[st
     if finite:
         for values in result:
             values.update(_enumerated(fit, batch, values, finite, free))
-    if wanted := [name for name in free if name in fit.info.sites and fit.info.sites[name].latent]:
+    drawn = {site.name for site in fit.info.select()}.union(fit.info.predicted)
+    if wanted := [name for name in free if name in drawn]:
         for values in result:
             trace = _run(fit, batch, values)
             values.update({name: trace.nodes[name]["value"] for name in wanted})

@@ -35,6 +35,7 @@ __all__ = [
     "predictive_draws",
     "prior_predictive",
     "refuse_improper",
+    "rows_observed",
     "run",
 ]
 
@@ -113,15 +114,20 @@ def run(fit: Fit, batch: Batch, values: Mapping[str, Tensor], *, replicate: bool
 def posterior_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[str, Tensor]:
     """See `Fit.posterior`."""
     positive("draws", draws)
-    if not fit.info.select():
+    if not fit.info.select() and not fit.info.predicted:
         raise IncompatibleError(f"{fit.program.name!r} has no latent sites: there is nothing to draw a posterior of")
     _refuse_prior(fit)
     dataset = fit.dataset(data)
     with fit.bound(seed):
         batch = dataset.batch()
         latents = latent_draws(fit, batch, draws, training=dataset.same_rows(fit.data))
-        extended = [values | deterministic(fit, batch, values) for values in latents]
+        extended = [_whole(fit, values | deterministic(fit, batch, values)) for values in latents]
     return _stacked(extended)
+
+
+def _whole(fit: Fit, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a site that is observed in part, the other half too has the observed values where there are some."""
+    return values | {f"{name}_unobserved": values[name] for name in fit.info.partly_observed if name in values}
 
 
 def _refuse_prior(fit: Fit) -> None:
@@ -154,10 +160,13 @@ def predictive_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[
     with fit.bound(seed):
         batch = dataset.batch()
         trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
-        missing = [name for name in observed if name in trace.nodes and not trace.nodes[name]["is_observed"]]
-        replicate, names = not missing, missing or observed
+        there = {name: trace.nodes[name] for name in observed if name in trace.nodes}
+        unseen = [name for name, node in there.items() if not node["is_observed"]]
+        partly = [name for name in there if fit.info.shown(name) != name and _masked(there[name])]
+        missing = [name for name in observed if name in unseen or name in partly]
+        replicate, names = not missing, [fit.info.shown(name) for name in missing or observed]
         # No observation informs the locals, or none can: without a density replicates are what the program makes.
-        if len(missing) == len(observed) or (replicate and _is_forward(fit)):
+        if len(unseen) == len(observed) or (replicate and _is_forward(fit)):
             latents = global_draws(fit, draws)
         else:
             latents = latent_draws(fit, batch, draws, training=dataset.same_rows(fit.data))
@@ -169,6 +178,10 @@ def _is_forward(fit: Fit) -> bool:
     """Whether neither what was learned nor the program says anything of the latents of given rows (a GAN)."""
     silent = fit.program.local_posterior is None and "density" not in fit.info.offers
     return silent and isinstance(fit.learned, PointPosterior)
+
+
+def _masked(node: Mapping[str, Any]) -> bool:
+    return node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
 
 
 def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 0) -> dict[str, Tensor]:
@@ -255,8 +268,28 @@ def _stacked(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def observed_rows(fit: Fit, data: Dataset) -> dict[str, Tensor]:
-    """Values of the observed sites; call inside ``fit.bound()``."""
+    """Values of the observed sites, NaN where `obs_mask` says that they are missing; call inside ``fit.bound()``."""
     batch = data.batch()
     trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
     names = [site.name for site in fit.info.select(kind="observed")]
-    return {name: trace.nodes[name]["value"] for name in names if name in trace.nodes}
+    return {fit.info.shown(name): _seen(fit, trace.nodes[name]) for name in names if name in trace.nodes}
+
+
+def rows_observed(fit: Fit, batch: Batch) -> Tensor:
+    """Which rows hold an observation: all but those that `obs_mask` leaves out of every observed site."""
+    trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
+    nodes = [trace.nodes[site.name] for site in fit.info.select(kind="observed") if site.name in trace.nodes]
+    rows, dim = batch.rows or 1, fit.info.plate_dim
+    if dim is None or not nodes or any(fit.info.shown(n["name"]) == n["name"] or not _masked(n) for n in nodes):
+        return torch.ones(rows, dtype=torch.bool)
+    masks = [node["mask"].expand(node["fn"].batch_shape).movedim(dim, 0).reshape(rows, -1) for node in nodes]
+    return torch.cat(masks, 1).any(1)
+
+
+def _seen(fit: Fit, node: Mapping[str, Any]) -> Tensor:
+    value: Tensor = node["value"]
+    if fit.info.shown(node["name"]) == node["name"] or not _masked(node):
+        return value
+    mask = node["mask"].expand(node["fn"].batch_shape)
+    event = value.dim() - mask.dim()
+    return torch.where(mask.reshape(*mask.shape, *[1] * event), value, torch.nan)

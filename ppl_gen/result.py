@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -109,6 +109,13 @@ class Fit:
             rest = {name: ("check", values) for name, values in self.checks.items() if name != "step"}
             tree = tree.assign_coords(check=steps).assign(rest)
         return tree
+
+    @property
+    def joint(self) -> Callable[..., Any]:
+        """The program's model as a density of what was learned: without the sites that are mere predictions."""
+        from ppl_gen.inference.unlearned import joint
+
+        return joint(self.program.model, self.info)
 
     def module(self, name: str) -> nn.Module:
         """A trained copy of the network that the program (or objective) knows by ``name``, in evaluation mode.

@@ -73,7 +73,7 @@ def _site(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 4
-        and value[0] in ("latent", "observed", "deterministic", "factor")
+        and value[0] in ("latent", "predicted", "observed", "deterministic", "factor")
         and _text(value[1])
         and _list(lambda size: isinstance(size, int) and size >= 0)(value[2])
         and _list(_text)(value[3])

@@ -488,8 +488,8 @@ def nested(x: Tensor, weight: Tensor) -> None:
     with pyro.plate("columns", 3, dim=-2):
         loc = pyro.sample("loc", dist.Normal(shift.sum(), 1.0))
         with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("k", dist.Categorical(torch.ones(4)))
-            pyro.sample("x", dist.Normal(loc, scale).mask(weight[:, None] > 0), obs=x.T)
+            k = pyro.sample("k", dist.Categorical(torch.ones(4)))
+            pyro.sample("x", dist.Normal(loc + k, scale).mask(weight[:, None] > 0), obs=x.T)
     pyro.deterministic("twice", 2 * scale)
     pyro.factor("extra", -scale)
 

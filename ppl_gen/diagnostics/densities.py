@@ -56,7 +56,7 @@ def joint_densities(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]
 def _enumerated(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> poutine.Trace:
     sums = [name for name in fit.info.finite_latents if name not in values]
     require_enumerable(fit.info, sums)
-    model, nesting = fit.program.model, fit.info.plate_nesting
+    model, nesting = fit.joint, fit.info.plate_nesting
     return enumerated_trace(model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=nesting)
 
 

@@ -381,9 +381,9 @@ def _row_weights(fit: Fit, draws: int) -> Tensor:
     elif info.select(local=False):
         values = global_draw(fit.guide, drawn_on, info)[0]
     sums = tuple(name for name in info.finite_latents if name not in guided and name not in coupling)
-    vectorise = can_vectorise(fit.program.model, fit.guide, info, batch, sums)
+    vectorise = can_vectorise(fit.joint, fit.guide, info, batch, sums)
     weights = log_weights_in_chunks(
-        fit.program.model, fit.guide, info, batch, draws, values=values, sums=sums, vectorise=vectorise
+        fit.joint, fit.guide, info, batch, draws, values=values, sums=sums, vectorise=vectorise
     )
     assert weights.rows is not None
     return weights.rows[:, torch.as_tensor(chosen)] if whole else weights.rows

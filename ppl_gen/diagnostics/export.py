@@ -23,7 +23,7 @@ from ppl_gen.inference.guides import point_sites
 from ppl_gen.inference.objectives.tracing import is_sample, log_density, scaled
 from ppl_gen.isolation import isolated
 from ppl_gen.posterior import ChainPosterior
-from ppl_gen.predictive import amortised, observed_rows, prior_rows, run
+from ppl_gen.predictive import amortised, observed_rows, prior_rows, rows_observed, run
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -176,7 +176,7 @@ def _add_predictive(fit: Fit, batch: Batch, groups: Groups, kept: list[tuple[int
     def replicates(place: tuple[int, int] | None) -> dict[str, Tensor]:
         values = _values(fit, groups, place) if place is not None else {}
         trace = run(fit, batch, values, replicate=True)
-        return {name: trace.nodes[name]["value"] for name in observed if name in trace.nodes}
+        return {fit.info.shown(n): trace.nodes[fit.info.shown(n)]["value"] for n in observed if n in trace.nodes}
 
     limit = _affordable(replicates(kept[0] if kept else None))
     kept = _thinned(kept, limit)
@@ -201,11 +201,13 @@ def _add_log_likelihood(
     drawn = set(groups["posterior"])
     if any(not site.finite and site.name not in drawn for site in fit.info.select(local=True)):
         return
-    observed = [site.name for site in fit.info.select(kind="observed")]
+    observed = [fit.info.shown(site.name) for site in fit.info.select(kind="observed")]
     name = observed[0] if len(observed) == 1 else "_".join(observed)
     places: list[tuple[int, int] | None] = [*kept] or [None]
     values = [_values(fit, groups, place) if place is not None else {} for place in places]
     rows = _array(densities(fit, batch, values)[0])
+    if not bool((seen := rows_observed(fit, batch)).all()):
+        rows, attrs["log_likelihood_rows"] = rows[..., _array(seen)], f"the {int(seen.sum())} that hold observations"
     groups["log_likelihood"] = {name: rows.reshape(_chains(kept), -1, *rows.shape[1:])}
     if len(observed) > 1:
         attrs["log_likelihood"] = f"joint over the observed sites {', '.join(observed)}"

@@ -84,7 +84,7 @@ class RowIntegral:
 
     def _weighed(self, batch: Batch, thetas: Draws, particles: int) -> Tensor:
         """log w, draws x particles x rows: of draws of the guide where there is one, else of the prior."""
-        model, info = self.fit.program.model, self.fit.info
+        model, info = self.fit.joint, self.fit.info
         guided = set(info.guide_sites or {}) if self.guide is not None else set()
         # Where the prior draws continuous sites beside a guide, it draws the finite ones too: their terms cancel.
         sums = self.sums if all(name in guided for name in self.drawn) else ()
@@ -116,7 +116,7 @@ def row_integral(fit: Fit, batch: Batch, theta: Mapping[str, Tensor], rows: int)
                 f"data: none of the observed sites {sites} has a value in these data, so there is no evidence"
             )
         missing = [name for name in there if not trace.nodes[name]["is_observed"]]
-        idle = leaves(fit.program.model, batch, missing, theta) if missing and not offered else []
+        idle = leaves(fit.joint, batch, missing, theta) if missing and not offered else []
     unmeasured = {name: replace(fit.info.sites[name], kind="latent") for name in missing}
     fit = replace(fit, info=replace(fit.info, sites={**fit.info.sites, **unmeasured}))
     free = [site for site in fit.info.select() if site.name not in idle and site.name not in theta]
@@ -153,7 +153,7 @@ def _summed_particles(integral: RowIntegral, batch: Batch, thetas: Draws, partic
     which has the right mean whichever of z and k depends on the other, and less spread than drawing k as well.
     """
     fit = integral.fit
-    model, plate, nesting = fit.program.model, fit.info.data_plate, fit.info.plate_nesting
+    model, plate, nesting = fit.joint, fit.info.data_plate, fit.info.plate_nesting
 
     def weigh(values: Mapping[str, Tensor]) -> tuple[Tensor]:
         trace = enumerated_trace(

@@ -87,7 +87,7 @@ def moved(
         return f"no short chains were run, as the data are too many for it ({data.elements} numbers)"
     batch = data.batch()
     try:
-        density = Unconstrained(fit.program.model, batch, fit.info)
+        density = Unconstrained(fit.joint, batch, fit.info)
         if missing := [name for name in density.sites if name not in draws]:
             return f"no short chains were run, as the fit has no draws of {', '.join(missing)}"
         if density.size > MAX_SIZE:

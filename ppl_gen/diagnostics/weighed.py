@@ -84,7 +84,7 @@ def _integrated(fit: Fit, batch: Batch, outside: dict[str, Tensor], particles: i
     coupling = summed_globals(fit, guided)  # rows are independent given these: a sum over all their values is outermost
     states = combinations(fit, batch, coupling) if coupling else [{}]
     sums = tuple(name for name in info.finite_latents if name not in guided and name not in coupling)
-    model, guide = fit.program.model, fit.guide
+    model, guide = fit.joint, fit.guide
     vectorise = can_vectorise(model, guide, info, batch, sums)
 
     def one(values: dict[str, Tensor]) -> Tensor:

@@ -46,6 +46,13 @@ class Run:
     def dtype(self) -> torch.dtype:
         return self.data.dtype or torch.get_default_dtype()
 
+    @property
+    def joint(self) -> Callable[..., Any]:
+        """The program's model as a density of what is to be learned."""
+        from ppl_gen.inference.unlearned import joint
+
+        return joint(self.program.model, self.info)
+
     def starting_values(self) -> dict[str, Tensor]:
         """Plausible values of latent sites: those of the fit to continue from, else the program's own."""
         if self.start is not None and self.start.point is not None:

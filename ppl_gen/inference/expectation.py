@@ -8,7 +8,7 @@ plus log p(theta) where the posterior is maximised.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class Problem:
         transforms = {name: _transform(info.sites[name].support) for name in names}
         leaves = run.workspace.collect(lambda: run.program.model(*batch.args, **batch.kwargs))
         return Problem(
-            program=run.program,
+            program=replace(run.program, model=run.joint),
             args=batch.args,
             kwargs=batch.kwargs,
             plate=info.data_plate,

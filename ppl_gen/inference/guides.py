@@ -43,7 +43,7 @@ def resolved_guide(run: Run) -> Callable[..., Any] | None:
     if guide is None or (isinstance(guide, type) and issubclass(guide, _MADE_OF_A_MODEL)):
         return _made(guide, run)
     if isinstance(guide, AutoGuide):
-        return revived(copied(guide), poutine.block(run.program.model, hide=info.finite_latents))
+        return revived(copied(guide), poutine.block(run.joint, hide=info.finite_latents))
     if isinstance(guide, AutoMessenger):
         return _alone(copied(guide))
     if isinstance(guide, EasyGuide):  # it remembers the rows it first saw; networks in it may be the model's too
@@ -61,7 +61,7 @@ def _made(guide: type | None, run: Run) -> Callable[..., Any] | None:
     sites = finite if issubclass(kind, AutoDiscreteParallel) else rest
     if not sites:
         return None
-    model, start = poutine.block(run.program.model, expose=sites), run.starting_values()
+    model, start = poutine.block(run.joint, expose=sites), run.starting_values()
     begins = {}
     if start and "init_loc_fn" in inspect.signature(kind).parameters:
         begins = {"init_loc_fn": init_to_value(values=start, fallback=init_to_feasible)}

@@ -111,7 +111,7 @@ class NUTS(Algorithm):
     def run(self, run: Run) -> Outcome:
         """See `Algorithm.run`; raises KeyboardInterrupt if interrupted before anything was drawn."""
         with one_thread():
-            density = Unconstrained(run.program.model, run.data.batch(), run.info)
+            density = Unconstrained(run.joint, run.data.batch(), run.info)
             starts, seeds = self._starts(run, density)
             potential, seconds = _potential(run, density, starts)
         estimate = self.chains * (self.warmup + self.draws * self.thin) * _TREE_STEPS * (seconds + _TREE_SECONDS)

@@ -44,7 +44,7 @@ def refuse_rows_outside(run: Run, size: int) -> None:
 
 def _nodes(run: Run, batch: Batch, values: dict[str, Any]) -> dict[str, Any]:
     with Substitute(values):
-        nodes: dict[str, Any] = poutine.trace(run.program.model).get_trace(*batch.args, **batch.kwargs).nodes
+        nodes: dict[str, Any] = poutine.trace(run.joint).get_trace(*batch.args, **batch.kwargs).nodes
     return nodes
 
 

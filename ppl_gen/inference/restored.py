@@ -54,7 +54,8 @@ class Restored(Algorithm):
             guide = run.program.cavi.guide
         elif self.guide == "svi":
             guide = resolved_guide(run)
-            info = dry_run(run.program, batch, guide=guide, fewer=lambda: run.data.head((batch.rows or 2) // 2))
+            fewer, known = (lambda: run.data.head((batch.rows or 2) // 2)), run.info.predicted
+            info = dry_run(run.program, batch, guide=guide, fewer=fewer, predicted=known)
             run.info = info.refusing_sums(run.info.unenumerable)
             if guide is not None:
                 runs.append(partial(guide, *batch.args, **batch.kwargs))
@@ -68,7 +69,7 @@ class Restored(Algorithm):
         store = get_param_store()
         constraints = {name: store._constraints[name] for name in self.params}
         if isinstance(guide, AutoLaplaceApproximation) and (kept := restored_laplace(guide, batch, self.buffers)):
-            guide, run.info = kept, dry_run(run.program, batch, guide=kept)
+            guide, run.info = kept, dry_run(run.program, batch, guide=kept, predicted=run.info.predicted)
         return Outcome(PointPosterior(), ProgramState(self.params, constraints, self.buffers), guide=guide)
 
     def _compare(self, program: str, leaves: Mapping[str, Tensor]) -> None:

@@ -144,13 +144,14 @@ class SVI(Iterative):
         probe = as_whole(whole)
         if guide is not None:
             with looking():
-                info = dry_run(run.program, probe, guide=guide, fewer=lambda: run.data.head((probe.rows or 2) // 2))
+                fewer, known = (lambda: run.data.head((probe.rows or 2) // 2)), run.info.predicted
+                info = dry_run(run.program, probe, guide=guide, fewer=fewer, predicted=known)
                 run.info = info.refusing_sums(run.info.unenumerable)
             check_jacobians(guide, probe)
         minibatches = self.batch_size is not None and run.data.rows is not None and self.batch_size < run.data.rows
         if minibatches and guide is not None:
             refuse_row_parameters(run, guide, whole)
-        setting = Setting(run.program, run.program.model, guide, run.info, probe, minibatches)
+        setting = Setting(run.program, run.joint, guide, run.info, probe, minibatches)
         game = started(self.objective, setting)
         _continue(game, run)
         return State(self, run, game, guide, probe)
@@ -190,9 +191,9 @@ class SVI(Iterative):
 def _curved(guide: AutoLaplaceApproximation, values: ProgramState, run: Run) -> tuple[Laplace, ProgramState]:
     """The second stage of a Laplace approximation, its numbers beside those that were learned."""
     batch = run.data.batch()
-    made = second_stage(Setting(run.program, run.program.model, guide, run.info, batch), batch)
+    made = second_stage(Setting(run.program, run.joint, guide, run.info, batch), batch)
     with looking():
-        run.info = dry_run(run.program, batch, guide=made)
+        run.info = dry_run(run.program, batch, guide=made, predicted=run.info.predicted)
     run.notes["second stage"] = "a normal at the optimum, its covariance the inverse Hessian of -log p(x, z)"
     return made, replace(values, buffers={**values.buffers, **kept_buffers(made)})
 

@@ -1,12 +1,19 @@
-"""Latent sites that no other density depends on: they integrate to one, and are predictions rather than unknowns."""
+r"""Latent sites that no other density depends on: predictions rather than unknowns.
+
+.. math:: \int p(x, z, \tilde y) \, d\tilde y = p(x, z) \int p(\tilde y \mid z) \, d\tilde y = p(x, z):
+
+no algorithm has to learn such a site, and its posterior is its own distribution at each draw of the others. The rows
+that `obs_mask` leaves out of an outcome are of this kind, unless something else depends on them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
+from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
@@ -14,7 +21,49 @@ from torch.distributions import biject_to
 from ppl_gen.data.batching import Batch
 from ppl_gen.inference.objectives.particles import Substitute
 
-__all__ = ["Hidden", "leaves", "plausible"]
+if TYPE_CHECKING:
+    from ppl_gen.dryrun import ProgramInfo
+
+__all__ = ["Hidden", "joint", "leaves", "plausible", "predictions"]
+
+_FAILS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def predictions(model: Callable[..., Any], batch: Batch, info: ProgramInfo) -> list[str]:
+    """The latent sites of a program that nothing needs to learn; none where that cannot be told for sure."""
+    names = [site.name for site in info.select() if not site.improper]
+    informed = info.select(kind="observed") or info.select(kind="factor")
+    if not names or not informed or "density" not in info.offers or "time steps" in info.offers:
+        return []
+    return leaves(model, batch, names, sure=True)
+
+
+def joint(model: Callable[..., Any], info: ProgramInfo) -> Callable[..., Any]:
+    """``model`` as a density of what is to be learned: predictions left out, each latent site with its whole density.
+
+    Raises nothing; where there is nothing to change it is ``model`` itself.
+    """
+    if info.predicted:
+        model = Hidden(info.predicted)(model)
+    partly = [f"{name}_unobserved" for name in info.partly_observed]
+    latent = [name for name in partly if info.sites[name].latent]
+    return _Whole(latent)(model) if latent else model
+
+
+class _Whole(Messenger):
+    """Latent halves of partly observed sites, unmasked: where the other half is observed they follow their prior.
+
+    Nothing depends on them there, so that integrates to one. Under its mask the site has no density in these rows:
+    chains run away, guides learn nonsense, and finite sites count each value once.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names and not msg["is_observed"]:
+            msg["mask"] = None
 
 
 class Hidden(Messenger):
@@ -47,21 +96,69 @@ def plausible(fn: Any) -> Tensor:
 
 
 def leaves(
-    model: Callable[..., Any], batch: Batch, names: Sequence[str], values: Mapping[str, Tensor] | None = None
+    model: Callable[..., Any],
+    batch: Batch,
+    names: Sequence[str],
+    values: Mapping[str, Tensor] | None = None,
+    *,
+    sure: bool = False,
 ) -> list[str]:
     """Those of the latent sites ``names`` on whose values no density depends, other such sites apart.
 
-    The program is run at one value of every site, then with a site's value changed: where no other density changes,
-    nor any parameter of another distribution, it is a leaf. ``values`` fixes what is known.
+    Two tests, and a leaf passes both. Values are followed through the operations of the program: a density that is
+    computed from a site's value depends on it, even where it is level. And the program is run with the site's value
+    changed, which shows what branches on it. ``values`` fixes what is known; ``sure`` finds nothing where values
+    cannot be followed.
     """
+    followed = _unread(model, batch, names, values or {})
+    candidates = ([] if sure else list(names)) if followed is None else followed
+    if not candidates:
+        return []
     found: list[str] = []
     base = _trace(model, batch, values or {})
-    candidates = [name for name in names if name in base.nodes and not base.nodes[name]["is_observed"]]
+    candidates = [name for name in candidates if name in base.nodes and not base.nodes[name]["is_observed"]]
     while True:
         more = [n for n in candidates if n not in found and not _matters(model, batch, base, n, found)]
         if not more:
             return [name for name in candidates if name in found]
         found += more
+
+
+class _Followed(Messenger):
+    """Marks the value of each latent site by its name; what is computed from it bears the mark."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and isinstance(msg["value"], Tensor):
+            msg["value"] = ProvenanceTensor(detach_provenance(msg["value"]), frozenset({msg["name"]}))
+
+
+def _unread(
+    model: Callable[..., Any], batch: Batch, names: Sequence[str], values: Mapping[str, Tensor]
+) -> list[str] | None:
+    """Those of ``names`` that no density is computed from, others of them apart; None where values are not followed."""
+    try:
+        with _Followed():
+            trace = _trace(model, batch, values)
+        reads = {name: _read(node) for name, node in trace.nodes.items() if _counts(node)}
+    except _FAILS:
+        return None
+    found: set[str] = set()
+    while more := {n for n in names if n not in found and not any(n in reads[m] for m in reads.keys() - found - {n})}:
+        found |= more
+    return [name for name in names if name in found]
+
+
+def _counts(node: Any) -> bool:
+    own = node["type"] == "sample" and type(node["fn"]).__name__ != "_Subsample"
+    return own and not node["infer"].get("_deterministic")
+
+
+def _read(node: Any) -> frozenset[str]:
+    """Names of the sites that a site's density is computed from."""
+    found: frozenset[str] = get_provenance(node["fn"].log_prob(node["value"]))
+    for part in _parameters(node["fn"]):
+        found |= get_provenance(part)
+    return found | get_provenance(node["mask"]) | get_provenance(node["scale"])
 
 
 def _matters(model: Callable[..., Any], batch: Batch, base: poutine.Trace, name: str, ignored: Collection[str]) -> bool:
