@@ -30,6 +30,7 @@ from ppl_gen.errors import (
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
 from ppl_gen.inference.enumerable import unenumerable
+from ppl_gen.inference.restored import guide_source
 from ppl_gen.inference.stopping import EarlyStop
 from ppl_gen.inference.unlearned import joint, predictions
 from ppl_gen.interrupts import allowed, check, hold, listening, taken
@@ -383,6 +384,7 @@ def _finished(recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outc
         cost={"seconds": seconds, **outcome.cost},
         notes=dict(run.notes),
         recipe=recipe,
+        guide_source=guide_source(algorithm, run, outcome),
     )
 
 

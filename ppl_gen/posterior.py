@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 
-__all__ = ["ChainPosterior", "GuidePosterior", "PointPosterior", "Posterior"]
+__all__ = ["BUILT_IN", "ChainPosterior", "GuidePosterior", "PointPosterior", "Posterior"]
 
 
 class Posterior(ABC):
@@ -92,3 +92,7 @@ class ChainPosterior(Posterior):
         total = len(next(iter(flat.values())))
         index = torch.arange(total) if count >= total else torch.linspace(0, total - 1, count).round().long()
         return [{name: value[i] for name, value in flat.items()} for i in index]
+
+
+#: The kinds that a saved fit holds whole; any other is code.
+BUILT_IN = (PointPosterior, GuidePosterior, ChainPosterior)

@@ -68,6 +68,7 @@ class Fit:
     cost: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     recipe: Recipe | None = None
+    guide_source: str | None = None  # what makes guide and posterior again: see `ppl_gen.inference.restored`
     computed: dict[Any, Any] = field(init=False, default_factory=dict, compare=False)  # k-hats, made once
 
     def __repr__(self) -> str:
@@ -128,7 +129,8 @@ class Fit:
         with self.bound() as workspace:
             if name not in self.module_names:
                 known = sorted({*self.module_names, *self.extra_modules}) or ["none"]
-                raise KeyError(f"no network named {name!r} in this fit; there is: {', '.join(known)}")
+                lacking = f"; not loaded: {self.notes['not loaded']}" if "not loaded" in self.notes else ""
+                raise KeyError(f"no network named {name!r} in this fit; there is: {', '.join(known)}{lacking}")
             module = self.module_names[name]
             workspace.adopt(module, name)
             return copied(module).eval()

@@ -18,7 +18,7 @@ __all__ = ["FILES", "check_diagnosis", "check_meta", "check_tensors", "check_tre
 FILES = ("tensors.safetensors", "draws.nc", "diagnosis.json")  # the last one may lack
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _KINDS = ("chains", "point", "variational")
-_PREFIXES = ("param", "buffer", "point", "draws", "stats", "data", "constant")
+_PREFIXES = ("param", "buffer", "point", "draws", "stats", "data", "constant", "module")
 _LARGEST = 2**53
 
 
@@ -140,7 +140,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "plate": ("text or null", _optional(_text)),
     "sites": ("[kind, distribution, event shape, plates] by name of site", _table(_site)),
     "constants": ("numbers and texts by name", _table(lambda v: _text(v) or isinstance(v, bool) or _number(v))),
-    "guide": ("svi, cavi or null", _one_of("svi", "cavi", None)),
+    "guide": ("svi, cavi, own, lost or null", _one_of("svi", "cavi", "own", "lost", None)),
     "fingerprint": ("a Python and entries by name", _fingerprint),
     "files": ("hashes by name of file", _table(lambda v: _text(v) and len(v) == 64)),
 }

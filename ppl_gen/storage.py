@@ -17,12 +17,13 @@ from torch import Tensor
 from ppl_gen.atomic import as_path, atomically
 from ppl_gen.data.batching import Dataset
 from ppl_gen.fingerprint import differences, fingerprint
-from ppl_gen.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
+from ppl_gen.posterior import BUILT_IN, ChainPosterior, PointPosterior
+from ppl_gen.reloading import compare_draws, restored, site_table
 from ppl_gen.saved import SavedFit
 from ppl_gen.schema import FILES, check_meta, check_tensors, read_json, refuse, tensors_of
 
 if TYPE_CHECKING:
-    from ppl_gen.dryrun import ProgramInfo
+    from ppl_gen.inference.base import Algorithm
     from ppl_gen.program import Program, Recipe
     from ppl_gen.result import Fit
 
@@ -59,6 +60,10 @@ def _tensors(fit: Fit) -> dict[str, Tensor]:
     if isinstance(fit.learned, ChainPosterior):
         tensors |= {f"draws/{name}": value for name, value in fit.learned.draws.items()}
         tensors |= {f"stats/{name}": value for name, value in fit.learned.stats.items()}
+    for name, module in fit.extra_modules.items():
+        tensors |= {
+            f"module/{name}/{key}": value for key, value in module.state_dict().items() if isinstance(value, Tensor)
+        }
     if _left_out(fit.data) is None:
         tensors |= {f"data/{name}": value for name, value in _entries(fit.data).items()}
         constants = fit.data.constants.items()
@@ -120,7 +125,7 @@ def _meta(fit: Fit) -> dict[str, Any]:
         "positional": fit.data.positional,
         "data": _left_out(fit.data),
         "plate": fit.info.data_plate,
-        "sites": _site_table(fit.info),
+        "sites": site_table(fit.info),
         "constants": plain,
         "guide": _guide_source(fit),
         "fingerprint": fingerprint(fit),
@@ -129,40 +134,50 @@ def _meta(fit: Fit) -> dict[str, Any]:
 
 def _not_kept(fit: Fit) -> dict[str, str]:
     """What a saved fit says that it lacks; a posterior of the user's own class, without which it cannot be loaded."""
-    lacking = [f"network {name!r} of a player" for name in fit.extra_modules]
-    own = type(fit.learned)
-    if own not in (PointPosterior, GuidePosterior, ChainPosterior):
+    lacking = []
+    own, source = type(fit.learned), _guide_source(fit)
+    if own not in BUILT_IN:
         lacking.append(f"the posterior, a {own.__name__}, which is code")
         warnings.warn(
             f"fit.save: the posterior of this fit is a {own.__name__}, which is code and is not saved: only draws, "
-            "history and parameters are, and pg.load(path) without program= reads them",
+            "history and parameters are. pg.load(path) without program= reads them; with program= and algorithm= it "
+            "makes the posterior again, if all that it learned is in parameters",
+            stacklevel=6,
+        )
+    elif source == "lost":
+        lacking.append("the guide, which is code of the algorithm")
+        warnings.warn(
+            f"fit.save: the guide of this fit was made by {fit.algorithm}, which does not implement outline(run), and "
+            "is not saved: pg.load(path) without program= reads draws and history, with program= it is refused",
             stacklevel=6,
         )
     return {"not saved": "; ".join(lacking)} if lacking else {}
 
 
-def _site_table(info: ProgramInfo) -> dict[str, list[Any]]:
-    """What a program has to have in common with the one that was fitted, whatever its data."""
-    return {n: [s.kind, s.distribution, list(s.event_shape), list(s.plates)] for n, s in info.sites.items()}
-
-
 def _guide_source(fit: Fit) -> str | None:
-    if fit.guide is None:
-        return None
-    return "cavi" if fit.program.cavi is not None and fit.guide is fit.program.cavi.guide else "svi"
+    own = type(fit.learned) not in BUILT_IN
+    return "lost" if own and fit.guide_source != "own" else fit.guide_source
 
 
-def load(path: str | Path, program: Program | Recipe | Callable[..., Any] | None = None, *, data: Any = None) -> Any:
+def load(
+    path: str | Path,
+    program: Program | Recipe | Callable[..., Any] | None = None,
+    *,
+    data: Any = None,
+    algorithm: Algorithm | None = None,
+) -> Any:
     """Read a saved fit; with its program all of it, without it draws, history and diagnostics.
 
     Args:
         path: the folder that `Fit.save` wrote.
         program: the model, `Program` or `Recipe` it was fitted with.
         data: the training data, needed for a recipe when they were too large to be saved with the fit (64 MiB).
+        algorithm: what the fit was made with, given again; needed where the program alone does not say what the guide,
+            the posterior or a game's critic is. It takes no step.
 
     Raises:
         ValueError: for a folder that is no saved fit, or is damaged (every file is checked against its hash), or
-            whose parameters do not belong to ``program``.
+            whose parameters do not belong to ``program``, or that needs its ``algorithm`` or was made by another.
 
     Example:
         >>> load("no/such/folder")
@@ -171,6 +186,7 @@ def load(path: str | Path, program: Program | Recipe | Callable[..., Any] | None
         ValueError: path: no saved fit at no/such/folder (fit.json is missing)
     """
     folder = as_path(path)
+    _check_algorithm(algorithm, program)
     while True:
         meta = _checked_meta(folder, str(path))
         try:
@@ -183,7 +199,8 @@ def load(path: str | Path, program: Program | Recipe | Callable[..., Any] | None
             if meta == _checked_meta(folder, str(path)):
                 raise
         else:  # else the fit was replaced by another while it was read: read that one
-            fit = _restored(meta, tensors, program, data)
+            fit = restored(meta, tensors, program, data, algorithm)
+            compare_draws(fit, meta, contents)
             return _compared(fit, meta["fingerprint"], str(path))
 
 
@@ -230,56 +247,15 @@ def _checked_contents(folder: Path, meta: dict[str, Any]) -> Path:
     return contents
 
 
-def _restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, data: Any) -> Fit:
-    from ppl_gen.driver import fit as run_fit
-    from ppl_gen.inference.restored import Restored
-    from ppl_gen.program import Recipe
+def _check_algorithm(algorithm: Any, program: Any) -> None:
+    from ppl_gen.inference.base import Algorithm
 
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    if data is None and meta["data"] is not None:
-        raise ValueError(
-            f"data: the training data {meta['data']}; pass them as data=... (a recipe "
-            f"{'needs' if isinstance(program, Recipe) else 'may need'} them to build its program)"
-        )
-    if data is None:
-        data = _saved_data(meta, part("data/"), part("constant/"))
-    algorithm = Restored(meta["algorithm"], meta["guide"], part("param/"), part("buffer/"))
-    built = run_fit(program, data, algorithm, seed=meta["seed"], dtype=getattr(torch, meta["dtype"]), progress=False)
-    if _site_table(built.info) != meta["sites"]:
-        raise ValueError(
-            f"program: {built.program.name!r} is not the program of this fit: its sites are {_site_table(built.info)}, "
-            f"those of the fit {meta['sites']}"
-        )
-    learned: Posterior = PointPosterior(part("point/"))
-    if meta["kind"] == "chains":
-        learned = ChainPosterior(part("draws/"), part("stats/"))
-    elif meta["kind"] == "variational" and built.guide is not None:
-        learned = GuidePosterior(built.guide)
-    from ppl_gen.result import Status
-
-    return replace(
-        built,
-        algorithm=meta["algorithm"],
-        settings=meta["settings"],
-        learned=learned,
-        records={name: [float(v) for v in values] for name, values in meta["records"].items()},
-        checks={name: [float(v) for v in values] for name, values in meta["checks"].items()},
-        status=Status(meta["status"]),
-        message=meta["message"],
-        cost=meta["cost"],
-        notes=meta["notes"],
-    )
-
-
-def _saved_data(meta: dict[str, Any], entries: dict[str, Tensor], constants: dict[str, Tensor]) -> Any:
-    from ppl_gen.data.batching import constant
-
-    if meta["positional"] is not None:
-        return next(iter(entries.values()))
-    whole = {name: constant(value) for name, value in constants.items()}
-    return {**entries, **whole, **meta["constants"]}
+    if algorithm is None:
+        return
+    if not isinstance(algorithm, Algorithm):
+        raise TypeError(f"algorithm: expected an instance such as SVI(), what the fit was made with; got {algorithm!r}")
+    if program is None:
+        raise ValueError("algorithm: it is of use with a program only; pass program=... too")
 
 
 def _digest(path: Path) -> str:

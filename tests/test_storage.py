@@ -403,12 +403,6 @@ def test_a_saved_fit_is_as_readable_as_any_other_folder(tmp_path: Path) -> None:
     assert (tmp_path / "kept").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_game_says_that_its_critic_is_not_saved(tmp_path: Path) -> None:
-    fit, _ = fitted("implicit")
-    fit.save(tmp_path / "kept")
-    assert pg.load(tmp_path / "kept").notes["not saved"] == "network 'critic' of a player"
-
-
 def test_a_posterior_of_a_class_of_ones_own_is_not_saved_in_silence(tmp_path: Path) -> None:
     class Own(ChainPosterior):
         pass

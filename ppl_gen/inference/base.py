@@ -39,6 +39,7 @@ class Run:
     progress: Callable[[int, int, str], None] | None = None
     notes: dict[str, str] = field(default_factory=dict)
     guide: Callable[..., Any] | None = None
+    resolved: Callable[..., Any] | None = None  # the guide that a program alone leads to
     hooks: Sequence[Callable[[int, Info], None]] = ()
     validation: Any = None
 
@@ -111,6 +112,14 @@ class Algorithm(ABC):
     def run(self, run: Run) -> Outcome:
         """Learn ``run.program`` from ``run.data``."""
 
+    def outline(self, run: Run) -> Outcome:
+        """The outcome before any step, into which `pg.load` puts what was saved: its guide, networks and posterior.
+
+        Raises:
+            NotImplementedError: for an algorithm that owns its loop and does not implement it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement outline(run)")
+
 
 class Iterative(Algorithm):
     """An algorithm that moves in steps; the driver owns the loop.
@@ -171,6 +180,10 @@ class Iterative(Algorithm):
     def stop_every(self) -> int:
         """Ask `stop` and synchronise with the device once in so many steps."""
         return 1
+
+    def outline(self, run: Run) -> Outcome:
+        """The outcome at the first state."""
+        return self.outcome(self.init(run), run)
 
     def run(self, run: Run) -> Outcome:
         """The driver's loop over `init` and `step`."""

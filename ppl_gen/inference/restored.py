@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pyro import get_param_store
 from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor
+from torch.nn import Module
 
 from ppl_gen.data.batching import LARGE
 from ppl_gen.dryrun import dry_run
 from ppl_gen.inference.base import Algorithm, Outcome, Run
 from ppl_gen.inference.guides import resolved_guide
-from ppl_gen.inference.laplace import restored_laplace
+from ppl_gen.inference.laplace import Laplace, restored_laplace
 from ppl_gen.isolation import ProgramState
 from ppl_gen.offers import Need
-from ppl_gen.posterior import PointPosterior
+from ppl_gen.posterior import BUILT_IN, GuidePosterior, PointPosterior
 
-__all__ = ["Restored"]
+__all__ = ["Restored", "guide_source"]
 
 _ROWS = 256  # rows of large data that the program is run on: parameters do not depend on how many there are
+
+
+def guide_source(algorithm: Algorithm | None, run: Run, outcome: Outcome) -> str | None:
+    """What makes the guide and the posterior of an outcome again.
+
+    None: there is no guide; "svi": the program, as SVI resolves its guide; "cavi": its coordinate updates; "own": the
+    algorithm, by `Algorithm.outline`; "lost": nothing, for the algorithm owns its loop and has no outline.
+    """
+    learned, guide = outcome.posterior, outcome.guide
+    if guide is None and isinstance(learned, GuidePosterior):
+        guide = learned.guide
+    if type(learned) in BUILT_IN:
+        if guide is None:
+            return None
+        if run.program.cavi is not None and guide is run.program.cavi.guide:
+            return "cavi"
+        if (guide.first if isinstance(guide, Laplace) else guide) is run.resolved:
+            return "svi"
+    return "lost" if algorithm is None or type(algorithm).outline is Algorithm.outline else "own"
 
 
 @dataclass(frozen=True)
@@ -30,9 +50,11 @@ class Restored(Algorithm):
     """Puts saved parameters into a program; raises ValueError where the two do not belong together."""
 
     name: str
-    guide: str | None  # "svi": the guide SVI resolves; "cavi": that of the coordinate updates
+    guide: str | None  # as `guide_source` tells
     params: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
+    algorithm: Algorithm | None = None  # that of the fit, given again
+    modules: Mapping[str, Tensor] = field(default_factory=dict)
 
     subsamples: ClassVar[bool] = True
 
@@ -44,8 +66,46 @@ class Restored(Algorithm):
     def needs(self) -> Sequence[Need]:
         return (("CAVI updates",),) if self.guide == "cavi" else ()
 
+    def outline(self, run: Run) -> Outcome:
+        return self.run(run)
+
     def run(self, run: Run) -> Outcome:
         """One dry run, one comparison of names and shapes, and the values."""
+        if self.algorithm is None:
+            return self._of_program(run)
+        if self.guide == "own":
+            return self._of_algorithm(self.algorithm, run)
+        outcome = self._of_program(run)
+        if self.modules:
+            outcome.modules = self._filled(self.algorithm.outline(replace(run, notes={})).modules)
+        return outcome
+
+    def _of_algorithm(self, algorithm: Algorithm, run: Run) -> Outcome:
+        """The algorithm's own outcome before a step, with the saved values in it."""
+        outcome = algorithm.outline(run)
+        batch = run.data.head(_ROWS) if run.data.elements > LARGE else run.data.batch()
+        parts = [part for part in (run.program.model, outcome.guide) if part is not None]
+        leaves = run.workspace.collect(*(partial(part, *batch.args, **batch.kwargs) for part in parts))
+        made = {**leaves, **outcome.state.unconstrained}
+        self._compare(run.program.name, {name: made[name] for name in made if name in self.params or name in leaves})
+        constraints: dict[str, Any] = {**get_param_store()._constraints, **outcome.state.constraints}
+        state = ProgramState(self.params, {name: constraints[name] for name in self.params}, self.buffers)
+        return replace(outcome, state=state, modules=self._filled(outcome.modules), failed=None, diverged=None)
+
+    def _filled(self, modules: Mapping[str, Module]) -> dict[str, Module]:
+        """The algorithm's networks with the saved weights in them."""
+        saved = {name.partition("/")[0] for name in self.modules}
+        if saved != set(modules):
+            raise ValueError(f"algorithm: it has the networks {sorted(modules)}, the saved fit {sorted(saved)}")
+        for name, module in modules.items():
+            weights = {k.removeprefix(f"{name}/"): v for k, v in self.modules.items() if k.startswith(f"{name}/")}
+            try:
+                module.load_state_dict(weights)
+            except RuntimeError as error:
+                raise ValueError(f"algorithm: its network {name!r} is not that of the saved fit: {error}") from error
+        return dict(modules)
+
+    def _of_program(self, run: Run) -> Outcome:
         batch = run.data.head(_ROWS) if run.data.elements > LARGE else run.data.batch()
         runs = [partial(run.program.model, *batch.args, **batch.kwargs)]
         guide = None
