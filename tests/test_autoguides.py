@@ -132,6 +132,7 @@ def test_normal_guides_find_the_exact_posterior(name, tmp_path):
     answers_agree(fit, program, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:marginal_likelihood")  # some are far from the posterior, and say so
 @pytest.mark.parametrize("name", named(FLOWING))
 def test_flows_weigh_their_draws(name, tmp_path):
     program = program_of(FLOWING[name])

@@ -50,7 +50,7 @@ def test_the_evidence_of_a_conjugate_fit_is_its_posterior_predictive_density() -
     # The sd of a row's density over theta is below 0.6 of its mean, so that of the estimate is below 0.6 / sqrt 4000.
     assert abs(estimate.mean - float(exact.mean())) < 6 * 0.6 / math.sqrt(4000)
     assert 0 < estimate.mc_stderr < 3 * 0.6 / math.sqrt(4000)
-    assert not estimate.exact and estimate.rows == 3 and estimate.kind == "averaged over 4000 posterior draws"
+    assert not estimate.exact and estimate.rows == 3 and estimate.kind.startswith("averaged over 4000 posterior draws")
     assert estimate.stderr == pytest.approx(float(exact.std()) / math.sqrt(3), rel=0.05)
     assert estimate.values.shape == (3,) and estimate.mean == pytest.approx(float(estimate.values.mean()))
     assert "+-" in repr(estimate) and "nats per row" in repr(estimate)
@@ -60,7 +60,9 @@ def test_the_monte_carlo_error_is_what_repetitions_show() -> None:
     fit = pg.fit(pg.Program(conjugate, conjugate_guide), X8, STILL)
     runs = [fit.evidence(HELD, draws=60, seed=seed) for seed in range(60)]
     spread = float(torch.tensor([run.mean for run in runs]).std())
-    claimed = math.sqrt(sum(run.mc_stderr**2 for run in runs) / 60)
+    # The guide is wider than the posterior: that gap is part of the error, and is not what repetitions show.
+    gaps = [(run.guide_gap or 0.0) if abs(run.guide_gap or 0.0) > 3 * (run.guide_gap_stderr or 0.0) else 0.0 for run in runs]
+    claimed = math.sqrt(sum(run.mc_stderr**2 - gap**2 for run, gap in zip(runs, gaps, strict=True)) / 60)
     # An sd of 60 runs is known to 9 %, the jackknife's pooled over 60 runs to 4 %: 4.5 errors are 45 %.
     assert claimed == pytest.approx(spread, rel=0.45)
     single = fit.evidence(HELD, draws=1)
@@ -141,7 +143,7 @@ def test_a_program_that_offers_its_evidence_is_asked() -> None:
     known = pg.Program(both, both_guide, evidence=lambda values, x: local_evidence(x - values["theta"]))
     exact = pg.fit(known, X8, STILL).evidence(HELD, draws=400)
     summed = pg.fit(pg.Program(both, both_guide), X8, STILL).evidence(HELD, draws=400, particles=500)
-    assert exact.kind == "averaged over 400 posterior draws" and not exact.exact and exact.mc_stderr > 0
+    assert exact.kind.startswith("averaged over 400 posterior draws") and not exact.exact and exact.mc_stderr > 0
     # The same 400 draws of theta in distribution, not in number: five joint standard errors.
     assert abs(exact.mean - summed.mean) < 5 * math.hypot(exact.mc_stderr, summed.mc_stderr)
 
@@ -158,7 +160,7 @@ def test_an_autoguide_over_globals_is_averaged_over_and_never_exact(offered: boo
     tolerance = 6 * 0.6 / math.sqrt(4000)
     assert abs(estimate.mean - float(exact.mean())) < tolerance
     assert abs(float(normal(loc, 1.0).log_prob(HELD).mean()) - float(exact.mean())) > 2 * tolerance, "at the point"
-    assert not estimate.exact and estimate.kind == "averaged over 4000 posterior draws"
+    assert not estimate.exact and estimate.kind.startswith("averaged over 4000 posterior draws")
     assert 0 < estimate.mc_stderr < tolerance / 2
     single = fit.evidence(HELD, draws=1)
     assert not single.exact and single.kind == "at one posterior draw" and math.isnan(single.mc_stderr)

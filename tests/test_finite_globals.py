@@ -136,7 +136,7 @@ def test_evidence_is_the_posterior_predictive_density_with_the_indicators_of_the
     found = spiked.evidence({"x": x, "y": y}, draws=4000)
     # A normal density of sd 0.5 is at most 0.8 and here at least 0.3 on average: relative sd below 1, 5 / sqrt(4000).
     assert float((found.values - exact).abs().max()) < 0.08
-    assert not found.exact and found.kind == "averaged over 4000 posterior draws" and found.mc_stderr > 0
+    assert not found.exact and found.kind.startswith("averaged over 4000 posterior draws") and found.mc_stderr > 0
 
 
 def test_marginal_likelihood_sums_the_indicators_jointly_over_all_rows(spiked: pg.Fit) -> None:

@@ -92,7 +92,7 @@ def test_evidence_of_rows_is_right_under_a_flow_guide(kind):
 
 @pytest.mark.parametrize("kind", FLOWS)
 def test_marginal_likelihood_is_right_under_flows_at_global_and_local_sites(kind):
-    found = fitted(kind, with_global).marginal_likelihood(draws=60, particles=20)
+    found = fitted(kind, with_global).marginal_likelihood(draws=400, particles=20)
     # The inner averages are of 20 particles for 5 rows: their noise is in the spread over draws already.
     assert abs(found.mean - exact_total()) < 5 * found.mc_stderr
     assert found.mc_stderr < 0.3

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import Dataset
+from ppl_gen.diagnostics.averaging import Average, normaliser, weighed_parameters
 from ppl_gen.diagnostics.integration import RowIntegral, row_integral
+from ppl_gen.diagnostics.psis import pareto_k_threshold
 from ppl_gen.diagnostics.weighed import weighed_draws
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.finite_globals import summed_globals
@@ -26,15 +28,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Evidence", "marginal_likelihood", "row_evidence"]
 
+NOTABLE = 3.0  # standard errors from which a gap between guide and posterior is taken for one
+
 
 @dataclass(frozen=True)
 class Evidence:
     """log p(x) in nats: the mean over rows, and how well it is known.
 
-    ``mean`` and ``stderr`` (spread over rows / sqrt(rows)); ``mc_stderr`` the Monte Carlo error of the mean; ``kind``
+    ``mean`` and ``stderr`` (spread over rows / sqrt(rows)); ``mc_stderr`` the error of the mean as an estimate; ``kind``
     how it was computed; ``exact`` whether no sampling took part; ``values`` per row. Of importance weights:
     ``effective_draws`` per row, (sum w)^2 / sum w^2; ``pareto_k``, the median over rows (of a single number, its own),
     and ``pareto_k_rows`` for at most 200 rows spread over the data.
+
+    A guide stands for the posterior, and is not the posterior: ``guide_gap`` is by how much weighing its draws (Pareto
+    smoothed) moves the mean, in nats per row, ``guide_gap_stderr`` the error of that; None where it was not measured. A
+    gap beyond `NOTABLE` of its errors is part of ``mc_stderr``, in quadrature. ``mc_stderr`` is NaN where one draw shows
+    no error, and infinite where nothing is known of it.
     """
 
     mean: float
@@ -47,12 +56,25 @@ class Evidence:
     pareto_k: float | None = None
     pareto_k_rows: Tensor | None = None
     effective_draws: Tensor | None = None
+    guide_gap: float | None = None
+    guide_gap_stderr: float | None = None
 
     def __repr__(self) -> str:
         carried = "" if self.effective_draws is None else f", {float(self.effective_draws.median()):.0f} effective"
-        tail = "" if self.exact else f"{carried} (Monte Carlo {self.mc_stderr:.2g})"
+        tail = "" if self.exact else f"{carried} (Monte Carlo {self._error()})"
         per = "per row" if self.rows > 1 else "in all"
         return f"Evidence({self.mean:.4f} +- {self.stderr:.4f} nats {per}, {self.rows} rows, {self.kind}{tail})"
+
+    def _error(self) -> str:
+        if math.isinf(self.mc_stderr):
+            return "error unknown"
+        gap = f"; the posterior gives {self.guide_gap:+.2g}" if _notable(self.guide_gap, self.guide_gap_stderr) else ""
+        return f"{self.mc_stderr:.2g}{gap}"
+
+
+def _notable(gap: float | None, error: float | None) -> bool:
+    """Whether guide and posterior give different evidence, beyond what the draws leave open."""
+    return gap is not None and error is not None and abs(gap) > NOTABLE * error
 
 
 def row_evidence(
@@ -72,21 +94,24 @@ def row_evidence(
         first = next(iter(data.chunks(chunk)))
         if not follows_rows(fit, first):
             chunk, first = data.rows or chunk, data.batch()  # a plate of a size of its own: all rows, or none
-        thetas = _parameter_draws(fit, draws)
+        thetas, weights = _parameter_draws(fit, draws, particles)
         integral = row_integral(fit, first, thetas[0], data.rows or 1)
-        groups = _Jackknife(len(thetas))
+        average = Average(len(thetas), weights)
         values, errors = [], []
         for batch in data.chunks(chunk):
             per_draw, variance = integral(batch, thetas, particles)
             values.append(torch.logsumexp(per_draw, 0) - math.log(len(per_draw)))
             errors.append(variance)
-            groups.add(per_draw)
+            average.add(per_draw)
         rows = torch.cat(values).double().cpu()
         variances = torch.cat(errors).double().cpu()
     mean, n, quality = float(rows.mean()), len(rows), integral.quality
-    kind, exact = _kind(fit, integral, len(thetas), particles if integral.sampled else 0)
+    kind, exact = _kind(fit, integral, len(thetas), particles if integral.sampled else 0, weighed=weights is not None)
     # Parameter draws are shared by all rows, so their error does not average out over rows: it is taken over draws.
-    mc = math.sqrt(float(variances.sum()) / n**2 + groups.error(n) ** 2)
+    mc = math.sqrt(float(variances.sum()) / n**2 + average.error() ** 2)
+    gap, gap_error = average.gap() or (None, None)
+    if gap is not None and _notable(gap, gap_error):
+        mc = math.hypot(mc, gap)
     stderr = float(rows.std() / math.sqrt(n)) if n > 1 else 0.0
     if len(thetas) == 1 and thetas[0] and not _at_point(fit):
         mc = math.nan  # one draw of the parameters says nothing of how much they vary
@@ -104,26 +129,9 @@ def row_evidence(
         pareto_k=None if ks is None else float(np.median(ks)),
         pareto_k_rows=None if ks is None else torch.as_tensor(ks),
         effective_draws=quality.effective_draws,
+        guide_gap=gap,
+        guide_gap_stderr=gap_error,
     )
-
-
-class _Jackknife:
-    """The error of the mean evidence that comes from the finite number of parameter draws, over ten groups of them."""
-
-    def __init__(self, draws: int) -> None:
-        self.groups = min(10, draws)
-        self.totals = torch.zeros(self.groups, dtype=torch.float64)
-
-    def add(self, per_draw: Tensor) -> None:
-        """Draws x rows of one chunk."""
-        for group in range(self.groups) if self.groups > 1 else ():
-            rest = torch.cat([per_draw[other :: self.groups] for other in range(self.groups) if other != group])
-            self.totals[group] += float((torch.logsumexp(rest, 0) - math.log(len(rest))).sum())
-
-    def error(self, rows: int) -> float:
-        """Standard error of the mean over ``rows`` rows; zero for a single draw, which shows none."""
-        left_out = self.totals / rows
-        return float((((left_out - left_out.mean()) ** 2).sum() * (self.groups - 1) / self.groups).sqrt())
 
 
 def _require_density(fit: Fit) -> None:
@@ -154,14 +162,19 @@ def _at_point(fit: Fit) -> bool:
     return fit.learned.kind == "variational" and all(site.name in points for site in fit.info.select(local=False))
 
 
-def _parameter_draws(fit: Fit, draws: int) -> list[dict[str, Tensor]]:
-    """Draws of the globals. Without a data plate the whole data are one row, whose finite latents are summed out."""
+def _parameter_draws(fit: Fit, draws: int, particles: int) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+    """Draws of the globals, and how the posterior weighs them where that is measured.
+
+    Without a data plate the whole data are one row, whose finite latents are summed out.
+    """
     if not fit.info.select(local=False):
-        return [{}]
-    return global_draws(fit, 1 if _at_point(fit) else draws, finite=fit.info.data_plate is not None)
+        return [{}], None
+    if not _at_point(fit) and (found := weighed_parameters(fit, draws, particles)) is not None:
+        return found
+    return global_draws(fit, 1 if _at_point(fit) else draws, finite=fit.info.data_plate is not None), None
 
 
-def _kind(fit: Fit, integral: RowIntegral, draws: int, particles: int) -> tuple[str, bool]:
+def _kind(fit: Fit, integral: RowIntegral, draws: int, particles: int, *, weighed: bool) -> tuple[str, bool]:
     parts = []
     if draws > 1:
         parts.append(f"averaged over {draws} posterior draws")
@@ -172,6 +185,8 @@ def _kind(fit: Fit, integral: RowIntegral, draws: int, particles: int) -> tuple[
     drawn = bool(fit.info.select(local=False)) and not _at_point(fit)
     if drawn and draws == 1:
         parts.append("at one posterior draw")
+    elif drawn and not weighed and fit.learned.kind == "variational":
+        parts.append("the guide taken for the posterior")
     if integral.missing and not integral.offered:
         parts.append(f"without {', '.join(integral.missing)}, not measured")
     return "; ".join([*(parts or ["exact"]), *_plugged_in(fit)]), not drawn and not particles
@@ -187,14 +202,15 @@ def _plugged_in(fit: Fit) -> list[str]:
 
 
 def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | None = None) -> Evidence:
-    r"""log p(all data) by importance weighting, log 1/S sum_s p(x, theta_s) / q(theta_s).
+    r"""log p(all data) by importance weighting, log 1/S sum_s p(x, theta_s) / q(theta_s), weights Pareto smoothed.
+
+    Where k-hat says that the guide misses part of the posterior, the value lies below log p(x) by an amount that the
+    draws do not show: ``mc_stderr`` is infinite then, ``kind`` says so, and a UserWarning what to do. See `normaliser`.
 
     Raises:
         IncompatibleError: for point estimates and chains, which have no density to propose from, and for a guide that
             puts any site at one value: the mass around that value would go uncounted.
     """
-    from ppl_gen.diagnostics.psis import pareto_k
-
     require_whole("draws", draws)
     require_whole("particles", particles)
     _require_density(fit)
@@ -212,9 +228,18 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
         )
     with fit.bound(seed):
         weights = weighed_draws(fit, draws, particles).log_weights
-    n = len(weights)
-    value = torch.logsumexp(weights, 0) - math.log(n)
-    relative = (weights - weights.max()).exp()
-    error = float(relative.std() / relative.mean() / math.sqrt(n)) if n > 1 else 0.0
-    k = pareto_k(weights.numpy()) if n >= 50 else None
-    return Evidence(float(value), 0.0, error, 1, f"importance weighted, {n} draws", False, value.reshape(1), k)
+    n, found = len(weights), normaliser(weights)
+    kind = f"importance weighted, {n} draws"
+    if found.pareto_k is None:
+        kind += ", too few to judge the guide by"
+    elif not found.reliable:
+        kind += f", k-hat {found.pareto_k:.2f}: below log p(x) by an amount unknown"
+        warnings.warn(
+            f"marginal_likelihood: k-hat {found.pareto_k:.2f} is above {pareto_k_threshold(n):.2f}, the limit for {n} "
+            "draws: the guide misses part of the posterior, so the value lies below log p(x) by an amount unknown. Fit "
+            "with a richer guide (AutoMultivariateNormal, or a flow), train it longer, or ask for more draws",
+            UserWarning,
+            stacklevel=3,
+        )
+    value = torch.tensor([found.value], dtype=torch.float64)
+    return Evidence(found.value, 0.0, found.stderr, 1, kind, False, value, found.pareto_k)
