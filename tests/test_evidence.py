@@ -61,7 +61,9 @@ def test_the_monte_carlo_error_is_what_repetitions_show() -> None:
     runs = [fit.evidence(HELD, draws=60, seed=seed) for seed in range(60)]
     spread = float(torch.tensor([run.mean for run in runs]).std())
     # The guide is wider than the posterior: that gap is part of the error, and is not what repetitions show.
-    gaps = [(run.guide_gap or 0.0) if abs(run.guide_gap or 0.0) > 3 * (run.guide_gap_stderr or 0.0) else 0.0 for run in runs]
+    gaps = [
+        (run.guide_gap or 0.0) if abs(run.guide_gap or 0.0) > 3 * (run.guide_gap_stderr or 0.0) else 0.0 for run in runs
+    ]
     claimed = math.sqrt(sum(run.mc_stderr**2 - gap**2 for run, gap in zip(runs, gaps, strict=True)) / 60)
     # An sd of 60 runs is known to 9 %, the jackknife's pooled over 60 runs to 4 %: 4.5 errors are 45 %.
     assert claimed == pytest.approx(spread, rel=0.45)

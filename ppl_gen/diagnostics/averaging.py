@@ -24,7 +24,7 @@ ENOUGH = 50  # draws from which k-hat tells a good guide from a bad one
 
 
 class Average:
-    r"""Sums over rows, chunk after chunk, of what each parameter draw does to the mean of log 1/S sum_s p(x_i | theta_s).
+    r"""Sums over rows, chunk after chunk, of what each parameter draw does to the mean evidence.
 
     Args:
         draws: S.
@@ -107,7 +107,7 @@ def weighed_parameters(fit: Fit, draws: int, particles: int) -> tuple[list[dict[
 
 @dataclass(frozen=True)
 class Normaliser:
-    """log of the mean of importance weights: ``value``, its standard error, k-hat, and whether the error can be true."""
+    """log of the mean of importance weights: its value, standard error, k-hat, and whether that error holds."""
 
     value: float
     stderr: float
@@ -118,7 +118,8 @@ class Normaliser:
 def normaliser(log_weights: Tensor) -> Normaliser:
     r"""log 1/S sum_s w_s of smoothed weights and its standard error; infinite where k-hat is above its limit.
 
-    With shares :math:`v_s` of the smoothed weights, :math:`\mathrm{se}^2 = \mathrm{var}(S v) / S + (v_{\max} / (1 - k))^2`.
+    With shares :math:`v_s` of the smoothed weights,
+    :math:`\mathrm{se}^2 = \mathrm{var}(S v) / S + (v_{\max} / (1 - k))^2`.
     The second term is what a Pareto tail of shape k holds beyond the largest draw, which no spread over draws shows;
     it matters for k above 0.4. With fewer than `ENOUGH` draws there is no k-hat, and the error is that of the draws as
     they are; a single one shows none (NaN). Without a finite weight the value is -inf or NaN, the error infinite.

@@ -35,14 +35,14 @@ NOTABLE = 3.0  # standard errors from which a gap between guide and posterior is
 class Evidence:
     """log p(x) in nats: the mean over rows, and how well it is known.
 
-    ``mean`` and ``stderr`` (spread over rows / sqrt(rows)); ``mc_stderr`` the error of the mean as an estimate; ``kind``
+    ``mean`` and ``stderr`` (spread over rows / sqrt(rows)); ``mc_stderr`` the error of the estimate; ``kind``
     how it was computed; ``exact`` whether no sampling took part; ``values`` per row. Of importance weights:
     ``effective_draws`` per row, (sum w)^2 / sum w^2; ``pareto_k``, the median over rows (of a single number, its own),
     and ``pareto_k_rows`` for at most 200 rows spread over the data.
 
     A guide stands for the posterior, and is not the posterior: ``guide_gap`` is by how much weighing its draws (Pareto
     smoothed) moves the mean, in nats per row, ``guide_gap_stderr`` the error of that; None where it was not measured. A
-    gap beyond `NOTABLE` of its errors is part of ``mc_stderr``, in quadrature. ``mc_stderr`` is NaN where one draw shows
+    gap beyond `NOTABLE` of its errors is part of ``mc_stderr``, in quadrature. It is NaN where one draw shows
     no error, and infinite where nothing is known of it.
     """
 
