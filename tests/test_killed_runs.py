@@ -67,7 +67,7 @@ def test_kills_at_random_times_leave_nothing(body: str, number: int) -> None:
 def test_ctrl_c_at_random_moments_of_the_setup_puts_everything_back() -> None:
     times = random.Random(7)
     bodies = {
-        "recipe": "pg.fit(gaussian_mixture(components=3), pg.load_data('crabs'), EM(max_steps=100000, tolerance=0.0))",
+        "recipe": "pg.fit(gaussian_mixture(components=3), pg.load_data('crabs'), EM(steps=100000, tolerance=0.0))",
         "nuts": "pg.fit(model, ROWS, NUTS(draws=100000, chains=2, processes=1))",
         "inspection": "pg.compare(model, ROWS, {'a': LONG})",
     }
