@@ -18,6 +18,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from ppl_gen.errors import require_spelt
+
 __all__ = ["as_path", "atomically", "is_contents", "replace_file"]
 
 _OWNER = ".writing.json"  # in contents that are being written: by whom
@@ -29,9 +31,10 @@ _mine: set[str] = set()  # contents that this process is writing now
 
 
 def as_path(path: object) -> Path:
-    """A path from text or a `Path`; raises TypeError for anything else."""
+    """A path from text or a `Path`; raises TypeError for anything else, ValueError for one that cannot be."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path: expected text or a Path, got {type(path).__name__}")
+    require_spelt("path", path)
     return Path(path).expanduser()
 
 

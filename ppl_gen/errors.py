@@ -28,6 +28,7 @@ __all__ = [
     "require_path",
     "require_positive",
     "require_seed",
+    "require_spelt",
     "require_whole",
 ]
 
@@ -145,16 +146,31 @@ def require_device(value: Any) -> torch.device | None:
 
     if value is None:
         return None
+    if isinstance(value, bytes):  # torch reads them as text
+        raise ValueError(f"device: expected one such as 'cpu' or 'cuda', got {value!r}")
     try:
         place = torch.device(value)
         if place.type != "meta":
             torch.empty(1, device=place)
     except Exception as error:  # every backend has a way of its own to be absent
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"device: {text}, got {value!r}") from error
+        raise ValueError(f"device: {text}, got {value!r}; expected one that is here, such as 'cpu'") from error
     if place.type == "meta":
         raise ValueError(f"device: expected one that holds numbers, such as 'cpu' or 'cuda', got {value!r}")
     return place
+
+
+def require_spelt(name: str, value: str | os.PathLike[str]) -> None:
+    """Raise ValueError, naming the argument, for a path that no file system takes: empty, too long, with a zero byte.
+
+    >>> require_spelt("path", "")
+    Traceback (most recent call last):
+    ...
+    ValueError: path: expected a path, got ''
+    """
+    text = os.fspath(value)
+    if not text.strip() or "\0" in text or any(len(part.encode(errors="replace")) > 255 for part in Path(text).parts):
+        raise ValueError(f"{name}: expected a path, got {text[:40]!r}")
 
 
 def require_path(name: str, value: Any, *, file: bool = False) -> Path:
@@ -169,10 +185,8 @@ def require_path(name: str, value: Any, *, file: bool = False) -> Path:
     """
     if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
         raise TypeError(f"{name}: expected a path, as text or pathlib.Path, got {type(value).__name__}")
-    text = os.fspath(value)
-    if not text.strip() or "\0" in text or any(len(part.encode(errors="replace")) > 255 for part in Path(text).parts):
-        raise ValueError(f"{name}: expected a path, got {text[:40]!r}")
-    path = Path(text).expanduser().absolute()
+    require_spelt(name, value)
+    path = Path(value).expanduser().absolute()
     if file and path.is_dir():
         raise ValueError(f"{name}: expected a file, but {path} is a folder; name a file in it")
     if not file and path.is_file():

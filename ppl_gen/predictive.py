@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from ppl_gen.data.batching import LARGE, Batch, Dataset
-from ppl_gen.errors import IncompatibleError, require_whole
+from ppl_gen.errors import IncompatibleError, require_seed, require_whole
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.objectives.particles import Substitute
@@ -211,7 +211,7 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
     from ppl_gen.program import as_recipe
 
     positive("draws", draws)
-    with isolated(seed, dtype=_dtype_of(data)), torch.no_grad():
+    with isolated(require_seed(seed), dtype=_dtype_of(data)), torch.no_grad():
         built, dataset = _built(as_recipe(program), data, None, None, None)
         modules = _modules_of(built, None)
         with Workspace(dtype=dataset.dtype, training=False, modules=modules), whole_plates():

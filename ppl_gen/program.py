@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_gen.arguments import require_function, require_instance, require_mapping, require_text
 from ppl_gen.extensions import CAVIUpdates, EMSteps, Energy, TimeSteps
 
 __all__ = ["Program", "Recipe", "as_recipe", "filtered"]
@@ -77,18 +78,27 @@ class Program:
             raise TypeError(
                 f"guide: expected a Pyro guide, an autoguide class or None, got {type(self.guide).__name__}"
             )
-        if not isinstance(self.terms, Mapping):
-            raise TypeError(f"terms: expected a mapping from names to functions, got {type(self.terms).__name__}")
         if isinstance(made := getattr(self.guide, "func", None), type):
             raise TypeError(
                 f"guide: a partial of the class {made.__name__} would be called with the data; pass the class, or an "
                 f"instance, {made.__name__}(model, ...)"
             )
+        self._check_offers()
         stuck = [name for name, term in self.terms.items() if not callable(term)]
         if stuck:
             raise TypeError(f"terms: expected functions of the data, got something else for {', '.join(stuck)}")
         if not self.name:
             object.__setattr__(self, "name", getattr(self.model, "__name__", type(self.model).__name__))
+
+    def _check_offers(self) -> None:
+        """What a program offers of its own is of the kind that will be asked of it."""
+        require_text("data_plate", self.data_plate, "the name of a plate")
+        require_text("name", self.name)
+        require_mapping("terms", self.terms, "a mapping from names to functions")
+        for offer in ("start", "relabel", "evidence", "local_posterior"):
+            require_function(offer, getattr(self, offer))
+        for offer, kind in (("em", EMSteps), ("cavi", CAVIUpdates), ("energy", Energy), ("time_steps", TimeSteps)):
+            require_instance(offer, getattr(self, offer), kind)
 
     def __getstate__(self) -> dict[str, Any]:
         from ppl_gen.isolation import copied  # pickling makes Pyro's autoguides forget their model: a copy may
@@ -138,6 +148,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not callable(self.build):
             raise TypeError(f"build: expected a function from data to a Program, got {type(self.build).__name__}")
+        require_text("name", self.name)
+        require_mapping("arguments", self.arguments)
         if not self.name:
             object.__setattr__(self, "name", getattr(self.build, "__name__", type(self.build).__name__))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ppl_gen.arguments import require_text
 from ppl_gen.data.batching import Dataset, as_dataset
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.handlers.whole_plates import whole_plates
@@ -124,6 +125,7 @@ class Fit:
         Raises:
             KeyError: if there is none; the message lists the names there are.
         """
+        require_text("name", name, "the name of a network")
         if name in self.extra_modules:
             return copy.deepcopy(self.extra_modules[name]).eval()
         with self.bound() as workspace:

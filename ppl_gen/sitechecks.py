@@ -175,8 +175,8 @@ def data_plate(program: Program, batch: Batch, trace: poutine.Trace, fewer: Fewe
         if len(follow) == 1 and follow[0] in holds:
             return follow[0]
     raise ValueError(
-        f"the program {program.name!r} has no plate named {program.data_plate!r}, but the plate {over_rows[0]!r} has "
-        f"as many rows as the data ({rows}). Name it {program.data_plate!r}, or say "
+        f"the program {program.name!r} has no plate named {program.data_plate!r} (its data_plate), but the plate "
+        f"{over_rows[0]!r} has as many rows as the data ({rows}). Name it {program.data_plate!r}, or say "
         f"pg.Program(model, data_plate={over_rows[0]!r})."
     )
 

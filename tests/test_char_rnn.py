@@ -276,7 +276,7 @@ def test_minibatches_and_saving(chained: pg.Fit, tmp_path) -> None:
     [
         ({"symbols": 1}, "symbols: expected a whole number of at least 2, got 1"),
         ({"symbols": 2.0}, "symbols: expected a whole number"),
-        ({"cell": "elman"}, "cell: expected one of rnn, lstm, gru, got 'elman'"),
+        ({"cell": "elman"}, "cell: expected one of 'rnn', 'lstm', 'gru', got 'elman'"),
         ({"hidden": 0}, "hidden: expected a whole number of at least 1, got 0"),
         ({"layers": True}, "layers: expected"),
         ({"embedding": 0}, "embedding: expected"),

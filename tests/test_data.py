@@ -110,7 +110,7 @@ def test_alice_is_the_whole_text() -> None:
     assert "".join(sorted(set(text))) == ALPHABET and len(ALPHABET) == 70
     assert alice_text("train") + alice_text("test") == text
     assert alice_text("train").endswith(".)\n\n") and 0.9 <= len(alice_text("train")) / len(text) < 0.91
-    with pytest.raises(ValueError, match="split: expected one of train, test, got 'valid'"):
+    with pytest.raises(ValueError, match="split: expected one of 'train', 'test' or None, got 'valid'"):
         alice_text("valid")
 
 
@@ -160,14 +160,14 @@ def test_rows_say_what_is_wrong_with_their_entries(entries: dict, error: type[Ex
 @pytest.mark.parametrize(
     "name, options, said",
     [
-        ("crab", {}, "name: expected one of crabs, digits, mnist, fashion-mnist, alice, got 'crab'"),
+        ("crab", {}, "name: expected one of 'crabs', 'digits', 'mnist', 'fashion-mnist', 'alice', got 'crab'"),
         ("digits", {"split": "test"}, "split: 'digits' is published whole"),
-        ("mnist", {"split": "valid"}, "split: expected one of train, test, got 'valid'"),
-        ("mnist", {"binarize": "static"}, "binarize: expected None or one of dynamic, fixed, got 'static'"),
+        ("mnist", {"split": "valid"}, "split: expected one of 'train', 'test' or None, got 'valid'"),
+        ("mnist", {"binarize": "static"}, "binarize: expected one of 'dynamic', 'fixed' or None, got 'static'"),
         ("crabs", {"binarize": "fixed"}, "'crabs' holds no images"),
         ("crabs", {"images": True}, "'crabs' holds no images"),
         ("digits", {"root": "somewhere"}, "root: 'digits' comes with a package"),
-        ("alice", {"split": "valid"}, "split: expected one of train, test, got 'valid'"),
+        ("alice", {"split": "valid"}, "split: expected one of 'train', 'test' or None, got 'valid'"),
         ("alice", {"binarize": "fixed"}, "'alice' holds no images"),
         ("alice", {"images": True}, "'alice' holds no images"),
         ("alice", {"root": "somewhere"}, "root: 'alice' comes with a package"),

@@ -319,7 +319,7 @@ def test_data_that_do_not_fit_are_refused(settings, data, error, message):
     ("settings", "message"),
     [
         ({"states": 0}, "states: expected a whole number of at least 1, got 0"),
-        ({"states": 2, "emission": "poisson"}, "emission: expected 'normal' or 'categorical', got 'poisson'"),
+        ({"states": 2, "emission": "poisson"}, "emission: expected one of 'normal', 'categorical', got 'poisson'"),
         ({"states": 2, "categories": 3}, "categories: only categorical emissions have them"),
         ({"states": 2, "concentration": 0.0}, "concentration: expected a positive number, got 0.0"),
         ({"states": 2, "degrees": 1.0}, "degrees: expected more than 1, got 1.0"),

@@ -342,7 +342,7 @@ def test_what_has_no_codes_is_refused() -> None:
         (lambda fit: plot_traversal(fit, X[:2]), "row: .* got 2 rows"),
         (lambda fit: plot_traversal(fit, 0, [2]), r"units: expected numbers from 0 to 1, at least one, got \[2\]"),
         (lambda fit: plot_traversal(fit, 0, []), "units: expected numbers from 0 to 1, at least one"),
-        (lambda fit: plot_codes(fit, X, method="umap"), "method: expected one of tsne, pca, first, got 'umap'"),
+        (lambda fit: plot_codes(fit, X, method="umap"), "method: expected one of 'tsne', 'pca', 'first', got 'umap'"),
         (lambda fit: plot_codes(fit, X, Y[:5], "pca"), "labels: expected one for each of the 60 rows, got shape"),
         (lambda fit: plot_codes(fit, X[:4], site="q"), "site: expected one of z, got 'q'"),
     ],

@@ -280,8 +280,11 @@ def test_words_are_no_data():
     ("settings", "message"),
     [
         ({"components": 0}, "components: expected a whole number of at least 1, got 0"),
-        ({"components": 2, "covariance": "tied"}, "covariance: expected 'spherical', 'diagonal' or 'full', got 'tied'"),
-        ({"components": 2, "weights": "none"}, "weights: expected 'free' or 'equal', got 'none'"),
+        (
+            {"components": 2, "covariance": "tied"},
+            "covariance: expected one of 'spherical', 'diagonal', 'full', got 'tied'",
+        ),
+        ({"components": 2, "weights": "none"}, "weights: expected one of 'free', 'equal', got 'none'"),
         ({"components": 2, "strength": 0.0}, "strength: expected a positive number, got 0.0"),
     ],
 )

@@ -130,7 +130,7 @@ def test_other_mistakes_in_the_settings() -> None:
         pg.fit(conjugate, X8, SVI(steps=2, optimiser=pyro.optim.Adam({"lr": 0.1})))
     with pytest.raises(ValueError, match="stratify: no entry 'label'.*there is x"):
         pg.fit(conjugate, X8, SVI(steps=2, batch_size=4, stratify="label"))
-    with pytest.raises(ValueError, match="time_step: expected 'sampled' or 'all'"):
+    with pytest.raises(ValueError, match="time_step: expected one of 'sampled', 'all'"):
         ELBO(time_step="some")
     with pytest.raises(pg.IncompatibleError, match="nothing to learn in 'local'"):
         pg.fit(

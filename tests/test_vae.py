@@ -323,7 +323,7 @@ def test_exports_of_many_rows_keep_to_the_first_ones(monkeypatch: pytest.MonkeyP
         ({"features": ()}, "features: expected a number of columns or the shape"),
         ({"features": 3, "latent": 0}, "latent"),
         ({"features": 3, "hidden": (4, 0)}, "hidden"),
-        ({"features": 3, "likelihood": "poisson"}, "likelihood: expected one of auto, bernoulli"),
+        ({"features": 3, "likelihood": "poisson"}, "likelihood: expected one of .auto., .bernoulli."),
         ({"features": 3, "likelihood": "bernoulli", "scale": 1.0}, "scale: is the noise of likelihood='normal'"),
         ({"features": 3, "scale": -1.0}, "scale: expected a positive number"),
         ({"features": 3, "likelihood": "categorical"}, "levels: expected"),
@@ -331,7 +331,7 @@ def test_exports_of_many_rows_keep_to_the_first_ones(monkeypatch: pytest.MonkeyP
         ({"features": 3, "network": "convolutional"}, "takes images"),
         ({"features": (1, 3, 3), "network": "convolutional", "classes": 2}, "no classes"),
         ({"features": 3, "network": "transformer"}, "network: expected"),
-        ({"features": 3, "activation": "step"}, "activation: expected one of tanh"),
+        ({"features": 3, "activation": "step"}, "activation: expected one of 'tanh'"),
         ({"features": 3, "classes": 1}, "classes: expected at least 2"),
     ],
 )

@@ -22,6 +22,7 @@ def as_array(value: Any, name: str) -> Any:
     if isinstance(value, Tensor):
         _check_kind(name, value.layout is torch.strided, "a sparse tensor; pass .to_dense()")
         _check_kind(name, value.device.type != "meta", "a meta tensor, which holds none; pass one on a device")
+        _check_kind(name, not value.is_quantized, "a quantised tensor; pass .dequantize()")
         _check_kind(name, not value.is_complex(), "complex ones; pass real and imaginary parts as columns")
         return value.detach().contiguous()  # sums over strided memory round differently: equal rows, equal fits
     if isinstance(value, tuple) and any(isinstance(part, Tensor | np.ndarray) and part.ndim for part in value):

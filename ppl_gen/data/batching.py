@@ -192,7 +192,7 @@ class Batches:
 def _strata(data: Dataset, stratify: str | None) -> list[Tensor] | None:
     if stratify is None:
         return None
-    if stratify not in data.entries:
+    if not isinstance(stratify, str) or stratify not in data.entries:
         raise ValueError(f"stratify: no entry {stratify!r} in the data; there is {', '.join(data.entries)}")
     value = data.entries[stratify]
     labels = value.cpu() if isinstance(value, Tensor) else shared(value)

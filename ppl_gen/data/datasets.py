@@ -9,11 +9,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.data.crabs import crab_ratios
 from ppl_gen.data.images import image_rows
 from ppl_gen.data.rows import Rows
 from ppl_gen.data.text import alice_text, text_rows
-from ppl_gen.errors import MissingExtraError
+from ppl_gen.errors import MissingExtraError, require_flag, require_path
 
 __all__ = ["load_data"]
 
@@ -108,20 +109,20 @@ def load_data(
 def _check(
     name: str, split: str | None, binarize: str | None, images: bool, root: str | os.PathLike[str] | None
 ) -> None:
-    if name not in _NAMES:
-        raise ValueError(f"name: expected one of {', '.join(_NAMES)}, got {name!r}")
+    require_choice("name", name, _NAMES)
+    require_flag("images", images)
     if split is not None and name not in _WITH_SPLIT:
         raise ValueError(
             f"split: {name!r} is published whole, so expected None, got {split!r}; split its rows yourself"
         )
-    if split not in (None, *_SPLITS):
-        raise ValueError(f"split: expected one of {', '.join(_SPLITS)}, got {split!r}")
-    if binarize not in (None, *_BINARIZE):
-        raise ValueError(f"binarize: expected None or one of {', '.join(_BINARIZE)}, got {binarize!r}")
+    require_choice("split", split, _SPLITS, optional=True)
+    require_choice("binarize", binarize, _BINARIZE, optional=True)
+    if root is not None:
+        require_path("root", root)
     if name in ("crabs", "alice") and (binarize is not None or images):
         raise ValueError(f"binarize, images: {name!r} holds no images; leave both out")
     if root is not None and not _NAMES[name]:
-        raise ValueError(f"root: {name!r} comes with a package and is read from no folder; leave root out")
+        raise ValueError(f"root: {name!r} comes with a package and is read from no folder: expected None, got {root!r}")
 
 
 def _digits() -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from ppl_gen.arguments import require_function, require_mapping
+
 __all__ = ["Rows"]
 
 
@@ -40,6 +42,8 @@ class Rows(Mapping[str, Tensor]):
     on_batch: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
+        require_mapping("entries", self.entries, "a mapping from names to tensors")
+        require_function("on_batch", self.on_batch)
         for name, value in self.entries.items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"entry {name!r}: expected a tensor, got {type(value).__name__}")

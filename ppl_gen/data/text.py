@@ -7,11 +7,13 @@ character stands in exactly one of them, so bits per character over all sequence
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ppl_gen.arguments import require_choice, require_text
+from ppl_gen.data.arrays import as_array
 from ppl_gen.data.rows import Rows
 from ppl_gen.errors import require_whole
 
@@ -38,8 +40,7 @@ def alice_text(split: Literal["train", "test"] | None = None) -> str:
         >>> alice_text("train").split()[:4], alice_text("test").split()[-2:]
         (["ALICE'S", 'ADVENTURES', 'IN', 'WONDERLAND'], ['THE', 'END'])
     """
-    if split not in (None, "train", "test"):
-        raise ValueError(f"split: expected one of train, test, got {split!r}")
+    require_choice("split", split, ("train", "test"), optional=True)
     text = files("ppl_gen.data").joinpath("alice.txt").read_text("ascii").replace("\r\n", "\n")
     cut = text.index("\n\n", int(_TRAINING * len(text))) + 2
     return {"train": text[:cut], "test": text[cut:], None: text}[split]
@@ -55,9 +56,9 @@ def encoded(text: str, alphabet: str = ALPHABET) -> Tensor:
         >>> encoded("cab", "abc")
         tensor([2, 0, 1])
     """
+    require_text("text", text)
+    _check_alphabet(alphabet)
     places = {symbol: code for code, symbol in enumerate(alphabet)}
-    if len(places) != len(alphabet) or not alphabet:
-        raise ValueError(f"alphabet: expected different characters, at least one, got {alphabet!r}")
     unknown = sorted(set(text) - set(places))
     if unknown:
         raise ValueError(
@@ -65,6 +66,12 @@ def encoded(text: str, alphabet: str = ALPHABET) -> Tensor:
             "leave them out, or pass alphabet=''.join(sorted(set(text)))"
         )
     return torch.tensor([places[symbol] for symbol in text], dtype=torch.int64)
+
+
+def _check_alphabet(alphabet: Any) -> None:
+    require_text("alphabet", alphabet, "its characters as text")
+    if len(set(alphabet)) != len(alphabet) or not alphabet:
+        raise ValueError(f"alphabet: expected different characters, at least one, got {alphabet!r}")
 
 
 def decoded(codes: Tensor, lengths: Tensor | None = None, alphabet: str = ALPHABET) -> list[str]:
@@ -77,14 +84,25 @@ def decoded(codes: Tensor, lengths: Tensor | None = None, alphabet: str = ALPHAB
         >>> decoded(torch.tensor([[2, 0, 1], [0, 0, 0]]), torch.tensor([3, 2]), "abc")
         ['cab', 'aa']
     """
-    if codes.dim() != 2 or codes.is_floating_point():
-        raise ValueError(f"codes: expected whole numbers, rows x time, got {codes.dtype} of shape {tuple(codes.shape)}")
+    _check_alphabet(alphabet)
+    codes = _whole("codes", codes, 2)
+    lengths = None if lengths is None else _whole("lengths", lengths, 1)
+    if lengths is not None and (len(lengths) != len(codes) or not bool((lengths >= 0).all())):
+        raise ValueError(f"lengths: expected one for each of the {len(codes)} rows, none negative, got {lengths}")
     ends = [codes.shape[1]] * len(codes) if lengths is None else lengths.tolist()
     rows = [row[:end] for row, end in zip(codes.tolist(), ends, strict=True)]
     wrong = sorted({code for row in rows for code in row if not 0 <= code < len(alphabet)})
     if wrong:
         raise ValueError(f"codes: expected 0 to {len(alphabet) - 1}, places in the alphabet, got {wrong[:5]}")
     return ["".join(alphabet[code] for code in row) for row in rows]
+
+
+def _whole(name: str, value: Any, dims: int) -> Tensor:
+    tensor = torch.as_tensor(as_array(value, name))
+    if tensor.dim() != dims or tensor.is_floating_point() or tensor.dtype is torch.bool:
+        shape = "one for each row" if dims == 1 else "rows x time"
+        raise ValueError(f"{name}: expected whole numbers, {shape}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+    return tensor
 
 
 def text_rows(text: str, *, length: int = 128, alphabet: str = ALPHABET) -> Rows:
@@ -107,6 +125,8 @@ def text_rows(text: str, *, length: int = 128, alphabet: str = ALPHABET) -> Rows
         ['down the ', 'rabbit-ho', 'le']
     """
     require_whole("length", length)
+    length = int(length)  # one of numpy's small integers would wrap round, and the cutting never end
+    require_text("text", text)
     if not text:
         raise ValueError("text: expected at least one character, got an empty text")
     codes, starts = encoded(text, alphabet), [0]

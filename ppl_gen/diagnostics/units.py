@@ -91,7 +91,7 @@ def code_site(fit: Fit, site: str | None = None) -> str:
             f"{fit.program.name!r} has no codes: that takes a continuous latent site of every row, and a guide that "
             "follows the rows (an encoder), or a local_posterior that the program offers"
         )
-    if site is not None and site not in found:
+    if site is not None and not (isinstance(site, str) and site in found):
         raise ValueError(f"site: expected one of {', '.join(found)}, got {site!r}")
     return site or found[0]
 

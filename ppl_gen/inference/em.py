@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.data.batching import Batches
 from ppl_gen.errors import IncompatibleError, require_flag, require_number, require_whole
 from ppl_gen.inference.base import Info, Iterative, Outcome, Run
@@ -93,8 +94,7 @@ class EM(Iterative):
             require_whole(name, value)
         require_number("tolerance", self.tolerance, expected="a number of nats of at least 0")
         require_flag("prior", self.prior)
-        if self.m_step not in _MODES:
-            raise ValueError(f"m_step: expected one of {', '.join(map(repr, _MODES))}, got {self.m_step!r}")
+        require_choice("m_step", self.m_step, _MODES)
 
     @property
     def needs(self) -> Sequence[Need]:

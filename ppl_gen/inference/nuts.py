@@ -107,6 +107,9 @@ class NUTS(Algorithm):
             raise ValueError(f"target_accept: expected a number between 0 and 1, got {self.target_accept!r}")
         if self.jitter is not None and not (is_number(self.jitter) and 0.0 <= self.jitter < math.inf):
             raise ValueError(f"jitter: expected a number of at least 0, or None, got {self.jitter!r}")
+        for name in ("draws", "chains", "warmup", "max_tree_depth", "thin"):  # numpy's small integers would wrap round
+            object.__setattr__(self, name, int(getattr(self, name)))
+        object.__setattr__(self, "full_mass", bool(self.full_mass))
 
     def run(self, run: Run) -> Outcome:
         """See `Algorithm.run`; raises KeyboardInterrupt if interrupted before anything was drawn."""

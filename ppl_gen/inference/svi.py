@@ -89,6 +89,8 @@ class SVI(Iterative):
         for name in named:
             if isinstance(name, str) and name.lower() not in OPTIMISERS:
                 raise ValueError(f"optimiser: expected one of {', '.join(OPTIMISERS)} or a function, got {name!r}")
+            if not isinstance(name, str) and name is not None and not callable(name):
+                raise TypeError(f"optimiser: expected a name or a function, got {type(name).__name__}")
 
     @property
     def label(self) -> str:

@@ -13,7 +13,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ppl_gen.errors import is_number, require_whole
+from ppl_gen.arguments import require_choice
+from ppl_gen.errors import is_number, require_flag, require_whole
 from ppl_gen.models.coding_networks import Decoder, Encoder, Units
 from ppl_gen.models.improper import Flat
 from ppl_gen.models.inputs import entries
@@ -98,10 +99,10 @@ def autoencoder(
         True
     """
     widths = _checked(features, code, hidden, kind, activation)
+    require_flag("tied", tied)
     _check_sparsity(code, sparsity, penalty, target, top_k)
     _check_corruption(corruption, noise)
-    if likelihood not in ("normal", "bernoulli"):
-        raise ValueError(f"likelihood: expected 'normal' or 'bernoulli', got {likelihood!r}")
+    require_choice("likelihood", likelihood, ("normal", "bernoulli"))
     units: Units = "sigmoid" if sparsity and penalty == "kl" else "linear"
 
     def build(data: Any) -> Program:
@@ -127,8 +128,7 @@ def autoencoder(
 def _checked(features: int, code: int, hidden: Sequence[int] | None, kind: str, activation: str) -> tuple[int, ...]:
     for name, value in (("features", features), ("code", code)):
         require_whole(name, value)
-    if kind not in _HIDDEN:
-        raise ValueError(f"kind: expected 'dense' or 'convolutional', got {kind!r}")
+    require_choice("kind", kind, _HIDDEN)
     widths = checked_widths(_HIDDEN[kind] if hidden is None else hidden, activation)
     if kind == "convolutional" and not widths:
         raise ValueError("hidden: a convolutional autoencoder needs the channels of one convolution at least")
@@ -138,8 +138,7 @@ def _checked(features: int, code: int, hidden: Sequence[int] | None, kind: str, 
 def _check_sparsity(code: int, sparsity: float, penalty: str, target: float, top_k: int | None) -> None:
     if not is_number(sparsity) or not 0 <= sparsity < float("inf"):
         raise ValueError(f"sparsity: expected a weight of at least 0, got {sparsity!r}")
-    if penalty not in ("l1", "kl"):
-        raise ValueError(f"penalty: expected 'l1' or 'kl', got {penalty!r}")
+    require_choice("penalty", penalty, ("l1", "kl"))
     if not is_number(target) or not 0 < target < 1:
         raise ValueError(f"target: expected a mean activity between 0 and 1, got {target!r}")
     if top_k is not None:
@@ -151,8 +150,7 @@ def _check_sparsity(code: int, sparsity: float, penalty: str, target: float, top
 
 
 def _check_corruption(corruption: float, noise: str) -> None:
-    if noise not in ("masking", "normal"):
-        raise ValueError(f"noise: expected 'masking' or 'normal', got {noise!r}")
+    require_choice("noise", noise, ("masking", "normal"))
     most = 1.0 if noise == "masking" else float("inf")
     if not is_number(corruption) or not 0 <= corruption < most:
         raise ValueError(f"corruption: expected at least 0 and less than {most:g}, got {corruption!r}")

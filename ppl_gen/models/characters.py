@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyro
 from torch import Tensor
 
+from ppl_gen.arguments import require_choice, require_fit
 from ppl_gen.errors import require_whole
 from ppl_gen.models.inputs import sequences
 from ppl_gen.models.markov_steps import active_steps
@@ -79,14 +80,17 @@ def char_rnn(
     for name, value in (("hidden", hidden), ("layers", layers)):
         require_whole(name, value)
     require_whole("symbols", symbols, 2)
-    if cell not in CELLS:
-        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+    require_choice("cell", cell, CELLS)
     if embedding is not None:
         require_whole("embedding", embedding)
 
     def build(data: Any) -> Program:
         _check_sequences(*sequences(data, "char_rnn"), symbols)
-        return _program(CharacterNetwork(symbols, cell, hidden, layers, embedding))
+        return _program(
+            CharacterNetwork(
+                int(symbols), cell, int(hidden), int(layers), None if embedding is None else int(embedding)
+            )
+        )
 
     arguments = {"symbols": symbols, "cell": cell, "hidden": hidden, "layers": layers}
     return Recipe(build, name="char_rnn", arguments=arguments)
@@ -139,6 +143,7 @@ def bits_per_character(fit: Fit, data: Any = None) -> float:
         >>> 0.8 < bits_per_character(fit) < 1.2
         True
     """
+    require_fit(fit)
     batch = fit.dataset(data).batch()
     entries = {**dict(zip(["x"], batch.args, strict=False)), **batch.kwargs}
     _, active = sequences(entries, "bits_per_character")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_gen.arguments import require_fit
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.predictive import latent_draws, run
@@ -43,8 +44,9 @@ def codes(fit: Fit, data: Any = None, *, site: str = "z", draws: int = 1, seed: 
         >>> codes(fit, x[:5]).shape
         torch.Size([5, 2])
     """
+    require_fit(fit)
     known = [found.name for found in fit.info.select(local=True)]
-    if site not in known:
+    if not isinstance(site, str) or site not in known:
         raise ValueError(f"site: {site!r} is no local latent site of {fit.program.name!r}; there is {known or 'none'}")
     return _averaged(fit, data, lambda batch, values: values[site], draws, seed)
 
@@ -115,6 +117,7 @@ def anomaly_scores(fit: Fit, data: Any = None, *, draws: int = 1, seed: int | No
 
 
 def _observed(fit: Fit) -> str:
+    require_fit(fit)
     names = [site.name for site in fit.info.select(kind="observed")]
     if len(names) != 1:
         raise IncompatibleError(f"{fit.program.name!r} has {len(names)} observed sites, and not one: {names}")

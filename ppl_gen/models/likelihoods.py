@@ -12,6 +12,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.models.inputs import entries
 
@@ -192,8 +193,7 @@ def chosen_likelihood(
 
 def check_likelihood(kind: str, scale: float | None, levels: int | None) -> None:
     """Raise ValueError for an unknown kind, or for settings that the kind does not have."""
-    if kind not in KINDS:
-        raise ValueError(f"likelihood: expected one of {', '.join(KINDS)}, got {kind!r}")
+    require_choice("likelihood", kind, KINDS)
     if scale is not None:
         require_positive("scale", scale)
         if kind not in ("normal", "auto"):

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ppl_gen.arguments import require_choice
+from ppl_gen.data.arrays import as_array
 from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.models.inputs import entries
 from ppl_gen.models.linear_program import LinearProgram
@@ -20,6 +22,7 @@ from ppl_gen.program import Program, Recipe
 __all__ = ["PrincipalComponents", "factor_analysis", "ppca", "principal_components"]
 
 Guide = Literal["exact", "full", "diagonal"]
+_LARGEST = 1e150  # squares of it are finite in float64
 _GUIDES = ("exact", "full", "diagonal")
 
 
@@ -145,8 +148,7 @@ def _check(features: int, latent: int, prior: str, guide: str, start: str, floor
         ("guide", guide, _GUIDES),
         ("start", start, ("random", "principal")),
     ):
-        if given not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {given!r}")
+        require_choice(name, given, known)
     require_positive("floor", floor)
 
 
@@ -236,7 +238,12 @@ class PrincipalComponents:
     def codes(self, x: Tensor) -> Tensor:
         r"""What p(z | x) becomes without noise: all of it at (W'W)^-1 W'(x - b), with covariance 0."""
         w = self.loadings
-        return torch.linalg.lstsq(w, (x.to(w) - self.loc).mT).solution.mT
+        rows = torch.as_tensor(as_array(x, "x")).double()
+        if rows.dim() != 2 or rows.shape[1] != len(w) or not len(rows) or not bool((rows.abs() <= _LARGEST).all()):
+            raise ValueError(
+                f"x: expected a matrix of finite numbers, rows x {len(w)} features, got shape {tuple(rows.shape)}"
+            )
+        return torch.linalg.lstsq(w, (rows.to(w) - self.loc).mT).solution.mT
 
 
 def principal_components(x: Tensor, latent: int) -> PrincipalComponents:
@@ -263,8 +270,8 @@ def principal_components(x: Tensor, latent: int) -> PrincipalComponents:
         (tensor([1.2247, 0.0000], dtype=torch.float64), tensor(0.7071, dtype=torch.float64))
     """
     require_whole("latent", latent)
-    rows = torch.as_tensor(x).detach().double()
-    if rows.dim() != 2 or not bool(rows.isfinite().all()):
+    rows = torch.as_tensor(as_array(x, "x")).double()
+    if rows.dim() != 2 or not len(rows) or not bool((rows.abs() <= _LARGEST).all()):
         raise ValueError(f"x: expected a matrix of finite numbers, rows x features, got shape {tuple(rows.shape)}")
     if latent >= rows.shape[1]:
         raise ValueError(f"latent: expected fewer than the {rows.shape[1]} features, got {latent}")

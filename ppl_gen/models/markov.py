@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.extensions import EMSteps
 from ppl_gen.models.inputs import sequences
@@ -89,7 +90,7 @@ def hidden_markov(
         "floor": floor,
     }
     for name, value in numbers.items():
-        if value is not None:
+        if value is not None or name != "spread":
             require_positive(name, value)
     if not degrees > 1:
         raise ValueError(f"degrees: expected more than 1, got {degrees}")
@@ -236,10 +237,12 @@ def _program(states: int, emits: _Emission, concentration: float) -> Program:
 
 def _check_arguments(states: int, emission: str, categories: int | None) -> None:
     require_whole("states", states)
-    if emission not in ("normal", "categorical"):
-        raise ValueError(f"emission: expected 'normal' or 'categorical', got {emission!r}")
+    require_choice("emission", emission, ("normal", "categorical"))
     if categories is not None and emission == "normal":
-        raise ValueError(f"categories: only categorical emissions have them, got {categories!r} with emission='normal'")
+        raise ValueError(
+            "categories: only categorical emissions have them; expected None with emission='normal', "
+            f"got {categories!r}"
+        )
     if categories is not None:
         require_whole("categories", categories)
 

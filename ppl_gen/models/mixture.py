@@ -17,6 +17,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.models.inputs import entries
 from ppl_gen.models.mixture_steps import Components, Mixture, Standard
@@ -100,7 +101,7 @@ def gaussian_mixture(
         "floor": floor,
     }
     for name, value in numbers.items():
-        if value is not None:
+        if value is not None or name not in ("degrees", "spread"):
             require_positive(name, value)
 
     def build(data: Any) -> Program:
@@ -129,10 +130,8 @@ def gaussian_mixture(
 
 def _check_arguments(components: int, covariance: str, weights: str) -> None:
     require_whole("components", components)
-    if covariance not in ("spherical", "diagonal", "full"):
-        raise ValueError(f"covariance: expected 'spherical', 'diagonal' or 'full', got {covariance!r}")
-    if weights not in ("free", "equal"):
-        raise ValueError(f"weights: expected 'free' or 'equal', got {weights!r}")
+    require_choice("covariance", covariance, ("spherical", "diagonal", "full"))
+    require_choice("weights", weights, ("free", "equal"))
 
 
 def _rows(data: Any, components: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.errors import require_whole
 
 __all__ = [
@@ -34,8 +35,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 def checked_widths(hidden: Sequence[int], activation: str) -> tuple[int, ...]:
     """Widths as a tuple; raises ValueError for one that is no whole number, or for an unknown activation."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    require_choice("activation", activation, ACTIVATIONS)
     widths: Any = (hidden,) if isinstance(hidden, numbers.Integral) else hidden  # whatever was passed
     if not isinstance(widths, Sequence) or isinstance(widths, str):
         raise ValueError(f"hidden: expected widths of layers, such as (128,), got {hidden!r}")

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.errors import require_whole
 
 __all__ = ["Noising", "Schedule", "noise_schedule"]
@@ -119,12 +120,11 @@ def noise_schedule(kind: Schedule, steps: int) -> Noising:
         array([0.0001, 0.0199])
     """
     require_whole("steps", steps, 2)
+    require_choice("schedule", kind, get_args(Schedule))
     time = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     if kind == "linear":
         log_kept = -(0.1 * time + 0.5 * (20 - 0.1) * time**2)
         return Noising(-torch.expm1(log_kept.diff()))
-    if kind == "cosine":
-        offset = 0.008  # keeps the first step from vanishing
-        kept = ((time + offset) / (1 + offset) * math.pi / 2).cos().square()
-        return Noising((1 - kept[1:] / kept[:-1]).clamp(max=0.999))
-    raise ValueError(f"schedule: expected 'linear' or 'cosine', got {kind!r}")
+    offset = 0.008  # keeps the first step from vanishing
+    kept = ((time + offset) / (1 + offset) * math.pi / 2).cos().square()
+    return Noising((1 - kept[1:] / kept[:-1]).clamp(max=0.999))

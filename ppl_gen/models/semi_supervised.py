@@ -297,6 +297,7 @@ def _checked(
     features: int, classes: int, latent: int, hidden: Sequence[int], alpha: float, activation: str
 ) -> tuple[int, ...]:
     require_whole("features", features)
+    require_whole("classes", classes)
     check_classes(classes)
     require_whole("latent", latent)
     if not is_number(alpha) or not 0 <= alpha < float("inf"):

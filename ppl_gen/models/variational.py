@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.errors import require_whole
 from ppl_gen.models.inputs import entries
 from ppl_gen.models.likelihoods import Kind, Likelihood, check_likelihood, chosen_likelihood
@@ -140,8 +141,7 @@ def vae(
     widths = checked_widths(hidden, activation)
     check_likelihood(likelihood, scale, levels)
     check_classes(classes)
-    if network not in ("perceptron", "convolutional"):
-        raise ValueError(f"network: expected 'perceptron' or 'convolutional', got {network!r}")
+    require_choice("network", network, ("perceptron", "convolutional"))
     if network == "convolutional" and (len(shape) != 3 or not widths or classes is not None):
         raise ValueError(
             "network: 'convolutional' takes images, features=(channels, height, width), at least one hidden width and "
@@ -212,6 +212,8 @@ def _conditional(encoder: NormalEncoder, decoder: Decoder, latent: int) -> Progr
 def row_shape(features: int | Sequence[int]) -> tuple[int, ...]:
     """The shape of a row from a number of columns or a shape; raises ValueError for anything else."""
     given: Any = features  # whatever was passed
+    if not isinstance(given, numbers.Integral | Sequence | torch.Size) or isinstance(given, str):
+        raise ValueError(f"features: expected a number of columns or the shape of a row, got {given!r}")
     shape = (given,) if isinstance(given, numbers.Integral) else tuple(given)
     if not shape:
         raise ValueError("features: expected a number of columns or the shape of a row, got an empty shape")

@@ -8,12 +8,15 @@ square number of columns (25 or more), else as lines, or bars if they have few c
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
+from ppl_gen.arguments import require_axes, require_choice, require_fit, require_mapping
+from ppl_gen.data.arrays import as_array
 from ppl_gen.diagnostics.units import active_units, code_means, code_site
 from ppl_gen.errors import require_whole
 from ppl_gen.report.cells import draw_cells, draw_points, flattened, new_axes, titled
@@ -64,6 +67,7 @@ def plot_reconstructions(fit: Fit, data: Any = None, rows: int = 8, *, axes: Axe
         >>> figure.axes[0].get_title(loc="left")
         'vae: rows and their reconstructions'
     """
+    _checked(fit, axes)
     require_whole("rows", rows)
     code_site(fit)
     seen, again = reconstructed(fit, fit.dataset(data), rows)
@@ -99,6 +103,7 @@ def plot_samples(
         >>> plot_samples(fit, 9).axes[0].images[0].get_array().shape  # 3 x 3 pictures, 6 x 6 enlarged to 24 x 24
         (76, 76)
     """
+    _checked(fit, axes)
     require_whole("n", n)
     drawn = fit.sample(n, given, seed=seed)
     known = {name: drawn[name] for name in [*(site.name for site in fit.info.select()), pictured(fit)]}
@@ -148,6 +153,7 @@ def plot_traversal(
         >>> [text.get_text() for text in plot_traversal(fit, 4, units=[2, 0]).axes[0].get_yticklabels()]
         ['unit 2', 'unit 0']
     """
+    _checked(fit, axes)
     name = code_site(fit, site)
     one = _one_row(fit, row)
     means = code_means(fit, few(fit), site=name)
@@ -200,6 +206,7 @@ def plot_manifold(
         ...
         ValueError: fit: a manifold needs codes of two numbers, and 'z' of 'vae' has 3; plot_traversal takes any number
     """
+    _checked(fit, axes, given)
     require_whole("n", n)
     name = code_site(fit, site)
     shape = fit.info.sites[name].event_shape
@@ -262,10 +269,10 @@ def plot_codes(
         >>> plot_codes(fit, x, labels=x[:, 0].int(), method="pca").axes[0].get_title(loc="left")
         'vae: codes of 40 rows, pca'
     """
-    if method not in _METHODS:
-        raise ValueError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")
+    _checked(fit, axes)
+    require_choice("method", method, _METHODS)
     codes = code_means(fit, data, site=site)
-    names = None if labels is None else np.asarray(torch.as_tensor(labels).cpu())
+    names = None if labels is None else np.asarray(torch.as_tensor(as_array(labels, "labels")).cpu())
     if names is not None and names.shape != codes.shape[:1]:
         raise ValueError(f"labels: expected one for each of the {len(codes)} rows, got shape {names.shape}")
     flat = codes.reshape(len(codes), -1).double().numpy()
@@ -277,6 +284,13 @@ def plot_codes(
     if method == "tsne":
         axes.set(xticks=[], yticks=[])
     return titled(axes, f"{fit.program.name}: codes of {len(flat)} rows, {method}")
+
+
+def _checked(fit: Any, axes: Any, given: Any = None) -> None:
+    require_fit(fit)
+    require_axes(axes)
+    if given is not None:
+        require_mapping("given", given, 'a mapping of sites or inputs, such as {"y": 3}')
 
 
 def _one_row(fit: Fit, row: Any) -> Dataset:
@@ -297,7 +311,12 @@ def _units(fit: Fit, site: str, units: Sequence[int] | None) -> list[int]:
     if units is None:
         count = min(8, max(int(found.active.sum()), 1))
         return [int(unit) for unit in variance.argsort(descending=True)[:count]]
+    given: Any = units  # whatever was passed
+    if not isinstance(given, Sequence) or not all(
+        isinstance(u, numbers.Integral) and not isinstance(u, bool) for u in given
+    ):
+        raise ValueError(f"units: expected whole numbers, at least one, got {units!r}")
     wrong = [unit for unit in units if not 0 <= unit < len(variance)]
     if wrong or not units:
         raise ValueError(f"units: expected numbers from 0 to {len(variance) - 1}, at least one, got {list(units)}")
-    return list(units)
+    return [int(unit) for unit in units]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.posterior import ChainPosterior
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def reference_line(comparison: Comparison, reference: str | None = None) -> Line
     from ppl_gen.report.table import grade
 
     if reference is not None:
+        require_choice("reference", reference, dict.fromkeys(line.label for line in comparison.lines))
         found = [line for line in comparison.lines if line.label == reference]
         if not found:
             labels = ", ".join(dict.fromkeys(repr(line.label) for line in comparison.lines))

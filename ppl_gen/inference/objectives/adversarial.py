@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_positive, require_whole
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, Player, Setting
@@ -113,14 +114,12 @@ class Adversarial(Objective):
     uses_guide = False
 
     def __post_init__(self) -> None:
-        if self.kind not in COSTS:
-            raise ValueError(f"kind: expected one of {', '.join(map(repr, COSTS))}, got {self.kind!r}")
+        require_choice("kind", self.kind, COSTS)
         critic: Any = self.critic  # whatever was passed
         if critic is not None and not isinstance(critic, nn.Module):
             hint = f"{critic.__name__}(...) (an instance)" if isinstance(critic, type) else "a torch network"
             raise TypeError(f"critic: expected {hint} or None, got {critic!r}")
-        if self.penalty not in (None, "gradient", "clip", "none"):
-            raise ValueError(f"penalty: expected 'gradient', 'clip', 'none' or None, got {self.penalty!r}")
+        require_choice("penalty", self.penalty, ("gradient", "clip", "none"), optional=True)
         if self.critic_steps is not None:
             require_whole("critic_steps", self.critic_steps)
         for name in ("weight", "clip", "penalty_weight"):

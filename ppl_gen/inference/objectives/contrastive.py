@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.errors import require_whole
+from ppl_gen.errors import require_flag, require_whole
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting
 from ppl_gen.offers import Need
 
@@ -61,6 +61,7 @@ class ContrastiveDivergence(Objective):
 
     def __post_init__(self) -> None:
         require_whole("steps", self.steps)
+        require_flag("persistent", self.persistent)
         if self.chains is not None:
             require_whole("chains", self.chains)
         if self.chains is not None and not self.persistent:

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_flag, require_number, require_whole
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting
@@ -71,8 +72,7 @@ class ELBO(Objective):
         require_whole("particles", self.particles)
         require_number("beta", self.beta)
         require_flag("enumerate", self.enumerate)
-        if self.time_step not in ("sampled", "all"):
-            raise ValueError(f"time_step: expected 'sampled' or 'all', got {self.time_step!r}")
+        require_choice("time_step", self.time_step, ("sampled", "all"))
 
     @property
     def needs(self) -> Sequence[Need]:

@@ -11,6 +11,7 @@ import torch
 from pyro.distributions.transforms import AffineTransform, SigmoidTransform
 from torch import Tensor, nn
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.errors import require_positive
 from ppl_gen.models.flows.base import Layer, flow_recipe, through
 from ppl_gen.models.flows.splines import IDENTITY, checked_spline, rational_quadratic
@@ -141,8 +142,7 @@ def scalar_flow(
         >>> fit.module("flow").encode(torch.tensor([-10.0, 0.0, 10.0])).detach().numpy().round(1)
         array([0. , 0.5, 1. ], dtype=float32)
     """
-    if base not in get_args(Codes):
-        raise ValueError(f"base: expected 'uniform', 'beta' or 'normal', got {base!r}")
+    require_choice("base", base, get_args(Codes))
     checked_spline(bins, bound)
     if not isinstance(concentrations, Sequence) or len(concentrations) != 2:
         raise ValueError(f"concentrations: expected two positive numbers, got {concentrations!r}")
