@@ -370,7 +370,7 @@ def test_a_critic_that_cannot_play_is_refused(critic, message):
     [
         ({"kind": "hinges"}, ValueError, "kind: expected one of 'non-saturating', 'minimax', 'wasserstein'"),
         ({"critic": nn.Linear}, TypeError, r"critic: expected Linear\(...\) \(an instance\)"),
-        ({"penalty": "lipschitz"}, ValueError, "penalty: expected 'gradient', 'clip', 'none'"),
+        ({"penalty": "lipschitz"}, ValueError, "penalty: expected one of 'gradient', 'clip', 'none'"),
         ({"critic_steps": 0}, ValueError, "critic_steps: expected a whole number of at least 1, got 0"),
         ({"critic_steps": 2.5}, ValueError, "critic_steps"),
         ({"weight": 0.0}, ValueError, "weight: expected a positive number"),
