@@ -168,7 +168,8 @@ def test_an_unmeasured_finite_column_is_summed_out_exactly() -> None:
             label = pyro.sample("label", dist.Bernoulli(torch.tensor(0.3, **F64)), obs=label)
             z = pyro.sample("side", dist.Bernoulli(torch.tensor(0.5, **F64)))
             pyro.sample("y", dist.Normal(x + 2.0 * label + z, 0.5), obs=y)
-        pyro.sample("idle", dist.Normal(torch.zeros((), **F64), 1.0))
+        idle = pyro.sample("idle", dist.Normal(torch.zeros((), **F64), 1.0))
+        pyro.sample("seen", dist.Normal(idle, 1.0), obs=torch.zeros((), **F64))  # or there were nothing to learn
 
     x, y = torch.tensor([0.0, 0.5], **F64), torch.tensor([0.3, 2.4], **F64)
     fit = pg.fit(model, {"x": x, "label": torch.tensor([0.0, 1.0], **F64), "y": y}, QUICK)

@@ -103,6 +103,7 @@ def _judged(fit: Fit, draws: int) -> Verdict:
         else:
             fit.computed[key] = _judged_point(fit)
     found: Verdict = fit.computed[key]
+    fit.computed["verdict"] = found  # what `repr` shows
     return found
 
 
