@@ -207,7 +207,7 @@ def _checked(
 
 
 def _check_callbacks(callbacks: Any) -> None:
-    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+    if not isinstance(callbacks, Sequence) or isinstance(callbacks, str | bytes) or not all(map(callable, callbacks)):
         raise TypeError(f"callbacks: expected a list of functions of a step and its info, got {callbacks!r}")
 
 

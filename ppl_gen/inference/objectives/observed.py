@@ -37,7 +37,7 @@ def compared_sites(info: ProgramInfo, site: str | None, temperature: float | Non
             f"the program {info.name!r} weighs its draws by pyro.factor at {', '.join(map(repr, factors))}, so running "
             "it forward does not sample what it describes; write the factor as sample statements"
         )
-    chosen = [s for s in observed if site is None or s.name == site]
+    chosen = [s for s in observed if site is None or (isinstance(site, str) and s.name == site)]
     if not chosen:
         raise ValueError(f"site: {site!r} is not observed in {info.name!r}; observed: {[s.name for s in observed]}")
     if temperature is not None:
