@@ -86,7 +86,8 @@ def test_evidence_at_a_point_says_that_it_is_one():
     assert found.kind == "exact; given one value of a, b"
     assert found.mean == pytest.approx(float(dist.Normal(at["a"][0] + at["b"][0], 1.0).log_prob(X).mean()), abs=1e-5)
     some = pg.fit(pg.Program(model, half(model, "a")), X, SVI(steps=300, lr=0.05))
-    assert some.evidence(draws=20).kind == "averaged over 20 posterior draws; given one value of a"
+    kind = some.evidence(draws=20).kind
+    assert kind.startswith("averaged over 20 posterior draws") and kind.endswith("given one value of a")
     drawn = pg.fit(pg.Program(model, AutoNormal), X, SVI(steps=5))
     assert "one value" not in drawn.evidence(draws=20).kind
 

@@ -136,7 +136,7 @@ def test_no_praise_without_reserve() -> None:
     ("reference", "message"),
     [
         ("em", "'em' has no posterior with a width"),
-        ("nobody", r"expected one of the labels 'chains', 'em', got 'nobody'"),
+        ("nobody", r"expected one of 'chains', 'em', got 'nobody'"),
     ],
 )
 def test_refuses_what_is_no_reference(reference, message) -> None:

@@ -79,8 +79,8 @@ def ppca(
         >>> x = torch.randn(200, 1, dtype=torch.float64) * torch.tensor([3.0, 2.0, 1.0]) + torch.randn(200, 3)
         >>> fit = pg.fit(ppca(3, 1), x, EM(), seed=0)
         >>> found, closed = fit.posterior(draws=1), principal_components(x, 1)
-        >>> torch.allclose(found["noise"][0], closed.noise, atol=1e-5), fit.evidence().kind
-        (True, 'exact')
+        >>> torch.allclose(found["noise"][0], closed.noise, atol=1e-5), fit.evidence().exact
+        (True, True)
     """
     _check(features, latent, prior, guide, start, floor)
     chosen = _Choice("ppca", features, latent, prior, guide, start, floor, isotropic=True)
