@@ -51,7 +51,10 @@ def far(found: dict[str, float], bound: float) -> dict[str, float]:
 @pytest.mark.parametrize("name", POSTERIORS)
 def test_means_by_few_draws(name: str) -> None:
     posterior = POSTERIORS[name]
-    nuts = NUTS(draws=FAST_DRAWS[name], warmup=300, chains=2, processes=1)
+    # With its labels swapped, the hidden Markov model has a mode of little mass that keeps a chain which begins there, as
+    # one of two dispersed ones does; the published draws do not visit it.
+    jitter = 1.0 if name.startswith("hmm") else None
+    nuts = NUTS(draws=FAST_DRAWS[name], warmup=300, chains=2, processes=1, jitter=jitter)
     fit = pg.fit(posterior.program, posterior.data, nuts, seed=0)
     draws = posterior.draws(fit.learned.draws)
     size, agreement = quality(draws)
