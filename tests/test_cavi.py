@@ -265,3 +265,9 @@ def test_updates_that_are_not_finite_keep_the_last_finite_fit():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         CAVI(**settings)
+
+
+def test_advice_for_a_converged_fit_is_another_guide_and_not_more_steps() -> None:
+    """The factors of the crabs' mixture are several times too narrow, however long the sweeps go on."""
+    said = pg.fit(gaussian_mixture(components=2), pg.load_data("crabs"), CAVI(), seed=0).verdict
+    assert not said.trusted and "richer guide" in said.advice and "more steps" not in said.advice

@@ -214,6 +214,8 @@ def _cause(fit: Fit) -> Cause:
         guide=type(fit.guide).__name__,
         networks=_networks(fit),
         amortised=bool(fit.info.select(local=True)) and not fit.info.select(local=False),
+        converged=str(fit.status) == "converged",
+        given=fit.guide_source == "cavi",
     )
 
 
