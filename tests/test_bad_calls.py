@@ -57,6 +57,7 @@ def test_a_sample_of_bad_calls_is_refused_by_name() -> None:
     assert not _unknown(found)
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_serve_where_those_of_python_do() -> None:
     refused = []
     for target, name, value in accepts_numpy():

@@ -114,6 +114,7 @@ def test_code_that_takes_no_further_dimension_is_run_particle_by_particle() -> N
     assert abs(found.mean - float(z_after_k_exact(HELD).mean())) < 6 * found.mc_stderr < 0.9
 
 
+@pytest.mark.slow
 def test_chains_and_a_comparison_have_that_evidence_too() -> None:
     x = torch.cat([HELD, -HELD, HELD + 0.5])
 

@@ -124,6 +124,7 @@ def test_another_python_compares_sources(tmp_path: Path) -> None:
     assert differences({**kept, "python": "another"}, changed) == ["the source of model changed"]
 
 
+@pytest.mark.slow
 def test_other_processes_make_the_same_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     code = f"""

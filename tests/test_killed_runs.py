@@ -24,6 +24,14 @@ from ppl_gen import interrupts, workers
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes under /proc")
 
 
+@pytest.fixture(autouse=True)
+def _listening():
+    """A shell starts what it runs in the background with Ctrl-C ignored, and whatever is started there inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_gives_the_partial_fit_and_puts_everything_back(number: int) -> None:
     run = ended("steps", [(0.2, number)], after="STEPPING")
