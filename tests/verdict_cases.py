@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from verdict_kit import UNTRAINED, Case, rows
+from verdict_locals import LOCALS
+from verdict_shapes import SHAPES
 
 import ppl_gen as pg
 from ppl_gen.inference import NUTS, SVI, Adversarial
-
-UNTRAINED = SVI(steps=1, lr=1e-12)
-
-
-@dataclass(frozen=True)
-class Case:
-    """``make(seed)`` gives the fit; ``good``: True must be trusted (9 times of 10), False never, None either way."""
-
-    name: str
-    make: Callable[[int], pg.Fit]
-    good: bool | None
-
-
-def rows(seed: int, n: int = 30, loc: float = 1.0) -> torch.Tensor:
-    return loc + torch.randn(n, generator=torch.Generator().manual_seed(1000 + seed))
 
 
 def normal_mean(x):
@@ -182,6 +169,8 @@ CASES = [
     Case("chains, two modes", chains(two_modes, 4.0), False),
     Case("chains, not mixed", chains(normal_mean, draws=30, warmup=5), False),
     Case("chains, divergent", chains(funnel), False),
+    *LOCALS,
+    *SHAPES,
 ]
 
 assert len({case.name for case in CASES}) == len(CASES) >= 30
