@@ -124,6 +124,7 @@ LOCALS = [
     *faults(3),
     *(Case(f"rows, {d}: collapsed onto the prior", collapsed_fit(d, 300), False) for d in (1, 3)),
     Case("rows, 1: collapsed, little to learn", collapsed_fit(1, 300, 1.0), False),
+    Case("rows, 1: collapsed, much to learn", collapsed_fit(1, 300, 20.0), False),
     Case("rows, 1: collapsed, a million rows", collapsed_fit(1, 1_000_000), False),
     Case("rows, 1: exact, a million rows", as_written(linear(1), moved(1), drawn(1, 1_000_000)), True),
     Case("rows, 1: amortised, trained", learned(1, amortised(1, False), 1500, 300), True),

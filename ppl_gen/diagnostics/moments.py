@@ -27,12 +27,14 @@ class Moments:
     """How far a fit is from the posterior in each number that was looked at.
 
     ``shift``: fit's mean less the posterior's, in posterior sd; ``ratio``: fit's sd over the posterior's; ``names``: a
-    label for each. Numbers are on their unconstrained scale (the logarithm of what is positive).
+    label for each; ``rows``: the row that each belongs to, -1 for what all rows share; None where none belongs to one.
+    Numbers are on their unconstrained scale (the logarithm of what is positive).
     """
 
     shift: np.ndarray
     ratio: np.ndarray
     names: Sequence[str]
+    rows: np.ndarray | None = None
 
     @property
     def farthest(self) -> tuple[float, str]:
@@ -49,6 +51,30 @@ class Moments:
     def beyond(self, shift: float, ratio: float) -> np.ndarray:
         """Which numbers are farther off than ``shift`` or outside of 1 / ``ratio`` to ``ratio``."""
         return (np.abs(self.shift) > shift) | (np.abs(np.log(np.maximum(self.ratio, 1e-12))) > np.log(ratio))
+
+    def shared(self) -> Moments:
+        """The numbers that belong to no row."""
+        return self if self.rows is None else self._some(self.rows < 0)
+
+    def of_rows(self) -> Moments:
+        """The numbers that belong to a row."""
+        return self._some(np.zeros(len(self.shift), bool) if self.rows is None else self.rows >= 0)
+
+    def _some(self, keep: np.ndarray) -> Moments:
+        names = [name for name, kept in zip(self.names, keep, strict=True) if kept]
+        return Moments(self.shift[keep], self.ratio[keep], names, None if self.rows is None else self.rows[keep])
+
+    @property
+    def count_rows(self) -> int:
+        """How many rows were looked at."""
+        return 0 if self.rows is None else len(np.unique(self.rows[self.rows >= 0]))
+
+    def rows_beyond(self, shift: float, ratio: float) -> float:
+        """The share of rows of which any number is; 0 without rows."""
+        if self.rows is None or not self.count_rows:
+            return 0.0
+        off = self.rows[self.beyond(shift, ratio) & (self.rows >= 0)]
+        return len(np.unique(off)) / self.count_rows
 
 
 def weighted(values: Mapping[str, Tensor], log_weights: np.ndarray) -> Moments | None:
@@ -74,8 +100,8 @@ def weighted(values: Mapping[str, Tensor], log_weights: np.ndarray) -> Moments |
     return Moments((u.mean(0) - mean) / sd, u.std(0) / sd, names)
 
 
-def between_draws(fit: np.ndarray, start: np.ndarray, end: np.ndarray, names: Sequence[str]) -> Moments:
-    """Draws of a fit against draws of the posterior: ``start``, moved by short chains to ``end``; numbers in columns.
+def between_draws(fit: np.ndarray, end: np.ndarray, names: Sequence[str], rows: np.ndarray | None = None) -> Moments:
+    """Draws of a fit against draws of the posterior, ``end``, where short chains led from them; numbers in columns.
 
     Where the fit's draws have heavy tails, medians and the spread of the middle two thirds stand for mean and sd.
     """
@@ -88,7 +114,7 @@ def between_draws(fit: np.ndarray, start: np.ndarray, end: np.ndarray, names: Se
     scale = np.maximum(scale, 1e-12 * (1.0 + np.abs(middle)))
     shift = np.where(heavy, own_middle - middle, fit.mean(0) - end.mean(0)) / scale
     ratio = np.where(heavy, (own_high - own_low) / 2, fit.std(0)) / scale
-    return Moments(shift, ratio, names)
+    return Moments(shift, ratio, names, rows)
 
 
 def _matrix(values: Mapping[str, Tensor]) -> tuple[np.ndarray, list[str]]:

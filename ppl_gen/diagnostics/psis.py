@@ -17,6 +17,7 @@ __all__ = [
     "pareto_k_threshold",
     "row_subset",
     "smoothed_weights",
+    "smoothed_with_k",
 ]
 
 MIN_DRAWS = 25
@@ -130,6 +131,19 @@ def smoothed_weights(log_ratios: Any) -> np.ndarray:
             "joint minus log guide (-inf for some draws is allowed)"
         )
     return _smooth(ratios.T)[0].T.reshape(np.shape(log_ratios))
+
+
+def smoothed_with_k(log_ratios: Any) -> tuple[np.ndarray, np.ndarray]:
+    """`smoothed_weights` (draws x rows) and `pareto_k_rows` of all rows, from one fit of their tails.
+
+    Rows with NaN, +inf or no weight at all get NaN and a k-hat of +inf.
+
+    >>> logs, k = smoothed_with_k(np.zeros((100, 3)))
+    >>> logs.shape, k
+    ((100, 3), array([0., 0., 0.]))
+    """
+    logs, k = _smooth(_matrix(log_ratios).T)
+    return logs.T, k
 
 
 def effective_sample_size(log_weights: Any) -> Any:

@@ -9,7 +9,6 @@ density that the fit does not know.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import Dataset
+from ppl_gen.diagnostics.short_chains import Function, State, quenched, sampled, scale_of
+from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.tape import RecordingRefused, record_checked
 from ppl_gen.inference.unconstrained import Unconstrained
@@ -29,15 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["SecondLook", "moved"]
 
-STEPS = 30  # iterations of each chain, of about 6 gradients; in the first third the step size is adapted
-QUENCH = 25  # iterations downhill of chains that begin elsewhere
 CELLS = 4_000_000  # numbers of data times chains that one gradient may touch
 MAX_SIZE = 2000  # unconstrained numbers of one chain
-DENSE = 60  # up to here the chains know the correlations of the draws
 WIDER = 4.0  # how many times farther from the centre
 NATS = 3.0  # a place counts if its density is no more than so much below the least of the fit's own chains
-
-Function = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,9 +42,9 @@ class SecondLook:
 
     Args:
         draws: all draws of the fit, unconstrained, draws x numbers.
-        start: where the chains at the fit's draws began, chains x numbers, unconstrained.
         end: where they were afterwards, over three moments: (3 chains) x numbers.
         names: one label for every number.
+        rows: the row that every number belongs to, -1 for what all rows share.
         chains: how many of them.
         dispersed: how many began elsewhere; 0 where none did.
         elsewhere: how many of these ended where the fit has no mass, at a comparable density.
@@ -57,9 +53,9 @@ class SecondLook:
     """
 
     draws: np.ndarray
-    start: np.ndarray
     end: np.ndarray
     names: list[str]
+    rows: np.ndarray
     chains: int
     dispersed: int = 0
     elsewhere: int = 0
@@ -96,7 +92,7 @@ def moved(
         elsewhere = _elsewhere(density, points, dispersed, max(16, chains // 4)) if dispersed is not None else None
         begun = points[_spread(len(points), chains)]
         function = _together(density, begun)
-        return _run(density, function, points, begun, elsewhere, relabel)
+        return _run(fit.info, density, function, points, begun, elsewhere, relabel)
     except (
         IncompatibleError,
         RuntimeError,
@@ -182,6 +178,7 @@ def _recorded(many: Function, point: Tensor) -> Function:
 
 
 def _run(
+    info: ProgramInfo,
     density: Unconstrained,
     many: Function,
     points: Tensor,
@@ -189,108 +186,27 @@ def _run(
     elsewhere: Tensor | None,
     relabel: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
 ) -> SecondLook:
-    scale = _scale(points)
+    scale = scale_of(points)
     count = len(begun)
     u = begun if elsewhere is None else torch.cat([begun, elsewhere])
     many = _recorded(many, u)
-    state = _State(u, *many(u))
+    state = State(u, *many(u))
     if elsewhere is not None:
-        state = _quenched(many, state, scale, count)
-    state, ends = _sampled(many, state, scale, count)
+        state = quenched(many, state, scale, count)
+    state, ends = sampled(many, state, scale, count)
     own = torch.cat([end[:count] for end in ends])
-    names = _names(density)
+    names, rows = _names(density), _rows(density, info)
     if elsewhere is None:
-        return SecondLook(_array(points), _array(begun), _array(own), names, count)
+        return SecondLook(_array(points), _array(own), names, rows, count)
     found, gain, place = _places(density, points, own, state, count, relabel, names)
-    return SecondLook(_array(points), _array(begun), _array(own), names, count, len(elsewhere), found, gain, place)
-
-
-@dataclass(frozen=True)
-class _State:
-    u: Tensor
-    value: Tensor
-    gradient: Tensor
-
-    def where(self, accept: Tensor, other: _State) -> _State:
-        wide = accept[:, None]
-        return _State(
-            torch.where(wide, other.u, self.u),
-            torch.where(accept, other.value, self.value),
-            torch.where(wide, other.gradient, self.gradient),
-        )
-
-
-def _scale(points: Tensor) -> Tensor:
-    """The Cholesky factor of the draws' covariance where they are enough for it, else their standard deviations."""
-    deviations = points.std(0).clamp_min(1e-6 * (1.0 + points.abs().amax(0)))
-    size = points.shape[1]
-    if size > DENSE or len(points) < 5 * size:
-        return deviations
-    centred = (points - points.mean(0)) / deviations
-    correlation = centred.T @ centred / (len(points) - 1)
-    shrunk = 0.95 * correlation + 0.05 * torch.eye(size, dtype=points.dtype)
-    return deviations[:, None] * torch.linalg.cholesky(shrunk)
-
-
-def _times(scale: Tensor, x: Tensor) -> Tensor:
-    return x * scale if scale.dim() == 1 else x @ scale.T
-
-
-def _transposed(scale: Tensor, x: Tensor) -> Tensor:
-    return x * scale if scale.dim() == 1 else x @ scale
-
-
-def _leapfrog(
-    many: Function, state: _State, p: Tensor, scale: Tensor, step: Tensor, count: int
-) -> tuple[_State, Tensor]:
-    """``count`` leaps of size ``step`` (chains x 1), in units in which the draws of the fit have unit variance."""
-    u, gradient = state.u, state.gradient
-    value = state.value
-    p = p - 0.5 * step * _transposed(scale, gradient)
-    for i in range(count):
-        u = u + step * _times(scale, p)
-        value, gradient = many(u)
-        gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
-        p = p - (1.0 if i < count - 1 else 0.5) * step * _transposed(scale, gradient)
-    return _State(u, value, gradient), p
-
-
-def _sampled(many: Function, state: _State, scale: Tensor, own: int) -> tuple[_State, list[Tensor]]:
-    """Hamiltonian steps with one step size for all, adapted to the acceptance of the first ``own`` chains."""
-    size, ends = 0.5 * state.u.shape[1] ** -0.25, []
-    for iteration in range(STEPS):
-        p = torch.randn_like(state.u)
-        leaps = int(torch.randint(3, 9, ()))
-        step = torch.full((len(state.u), 1), size, dtype=state.u.dtype) * (0.8 + 0.4 * torch.rand(len(state.u), 1))
-        proposed, q = _leapfrog(many, state, p, scale, step, leaps)
-        change = state.value - proposed.value + 0.5 * (p.square().sum(1) - q.square().sum(1))
-        chance = change.nan_to_num(-math.inf, math.inf, -math.inf).clamp_max(0.0).exp()
-        state = state.where(torch.rand_like(chance) < chance, proposed)
-        if iteration < STEPS // 3:
-            size *= math.exp(2.0 * (float(chance[:own].mean()) - 0.75))
-        if iteration in (STEPS - 11, STEPS - 6, STEPS - 1):
-            ends.append(state.u)
-    return state, ends
-
-
-def _quenched(many: Function, state: _State, scale: Tensor, own: int) -> _State:
-    """Chains that begin elsewhere first go downhill, each with a step of its own; the others stay."""
-    step = torch.full((len(state.u), 1), 0.5 * state.u.shape[1] ** -0.25, dtype=state.u.dtype)
-    free = torch.arange(len(state.u)) >= own
-    for _ in range(QUENCH):
-        proposed, _ = _leapfrog(many, state, torch.zeros_like(state.u), scale, step, 3)
-        lower = (proposed.value < state.value) & free
-        lost = ~state.value.isfinite() & proposed.value.isfinite() & free
-        state = state.where(lower | lost, proposed)
-        step = torch.where((lower | lost)[:, None], 1.3 * step, 0.3 * step)
-    return state
+    return SecondLook(_array(points), _array(own), names, rows, count, len(elsewhere), found, gain, place)
 
 
 def _places(
     density: Unconstrained,
     points: Tensor,
     own: Tensor,
-    state: _State,
+    state: State,
     count: int,
     relabel: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
     names: list[str],
@@ -327,6 +243,15 @@ def _names(density: Unconstrained) -> list[str]:
     for name, shape in density.sites.items():
         found += [name + (str(list(index)) if index else "") for index in np.ndindex(tuple(shape))]
     return found
+
+
+def _rows(density: Unconstrained, info: ProgramInfo) -> np.ndarray:
+    found = [np.zeros(0, dtype=np.int64)]
+    for name, shape in density.sites.items():
+        site, places = info.sites[name], np.indices(tuple(shape))
+        axis = len(shape) - len(site.event_shape) + (info.plate_dim or -1)
+        found.append(places[axis].reshape(-1) if site.local and axis >= 0 else np.full(int(np.prod(shape)), -1))
+    return np.concatenate(found)
 
 
 def _array(value: Tensor) -> np.ndarray:

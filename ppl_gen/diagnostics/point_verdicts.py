@@ -1,0 +1,66 @@
+"""Verdicts on point estimates, and on guides that hold some sites at a point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ppl_gen.diagnostics.grades import GRADES, Finding, Verdict, graded
+from ppl_gen.diagnostics.trends import moving
+
+__all__ = ["verdict_point", "with_points"]
+
+
+def verdict_point(
+    converged: bool,
+    *,
+    trend: tuple[float, float] | None = None,
+    rows: int = 1,
+    networks: bool = False,
+    restarts: int = 1,
+    implicit: bool = False,
+) -> Verdict:
+    """Judge a point estimate (EM, MAP, maximum likelihood, the generator of a game): has it settled?
+
+    ``converged`` says whether the algorithm's own criterion was met, ``trend`` comes from `loss_trend` (with ``rows``
+    it is in nats in all; ``networks``: whether the program has some), ``restarts`` counts its starts.
+    ``implicit=True`` is for what a game learned: its losses measure the players against each other, so they cannot show
+    that the program is right.
+
+    >>> print(verdict_point(True, restarts=5))
+    trust: the optimum was reached (best of 5 starts); it is a point and carries no uncertainty.
+    """
+    if restarts < 1:
+        raise ValueError(f"restarts: expected at least 1 start, got {restarts}")
+    findings: list[Finding] = []
+    settled = trend is not None and math.isfinite(trend[1])
+    still = moving(trend, rows, networks)
+    if implicit:
+        found = "the losses of a game do not show whether its samples are like the data"
+        findings.append((1, found, "Look at samples and at a yardstick computed on them"))
+    elif still:
+        findings += still
+    elif not converged and not settled:
+        findings.append((1, "the run ended before its own criterion of convergence was met", "Run more steps"))
+    reached = "the optimum was reached" if converged else "the loss had settled"
+    starts = f" (best of {restarts} starts)" if restarts > 1 else " (from one start: others may end elsewhere)"
+    return graded(findings, f"{reached}{starts}; it is a point and carries no uncertainty")
+
+
+def with_points(found: Verdict, sites: Sequence[str]) -> Verdict:
+    """``found`` of a guide that holds ``sites`` at one value each: whatever else is right, no posterior of them.
+
+    >>> from ppl_gen.diagnostics.verdicts import verdict_variational
+    >>> print(with_points(verdict_variational(0.31, None, 0.667), ["scale"]))
+    doubtful: the guide puts scale at one value, without any uncertainty; apart from that, no fault was found \
+where the guide looks (k-hat 0.31, below 0.67). Give it a distribution there (AutoNormal), or take the fit for an \
+optimum.
+    """
+    if not sites:
+        return found
+    said = f"the guide puts {', '.join(sites)} at one value, without any uncertainty"
+    if not found.trusted:
+        return replace(found, reason=f"{found.reason}; {said}")
+    advice = "Give it a distribution there (AutoNormal), or take the fit for an optimum"
+    return Verdict(GRADES[1], f"{said}; apart from that, {found.reason}", advice)
