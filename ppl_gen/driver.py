@@ -184,6 +184,9 @@ def _checked_run(
     program, notes = _with_plate(program, info)
     if data.left_out:
         notes["left out"] = f"{', '.join(data.left_out)}: neither model nor recipe reads them"
+    if data.taken:
+        listed = ", ".join(f"{name} ({kind})" for name, kind in data.taken.items())
+        notes["constants"] = f"{listed}: without rows, passed whole with every batch"
     run = Run(program, data, info, workspace, seed, start, notes=notes)
     algorithm.check(run)
     if validation is not None:
@@ -228,7 +231,7 @@ def _dtype_of(data: Any) -> torch.dtype:
     """The one decision about a fit's dtype: float64 where any entry holds it (a list of floats does), else float32."""
     if isinstance(data, Dataset):
         return data.dtype or torch.float32
-    values = list(data.values()) if isinstance(data, Mapping) else [data]
+    values = list(data.values()) if isinstance(data, Mapping) else data if isinstance(data, tuple) else [data]
     return torch.float64 if any(is_double(value) for value in values) else torch.float32
 
 

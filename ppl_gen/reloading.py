@@ -140,8 +140,10 @@ def _not_loaded(modules: Mapping[str, Tensor], algorithm: Algorithm | None) -> d
 
 def _saved_data(meta: dict[str, Any], entries: dict[str, Tensor], constants: dict[str, Tensor]) -> Any:
     from ppl_gen.data.batching import constant
+    from ppl_gen.schema import positional
 
-    if meta["positional"] is not None:
-        return next(iter(entries.values()))
     whole = {name: constant(value) for name, value in constants.items()}
-    return {**entries, **whole, **meta["constants"]}
+    every = {**entries, **whole, **meta["constants"]}
+    if not (named := positional(meta)):
+        return every
+    return every[named[0]] if len(named) == 1 else tuple(every[name] for name in named)

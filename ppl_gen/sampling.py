@@ -90,10 +90,11 @@ def template(fit: Fit, n: int, inputs: Mapping[str, Any]) -> Batch:
     batch = fit.data.template(n)
     args, kwargs = list(batch.args), dict(batch.kwargs)
     for name, value in inputs.items():
-        old = args[0] if name == fit.data.positional else kwargs[name]
+        place = fit.data.positional.index(name) if name in fit.data.positional else None
+        old = kwargs[name] if place is None else args[place]
         new = _spread(name, _given_numbers(name, value).to(old), tuple(old.shape))
-        if name == fit.data.positional:
-            args[0] = new
+        if place is not None:
+            args[place] = new
         else:
             kwargs[name] = new
     return replace(batch, args=tuple(args), kwargs=kwargs)

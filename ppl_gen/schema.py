@@ -13,7 +13,17 @@ from torch import Tensor
 
 from ppl_gen.atomic import is_contents
 
-__all__ = ["FILES", "check_diagnosis", "check_meta", "check_tensors", "check_tree", "read_json", "refuse", "tensors_of"]
+__all__ = [
+    "FILES",
+    "check_diagnosis",
+    "check_meta",
+    "check_tensors",
+    "check_tree",
+    "positional",
+    "read_json",
+    "refuse",
+    "tensors_of",
+]
 
 FILES = ("tensors.safetensors", "draws.nc", "diagnosis.json")  # the last one may lack
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -135,11 +145,14 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "records": ("columns of numerals, equally long, by name", _columns(_numeral)),
     "checks": ("columns of numerals, equally long, by name", _columns(_numeral)),
     "dtype": (f"one of {', '.join(_DTYPES)}", _one_of(*_DTYPES)),
-    "positional": ("text or null", _optional(_text)),
+    "positional": ("names, text or null", lambda v: v is None or _text(v) or _list(_text)(v)),
     "data": ("text or null", _optional(_text)),
     "plate": ("text or null", _optional(_text)),
     "sites": ("[kind, distribution, event shape, plates] by name of site", _table(_site)),
-    "constants": ("numbers and texts by name", _table(lambda v: _text(v) or isinstance(v, bool) or _number(v))),
+    "constants": (
+        "numbers and texts by name",
+        _table(lambda v: v is None or isinstance(v, bool | str) or _number(v)),
+    ),
     "guide": ("svi, cavi, own, lost or null", _one_of("svi", "cavi", "own", "lost", None)),
     "fingerprint": ("a Python and entries by name", _fingerprint),
     "files": ("hashes by name of file", _table(lambda v: _text(v) and len(v) == 64)),
@@ -184,8 +197,15 @@ def check_tensors(file: Path, meta: Mapping[str, Any], tensors: Mapping[str, Ten
                 refuse(file, f"'{prefix}/{name}' is no latent site of the program")
             if tuple(value.shape[value.dim() - len(event) :]) != event:
                 refuse(file, f"'{prefix}/{name}' has shape {tuple(value.shape)}, the site events of shape {event}")
-    if meta["data"] is None and meta["positional"] is not None and list(parts["data"]) != [meta["positional"]]:
-        refuse(file, f"the data {sorted(parts['data'])} are not the model's argument {meta['positional']!r}")
+    there = {*parts["data"], *parts["constant"], *meta["constants"]}
+    if meta["data"] is None and (named := positional(meta)) and there != set(named):
+        refuse(file, f"the data {sorted(there)} are not the model's argument(s) {', '.join(map(repr, named))}")
+
+
+def positional(meta: Mapping[str, Any]) -> list[str]:
+    """The arguments that the data fill in order; one of them was written as text, and none as null, before."""
+    named = meta["positional"]
+    return [named] if isinstance(named, str) else list(named or ())
 
 
 def _check_draws(file: Path, meta: Mapping[str, Any], draws: Mapping[str, Tensor]) -> None:

@@ -85,7 +85,11 @@ def _left_out(data: Dataset) -> str | None:
     size = sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in _entries(data).values())
     if size > MAX_DATA:
         return "were too large to be saved with the fit"
-    odd = [name for name, value in data.constants.items() if not isinstance(value, Tensor | bool | int | float | str)]
+    odd = [
+        name
+        for name, value in data.constants.items()
+        if not isinstance(value, Tensor | bool | int | float | str | None)
+    ]
     return f"hold {', '.join(odd)}, which cannot be saved with the fit" if odd else None
 
 
@@ -106,7 +110,7 @@ def _write_draws(fit: Fit, folder: Path) -> None:
 def _meta(fit: Fit) -> dict[str, Any]:
     import ppl_gen
 
-    plain = {k: v for k, v in fit.data.constants.items() if isinstance(v, bool | int | float | str)}
+    plain = {k: v for k, v in fit.data.constants.items() if isinstance(v, bool | int | float | str | None)}
     return {
         "format": FORMAT,
         "version": ppl_gen.__version__,
@@ -122,7 +126,7 @@ def _meta(fit: Fit) -> dict[str, Any]:
         "records": {name: [repr(float(v)) for v in values] for name, values in fit.records.items()},
         "checks": {name: [repr(float(v)) for v in values] for name, values in fit.checks.items()},
         "dtype": str(fit.data.dtype).removeprefix("torch."),
-        "positional": fit.data.positional,
+        "positional": list(fit.data.positional),
         "data": _left_out(fit.data),
         "plate": fit.info.data_plate,
         "sites": site_table(fit.info),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,20 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_gen.data.arrays import as_array, check_extent, check_finite, shared
-from ppl_gen.data.names import refuse_misspelt
+from ppl_gen.data.arrays import check_extent, check_finite, shared
+from ppl_gen.data.calls import Constant, as_call
 from ppl_gen.data.rows import Rows
+from ppl_gen.data.sources import collected
 
 __all__ = ["Batch", "Batches", "Constant", "Dataset", "as_dataset", "constant", "is_double"]
 
 LARGE = 1_000_000  # elements: beyond this a dry run looks at a slice, and posterior draws are not made for every row
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A value that has no rows and is passed whole with every batch."""
-
-    value: Any
 
 
 def constant(value: Any) -> Constant:
@@ -58,7 +51,7 @@ class Dataset:
 
     entries: Mapping[str, Any]
     constants: Mapping[str, Any] = field(default_factory=dict)
-    positional: str | None = None
+    positional: tuple[str, ...] = ()
     rows: int | None = None
     device: torch.device | None = None
     dtype: torch.dtype | None = None
@@ -66,6 +59,7 @@ class Dataset:
     original: Any = None
     left_out: tuple[str, ...] = ()  # entries that neither model nor recipe reads
     read: frozenset[str] = frozenset()  # what the recipe read
+    taken: Mapping[str, str] = field(default_factory=dict)  # constants that nobody marked as such, and their types
 
     def batch(self, index: Tensor | None = None, total: int | None = None) -> Batch:
         """The rows of ``index`` (all of them when None) as a call of the model."""
@@ -75,10 +69,9 @@ class Dataset:
         values = {name: self._placed(value) for name, value in values.items()}
         rows = self.rows if index is None else len(index)
         constants = {name: self._placed(value) for name, value in self.constants.items()}
-        args: tuple[Any, ...] = ()
-        if self.positional is not None:
-            args = (values.pop(self.positional),)
-        return Batch(args, {**values, **constants}, rows, self.rows if total is None else total, index)
+        kwargs = {**values, **constants}
+        args = tuple(kwargs.pop(name) for name in self.positional)
+        return Batch(args, kwargs, rows, self.rows if total is None else total, index)
 
     def _rows(self, value: Any, index: Tensor | None) -> Any:
         if index is None:
@@ -135,7 +128,8 @@ class Dataset:
     def _chosen(self, entries: dict[str, Any], index: Tensor) -> Any:
         """What the user would have passed for these rows: labels that only a recipe reads, and `Rows`, are kept."""
         if self.positional:
-            return next(iter(entries.values()))
+            values = [entries[n] if n in entries else Constant(self.constants[n]) for n in self.positional]
+            return values[0] if len(values) == 1 and entries else tuple(values)
         rest = {} if not isinstance(self.original, Mapping) else dict(self.original)
         for name, value in rest.items():
             if isinstance(value, Tensor | np.ndarray) and value.ndim and len(value) == self.rows:
@@ -217,78 +211,33 @@ def as_dataset(
     """
     if isinstance(data, Dataset):
         return replace(data, dtype=dtype or data.dtype, device=device or data.device)
-    from ppl_gen.data.sources import collected  # torch.utils.data sources, turned into entries
-
     original, data = data, collected(data)
-    on_batch = getattr(data, "on_batch", None)
-    signature = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
-    names = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    kinds = {p.kind for p in signature.parameters.values()}
-    open_kind = inspect.Parameter.VAR_KEYWORD if isinstance(data, Mapping) else inspect.Parameter.VAR_POSITIONAL
-    if not names and open_kind not in kinds and not (isinstance(data, Mapping) and not data):
-        raise ValueError("the model takes no arguments, so data cannot reach it; give it one, e.g. `def model(x):`")
-    left_out: tuple[str, ...] = ()
-    if isinstance(data, Mapping):
-        entries, constants = _mapping_entries(data, signature)
-        if open_kind not in kinds:
-            left_out = tuple(str(name) for name in data if name not in signature.parameters and name not in read)
-        positional = None
-        there = [str(name) for name, value in data.items() if value is not None]
-        _require_arguments(signature, {*entries, *constants}, there)
-        if data and open_kind not in kinds and not signature.parameters.keys() & data.keys():
-            raise ValueError(
-                f"data: none of its entries ({', '.join(map(str, data))}) is an argument of the model "
-                f"({', '.join(names)}); give them the names of the model's arguments"
-            )
-        refuse_misspelt(left_out, names, [name for name, value in data.items() if value is not None])
-    else:
-        positional = names[0] if names else "data"
-        entries, constants = {positional: as_array(data, positional)}, {}
-        _require_arguments(signature, {positional}, [positional])
-    rows = _common_rows(entries)
+    call = as_call(data, model, read)
+    rows = _common_rows(call.entries)
+    values = {**call.entries, **call.constants}
     if dtype is None:
-        dtype = torch.float64 if any(map(is_double, (*entries.values(), *constants.values()))) else torch.float32
-    for name, value in {**entries, **constants}.items():
+        dtype = torch.float64 if any(map(is_double, values.values())) else torch.float32
+    for name, value in values.items():
         check_finite(name, value, dtype)
-    return Dataset(entries, constants, positional, rows, device, dtype, on_batch, original, left_out, frozenset(read))
+    return Dataset(
+        call.entries,
+        call.constants,
+        call.positional,
+        rows,
+        device,
+        dtype,
+        getattr(data, "on_batch", None),
+        original,
+        call.left_out,
+        frozenset(read),
+        call.taken,
+    )
 
 
 def _equal(one: Any, two: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return one is two or (one.shape == two.shape and torch.equal(one, two.to(one)))
     return type(one) is type(two) and bool(one == two)
-
-
-def _mapping_entries(data: Mapping[str, Any], signature: inspect.Signature) -> tuple[dict[str, Any], dict[str, Any]]:
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    entries: dict[str, Any] = {}
-    constants: dict[str, Any] = {}
-    for name, value in data.items():
-        if not open_ended and name not in signature.parameters:
-            continue
-        if isinstance(value, Constant):
-            inside = value.value
-            constants[name] = as_array(inside, name) if isinstance(inside, Tensor | np.ndarray) else inside
-        elif value is None:
-            continue
-        elif isinstance(value, bool | int | float | str | np.generic):
-            constants[name] = value
-        elif isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
-            constants[name] = as_array(value, name)
-        else:
-            entries[name] = as_array(value, name)
-    return entries, constants
-
-
-def _require_arguments(signature: inspect.Signature, given: set[str], there: list[str]) -> None:
-    for p in signature.parameters.values():
-        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is not p.empty or p.name in given:
-            continue
-        held = ", ".join(there) or "nothing"
-        raise ValueError(
-            f"the model needs the argument {p.name!r}, which the data does not hold (it holds {held}); "
-            f"add the entry, or give the argument a default such as `{p.name}=None` if it may be missing"
-        )
 
 
 def _common_rows(entries: Mapping[str, Any]) -> int | None:

@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["collected"]
+__all__ = ["Columns", "collected"]
+
+
+class Columns(tuple[Any, ...]):
+    """What the items of a torch Dataset hold, column by column: they fill the model's arguments in order."""
 
 
 def collected(data: Any) -> Any:
     """A tensor or mapping from a map-style Dataset or a DataLoader; anything else is returned as it is.
 
     The items of a Dataset are collated once and kept, so that batches are gathered from a resident tensor; a
-    DataLoader contributes its dataset and its collate function, while batch size and order are the algorithm's. Of
-    items that are tuples the first tensor is taken, by the convention of labelled data: (x, label).
+    DataLoader contributes its dataset and its collate function, while batch size and order are the algorithm's. Items
+    that are tuples become `Columns`: (x, label) fills the first two arguments of a model that has two.
 
     Raises:
         TypeError: for iterable-style data, whose number of rows (N in every plate scale) is unknown, and for a sampler
@@ -63,6 +67,6 @@ def _stacked(dataset: Any, collate: Any) -> Any:
         columns = collate([dataset[i] for i in range(len(dataset))])
     if isinstance(columns, Tensor | Mapping):
         return columns
-    if isinstance(columns, list | tuple) and columns and isinstance(columns[0], Tensor):
-        return columns[0]  # (x, label, ...) pairs: the convention of labelled datasets
+    if isinstance(columns, list | tuple) and columns and all(isinstance(column, Tensor) for column in columns):
+        return columns[0] if len(columns) == 1 else Columns(columns)
     raise TypeError(f"data: items of the dataset collate to {type(columns).__name__}; expected tensors or a mapping")

@@ -261,10 +261,8 @@ def _joint_densities(fit: Fit, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _named(fit: Fit, batch: Batch) -> dict[str, Tensor]:
-    values = {k: v for k, v in batch.kwargs.items() if isinstance(v, Tensor)}
-    if fit.data.positional is not None and isinstance(batch.args[0], Tensor):
-        values[fit.data.positional] = batch.args[0]
-    return values
+    every = {**batch.kwargs, **dict(zip(fit.data.positional, batch.args, strict=True))}
+    return {name: value for name, value in every.items() if isinstance(value, Tensor)}
 
 
 def _lead(draws: Mapping[str, Tensor], fit: Fit, *, latent: bool) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_gen.data.arrays import FILL, as_array, check_extent, check_finite
 from ppl_gen.data.batching import Constant
-from ppl_gen.data.sources import collected
+from ppl_gen.data.sources import Columns, collected
 from ppl_gen.models.markov_steps import active_steps
 
 __all__ = ["entries", "sequences"]
@@ -30,13 +30,20 @@ def entries(data: Any, program: str, *names: str) -> list[Tensor | None]:
         [tensor([1., 2.], dtype=torch.float64), None]
     """
     data = collected(data)
-    found = data if isinstance(data, Mapping) else {names[0]: data}
+    found = data if isinstance(data, Mapping) else _in_order(data, names)
     if found.get(names[0]) is None:  # nothing else is asked of the mapping: what nobody reads may be misspelt
         there = [str(name) for name, value in found.items() if value is not None]
         listed = f"only {', '.join(there)}" if there else "none"
         raise ValueError(f"data: {program} reads the entry {names[0]!r}, got {listed}")
     hint = _MASK if "mask" in names else FILL
     return [None if found.get(name) is None else _numbers(found[name], name, hint) for name in names]
+
+
+def _in_order(data: Any, names: Sequence[str]) -> dict[str, Any]:
+    """A tuple fills the names in order; of a labelled dataset's columns only labels do so."""
+    if isinstance(data, Columns):
+        return {name: value for i, (name, value) in enumerate(zip(names, data, strict=False)) if not i or name == "y"}
+    return dict(zip(names, data, strict=False)) if isinstance(data, tuple) else {names[0]: data}
 
 
 def sequences(data: Any, program: str) -> tuple[Tensor, Tensor]:

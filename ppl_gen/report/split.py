@@ -40,9 +40,11 @@ def split_rows(data: Any, share: float, program: Any = None) -> tuple[Any, Any]:
     data = collected(data)
     model = program.model if isinstance(program, Program) else program
     if model is not None and not isinstance(model, Recipe):
-        as_dataset(data, model)  # what is wrong with the data is said as a fit says it
+        checked = as_dataset(data, model)  # what is wrong with the data is said as a fit says it
         if isinstance(data, Mapping) and not isinstance(data, Rows):
             data = _named(data, model)
+        elif not isinstance(data, Mapping | Tensor | np.ndarray):
+            data = checked
     rows = row_count(data)
     held = round(share * rows)
     if held < 2 or rows - held < 2:
