@@ -113,9 +113,11 @@ class explained:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if error is None or not isinstance(error, ValueError | RuntimeError | TypeError | IndexError):
+        if error is None or not isinstance(error, ValueError | RuntimeError | TypeError | IndexError | AttributeError):
             return
         text, head = str(error), f"the {self.what} of {self.program.name!r} failed on a dry run: "
+        if isinstance(error, TypeError | AttributeError) and "NoneType" in text:
+            raise TypeError(head + text + "; it needs what the data give as None") from error
         if any(words in text for words in ("on the same device", "device type", "expected device")):
             raise ValueError(
                 head + "a tensor in its closure lives on another device than the data. Make it inside the model "

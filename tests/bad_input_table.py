@@ -22,6 +22,7 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.check(ppca(4, 2), x[:, :3])  ->  data: ppca(features=4) takes rows of 4 columns, got (40, 3)
             pg.check(vae(4), x[:, :3])  ->  data: vae was made for rows of shape (4,)
             pg.check(hidden_markov(2), x[0])  ->  data: hidden_markov takes sequences x time
+            pg.check(normal, (x, y))  ->  data: a tuple of 2 values, and the model takes 1 (x)
             pg.check(normal, 3.0)  ->  data 'x': expected rows
             pg.check(ppca(4, 2), None)  ->  data: ppca reads the entry 'x', got none
             pg.check(ppca(4, 2), {"rows": x})  ->  data: ppca reads the entry 'x', got only rows
@@ -48,7 +49,6 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.check(ppca(4, 2), [["a", "b"]] * 9)  ->  data 'x': expected a tensor or an array of numbers, got list
             pg.check(normal, np.array([None, 1.0]))  ->  data 'x': expected a tensor or an array of numbers, got ndarray
             pg.check(normal, "rows.csv")  ->  data 'x': expected a tensor or an array of numbers, got str
-            pg.check(normal, (x, y))  ->  data 'x': got a tuple of 2 arrays
             pg.check(normal, [[1.0, 2.0], [3.0]])  ->  data 'x': expected a tensor or an array of numbers, got list
             pg.check(char_rnn(3), x)  ->  data: char_rnn(symbols=3): expected integer codes
             pg.check(hidden_markov(2, emission="categorical"), x)  ->  data: categorical emissions are integers

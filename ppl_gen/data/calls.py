@@ -90,7 +90,8 @@ def as_call(data: Any, model: Callable[..., Any], read: Collection[str] = ()) ->
         name = names[0] if names else "data"
         call = Call({name: as_array(data, name)}, {}, (name,))
     there = [*call.entries, *call.constants]
-    _require_arguments(signature, set(there), [*there, *call.left_out])
+    empty = there and not call.entries and all(value is None for value in call.constants.values())
+    _require_arguments(signature, set() if empty else set(there), [*there, *call.left_out])
     return call
 
 
@@ -183,7 +184,7 @@ def _require_arguments(signature: inspect.Signature, given: set[str], there: lis
     for p in signature.parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is not p.empty or p.name in given:
             continue
-        held = ", ".join(there) or "nothing"
+        held = ", ".join(name for name in there if name != p.name) or "nothing"
         raise ValueError(
             f"the model needs the argument {p.name!r}, which the data does not hold (it holds {held}); "
             f"add the entry (None if it is to be drawn), or give the argument a default such as `{p.name}=None`"
