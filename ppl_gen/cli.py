@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -166,7 +167,9 @@ def fit(
     chosen = algorithm_of(algorithm, {k: v for k, v in {"steps": steps, "lr": lr}.items() if v is not None})
     made = program_of(program)
     result = pg.fit(made, data_of(data, made), chosen, seed=seed)
-    summary = result.diagnose()  # before the fit is printed, which then shows its verdict
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pg.FitWarning)  # the line below says it
+        summary = result.diagnose()  # before the fit is printed, which then shows its verdict
     print(summary.to_string(float_format=lambda v: f"{v:.4g}"))
     print(result)
     if out is not None:

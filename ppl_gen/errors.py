@@ -38,7 +38,10 @@ class IncompatibleError(ValueError):
 
 
 class FitWarning(UserWarning):
-    """A fit ended and is bad: chains that diverge, disagree or hardly move. One for a fit, with all that was seen."""
+    """A fit is bad: chains that diverge, disagree or hardly move, columns on scales apart, a guide that is far off.
+
+    One when the fit ends, with all that was seen; a guide's weights cost something and warn when first looked at.
+    """
 
 
 class MissingExtraError(ImportError):

@@ -31,6 +31,8 @@ from ppl_gen.data.batching import as_dataset
 from ppl_gen.data.rows import Rows
 from ppl_gen.inference import SVI
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 
 def test_a_fit_says_what_it_is() -> None:
     fit = pg.fit(conjugate, X8, SVI(steps=3), seed=7)

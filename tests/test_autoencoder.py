@@ -17,6 +17,8 @@ from ppl_gen.inference import EM, NUTS, SVI, Adversarial
 from ppl_gen.models import anomaly_scores, autoencoder, codes, principal_components, reconstructions
 from ppl_gen.models.improper import Flat
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 STILL = SVI(steps=1, lr=1e-30)
 
 

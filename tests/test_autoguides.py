@@ -15,6 +15,8 @@ from pyro.distributions.transforms import iterated
 import ppl_gen as pg
 from ppl_gen.inference import IWAE, SVI
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 XS = torch.tensor([1.6, 0.4, 0.9, 2.1, 1.1, 0.2, 1.8, 1.3])
 YS = torch.tensor([-0.8, -1.4, -0.6, -1.1, -0.2, -1.3, -0.9, -1.5])
 DATA = {"x": XS, "y": YS}

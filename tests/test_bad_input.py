@@ -20,6 +20,8 @@ import ppl_gen as pg
 from ppl_gen import inference, models
 from ppl_gen.models.catalogue import CATALOGUE
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 
 def _files(folder: Path) -> dict[str, str]:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and "-" not in file.parent.name)

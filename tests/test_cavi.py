@@ -25,6 +25,8 @@ from ppl_gen.inference.cavi import CAVI
 from ppl_gen.isolation import isolated
 from ppl_gen.models import gaussian_mixture
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 KINDS = [("full", 0), ("spherical", 2), ("diagonal", 2), ("full", 2)]
 STRENGTH, DEGREES, SPREAD = 0.3, 4.5, 0.8
 

@@ -17,6 +17,8 @@ from ppl_gen.inference import CAVI, ELBO, EM, IWAE, NUTS, SVI, Adversarial, Algo
 from ppl_gen.models.catalogue import CATALOGUE
 from ppl_gen.offers import OFFERS
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 STEPS = 5
 
 ALGORITHMS: dict[str, Callable[[], Algorithm]] = {

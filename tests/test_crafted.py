@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 import ppl_gen as pg
 from ppl_gen.inference import NUTS
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 X = torch.linspace(-1.0, 2.0, 12)
 
 

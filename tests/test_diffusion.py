@@ -27,6 +27,8 @@ from ppl_gen.models.diffusion import Diffusion
 from ppl_gen.models.noising import Noising, noise_schedule
 from ppl_gen.program import Recipe
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 Z = 5.0
 STILL = {"steps": 1, "lr": 1e-30}  # one step too small to change any weight
 

@@ -16,6 +16,8 @@ from ppl_gen.inference import CAVI, EM, NUTS, SVI
 from ppl_gen.models import gan, gaussian_mixture
 from ppl_gen.report.display import _curve
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 BAD = "<script>alert('x')</script>"
 _VOID = {"br", "img", "hr", "polyline"}
 

@@ -34,6 +34,8 @@ from ppl_gen.extensions import EMSteps
 from ppl_gen.inference import EM
 from ppl_gen.models import gaussian_mixture
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 # ------------------------------------------------------------------------------------------------------------- crabs
 
 

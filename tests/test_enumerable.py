@@ -14,6 +14,8 @@ from torch import Tensor
 import ppl_gen as pg
 from ppl_gen.inference import ELBO, EM, IWAE, NUTS, SVI
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 torch.manual_seed(0)
 X = torch.linspace(-1.0, 2.0, 40)
 FEATURES = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))

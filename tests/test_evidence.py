@@ -34,6 +34,8 @@ import ppl_gen as pg
 from ppl_gen.inference import EM, NUTS, SVI
 from ppl_gen.models import ppca
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 STILL = SVI(steps=1, lr=1e-12)  # the guide as it was written
 HELD = torch.tensor([0.0, 2.5, -1.5], dtype=torch.float64)
 
@@ -60,10 +62,8 @@ def test_the_monte_carlo_error_is_what_repetitions_show() -> None:
     fit = pg.fit(pg.Program(conjugate, conjugate_guide), X8, STILL)
     runs = [fit.evidence(HELD, draws=60, seed=seed) for seed in range(60)]
     spread = float(torch.tensor([run.mean for run in runs]).std())
-    # The guide is wider than the posterior: that gap is part of the error, and is not what repetitions show.
-    gaps = [
-        (run.guide_gap or 0.0) if abs(run.guide_gap or 0.0) > 3 * (run.guide_gap_stderr or 0.0) else 0.0 for run in runs
-    ]
+    # The guide is wider than the posterior: the gap and its error are part of the error, and not of the repetitions.
+    gaps = [math.hypot(run.guide_gap or 0.0, run.guide_gap_stderr or 0.0) for run in runs]
     claimed = math.sqrt(sum(run.mc_stderr**2 - gap**2 for run, gap in zip(runs, gaps, strict=True)) / 60)
     # An sd of 60 runs is known to 9 %, the jackknife's pooled over 60 runs to 4 %: 4.5 errors are 45 %.
     assert claimed == pytest.approx(spread, rel=0.45)
@@ -193,9 +193,9 @@ def test_a_site_with_summed_and_drawn_latents_together() -> None:
 def test_the_marginal_likelihood_of_conjugate_programs() -> None:
     fit = pg.fit(pg.Program(conjugate, conjugate_guide), X8, STILL)
     estimate = fit.marginal_likelihood(draws=2000)
-    # Guide sd 0.6 against 0.33: weights of relative variance about 1: error 0.022.
-    assert abs(estimate.mean - conjugate_evidence(X8)) < 5 * 0.025 and estimate.rows == 1
-    assert estimate.mc_stderr == pytest.approx(0.022, rel=0.5) and estimate.pareto_k is not None
+    # Guide sd 0.6 against 0.33: weights of relative variance about 1; 10 000 draws are cheap here: error 0.0085.
+    assert abs(estimate.mean - conjugate_evidence(X8)) < 5 * 0.01 and estimate.rows == 1
+    assert estimate.mc_stderr == pytest.approx(0.0085, rel=0.5) and estimate.pareto_k is not None
     assert estimate.pareto_k < 0.5 and "in all" in repr(estimate)
     mixed = pg.fit(pg.Program(both, both_guide), X8, STILL).marginal_likelihood(draws=200, particles=50)
     # Eight rows with 50 particles each: bias 8 * 0.5 / 50, and the globals' weights: 0.07.

@@ -14,6 +14,8 @@ from torch import Tensor
 import ppl_gen as pg
 from ppl_gen.inference import NUTS, SVI
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 F64 = {"dtype": torch.float64}
 QUICK = SVI(steps=2, lr=1e-3)
 HELD = torch.tensor([-2.5, 0.1, 3.4], **F64)

@@ -28,6 +28,8 @@ from ppl_gen.diagnostics.bridge import group, group_names
 from ppl_gen.inference import CAVI, EM, NUTS, SVI, Adversarial
 from ppl_gen.models import gan, gaussian_mixture
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 X = torch.linspace(-1.0, 2.0, 12)
 SCHOOLS = {
     "sigma": torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18]),

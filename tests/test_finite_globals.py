@@ -20,6 +20,8 @@ from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference import EM, NUTS, SVI
 from ppl_gen.posterior import PointPosterior
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 STILL = SVI(steps=1, lr=1e-12)  # the guide as it was written
 F64 = {"dtype": torch.float64}
 X = torch.tensor([[1.0, 0.8], [-0.5, -0.9], [0.3, 0.6], [-1.2, -0.7], [0.6, 0.2]], **F64)

@@ -13,6 +13,8 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.inference import IWAE, SVI
 from ppl_gen.inference.jacobians import check_jacobians
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 NOISE = 0.5
 X = torch.tensor([[1.2, -0.3], [0.4, 0.8], [-0.6, 1.1], [0.9, 0.2], [1.5, -1.0]])
 NO_INVERSE = ["planar", "radial", "block_autoregressive"]

@@ -20,6 +20,8 @@ import ppl_gen as pg
 from ppl_gen.inference import CAVI, EM, NUTS, SVI
 from ppl_gen.models import affine_flow, iaf, maf, real_nvp, spline_flow
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 
 @pytest.fixture(autouse=True)
 def float64_and_seed():

@@ -22,6 +22,8 @@ from ppl_gen.inference import SVI
 from ppl_gen.models import scalar_flow
 from ppl_gen.models.flows.splines import IDENTITY, rational_quadratic
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 BASES = ("uniform", "beta", "normal")
 STILL = SVI(steps=1, lr=1e-30)
 TRAIN = SVI(steps=500, lr=0.03)

@@ -20,6 +20,8 @@ from ppl_gen.inference import EM, NUTS, SVI
 from ppl_gen.models import factor_analysis, ppca, principal_components, reconstructions
 from ppl_gen.models.linear_program import aligned
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 STILL = SVI(steps=1, lr=1e-30)  # one step too small to change anything
 
 

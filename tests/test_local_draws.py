@@ -15,6 +15,8 @@ import ppl_gen as pg
 from ppl_gen.inference import NUTS, SVI, Adversarial
 from ppl_gen.models import denoising_diffusion, ppca, vae
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 QUICK = SVI(steps=2, lr=1e-3)
 DRAWS = 400
 FAR = 5 / math.sqrt(DRAWS)  # five standard errors of a mean, in standard deviations

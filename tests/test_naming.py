@@ -15,6 +15,8 @@ from torch import Tensor
 import ppl_gen as pg
 from ppl_gen.inference import SVI
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # columns are odd on purpose
+
 X = torch.linspace(-1.0, 1.0, 6)
 
 

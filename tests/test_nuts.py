@@ -28,6 +28,8 @@ from ppl_gen.inference.tape import record_checked
 from ppl_gen.inference.unconstrained import Unconstrained, starting_point
 from ppl_gen.isolation import isolated
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 SIGMAS = 5.5
 
 

@@ -13,6 +13,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 import ppl_gen as pg
 from ppl_gen.inference import EM, NUTS, SVI
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 N = 20
 X = torch.randn(N, generator=torch.Generator().manual_seed(0))
 OK = torch.arange(N) % 3 > 0

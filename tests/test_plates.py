@@ -17,6 +17,8 @@ import ppl_gen as pg
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference import EM, IWAE, NUTS, SVI
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 X = torch.linspace(-1.0, 2.0, 12)
 N = len(X)
 TABLE = torch.arange(12)

@@ -12,6 +12,8 @@ import ppl_gen as pg
 from ppl_gen.inference import SVI
 from ppl_gen.inference.guides import point_sites
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 X = torch.tensor([1.4, 0.2, 0.9, 1.7, -0.4, 0.8, 1.1, 0.3])
 
 

@@ -21,6 +21,8 @@ from posteriordb_programs import POSTERIORS, Posterior
 import ppl_gen as pg
 from ppl_gen.inference import NUTS
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 FEW = 450
 MANY = 4000
 

@@ -16,6 +16,8 @@ import ppl_gen as pg
 from ppl_gen.inference import EM, NUTS, SVI
 from ppl_gen.models import gaussian_mixture
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 X = torch.tensor([[1.2, 0.4], [0.3, -0.8], [-0.6, 1.1], [0.9, 0.2], [1.5, -1.0], [-0.2, 0.1]])
 
 

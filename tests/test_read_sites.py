@@ -18,6 +18,8 @@ import ppl_gen as pg
 from ppl_gen.inference import CAVI, EM, IWAE, NUTS, SVI
 from ppl_gen.isolation import Workspace
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 X = torch.tensor([0.3, 1.2, -0.4, 2.0, 0.9, 1.1])
 ONE = {"chains": 1, "processes": 1}
 

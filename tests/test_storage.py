@@ -26,6 +26,8 @@ from ppl_gen.inference import CAVI, EM, NUTS, SVI, Adversarial
 from ppl_gen.models import gaussian_mixture
 from ppl_gen.posterior import ChainPosterior
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 X = torch.linspace(-1.0, 2.0, 12)
 
 

@@ -18,6 +18,8 @@ from ppl_gen.inference import ELBO, NUTS, SVI, Adversarial
 from ppl_gen.inference.objectives.base import Setting, started
 from ppl_gen.isolation import Workspace, isolated
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 STILL = SVI(steps=1, lr=1e-30)  # one step too small to change anything
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from verdict_cases import CASES
 
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
+
 FAST = (
     "exact, 1 number",
     "shifted by 1.5 sd, 1 number",

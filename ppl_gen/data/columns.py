@@ -26,16 +26,18 @@ def column_notes(entries: Mapping[str, Any], *, scaled: bool = False) -> dict[st
     and more (or a thousandth and less, of the standard deviation): priors of order one and learning rates are at odds
     with it, and float32 loses its digits. Integers, which may be labels or counts, are not looked at for that, nor
     anything that a recipe has ``scaled``. A constant vector may be a known error or exposure, and a column of ones the
-    intercept: constants are looked for among the other columns of tables.
+    intercept: constants are looked for among the other columns of tables. Tables with a mask of their shape are passed
+    over, since what stands where nothing was observed is no number of theirs.
 
     >>> rows = torch.arange(6.0)
     >>> column_notes({"x": torch.stack([rows, 1e5 * rows, 3 * torch.ones(6)], 1)})["unscaled columns"]
     'x[:, 1] (mean 2.5e+05, sd 1.9e+05); standardise: subtract the mean, divide by the sd'
     """
     constant, unscaled = [], []
+    masks = {tuple(value.shape) for value in entries.values() if _is_mask(value)}
     for name, value in entries.items():
         table = _table(value)
-        if table is None:
+        if table is None or tuple(value.shape) in masks:
             continue
         floats = table.is_floating_point()
         columns = table.double()
@@ -56,6 +58,10 @@ def column_notes(entries: Mapping[str, Any], *, scaled: bool = False) -> dict[st
     if unscaled:
         found["unscaled columns"] = f"{_listed(unscaled)}; standardise: subtract the mean, divide by the sd"
     return found
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray) and str(value.dtype).endswith("bool")
 
 
 def _table(value: Any) -> Tensor | None:

@@ -12,9 +12,10 @@ from ppl_gen.errors import FitWarning
 from ppl_gen.posterior import ChainPosterior
 
 if TYPE_CHECKING:
+    from ppl_gen.diagnostics.verdicts import Verdict
     from ppl_gen.result import Fit
 
-__all__ = ["complaint", "warn_if_bad"]
+__all__ = ["complaint", "warn_if_bad", "warn_of_weights"]
 
 NUMBERS = 200  # of a posterior that are looked at: the summary of one takes about a millisecond
 _FEW = 100  # effective draws per chain (Vehtari et al. 2021)
@@ -28,19 +29,32 @@ def warn_if_bad(fit: Fit) -> None:
         warnings.warn(FitWarning(f"{fit.algorithm} on {fit.program.name!r}: {found}"), stacklevel=3)
 
 
+def warn_of_weights(fit: Fit, found: Verdict) -> None:
+    """One `FitWarning` for a guide that is not trusted, when its weights are first looked at; for the methods of `Fit`.
+
+    Not at the end of the fit: weights cost more than 5 % of a short one, and without `torch.vmap` more than all of it.
+    """
+    if found.trusted or fit.learned.kind != "variational" or "warned" in fit.computed:
+        return
+    fit.computed["warned"] = True
+    warnings.warn(FitWarning(f"{fit.algorithm} on {fit.program.name!r}: {found}"), stacklevel=3)
+
+
 def complaint(fit: Fit) -> str:
-    """What is wrong with chains, and the notes on starts and columns; empty for other fits, which `Fit.verdict` judges.
+    """What is wrong with chains, and the notes on starts and columns; `Fit.verdict` judges the rest of other fits.
 
     Chains are bad that diverge, end at the largest tree depth, disagree (R-hat above 1.01), have an effective sample
-    size under 100 per chain, or do not move.
+    size under 100 per chain, or do not move. Columns that chains could do with are not mentioned.
     """
-    if not isinstance(fit.learned, ChainPosterior) or str(fit.status) == "interrupted":
+    if str(fit.status) == "interrupted":
         return ""
-    found = _chains(fit, fit.learned)
-    if not found:
-        return ""
+    said = []
+    if isinstance(fit.learned, ChainPosterior):
+        said = [_chains(fit, fit.learned)]
+        if not said[0]:
+            return ""
     named = ("starts", "constant columns", "unscaled columns")
-    return " ".join([found, *(f"Note on {name}: {fit.notes[name]}." for name in named if name in fit.notes)])
+    return " ".join([*said, *(f"Note on {name}: {fit.notes[name]}." for name in named if name in fit.notes)])
 
 
 def _chains(fit: Fit, learned: ChainPosterior) -> str:

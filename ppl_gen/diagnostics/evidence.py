@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import Dataset
-from ppl_gen.diagnostics.averaging import Average, normaliser, weighed_parameters
+from ppl_gen.diagnostics.averaging import ENOUGH, Average, normaliser, weighed_parameters
 from ppl_gen.diagnostics.integration import RowIntegral, row_integral
-from ppl_gen.diagnostics.psis import pareto_k_threshold
-from ppl_gen.diagnostics.weighed import weighed_draws
+from ppl_gen.diagnostics.missed import missed
+from ppl_gen.diagnostics.psis import pareto_k_threshold, smoothed_weights
+from ppl_gen.diagnostics.weighed import CELLS, weighed_draws
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.finite_globals import summed_globals
 from ppl_gen.inference.guides import point_sites
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Evidence", "marginal_likelihood", "row_evidence"]
 
+JUDGED = 10_000  # draws of a marginal likelihood where they are cheap: k-hat then scatters by 0.08, and not by 0.15
+ROUNDING = 1e-5  # nats: a gap that 32 bits may leave between an exact guide and the posterior
 NOTABLE = 3.0  # standard errors from which a gap between guide and posterior is taken for one
 
 
@@ -41,9 +44,9 @@ class Evidence:
     and ``pareto_k_rows`` for at most 200 rows spread over the data.
 
     A guide stands for the posterior, and is not the posterior: ``guide_gap`` is by how much weighing its draws (Pareto
-    smoothed) moves the mean, in nats per row, ``guide_gap_stderr`` the error of that; None where it was not measured. A
-    gap beyond `NOTABLE` of its errors is part of ``mc_stderr``, in quadrature. It is NaN where one draw shows
-    no error, and infinite where nothing is known of it.
+    smoothed) moves the mean, in nats per row, ``guide_gap_stderr`` the error of that; None where it was not measured.
+    Both are part of ``mc_stderr``, in quadrature; both are zero for an exact guide, and `repr` tells of a gap beyond
+    `NOTABLE` of its errors. ``mc_stderr`` is NaN where one draw shows no error, and infinite where nothing is known.
     """
 
     mean: float
@@ -74,7 +77,7 @@ class Evidence:
 
 def _notable(gap: float | None, error: float | None) -> bool:
     """Whether guide and posterior give different evidence, beyond what the draws leave open."""
-    return gap is not None and error is not None and abs(gap) > NOTABLE * error
+    return gap is not None and error is not None and abs(gap) > max(NOTABLE * error, ROUNDING)
 
 
 def row_evidence(
@@ -110,8 +113,8 @@ def row_evidence(
     # Parameter draws are shared by all rows, so their error does not average out over rows: it is taken over draws.
     mc = math.sqrt(float(variances.sum()) / n**2 + average.error() ** 2)
     gap, gap_error = average.gap() or (None, None)
-    if gap is not None and _notable(gap, gap_error):
-        mc = math.hypot(mc, gap)
+    if gap is not None and gap_error is not None:  # of heavy weights the gap is little known, and that is an error too
+        mc = math.hypot(mc, gap, gap_error)
     stderr = float(rows.std() / math.sqrt(n)) if n > 1 else 0.0
     if len(thetas) == 1 and thetas[0] and not _at_point(fit):
         mc = math.nan  # one draw of the parameters says nothing of how much they vary
@@ -204,8 +207,10 @@ def _plugged_in(fit: Fit) -> list[str]:
 def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | None = None) -> Evidence:
     r"""log p(all data) by importance weighting, log 1/S sum_s p(x, theta_s) / q(theta_s), weights Pareto smoothed.
 
-    Where k-hat says that the guide misses part of the posterior, the value lies below log p(x) by an amount that the
-    draws do not show: ``mc_stderr`` is infinite then, ``kind`` says so, and a UserWarning what to do. See `normaliser`.
+    Where k-hat, or short chains from the guide's draws, say that these miss part of the posterior, the value lies
+    below log p(x) by an amount unknown: ``mc_stderr`` is infinite then, ``kind`` says so, and a UserWarning what to do.
+    See `normaliser` and `missed`. `JUDGED` draws are taken where these are cheap (all at once, no latents of
+    rows) and more than ``draws``, unless fewer than `ENOUGH` were asked for.
 
     Raises:
         IncompatibleError: for point estimates and chains, which have no density to propose from, and for a guide that
@@ -226,18 +231,25 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
             "to propose from: the marginal likelihood integrates over it. Give it a distribution (AutoNormal, "
             "AutoMultivariateNormal) and fit again"
         )
+    more = min(JUDGED, CELLS // max(1, fit.data.elements)) if draws >= ENOUGH and not fit.info.select(local=True) else 0
     with fit.bound(seed):
-        weights = weighed_draws(fit, draws, particles).log_weights
+        weighed = weighed_draws(fit, draws, particles, more=more)
+    weights = weighed.log_weights
     n, found = len(weights), normaliser(weights)
-    kind = f"importance weighted, {n} draws"
+    kind, doubt = f"importance weighted, {n} draws", ""
     if found.pareto_k is None:
         kind += ", too few to judge the guide by"
     elif not found.reliable:
+        doubt = f"k-hat {found.pareto_k:.2f} is above {pareto_k_threshold(n):.2f}, the limit for {n} draws"
         kind += f", k-hat {found.pareto_k:.2f}: below log p(x) by an amount unknown"
+    elif doubt := missed(fit, weighed.values, smoothed_weights(weights.numpy())):
+        found = replace(found, stderr=math.inf)
+        kind += ", short chains left them: below log p(x) by an amount unknown"
+    if doubt:
         warnings.warn(
-            f"marginal_likelihood: k-hat {found.pareto_k:.2f} is above {pareto_k_threshold(n):.2f}, the limit for {n} "
-            "draws: the guide misses part of the posterior, so the value lies below log p(x) by an amount unknown. Fit "
-            "with a richer guide (AutoMultivariateNormal, or a flow), train it longer, or ask for more draws",
+            f"marginal_likelihood: {doubt}: the guide misses part of the posterior, so the value lies below log p(x) "
+            "by an amount unknown. Fit with a richer guide (AutoMultivariateNormal, or a flow), train it longer, or "
+            "ask for more draws",
             UserWarning,
             stacklevel=3,
         )

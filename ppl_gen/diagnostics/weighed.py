@@ -39,17 +39,17 @@ class WeighedDraws:
     log_weights: Tensor
 
 
-def weighed_draws(fit: Fit, draws: int, particles: int = 1) -> WeighedDraws:
+def weighed_draws(fit: Fit, draws: int, particles: int = 1, *, more: int = 0) -> WeighedDraws:
     """``draws`` draws of the guide with their log weights; call inside ``fit.bound()``.
 
     Local latents that the guide draws are integrated by importance weighting, ``particles`` of them per row and draw;
     finite ones that it leaves out are summed. All draws go through guide and model at once (`torch.vmap`) where these
-    allow it; one at a time they are fewer, at most `ALONE`.
+    allow it, and then there are ``more`` of them if that is more; one at a time they are fewer, at most `ALONE`.
     """
     info, batch = fit.info, fit.data.batch()
     guided = set(info.guide_sites or {})
     local = any(site.local and site.name in guided for site in info.select())
-    outside, log_q = _drawn(fit, batch, draws, ALONE // (5 if local else 1))
+    outside, log_q = _drawn(fit, batch, draws, ALONE // (5 if local else 1), more)
     count = len(log_q)
     values = {site.name: outside[site.name] for site in info.select(local=False) if site.name in outside}
     if not local:
@@ -59,13 +59,13 @@ def weighed_draws(fit: Fit, draws: int, particles: int = 1) -> WeighedDraws:
     return WeighedDraws(values, (inside.double() - log_q).cpu())
 
 
-def _drawn(fit: Fit, batch: Batch, draws: int, alone: int) -> tuple[dict[str, Tensor], Tensor]:
+def _drawn(fit: Fit, batch: Batch, draws: int, alone: int, more: int) -> tuple[dict[str, Tensor], Tensor]:
     """Draws of the guide's sites outside the data plate, draws x shape, and log q of each."""
 
     def one(_: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         return global_draw(fit.guide, batch, fit.info)
 
-    together = many(one, torch.zeros(draws), batch)
+    together = many(one, torch.zeros(max(draws, more)), batch)
     if together is not None:
         values, log_q = together
         return {name: value.detach() for name, value in values.items()}, log_q.detach()
