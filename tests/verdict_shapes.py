@@ -93,7 +93,7 @@ def normal_gamma_guide(x):
 
 
 def groups(x):
-    """Eight groups of ten rows each, by the mean of each; non-centred."""
+    """Eight groups of three rows each; non-centred."""
     mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
     tau = pyro.sample("tau", dist.HalfNormal(2.0))
     z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([8]).to_event(1))
@@ -102,7 +102,7 @@ def groups(x):
 
 
 def grouped(seed: int) -> torch.Tensor:
-    means, e = torch.randn(8, generator=source(seed)), torch.randn(10, 8, generator=source(seed + 100))
+    means, e = torch.randn(8, generator=source(seed)), torch.randn(3, 8, generator=source(seed + 100))
     return 1.0 + means + e
 
 

@@ -12,6 +12,7 @@ __all__ = ["Cause"]
 class Cause:
     """What is known of a run, for advice that fits: its updates, whether on minibatches, what guide, what networks.
 
+    ``networks``: whether it has some, or nothing to learn but the latents of rows: its loss is judged by the row then;
     ``converged``: the algorithm's own criterion was met; ``given``: it brings a guide of its own (CAVI).
     """
 

@@ -6,10 +6,12 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pyro import poutine
 
 from ppl_gen.diagnostics.bridge import az_summary, to_tree
 from ppl_gen.diagnostics.export import affordable_rows, latent_summary_names, posterior_groups
 from ppl_gen.diagnostics.guide_weights import all_points, guide_weights, k_hats
+from ppl_gen.diagnostics.lone_rows import lone_rows
 from ppl_gen.diagnostics.looks import drift, look_at_chains, places_of
 from ppl_gen.diagnostics.missed import kept_look
 from ppl_gen.diagnostics.second_look import SecondLook
@@ -24,6 +26,7 @@ from ppl_gen.diagnostics.verdicts import (
 )
 from ppl_gen.errors import require_whole
 from ppl_gen.inference.guides import point_sites
+from ppl_gen.isolation import looking
 from ppl_gen.posterior import ChainPosterior
 
 if TYPE_CHECKING:
@@ -150,6 +153,7 @@ def _judged_guide(fit: Fit, draws: int) -> Verdict:
         effective=weights.effective,
         weighted=weights.moments,
         weighted_rows=weights.row_moments,
+        effective_rows=weights.row_shares,
         moved=drift(look),
         chains=look.chains if isinstance(look, SecondLook) else 0,
         places=places_of(look),
@@ -168,7 +172,7 @@ def _cause(fit: Fit) -> Cause:
         steps=int(fit.cost.get("steps", 0)) or 1,
         minibatches="batch_size=" in fit.settings and "batch_size=None" not in fit.settings,
         guide=type(fit.guide).__name__,
-        networks=_networks(fit),
+        networks=_networks(fit) or _rows_alone(fit),
         amortised=bool(fit.info.select(local=True)) and not fit.info.select(local=False),
         converged=str(fit.status) == "converged",
         given=fit.guide_source == "cavi",
@@ -177,6 +181,20 @@ def _cause(fit: Fit) -> Cause:
 
 def _networks(fit: Fit) -> bool:
     return any("$$$" in name for name in fit.params)
+
+
+def _rows_alone(fit: Fit) -> bool:
+    """Whether nothing is learned but the latents of rows, each by itself: a loss then matters by the row."""
+    if fit.info.select(local=False) or not fit.info.select(local=True):
+        return False
+    few = fit.data.template(2)
+    with fit.bound():
+        try:
+            with looking():
+                trace = poutine.trace(fit.program.model).get_trace(*few.args, **few.kwargs)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return False
+    return not any(node["type"] == "param" for node in trace.nodes.values())
 
 
 def _point(fit: Fit, posterior: dict[str, np.ndarray]) -> pandas.DataFrame:
@@ -201,6 +219,7 @@ def _judged_point(fit: Fit) -> Verdict:
         networks=_networks(fit),
         restarts=max(1, int(fit.cost.get("restarts", 1))),
         implicit=_game(fit),
+        lone=[] if _game(fit) else lone_rows(fit),
     )
     return with_points(found, _points(fit)) if _guided(fit) else found
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ppl_gen.diagnostics.causes import Cause
 from ppl_gen.diagnostics.grades import Finding, Verdict, elsewhere, graded
+from ppl_gen.diagnostics.moments import NEVER, Moments
 from ppl_gen.diagnostics.trends import moving
-
-if TYPE_CHECKING:
-    from ppl_gen.diagnostics.moments import Moments
 
 __all__ = ["verdict_variational"]
 
@@ -21,6 +19,9 @@ _BAD_ROWS = 0.1  # at k = 0.5 and 1000 draws k-hat scatters by 0.15 around its v
 _SHIFT, _RATIO = 0.35, 1.35
 _SHIFT_FAR, _RATIO_FAR = 1.0, 2.0
 _EFFECTIVE = 100  # draws: weighted means are then known to a tenth of an sd
+# By Cauchy and Schwarz a mean is off by at most sqrt(draws / effective - 1) sd of the guide, so here by less than 0.35:
+# weights so nearly equal are no fault, however heavy the far tail of their small differences.
+_EQUAL = 1 / (1 + _SHIFT**2)
 _MOST = 10  # sd or times: where so few draws carry the weights that no more can be said
 _MANY = 200  # numbers: among more of them some are off by chance, and a share is judged
 
@@ -35,6 +36,7 @@ def verdict_variational(
     effective: tuple[float, int] | None = None,
     weighted: Moments | None = None,
     weighted_rows: Moments | None = None,
+    effective_rows: np.ndarray | None = None,
     moved: Moments | None = None,
     chains: int = 0,
     places: tuple[int, int, float, str] = (0, 0, 0.0, ""),
@@ -48,6 +50,7 @@ def verdict_variational(
         threshold: from `pareto_k_threshold`.
         trend: from `loss_trend`, in nats per row; ``rows`` turns it into nats in all.
         effective: effective sample size of the weights, and of how many draws.
+        effective_rows: the share of effective draws in each row.
         weighted, weighted_rows: the guide's moments against its importance-weighted ones, of globals and of rows.
         moved: the guide's moments against those of ``chains`` short chains that began at its draws.
         places: of the chains that began elsewhere, how many ended outside of the guide's mass at a comparable density,
@@ -81,12 +84,12 @@ this need not mean that the program is wrong. Use a richer guide (full covarianc
     advice = cause.advice(bool(still), trend)
     told = [
         _told_by_globals(k_joint, threshold, effective, weighted, advice),
-        _told_by_rows(k, threshold, weighted_rows, advice),
+        _told_by_rows(k, threshold, effective_rows, weighted_rows, advice),
     ]
     findings = [finding for found, _ in told for finding in found]
     good = [words for _, said in told for words in said]
     sources = {
-        "importance-weighted draws": weighted if k_joint is not None and k_joint < 1.0 else None,
+        "importance-weighted draws": weighted if _believed(k_joint, effective) else None,
         "importance-weighted draws of rows": weighted_rows,
         f"{chains} short chains from its draws": moved,
     }
@@ -100,6 +103,10 @@ this need not mean that the program is wrong. Use a richer guide (full covarianc
     return graded(findings, f"no fault was found where the guide looks ({'; '.join(good)})")
 
 
+def _believed(k: float | None, effective: tuple[float, int] | None) -> bool:
+    return k is not None and (k < 1.0 or (effective is not None and effective[0] >= _EQUAL * effective[1]))
+
+
 _Told = tuple[list[Finding], list[str]]  # what was found, and what speaks for the guide where nothing was
 
 
@@ -109,7 +116,10 @@ def _told_by_globals(
     if k is None:
         return [], []
     k = math.inf if math.isnan(k) else float(k)
-    findings, good = _guide(k, threshold, advice), [f"k-hat {k:.2f}, below {threshold:.2f}"]
+    equal = effective is not None and effective[0] >= _EQUAL * effective[1]
+    findings, good = [], [f"k-hat {k:.2f}" + (f", below {threshold:.2f}" if k <= threshold else "")]
+    if not equal:
+        findings += _guide(k, threshold, advice)
     if effective is not None:
         findings += _weights(*effective, k, advice)
         good.append(f"{effective[0]:.0f} of {effective[1]} draws effective")
@@ -118,9 +128,13 @@ def _told_by_globals(
     return findings, good
 
 
-def _told_by_rows(k: np.ndarray | None, threshold: float, weighted: Moments | None, advice: str) -> _Told:
+def _told_by_rows(
+    k: np.ndarray | None, threshold: float, shares: np.ndarray | None, weighted: Moments | None, advice: str
+) -> _Told:
     if k is None or not k.size:
         return [], []
+    if shares is not None:
+        k = np.where(shares >= _EQUAL, np.minimum(k, threshold), k)
     good = [f"k-hat below {threshold:.2f} in {np.mean(k <= threshold):.0%} of {k.size} rows"]
     if weighted is not None:
         share = 1.0 - weighted.rows_beyond(_SHIFT, _RATIO)
@@ -188,6 +202,8 @@ def _said(moments: Moments, share: str) -> tuple[int, float, str]:
     if not 1 / _RATIO <= ratio <= _RATIO:
         times = f"{ratio:.2g}" if ratio <= _MOST else f"more than {_MOST}"
         parts.append(f"its sd of {name} is {times} times the posterior's")
+    if not parts:
+        parts.append(f"its moments may be off by more than {NEVER[0]} sd or {NEVER[1]} times, as few draws show")
     far = shift > _SHIFT_FAR or not 1 / _RATIO_FAR <= ratio <= _RATIO_FAR
     size = max(shift / _SHIFT, abs(math.log(max(ratio, 1e-12))) / math.log(_RATIO))
     return 2 if far else 1, size, " and ".join(parts) + share

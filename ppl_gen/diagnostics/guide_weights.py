@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["GuideWeights", "all_points", "guide_weights", "k_hats"]
 
 CELLS = 200_000_000  # numbers of data times draws (times particles) that the weights may cost
+FREE = 10_000_000  # of these however short the fit; beyond, no more than half of what its steps have seen
 PARTICLES = 20  # of the locals of each row, per draw of the globals
 
 
@@ -42,6 +43,7 @@ class GuideWeights:
     effective: tuple[float, int] | None = None
     moments: Moments | None = None
     row_moments: Moments | None = None
+    row_shares: np.ndarray | None = None
 
 
 def k_hats(fit: Fit, draws: int) -> tuple[float | None, np.ndarray | None, float]:
@@ -78,12 +80,13 @@ def _weigh(fit: Fit, draws: int) -> GuideWeights:
     with fit.bound():
         rows = weigh_rows(fit, draws)
     threshold = min(joint.threshold, pareto_k_threshold(rows.draws)) if joint.k is None else joint.threshold
-    return replace(joint, rows=rows.k, threshold=threshold, row_moments=rows.moments)
+    return replace(joint, rows=rows.k, threshold=threshold, row_moments=rows.moments, row_shares=rows.shares)
 
 
 def _weigh_globals(fit: Fit, draws: int, particles: int) -> GuideWeights:
     cells = max(1, fit.data.elements) * particles
-    count = max(min(4 * draws, CELLS // cells), min(draws, 100))
+    seen = int(fit.cost.get("steps", 0)) * (fit.data.elements // 2)  # a density costs less than half of a step on it
+    count = max(min(4 * draws, max(FREE, min(CELLS, seen)) // cells), min(draws, 100))
     found = weighed_draws(fit, count, particles)
     ratios = found.log_weights.numpy()
     k = float(pareto_k(ratios))

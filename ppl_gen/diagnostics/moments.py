@@ -17,9 +17,10 @@ from ppl_gen.inference.objectives.particles import Substitute
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["Moments", "between_draws", "unconstrained", "weighted"]
+__all__ = ["Moments", "between_draws", "compared", "unconstrained", "weighted"]
 
 HEAVY = 8.0  # kurtosis of the fit's draws above which a standard deviation says little; a normal has 3, a Laplace 6
+NEVER = (0.5, 1.6)  # posterior sd, times: a fit farther off is never trusted
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Moments:
     """How far a fit is from the posterior in each number that was looked at.
 
     ``shift``: fit's mean less the posterior's, in posterior sd; ``ratio``: fit's sd over the posterior's; ``names``: a
-    label for each; ``rows``: the row that each belongs to, -1 for what all rows share; None where none belongs to one.
+    label for each; ``rows``: the row that each belongs to, -1 for what all rows share; None where none belongs to one;
+    ``shift_error``, ``ratio_error``: standard errors of the shift and of the logarithm of the ratio, where known.
     Numbers are on their unconstrained scale (the logarithm of what is positive).
     """
 
@@ -35,6 +37,8 @@ class Moments:
     ratio: np.ndarray
     names: Sequence[str]
     rows: np.ndarray | None = None
+    shift_error: np.ndarray | float = 0.0
+    ratio_error: np.ndarray | float = 0.0
 
     @property
     def farthest(self) -> tuple[float, str]:
@@ -49,8 +53,13 @@ class Moments:
         return float(self.ratio[worst]), self.names[worst]
 
     def beyond(self, shift: float, ratio: float) -> np.ndarray:
-        """Which numbers are farther off than ``shift`` or outside of 1 / ``ratio`` to ``ratio``."""
-        return (np.abs(self.shift) > shift) | (np.abs(np.log(np.maximum(self.ratio, 1e-12))) > np.log(ratio))
+        """Which numbers are farther off than ``shift`` or outside of 1 / ``ratio`` to ``ratio``.
+
+        Or may be, by two standard errors, beyond what must never pass, `NEVER`.
+        """
+        far, uneven = np.abs(self.shift), np.abs(np.log(np.maximum(self.ratio, 1e-12)))
+        may = (far + 2 * self.shift_error > NEVER[0]) | (uneven + 2 * self.ratio_error > np.log(NEVER[1]))
+        return may | (far > shift) | (uneven > np.log(ratio))
 
     def shared(self) -> Moments:
         """The numbers that belong to no row."""
@@ -62,7 +71,9 @@ class Moments:
 
     def _some(self, keep: np.ndarray) -> Moments:
         names = [name for name, kept in zip(self.names, keep, strict=True) if kept]
-        return Moments(self.shift[keep], self.ratio[keep], names, None if self.rows is None else self.rows[keep])
+        errors = [e[keep] if isinstance(e, np.ndarray) else e for e in (self.shift_error, self.ratio_error)]
+        rows = None if self.rows is None else self.rows[keep]
+        return Moments(self.shift[keep], self.ratio[keep], names, rows, *errors)
 
     @property
     def count_rows(self) -> int:
@@ -93,11 +104,31 @@ def weighted(values: Mapping[str, Tensor], log_weights: np.ndarray) -> Moments |
     if not names:
         return None
     w = np.exp(log_weights)
-    w = (w / w.sum())[:, None]
-    mean = (w * u).sum(0)
-    sd = np.sqrt((w * (u - mean) ** 2).sum(0))
-    sd = np.maximum(sd, 1e-12 * (1.0 + np.abs(mean)))
-    return Moments((u.mean(0) - mean) / sd, u.std(0) / sd, names)
+    return Moments(*(found := compared(u, w[:, None]))[:2], names, None, *found[2:])
+
+
+def compared(u: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    r"""Shift and ratio of draws ``u`` against themselves weighted by ``w``, with standard errors (of log ratio).
+
+    Both sides come from the same draws, and their errors largely cancel. To first order the shift :math:`d` and the
+    logarithm of the ratio move, by draw s, by
+
+    .. math:: \frac{(u_s - \bar u) / S - w_s (u_s - m)}{\sigma} - \frac{d}{2} w_s (z_s^2 - 1), \qquad
+              \frac{(u_s - \bar u)^2 / \bar\sigma^2 - 1}{2 S} - \frac{w_s (z_s^2 - 1)}{2},
+              \qquad z_s = (u_s - m) / \sigma,
+
+    which is nothing at all where the weights are equal.
+    """
+    w = w / w.sum(0)
+    mean, own_mean = (w * u).sum(0), u.mean(0)
+    tiny = 1e-12 * (1.0 + np.abs(mean))
+    sd = np.maximum(np.sqrt((w * (u - mean) ** 2).sum(0)), tiny)
+    own = np.maximum(u.std(0), tiny)
+    shift = (own_mean - mean) / sd
+    spread = w * (((u - mean) / sd) ** 2 - 1) / 2
+    first = ((u - own_mean) / len(u) - w * (u - mean)) / sd - shift * spread
+    second = (((u - own_mean) / own) ** 2 - 1) / (2 * len(u)) - spread
+    return shift, own / sd, np.sqrt((first**2).sum(0)), np.sqrt((second**2).sum(0))
 
 
 def between_draws(fit: np.ndarray, end: np.ndarray, names: Sequence[str], rows: np.ndarray | None = None) -> Moments:

@@ -20,13 +20,15 @@ def verdict_point(
     networks: bool = False,
     restarts: int = 1,
     implicit: bool = False,
+    lone: Sequence[int] = (),
 ) -> Verdict:
     """Judge a point estimate (EM, MAP, maximum likelihood, the generator of a game): has it settled?
 
     ``converged`` says whether the algorithm's own criterion was met, ``trend`` comes from `loss_trend` (with ``rows``
     it is in nats in all; ``networks``: whether the program has some), ``restarts`` counts its starts.
     ``implicit=True`` is for what a game learned: its losses measure the players against each other, so they cannot show
-    that the program is right.
+    that the program is right. ``lone``: rows that a part of the program has narrowed onto, from `lone_rows`; the
+    likelihood has no bound there, and what is called an optimum is the place where the run was stopped.
 
     >>> print(verdict_point(True, restarts=5))
     trust: the optimum was reached (best of 5 starts); it is a point and carries no uncertainty.
@@ -43,6 +45,10 @@ def verdict_point(
         findings += still
     elif not converged and not settled:
         findings.append((1, "the run ended before its own criterion of convergence was met", "Run more steps"))
+    if lone:
+        which = f"row {lone[0]}" if len(lone) == 1 else f"rows {', '.join(map(str, lone[:3]))}"
+        found = f"a part of the program has narrowed onto {which} alone, where the likelihood has no bound"
+        findings.append((2, found, "Give the scales a prior (EM(prior=True)) or a floor, or use fewer components"))
     reached = "the optimum was reached" if converged else "the loss had settled"
     starts = f" (best of {restarts} starts)" if restarts > 1 else " (from one start: others may end elsewhere)"
     return graded(findings, f"{reached}{starts}; it is a point and carries no uncertainty")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ppl_gen.data.batching import LARGE, Batch
-from ppl_gen.diagnostics.moments import Moments
+from ppl_gen.diagnostics.moments import Moments, compared
 from ppl_gen.diagnostics.psis import row_subset, smoothed_with_k
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.finite_globals import extended, summed_globals
@@ -35,9 +35,10 @@ COST = 100_000_000  # numbers of data times draws in all, where a guide cannot b
 
 @dataclass(frozen=True)
 class RowWeights:
-    """k-hat of some rows, the guide's moments there against the weighted ones, and by how many draws."""
+    """k-hat of some rows, the share of draws that are effective, the moments compared, and by how many draws."""
 
     k: np.ndarray
+    shares: np.ndarray
     moments: Moments | None
     draws: int
 
@@ -66,7 +67,9 @@ def weigh_rows(fit: Fit, draws: int) -> RowWeights:
     if blocks > 1:
         parts = [part - part.logsumexp(0).nan_to_num(neginf=0.0) for part in parts]
     logs, k = smoothed_with_k(torch.cat(parts).double().cpu().numpy())
-    return RowWeights(k, _moments(seen.values(), np.exp(logs), chosen.numpy()), len(logs))
+    weights = np.exp(logs)
+    shares = np.nan_to_num(1 / (len(logs) * (weights**2).sum(0)))
+    return RowWeights(k, shares, _moments(seen.values(), weights, chosen.numpy()), len(logs))
 
 
 def _globals(fit: Fit) -> dict[str, Tensor]:
@@ -168,7 +171,7 @@ def _by_row(value: Tensor, event: int, info: ProgramInfo) -> Tensor:
 
 def _moments(values: dict[str, Tensor], weights: np.ndarray, rows: np.ndarray) -> Moments | None:
     """The draws' own moments of each row against the weighted ones; rows without weights are left out."""
-    shifts, ratios, names, of = [], [], [], []
+    numbers, names, of = [], [], []
     valid = np.isfinite(weights).all(0)
     w = weights[:, valid, None]
     for name, value in values.items():
@@ -176,16 +179,13 @@ def _moments(values: dict[str, Tensor], weights: np.ndarray, rows: np.ndarray) -
         u = np.broadcast_to(u, (len(w), len(rows), u.shape[-1]))[:, valid]
         if not u.size or not np.isfinite(u).all():
             continue
-        mean, own, own_sd = (w * u).sum(0), u.mean(0), u.std(0)
-        sd = np.sqrt((w * (u - mean) ** 2).sum(0))
-        keep = own_sd > 1e-9 * (1e-300 + np.abs(u).max(0))
-        sd = np.maximum(sd, 1e-12 * (1.0 + np.abs(mean)))
-        shifts.append(((own - mean) / sd)[keep])
-        ratios.append((own_sd / sd)[keep])
+        keep = u.std(0) > 1e-9 * (1e-300 + np.abs(u).max(0))
+        numbers.append(np.stack([part[keep] for part in compared(u, w)]))
         places = np.argwhere(keep)
         of.append(rows[valid][places[:, 0]])
         single = u.shape[-1] == 1
         names += [f"{name}[{rows[valid][i]}]" if single else f"{name}[{rows[valid][i]}, {j}]" for i, j in places]
     if not names:
         return None
-    return Moments(np.concatenate(shifts), np.concatenate(ratios), names, np.concatenate(of))
+    shift, ratio, *errors = np.concatenate(numbers, 1)
+    return Moments(shift, ratio, names, np.concatenate(of), *errors)

@@ -76,6 +76,7 @@ def sampled(many: Function, state: State, scale: Tensor, own: int) -> tuple[Stat
         proposed, q = _leapfrog(many, state, p, scale, step, leaps)
         change = state.value - proposed.value + 0.5 * (p.square().sum(1) - q.square().sum(1))
         chance = change.nan_to_num(-math.inf, math.inf, -math.inf).clamp_max(0.0).exp()
+        chance = chance * proposed.value.isfinite()  # an infinite density is one that has left the range of its numbers
         state = state.where(torch.rand_like(chance) < chance, proposed)
         if iteration < STEPS // 3:
             size *= math.exp(2.0 * (float(chance[:own].mean()) - 0.75))
@@ -90,7 +91,7 @@ def quenched(many: Function, state: State, scale: Tensor, own: int) -> State:
     free = torch.arange(len(state.u)) >= own
     for _ in range(QUENCH):
         proposed, _ = _leapfrog(many, state, torch.zeros_like(state.u), scale, step, 3)
-        lower = (proposed.value < state.value) & free
+        lower = (proposed.value < state.value) & proposed.value.isfinite() & free
         lost = ~state.value.isfinite() & proposed.value.isfinite() & free
         state = state.where(lower | lost, proposed)
         step = torch.where((lower | lost)[:, None], 1.3 * step, 0.3 * step)

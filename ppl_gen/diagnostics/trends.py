@@ -62,7 +62,8 @@ def loss_trend(losses: Any) -> tuple[float, float]:
 def moving(trend: tuple[float, float] | None, rows: int = 1, networks: bool = False) -> list[Finding]:
     """A loss that moved by more than chance, and by more than matters: a mean one sd off costs half a nat in all.
 
-    A program with networks of its own is no posterior but an estimate, whose last nat of thousands is never found.
+    A program with networks of its own is no posterior but an estimate, whose last nat of thousands is never found; and
+    where only latents of rows are learned, each row has its own nats. Both are ``networks``, and judged by the row.
     """
     if trend is None or not abs(trend[0]) > _TREND:
         return []
