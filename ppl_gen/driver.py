@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.data.arrays import shared
-from ppl_gen.data.batching import LARGE, Dataset, as_dataset, is_double
+from ppl_gen.data.batching import LARGE, Batch, Dataset, as_dataset, is_double
 from ppl_gen.data.columns import column_notes
 from ppl_gen.data.names import Read
 from ppl_gen.data.sources import collected
@@ -27,6 +27,7 @@ from ppl_gen.errors import (
     require_seed,
     require_whole,
 )
+from ppl_gen.handlers.adapted import adapted
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
 from ppl_gen.inference.enumerable import unenumerable
@@ -166,6 +167,7 @@ def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -
         built, dataset = _built(as_recipe(program), data, None, None, None)
         guide = None if is_auto(built.guide) or isinstance(built.guide, type) else built.guide  # made by a fit
         with Workspace(dtype=dataset.dtype, modules=_modules_of(built, None)):
+            built, _ = adapted(built, _looked_at(dataset), dataset, vectors=False)
             return _inspected(built, dataset, guide)
 
 
@@ -178,10 +180,12 @@ def _checked_run(
     start: Fit | None,
     validation: Any,
 ) -> Run:
+    program, changes = adapted(program, _looked_at(data), data, vectors=algorithm.vectors)
     info = _inspected(program, data)
     check_observed(info)
     require(algorithm.label, algorithm.needs, program.name, info.offers, why=info.unenumerable)
     program, notes = _with_plate(program, info)
+    notes |= changes
     if data.left_out:
         notes["left out"] = f"{', '.join(data.left_out)}: neither model nor recipe reads them"
     if data.taken:
@@ -244,7 +248,7 @@ def _built(
         built = start.program if start is not None else recipe(given)
     read = start.data.read if start is not None else _read(given)
     dtype = dtype or torch.get_default_dtype()
-    return built, as_dataset(data, built.model, dtype=dtype, device=device, read=read)
+    return built, as_dataset(data, built.model, dtype=dtype, device=device, read=read, data_dim=built.data_dim)
 
 
 def _read(given: Any) -> Collection[str]:
@@ -272,7 +276,7 @@ def _modules_of(program: Program, start: Fit | None) -> dict[str, nn.Module]:
 
 
 def _inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInfo:
-    batch = data.head(DRY_ROWS) if data.elements > LARGE else data.batch()
+    batch = _looked_at(data)
     with looking():
         look = partial(dry_run, program, batch, fewer=lambda: data.head((batch.rows or 2) // 2))
         info = look()
@@ -282,6 +286,10 @@ def _inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInf
             info = look(guide=guide, predicted=predicted)
         check_names(info.sites, [*data.entries, *data.constants])
         return info.refusing_sums(unenumerable(joint(program.model, info), batch, data.head, info))
+
+
+def _looked_at(data: Dataset) -> Batch:
+    return data.head(DRY_ROWS) if data.elements > LARGE else data.batch()
 
 
 def _with_plate(program: Program, info: ProgramInfo) -> tuple[Program, dict[str, str]]:

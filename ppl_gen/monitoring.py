@@ -19,7 +19,7 @@ class Validation:
     """Evidence of held-out rows, estimated now and then during a run."""
 
     def __init__(self, data: Any, every: int | None, program: Program, train: Dataset) -> None:
-        self.data = as_dataset(collected(data), program.model, dtype=train.dtype, device=train.device, read=train.read)
+        self.data = as_dataset(collected(data), program.model, like=train)
         check_columns("validation", self.data, train)
         self.every = every
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.arguments import require_function, require_instance, require_mapping, require_text
+from ppl_gen.errors import require_whole
 from ppl_gen.extensions import CAVIUpdates, EMSteps, Energy, TimeSteps
 
 __all__ = ["Program", "Recipe", "as_recipe", "filtered"]
@@ -40,6 +41,8 @@ class Program:
         time_steps: a chain of latents that the ELBO may enter at a sampled time step.
         terms: named terms that are added to the loss of every objective and are no part of the density (a penalty, a
             classifier's loss): called with the data, each gives nats per row; rescaled on minibatches as the rows are.
+        data_dim: the dimension of the data's arrays along which the rows run: 1 for words x documents or for batches of
+            sequences, time x rows x features; arrays with fewer dimensions have the rows in their last.
 
     Raises:
         TypeError: if ``model`` or ``guide`` cannot be called.
@@ -68,6 +71,7 @@ class Program:
     energy: Energy | None = None
     time_steps: TimeSteps | None = None
     terms: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    data_dim: int = 0
 
     def __post_init__(self) -> None:
         if not callable(self.model):
@@ -94,6 +98,7 @@ class Program:
         """What a program offers of its own is of the kind that will be asked of it."""
         require_text("data_plate", self.data_plate, "the name of a plate")
         require_text("name", self.name)
+        require_whole("data_dim", self.data_dim, least=0)
         require_mapping("terms", self.terms, "a mapping from names to functions")
         for offer in ("start", "relabel", "evidence", "local_posterior"):
             require_function(offer, getattr(self, offer))

@@ -164,8 +164,7 @@ class Fit:
             return self.data
         from ppl_gen.newrows import check_rows
 
-        known = self.data
-        made = as_dataset(data, self.program.model, dtype=known.dtype, device=known.device, read=known.read)
+        made = as_dataset(data, self.program.model, like=self.data)
         check_rows(self, made)
         return made
 

@@ -135,6 +135,8 @@ class explained:
                 head + text.splitlines()[0] + "; every site needs a name of its own, and a plate that is opened twice "
                 "is made once: `rows = pyro.plate(...)`, then `with rows:`"
             ) from error
+        if "invalid log_prob shape: expected [] (its plates)" in text:
+            raise ValueError(head + text.strip() + "\n" + self._advice_outside()) from error
         if "invalid log_prob shape" in text or "shape mismatch" in text.lower() or "broadcast" in text:
             raise ValueError(head + text.strip() + "\n" + self._advice(text)) from error
         if isinstance(error, TypeError) and "argument" in text and "missing" in text:
@@ -147,6 +149,15 @@ class explained:
         tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
         listed = ", ".join(f"{n} ({v.dtype})" for n, v in tensors.items() if not v.is_floating_point())
         return f"; the data hold {listed}: compute with .float() of them" if listed else "; cast with .to(x.dtype)"
+
+    def _advice_outside(self) -> str:
+        plate, rows = self.program.data_plate, self.batch.rows
+        return (
+            "  the site stands outside of every plate. Usual fixes:\n"
+            "  - one draw of a vector: dist.Normal(zeros, scale).to_event(1) (NUTS and EM read it so by themselves)\n"
+            f"  - a draw for each of the rows ({rows}): put it under `with pyro.plate({plate!r}, len(x)):`\n"
+            "  - a draw for each of other things: a plate of their own, `with pyro.plate('groups', 8):`"
+        )
 
     def _advice(self, text: str) -> str:
         plate, rows = self.program.data_plate, self.batch.rows
@@ -176,11 +187,24 @@ def data_plate(program: Program, batch: Batch, trace: poutine.Trace, fewer: Fewe
         holds = {f.name for _, node in sample_nodes(trace) if node["is_observed"] for f in node["cond_indep_stack"]}
         if len(follow) == 1 and follow[0] in holds:
             return follow[0]
+    if len(over_rows) > 1:
+        table = "\n".join(f"  {name!r}: {_inside(trace, name)}" for name in over_rows)
+        raise ValueError(
+            f"the program {program.name!r} has no plate named {program.data_plate!r} (its data_plate), and several "
+            f"plates with as many rows as the data ({rows}):\n{table}\nSay which holds the rows, "
+            f"pg.Program(model, data_plate={over_rows[0]!r}), or open one plate for all: `rows = pyro.plate(...)`, "
+            "then `with rows:`."
+        )
     raise ValueError(
         f"the program {program.name!r} has no plate named {program.data_plate!r} (its data_plate), but the plate "
         f"{over_rows[0]!r} has as many rows as the data ({rows}). Name it {program.data_plate!r}, or say "
         f"pg.Program(model, data_plate={over_rows[0]!r})."
     )
+
+
+def _inside(trace: poutine.Trace, plate: str) -> str:
+    names = [n for n, node in sample_nodes(trace) if plate in (f.name for f in node["cond_indep_stack"])]
+    return f"site(s) {', '.join(names)}"
 
 
 #: The trace of a program on fewer rows and how many these are, made when first asked for; None where it does not run.
@@ -197,9 +221,12 @@ def check_plate(batch: Batch, sites: dict[str, Site], frame: Any, fewer: Fewer) 
     if frame is None:
         return
     if batch.rows is not None and frame.size not in (batch.rows,) and (frame.full_size or 0) != batch.rows:
+        entries = [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, torch.Tensor)]
+        dims = [dim for value in entries for dim, size in enumerate(value.shape) if dim and size == frame.size]
+        other = f"; or, where the rows are another dimension, pg.Program(model, data_dim={dims[0]})" if dims else ""
         raise ValueError(
             f"pyro.plate({frame.name!r}) has size {frame.size}, but the data has {batch.rows} rows here; size it by "
-            f"the data it is given, pyro.plate({frame.name!r}, len(x)), so that minibatches and new rows fit too"
+            f"the data it is given, pyro.plate({frame.name!r}, len(x)), so that minibatches and new rows fit too{other}"
         )
     outside = [site for site in sites.values() if site.kind == "observed" and not site.local]
     over_rows = [site.name for site in outside if _over_rows(site, batch.rows, fewer)]

@@ -75,7 +75,7 @@ def _tensors(fit: Fit) -> dict[str, Tensor]:
 def _entries(data: Dataset) -> dict[str, Any]:
     """Entries of the training data, those included that only a recipe reads (labels, say)."""
     rest = data.original if isinstance(data.original, Mapping) else {}
-    return {**{k: v for k, v in rest.items() if isinstance(v, Tensor | np.ndarray) and v.ndim}, **data.entries}
+    return {**{k: v for k, v in rest.items() if isinstance(v, Tensor | np.ndarray) and v.ndim}, **data.given}
 
 
 def _left_out(data: Dataset) -> str | None:

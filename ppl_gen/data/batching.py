@@ -60,13 +60,14 @@ class Dataset:
     left_out: tuple[str, ...] = ()  # entries that neither model nor recipe reads
     read: frozenset[str] = frozenset()  # what the recipe read
     taken: Mapping[str, str] = field(default_factory=dict)  # constants that nobody marked as such, and their types
+    data_dim: int = 0  # of the entries as the user holds them: here rows always come first
 
     def batch(self, index: Tensor | None = None, total: int | None = None) -> Batch:
         """The rows of ``index`` (all of them when None) as a call of the model."""
         values = {name: self._rows(value, index) for name, value in self.entries.items()}
         if self.on_batch is not None:
             values = self.on_batch(values)
-        values = {name: self._placed(value) for name, value in values.items()}
+        values = {name: self._placed(self._as_given(name, value)) for name, value in values.items()}
         rows = self.rows if index is None else len(index)
         constants = {name: self._placed(value) for name, value in self.constants.items()}
         kwargs = {**values, **constants}
@@ -79,6 +80,21 @@ class Dataset:
         if isinstance(value, np.ndarray):
             return shared(value[index.numpy()])
         return value[index.to(value.device)]
+
+    def dim(self, name: str) -> int:
+        """The dimension of an entry's rows in a call of the model: its first unless the program says otherwise."""
+        return min(self.data_dim, self.entries[name].ndim - 1)
+
+    def _as_given(self, name: str, value: Any) -> Any:
+        dim = self.dim(name) if name in self.entries else 0
+        if not dim:
+            return value
+        return value.movedim(0, dim) if isinstance(value, Tensor) else np.moveaxis(value, 0, dim)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The entries as the user passed them."""
+        return {name: self._as_given(name, value) for name, value in self.entries.items()}
 
     def _placed(self, value: Any) -> Any:
         if isinstance(value, np.ndarray):
@@ -127,6 +143,7 @@ class Dataset:
 
     def _chosen(self, entries: dict[str, Any], index: Tensor) -> Any:
         """What the user would have passed for these rows: labels that only a recipe reads, and `Rows`, are kept."""
+        entries = {name: self._as_given(name, value) for name, value in entries.items()}
         if self.positional:
             values = [entries[n] if n in entries else Constant(self.constants[n]) for n in self.positional]
             return values[0] if len(values) == 1 and entries else tuple(values)
@@ -202,25 +219,32 @@ def as_dataset(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     read: Collection[str] = (),
+    data_dim: int = 0,
+    like: Dataset | None = None,
 ) -> Dataset:
     """Check ``data`` against the signature of ``model`` and wrap it; a recipe has ``read`` entries of these names.
+
+    ``like``: the rows of a fit, whose dtype, device and dimension of rows these rows take.
 
     Raises:
         TypeError: for data that is no tensor, array, mapping, Dataset or DataLoader, or holds no numbers.
         ValueError: for empty data, NaN or infinity, rows that differ in number, a missing or misspelt argument.
     """
+    if like is not None:
+        dtype, device, read, data_dim = like.dtype, like.device, like.read, like.data_dim
     if isinstance(data, Dataset):
         return replace(data, dtype=dtype or data.dtype, device=device or data.device)
     original, data = data, collected(data)
     call = as_call(data, model, read)
-    rows = _common_rows(call.entries)
-    values = {**call.entries, **call.constants}
+    entries = {name: _rows_first(value, data_dim) for name, value in call.entries.items()}
+    rows = _common_rows(entries)
+    values = {**entries, **call.constants}
     if dtype is None:
         dtype = torch.float64 if any(map(is_double, values.values())) else torch.float32
     for name, value in values.items():
         check_finite(name, value, dtype)
     return Dataset(
-        call.entries,
+        entries,
         call.constants,
         call.positional,
         rows,
@@ -231,7 +255,15 @@ def as_dataset(
         call.left_out,
         frozenset(read),
         call.taken,
+        data_dim,
     )
+
+
+def _rows_first(value: Any, dim: int) -> Any:
+    dim = min(dim, value.ndim - 1)
+    if dim <= 0:
+        return value
+    return value.movedim(dim, 0).contiguous() if isinstance(value, Tensor) else np.moveaxis(value, dim, 0)
 
 
 def _equal(one: Any, two: Any) -> bool:

@@ -94,6 +94,9 @@ class Algorithm(ABC):
     #: Whether it runs plates with a ``subsample_size`` as they are written; for all others they are whole.
     subsamples: ClassVar[bool] = False
 
+    #: Whether a vector outside of every plate is read as one draw, as if it ended in ``.to_event(1)``.
+    vectors: ClassVar[bool] = False
+
     @property
     def label(self) -> str:
         """The name in tables and messages."""

@@ -85,6 +85,7 @@ class EM(Iterative):
     m_step: Literal["auto", "offered", "derived", "gradient"] = "auto"
 
     dtype: ClassVar[torch.dtype | None] = torch.float64
+    vectors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "restarts"):

@@ -89,6 +89,7 @@ class NUTS(Algorithm):
     processes: int | None = None
 
     dtype: ClassVar[torch.dtype] = torch.float64
+    vectors: ClassVar[bool] = True
     needs: ClassVar[Sequence[Need]] = (
         ("density",),
         ("latent sites",),

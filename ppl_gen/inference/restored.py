@@ -57,6 +57,7 @@ class Restored(Algorithm):
     modules: Mapping[str, Tensor] = field(default_factory=dict)
 
     subsamples: ClassVar[bool] = True
+    vectors: ClassVar[bool] = True
 
     @property
     def label(self) -> str:

@@ -40,10 +40,11 @@ def split_rows(data: Any, share: float, program: Any = None) -> tuple[Any, Any]:
     data = collected(data)
     model = program.model if isinstance(program, Program) else program
     if model is not None and not isinstance(model, Recipe):
-        checked = as_dataset(data, model)  # what is wrong with the data is said as a fit says it
+        dim = program.data_dim if isinstance(program, Program) else 0
+        checked = as_dataset(data, model, data_dim=dim)  # what is wrong with the data is said as a fit says it
         if isinstance(data, Mapping) and not isinstance(data, Rows):
             data = _named(data, model)
-        elif not isinstance(data, Mapping | Tensor | np.ndarray):
+        if dim or not isinstance(data, Mapping | Tensor | np.ndarray):
             data = checked
     rows = row_count(data)
     held = round(share * rows)

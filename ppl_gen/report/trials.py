@@ -111,7 +111,7 @@ def inspected(task: Task) -> tuple[ProgramInfo, str]:
         space = Workspace(device=place, dtype=dataset.dtype, training=False, modules=_modules_of(built, None))
         with space, allowed():
             info = _inspected(built, dataset)
-            held = as_dataset(task.test, built.model, read=dataset.read)
+            held = as_dataset(task.test, built.model, read=dataset.read, data_dim=dataset.data_dim)
             check_columns("test", held, dataset)
             with torch.no_grad():
                 return info, _mark(built, dataset.head(64))
@@ -250,7 +250,7 @@ def _received(task: Task, line: Line) -> Line:
     if line.fit is None:
         return line
     kept = line.fit.data
-    rows = as_dataset(task.train, line.fit.program.model, dtype=kept.dtype, device=kept.device, read=kept.read)
+    rows = as_dataset(task.train, line.fit.program.model, like=kept)
     whole = replace(line.fit, data=rows)
     whole.computed.update(line.fit.computed)
     return replace(line, fit=whole)

@@ -1,0 +1,131 @@
+"""Two ways of writing a program that Pyro runs and that say less than an algorithm asks: what is left out is filled in.
+
+A plate without a size, ``pyro.plate("data")``, takes that of the rows it is given. A latent vector outside of every
+plate, ``pyro.sample("eta", Normal(zeros(8), 1))``, is one draw of eight numbers, as ``.to_event(1)`` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import SubsampleMessenger
+from torch import nn
+
+from ppl_gen.data.batching import Batch, Dataset
+from ppl_gen.isolation import looking
+from ppl_gen.program import Program
+
+__all__ = ["adapted"]
+
+_FAILED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def adapted(program: Program, batch: Batch, data: Dataset, *, vectors: bool) -> tuple[Program, dict[str, str]]:
+    """``program`` with plates that have a size and, if the algorithm reads ``vectors`` so, with events for vectors.
+
+    Returns the program and notes on what was changed. A program that does not run is left to the dry run to explain.
+
+    Raises:
+        ValueError: for a plate without a size in a module, which cannot be given one.
+    """
+    trace = _trace(program.model, batch)
+    if trace is None:
+        return program, {}
+    notes = {}
+    if program.data_plate in _unsized(trace):
+        if isinstance(program.model, nn.Module) or isinstance(program.guide, nn.Module):
+            raise ValueError(
+                f"pyro.plate({program.data_plate!r}) of {program.name!r} has no size, and model or guide is a module; "
+                f"write pyro.plate({program.data_plate!r}, len(x))"
+            )
+        size = functools.partial(_sized, plate=program.data_plate, data=data)
+        guide = size(program.guide) if inspect.isfunction(program.guide) else program.guide
+        program = replace(program, model=size(program.model), guide=guide)
+        trace = _trace(program.model, batch) or trace
+    if vectors and not isinstance(program.model, nn.Module) and (found := _vectors(trace)):
+        notes["vectors"] = f"{', '.join(found)}: outside of every plate, read as one draw each (.to_event)"
+        program = replace(program, model=_with_events(program.model, found))
+    return program, notes
+
+
+def _trace(model: Callable[..., Any], batch: Batch) -> poutine.Trace | None:
+    with contextlib.suppress(*_FAILED), looking(), pyro.validation_enabled(False):
+        trace: poutine.Trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+        return trace
+    return None
+
+
+def _unsized(trace: poutine.Trace) -> set[str]:
+    return {f.name for node in trace.nodes.values() for f in node.get("cond_indep_stack", ()) if f.size == -1}
+
+
+def _sized(function: Callable[..., Any], *, plate: str, data: Dataset) -> Callable[..., Any]:
+    """``function`` with as many rows in ``plate``, if that has no size, as the call's arguments have."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        values = signature.bind_partial(*args, **kwargs).arguments
+        rows = next((v.shape[data.dim(n)] for n, v in values.items() if n in data.entries and v is not None), None)
+        with _size(plate, rows):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def _size(plate: str, rows: int | None) -> Iterator[None]:
+    """Pyro settles the size of every plate in one static method, without a message that a handler could answer."""
+    outer = SubsampleMessenger.__dict__["_subsample"]
+
+    def filled(name: str, size: Any = None, *rest: Any, **more: Any) -> Any:
+        return outer.__func__(name, rows if size is None and name == plate else size, *rest, **more)
+
+    SubsampleMessenger._subsample = staticmethod(filled)
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = outer
+
+
+def _vectors(trace: poutine.Trace) -> dict[str, int]:
+    """Sites outside of every plate that have batch dimensions, and how many; none where a value is of another shape."""
+    found = {}
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or type(node["fn"]).__name__ == "_Subsample" or not node["fn"].batch_shape:
+            continue
+        if any(frame.vectorized for frame in node["cond_indep_stack"]):
+            continue
+        if tuple(torch.as_tensor(node["value"]).shape) != tuple(node["fn"].shape()) or node["fn"].has_enumerate_support:
+            return {}
+        found[name] = len(node["fn"].batch_shape)
+    return found
+
+
+class _Events(Messenger):
+    def __init__(self, dims: Mapping[str, int]) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def _pyro_sample(self, msg: Any) -> None:
+        dims = self.dims.get(msg["name"])
+        if dims is not None and len(msg["fn"].batch_shape) >= dims:
+            msg["fn"] = msg["fn"].to_event(dims)
+
+
+def _with_events(function: Callable[..., Any], dims: Mapping[str, int]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _Events(dims):
+            return function(*args, **kwargs)
+
+    return call

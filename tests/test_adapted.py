@@ -1,0 +1,170 @@
+"""Plates without a size, vectors outside of plates, rows in another dimension than the first: as Pyro runs them."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import ppl_gen as pg
+from ppl_gen.inference import EM, NUTS, SVI
+
+X = torch.randn(12, generator=torch.Generator().manual_seed(1)) + 1.0
+SCHOOLS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+CHAIN = NUTS(draws=60, warmup=60, chains=1, processes=1)
+
+
+def unsized(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+    with pyro.plate("data"):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+def sized(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+def unsized_guide(x):
+    pyro.sample("loc", dist.Normal(pyro.param("m", torch.tensor(0.0)), 0.3))
+    with pyro.plate("data"):
+        pass
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_a_plate_without_a_size_takes_the_rows(batch_size) -> None:
+    algorithm = SVI(steps=8, lr=0.05, batch_size=batch_size)
+    one, two = (pg.fit(model, X, algorithm, seed=0) for model in (unsized, sized))
+    assert one.records["program_loss"] == two.records["program_loss"]
+    assert one.info.data_plate == "data" and one.data.rows == 12
+    assert one.evidence(X[:5], particles=4).mean == two.evidence(X[:5], particles=4).mean
+    assert one.sample(3)["x"].shape == (3,) and one.predict(X[:4], draws=2)["x"].shape == (2, 4)
+
+
+def test_a_plate_without_a_size_under_a_guide_and_chains(tmp_path) -> None:
+    program = pg.Program(unsized, unsized_guide)
+    fit = pg.fit(program, X, SVI(steps=400, lr=0.02), seed=0)
+    assert abs(float(fit.params["m"]) - float(X.sum()) / (12 + 1 / 25)) < 0.15  # half of the posterior sd of 0.29
+    assert pg.load(fit.save(tmp_path / "fit"), program=program).info.rows == 12
+    draws = pg.fit(unsized, X, NUTS(draws=60, warmup=60, chains=1, processes=1), seed=0).posterior(draws=9)
+    assert draws["loc"].shape == (9,)
+    assert "data" in str(pg.check(unsized, X))
+
+
+def test_a_module_whose_plate_has_no_size_is_refused() -> None:
+    class Model(pyro.nn.PyroModule):
+        def forward(self, x):
+            unsized(x)
+
+    with pytest.raises(ValueError, match=r"pyro.plate\('data'\) of 'Model' has no size, .*len\(x\)"):
+        pg.fit(Model(), X, SVI(steps=2))
+
+
+def vectors(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    eta = pyro.sample("eta", dist.Normal(torch.zeros(8), torch.ones(8)))
+    pyro.sample("y", dist.Normal(mu + tau * eta, ERRORS), obs=y)
+
+
+def events(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    eta = pyro.sample("eta", dist.Normal(torch.zeros(8), torch.ones(8)).to_event(1))
+    pyro.sample("y", dist.Normal(mu + tau * eta, ERRORS).to_event(1), obs=y)
+
+
+def test_vectors_outside_of_plates_are_one_draw_under_chains(tmp_path) -> None:
+    one, two = (pg.fit(model, SCHOOLS, CHAIN, seed=0) for model in (vectors, events))
+    assert "eta, y" in one.notes["vectors"] and "vectors" not in two.notes
+    for name, value in two.posterior(draws=20).items():
+        assert torch.equal(one.posterior(draws=20)[name], value)
+    assert one.evidence(particles=2).mean == two.evidence(particles=2).mean
+    loaded = pg.load(one.save(tmp_path / "fit"), program=vectors)
+    assert loaded.evidence(particles=2).mean == one.evidence(particles=2).mean
+
+
+def mixed(x):
+    centres = pyro.sample("centres", dist.Normal(torch.tensor([-2.0, 2.0]), torch.ones(2)).to_event(1))
+    shift = pyro.sample("shift", dist.Normal(torch.zeros(3), torch.ones(3)))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+        pyro.sample("x", dist.Normal(centres[z] + shift.sum(), 1.0), obs=x)
+
+
+def test_vectors_beside_finite_latents_under_em() -> None:
+    fit = pg.fit(mixed, X, EM(steps=20), seed=0)
+    first, *_, last = next(iter(fit.records.values()))
+    assert last > first  # EM climbs
+    assert fit.point["shift"].shape == (3,)
+
+
+def test_svi_and_check_offer_an_event_first() -> None:
+    with pytest.raises(ValueError, match=r"'eta'.*\n.*outside of every plate.*\n.*to_event\(1\)"):
+        pg.fit(vectors, SCHOOLS, SVI(steps=2))
+
+
+def test_two_plates_over_the_rows_are_named_with_their_sites() -> None:
+    def model(x):
+        with pyro.plate("units", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("readings", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"(?s)several plates.*'units': site\(s\) z.*'readings': site\(s\) x"):
+        pg.fit(model, X, SVI(steps=2))
+
+
+WORDS = torch.tensor([[0, 1, 2, 2, 5], [3, 3, 0, 1, 5], [4, 0, 0, 1, 5], [4, 4, 2, 1, 0]])
+
+
+def topics(words):
+    with pyro.plate("topics", 2):
+        topic_words = pyro.sample("topic_words", dist.Dirichlet(torch.ones(6)))
+    with pyro.plate("documents", words.shape[1]):
+        shares = pyro.sample("shares", dist.Dirichlet(torch.ones(2)))
+        with pyro.plate("words", words.shape[0]):
+            z = pyro.sample("z", dist.Categorical(shares))
+            pyro.sample("w", dist.Categorical(topic_words[z]), obs=words)
+
+
+def transposed(words):
+    topics(words.T)
+
+
+def test_rows_may_be_another_dimension(tmp_path) -> None:
+    """Documents as columns, and as rows of a transposed program: the same fit, the same answers."""
+    program = pg.Program(topics, data_plate="documents", data_dim=1)
+    one = pg.fit(program, WORDS, SVI(steps=6), seed=0)
+    two = pg.fit(pg.Program(transposed, data_plate="documents"), WORDS.T.contiguous(), SVI(steps=6), seed=0)
+    assert one.info.rows == 5 and one.records["program_loss"] == two.records["program_loss"]
+    assert one.evidence(particles=3).mean == two.evidence(particles=3).mean
+    few = one.evidence(WORDS[:, :2], particles=3)
+    assert few.rows == 2 and few.mean == two.evidence(WORDS.T[:2].contiguous(), particles=3).mean
+    loaded = pg.load(one.save(tmp_path / "fit"), program=program)
+    assert torch.equal(loaded.data.batch().args[0], WORDS)
+    assert torch.equal(one.data.subset(torch.tensor([4, 0])).original, WORDS[:, [4, 0]])
+
+
+def test_rows_in_another_dimension_are_offered_where_the_plate_has_their_number() -> None:
+    with pytest.raises(ValueError, match=r"has size 5, but the data has 4 rows.*data_dim=1"):
+        pg.fit(pg.Program(topics, data_plate="documents"), WORDS, SVI(steps=2))
+
+
+def test_batches_of_sequences_time_first() -> None:
+    """Lengths have one dimension, their rows; a minibatch takes the same rows of both."""
+    lengths = torch.tensor([3, 2, 1, 3, 2])
+    steps = torch.arange(15.0).reshape(3, 5)
+
+    def model(x, lengths):
+        step = pyro.sample("step", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(lengths)):
+            seen = torch.arange(3)[:, None] < lengths
+            assert torch.equal(x[0] % 5 % 3 == 2, lengths == 1)
+            pyro.sample("x", dist.Normal(step, 1.0).expand([len(lengths), 3]).mask(seen.T).to_event(1), obs=x.T)
+
+    fit = pg.fit(pg.Program(model, data_dim=1), (steps, lengths), SVI(steps=4, batch_size=2), seed=0)
+    assert fit.data.rows == 5
