@@ -44,7 +44,8 @@ def complaint(fit: Fit) -> str:
     """What is wrong with chains, and the notes on starts and columns; `Fit.verdict` judges the rest of other fits.
 
     Chains are bad that diverge, end at the largest tree depth, disagree (R-hat above 1.01), have an effective sample
-    size under 100 per chain, or do not move. Columns that chains could do with are not mentioned.
+    size under 100 per chain, or do not move. Columns that chains could do with are not mentioned,
+    nor constant ones of what networks learn.
     """
     if str(fit.status) == "interrupted":
         return ""
@@ -53,7 +54,8 @@ def complaint(fit: Fit) -> str:
         said = [_chains(fit, fit.learned)]
         if not said[0]:
             return ""
-    named = ("starts", "constant columns", "unscaled columns")
+    pixels = not said and any("$$$" in name for name in fit.state.params)  # networks take images, with black borders
+    named = ("starts", *(() if pixels else ("constant columns",)), "unscaled columns")
     return " ".join([*said, *(f"Note on {name}: {fit.notes[name]}." for name in named if name in fit.notes)])
 
 
