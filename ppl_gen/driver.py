@@ -78,7 +78,8 @@ def fit(
         start: a fit of the same program to continue from.
 
     Warns:
-        FitWarning: once, where chains are bad: what they did, and what to do next.
+        FitWarning: once, where chains are bad (what they did, and what to do next), or where columns of the data of
+            any other fit are constant or unscaled. A guide is judged when `Fit.verdict` is first asked, and warns then.
 
     Returns:
         The fit. Ctrl-C, or SIGTERM where the process has no handler of its own for it, ends the run after the step

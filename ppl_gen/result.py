@@ -219,7 +219,11 @@ class Fit:
         return row_evidence(self, self.dataset(data), particles=particles, draws=draws, chunk=chunk, seed=seed)
 
     def marginal_likelihood(self, *, draws: int = 2000, particles: int = 100, seed: int | None = None) -> Evidence:
-        """log p(all data) in nats, globals and locals integrated out, by importance weighting."""
+        """log p(all data) in nats, globals and locals integrated out, by importance weighting.
+
+        Where the guide misses part of the posterior, as its weights or short chains from its draws show, the error is
+        infinite and a UserWarning says so. At least ``draws``: more where they cost next to nothing.
+        """
         from ppl_gen.diagnostics.evidence import marginal_likelihood
 
         return marginal_likelihood(self, draws=draws, particles=particles, seed=seed)
@@ -234,16 +238,23 @@ class Fit:
         """A table as `arviz.summary` gives it; ``attrs["verdict"]`` says plainly whether to trust the fit.
 
         Chains get R-hat and ESS; variational draws get ``attrs["pareto_k"]`` (and one per row where latents are local).
+
+        Warns:
+            FitWarning: once for a variational fit that is not to be trusted.
         """
+        from ppl_gen.diagnostics.complaints import warn_of_weights
         from ppl_gen.diagnostics.diagnosis import diagnose
 
         frame = diagnose(self, draws=draws, seed=seed)
         self.computed["diagnosis"] = frame.copy()  # which `save` keeps
+        warn_of_weights(self, self.computed["verdict"])
         return frame
 
     @property
     def verdict(self) -> Verdict:
         """Whether to trust the fit: ``grade``, ``reason`` and ``advice``, as `diagnose` finds them; computed once.
+
+        The first look at a variational fit that is not to be trusted also gives a `FitWarning`.
 
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import EM
@@ -251,9 +262,12 @@ class Fit:
         >>> pg.fit(ppca(2, latent=1), torch.randn(50, 2), EM(), seed=0).verdict.grade
         'trust'
         """
+        from ppl_gen.diagnostics.complaints import warn_of_weights
         from ppl_gen.diagnostics.diagnosis import verdict
 
-        return verdict(self)
+        found = verdict(self)
+        warn_of_weights(self, found)
+        return found
 
     def save(self, path: str | Path) -> Path:
         """Write a folder (weights in safetensors, the rest JSON and netCDF; no pickle), in one step.

@@ -286,7 +286,7 @@ def _line(task: Task, label: str, algorithm: Algorithm, seed: int, progress: boo
                     dtype=task.dtype,
                     progress=progress,
                 )
-            return _judged(task, label, result)
+                return _judged(task, label, result)
         except IncompatibleError as error:
             status, text = "incompatible", str(error)
         except NonFiniteError as error:
