@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppl_gen.closures import Remembered, functions_of, same_again
 from ppl_gen.data.arrays import shared
 from ppl_gen.data.batching import LARGE, Batch, Dataset, as_dataset, is_double
 from ppl_gen.data.columns import column_notes
+from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.data.names import Read
 from ppl_gen.data.sources import collected
 from ppl_gen.diagnostics.complaints import warn_if_bad
@@ -27,12 +29,14 @@ from ppl_gen.errors import (
     require_seed,
     require_whole,
 )
+from ppl_gen.guidechecks import check_masked
 from ppl_gen.handlers.adapted import adapted
 from ppl_gen.handlers.whole_plates import whole_plates
+from ppl_gen.honoured import refuse_idle_masks
 from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
 from ppl_gen.inference.enumerable import unenumerable
 from ppl_gen.inference.restored import guide_source
-from ppl_gen.inference.stopping import EarlyStop
+from ppl_gen.inference.stopping import EarlyStop, check_record
 from ppl_gen.inference.unlearned import joint, predictions
 from ppl_gen.interrupts import allowed, check, hold, listening, taken
 from ppl_gen.isolation import Workspace, isolated, looking
@@ -46,6 +50,10 @@ from ppl_gen.sitechecks import check_observed
 __all__ = ["fit", "inspect_program", "iterate"]
 
 DRY_ROWS = 256  # rows of large data that a dry run looks at
+REMEMBERS = (
+    "changed by the program as it ran. Questions put it back, each begins with what training left, and neither another "
+    "fit nor a saved one does; give what counts steps to the program as data, or leave it out"
+)
 
 
 def fit(
@@ -123,6 +131,7 @@ def fit(
                     run.notes |= column_notes(dataset.entries, scaled=isinstance(program, Recipe))
                 with ProgressBar(progress, algorithm.label) as report, allowed():
                     run.progress = report
+                    before = Remembered(functions_of(built))
                     run.hooks = tuple(callbacks)
                     if validation is not None:
                         run.validation = Validation(validation, validate_every, run.program, dataset)
@@ -132,6 +141,8 @@ def fit(
                     hold()
                 _note_unregistered(workspace, run)
                 _note_unused_terms(algorithm, run)
+                if changed := before.changed():
+                    run.notes["remembers"] = f"{', '.join(changed)}: {REMEMBERS}"
                 result = _finished(recipe, algorithm, run, outcome, seconds)
         if taken():  # it came after the last step: nothing is missing, but a script has to hear of it
             result = replace(result, status=Status.INTERRUPTED, message=f"interrupted at the end: {result.message}")
@@ -164,7 +175,7 @@ def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -
     from ppl_gen.inference.guides import is_auto
 
     data = collected(data)
-    with isolated(0, dtype=_dtype_of(data)):
+    with isolated(0, dtype=_dtype_of(data)), same_again(program):
         built, dataset = _built(as_recipe(program), data, None, None, None)
         guide = None if is_auto(built.guide) or isinstance(built.guide, type) else built.guide  # made by a fit
         with Workspace(dtype=dataset.dtype, modules=_modules_of(built, None)):
@@ -184,6 +195,7 @@ def _checked_run(
     program, changes = adapted(program, _looked_at(data), data, vectors=algorithm.vectors)
     info = _inspected(program, data)
     check_observed(info)
+    refuse_idle_masks(program, data.head(DRY_ROWS) if data.elements > LARGE else data.batch())
     require(algorithm.label, algorithm.needs, program.name, info.offers, why=info.unenumerable)
     program, notes = _with_plate(program, info)
     notes |= changes
@@ -194,6 +206,8 @@ def _checked_run(
         notes["constants"] = f"{listed}: without rows, passed whole with every batch"
     run = Run(program, data, info, workspace, seed, start, notes=notes)
     algorithm.check(run)
+    if not algorithm.subsamples:  # the one that does (SVI) has a guide, and looks when it is there
+        check_masked(info, None)
     if validation is not None:
         require("validation", [("density", "exact evidence")], program.name, info.offers)
     return run
@@ -249,7 +263,9 @@ def _built(
         built = start.program if start is not None else recipe(given)
     read = start.data.read if start is not None else _read(given)
     dtype = dtype or torch.get_default_dtype()
-    return built, as_dataset(data, built.model, dtype=dtype, device=device, read=read, data_dim=built.data_dim)
+    rows = as_dataset(data, built.model, dtype=dtype, device=device, read=read, data_dim=built.data_dim)
+    refuse_unread_masks(rows, rows.left_out, built.name)
+    return built, rows
 
 
 def _read(given: Any) -> Collection[str]:
@@ -334,6 +350,8 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
             for hook in run.hooks:
                 hook(step, info)
             check()
+            if step == min(limit, algorithm.stop_every()):  # by now every record that the rule may look at has begun
+                check_record(getattr(algorithm, "stop_rule", None), history, validated=run.validation is not None)
             if step % algorithm.stop_every() == 0 and (converged := algorithm.stop({**history, **checks})) is not None:
                 break
             if run.validation is not None and run.validation.due(step, limit):

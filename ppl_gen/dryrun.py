@@ -13,10 +13,10 @@ from pyro import poutine
 from pyro.distributions.torch_distribution import ExpandedDistribution
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.guidechecks import check_auxiliary, check_match
 from ppl_gen.program import Program, filtered
 from ppl_gen.sitechecks import (
     check_densities,
-    check_match,
     check_plate,
     check_reparameterised,
     data_plate,
@@ -46,6 +46,7 @@ class Site:
     support: Any
     improper: bool = False
     averaged: bool = True  # has a mean, which carries gradients where draws do not
+    masked: bool = False  # by its statement, in some places and not in others
     point: bool = False  # of a guide: always the same value, whatever else the guide draws
 
     @property
@@ -102,6 +103,11 @@ class ProgramInfo:
             if (seen := self.sites.get(f"{site.name}_observed")) and seen.kind == "observed"
             if (rest := self.sites.get(f"{site.name}_unobserved")) and rest.kind in ("latent", "predicted")
         ]
+
+    @property
+    def halves(self) -> frozenset[str]:
+        """Names of both halves of these: where nothing is observed they are draws of which the site takes one."""
+        return frozenset(f"{name}_{half}" for name in self.partly_observed for half in ("observed", "unobserved"))
 
     def shown(self, name: str) -> str:
         """What the user calls an observed site: ``y`` for the half of it that `obs_mask` names ``y_observed``."""
@@ -186,6 +192,7 @@ def dry_run(
         auxiliary = {name for name, node in guide_trace.nodes.items() if node.get("infer", {}).get("is_auxiliary")}
         sites = _predicting(sites, set(predicted) - set(guide_sites))
         check_match(program, sites, {k: v for k, v in guide_sites.items() if k not in auxiliary})
+        check_auxiliary(program, guide_trace, guide_sites, auxiliary)
         guide_frames = [f for _, node in sample_nodes(guide_trace) for f in node["cond_indep_stack"] if f.vectorized]
         nesting = max([nesting, *(-f.dim for f in guide_frames)])
     params = {name: tuple(node["value"].shape) for name, node in trace.nodes.items() if node["type"] == "param"}
@@ -246,6 +253,7 @@ def _site(name: str, node: dict[str, Any], data_plate: str) -> Site:
         support=fn.support if _has_support(fn) else None,
         improper=isinstance(base, dist.ImproperUniform) and kind == "latent",
         averaged=type(base).mean is not torch.distributions.Distribution.mean,
+        masked=isinstance(node["mask"], torch.Tensor) and bool(node["mask"].any()) and not bool(node["mask"].all()),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ppl_gen.data.batching import Dataset, as_dataset
+from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.data.sources import collected
 from ppl_gen.newrows import check_columns
 from ppl_gen.program import Program
@@ -20,6 +21,7 @@ class Validation:
 
     def __init__(self, data: Any, every: int | None, program: Program, train: Dataset) -> None:
         self.data = as_dataset(collected(data), program.model, like=train)
+        refuse_unread_masks(self.data, self.data.left_out, program.name)
         check_columns("validation", self.data, train)
         self.every = every
 

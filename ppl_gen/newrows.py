@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import string
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -10,21 +11,25 @@ import pyro
 from pyro import poutine
 
 from ppl_gen.data.batching import LARGE, Batch, Dataset
+from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.finite_globals import summed_globals
 from ppl_gen.handlers.whole_plates import RowsOf
+from ppl_gen.honoured import refuse_idle_masks
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.isolation import looking
+from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import global_draws
 from ppl_gen.sitechecks import check_densities
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["check_columns", "check_rows", "follows_rows"]
+__all__ = ["check_columns", "check_rows", "follows_rows", "require_shared", "row_latents"]
 
 _FEW = 256
-_BOOLEAN = ("torch.bool", "bool")
+_NAMED = 3
 
 
 def check_rows(fit: Fit, data: Dataset) -> None:
@@ -36,7 +41,9 @@ def check_rows(fit: Fit, data: Dataset) -> None:
         ValueError, TypeError: naming both shapes, if the program cannot be run on these rows, gives them other latent
             sites, or stretches them; or if observed values lie outside of their support.
     """
-    _refuse_unread_mask(fit, data)
+    idle = data.read - {*data.entries, *data.constants}  # a recipe read them once, and is not asked about new rows
+    refuse_unread_masks(data, (*data.left_out, *idle), fit.program.name)
+    _refuse_own_latents(fit, data)
     batch = data.head(_FEW) if data.elements > LARGE else data.batch()
     try:
         with fit.bound(), looking():
@@ -46,6 +53,8 @@ def check_rows(fit: Fit, data: Dataset) -> None:
                 if _columns(data) != _columns(fit.data):
                     _check_sites(fit, trace)
                 check_densities(trace)
+            with Substitute(values):
+                refuse_idle_masks(fit.program, batch)
     except IncompatibleError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -63,18 +72,60 @@ def follows_rows(fit: Fit, batch: Batch) -> bool:
     return looked.fits
 
 
-def _refuse_unread_mask(fit: Fit, data: Dataset) -> None:
-    """An entry that says what is missing, and that the program does not read, would be passed over without a word."""
-    given = data.original if isinstance(data.original, Mapping) else {}
-    whole = {tuple(value.shape) for value in data.entries.values() if value.ndim > 1}
-    for name, value in given.items():
-        if name in data.entries or name in data.constants or str(getattr(value, "dtype", "")) not in _BOOLEAN:
-            continue
-        if "mask" in str(name).lower() or tuple(value.shape) in whole:
-            raise IncompatibleError(
-                f"data: {name!r} looks like a mask, and the program {fit.program.name!r} does not read it: its answers "
-                "would be those of whole rows. Leave it out, or use a program that takes a mask (ppca, factor_analysis)"
-            )
+def row_latents(fit: Fit) -> list[str]:
+    """Of a program without a data plate, the latent sites that follow the number of rows: in shape, or in being there.
+
+    They belong to the training rows one by one, although no plate says so; other rows have their own.
+    """
+    rows = fit.data.rows
+    if fit.info.data_plate is not None or rows is None or rows < 2 or not fit.info.select():
+        return []
+    if "row latents" not in fit.computed:
+        few = fit.data.head(rows // 2)
+        found = []
+        with contextlib.suppress(ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+            with fit.bound(), looking():
+                nodes = poutine.trace(fit.program.model).get_trace(*few.args, **few.kwargs).nodes
+            whole = {site.name: (*site.batch_shape, *site.event_shape) for site in fit.info.select()}
+            found = [n for n, shape in whole.items() if n not in nodes or tuple(nodes[n]["value"].shape) != shape]
+            stems = {n.rstrip(string.digits) for n in found if n not in nodes}  # of z_1 ... z_9, z_1 is there for few
+            found += [n for n in whole if n not in found and n.rstrip(string.digits) in stems]
+        fit.computed["row latents"] = found
+    names: list[str] = fit.computed["row latents"]
+    return names
+
+
+def _refuse_own_latents(fit: Fit, data: Dataset) -> None:
+    """What was learned of the latents of the training rows says nothing of those of other rows."""
+    if not data.same_rows(fit.data) and (names := row_latents(fit)):
+        listed = ", ".join(names) if len(names) <= _NAMED else f"{', '.join(names[:_NAMED])} and {len(names) - 3} more"
+        raise IncompatibleError(
+            f"data: {listed} of {fit.program.name!r} follow the number of rows, and the program has no data plate: "
+            "what was learned of them belongs to the training rows, and other rows have values of their own. Put rows "
+            'that are independent into `with pyro.plate("data", len(x)):`; of rows that hang together (a series), only '
+            "those that were fitted can be asked about, without data=, and fit.sample(n) makes new ones"
+        )
+
+
+def require_shared(fit: Fit, data: Dataset) -> None:
+    """Refuse the evidence of new data without rows where finite latents are summed out of the training data.
+
+    Without a data plate all data are one row, and its finite latents are summed out by their prior. New data follow
+    from their values given the training data, of which nothing is left in such a sum.
+
+    Raises:
+        IncompatibleError: naming the sites.
+    """
+    if fit.info.data_plate is not None or fit.program.evidence is not None or data.same_rows(fit.data):
+        return
+    known = {*(fit.info.guide_sites or {}), *(fit.learned.draws if isinstance(fit.learned, ChainPosterior) else ())}
+    if names := summed_globals(fit, known):
+        raise IncompatibleError(
+            f"data: {', '.join(names)} of {fit.program.name!r} {'is' if len(names) == 1 else 'are'} summed out, and "
+            "the program has no data plate: whether new data share the values that the training data speak for, or "
+            'have values of their own, cannot be told. Put the rows into `with pyro.plate("data", len(x)):`; sites '
+            "outside of it are shared, sites inside are each row's own"
+        )
 
 
 def _check_sites(fit: Fit, trace: poutine.Trace) -> None:

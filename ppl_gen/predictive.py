@@ -11,7 +11,8 @@ from pyro.distributions import ImproperUniform, Unit
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from ppl_gen.data.batching import LARGE, Batch, Dataset
+from ppl_gen.closures import same_again
+from ppl_gen.data.batching import LARGE, Batch
 from ppl_gen.errors import IncompatibleError, require_seed, require_whole
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.handlers.whole_plates import whole_plates
@@ -19,6 +20,7 @@ from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.isolation import looking
 from ppl_gen.local_draws import local_draws
+from ppl_gen.observations import entry_mask
 from ppl_gen.posterior import PointPosterior
 
 if TYPE_CHECKING:
@@ -35,9 +37,11 @@ __all__ = [
     "predictive_draws",
     "prior_predictive",
     "refuse_improper",
-    "rows_observed",
     "run",
 ]
+
+
+_HALVES = ("observed", "unobserved")  # of a site with `obs_mask`: of what is drawn, it takes one or the other
 
 
 def global_draws(fit: Fit, count: int, *, finite: bool = True) -> list[dict[str, Tensor]]:
@@ -162,7 +166,7 @@ def predictive_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[
         trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
         there = {name: trace.nodes[name] for name in observed if name in trace.nodes}
         unseen = [name for name, node in there.items() if not node["is_observed"]]
-        partly = [name for name in there if fit.info.shown(name) != name and _masked(there[name])]
+        partly = [name for name in there if fit.info.shown(name) != name and entry_mask(there[name]) is not None]
         missing = [name for name in observed if name in unseen or name in partly]
         replicate, names = not missing, [fit.info.shown(name) for name in missing or observed]
         # No observation informs the locals, or none can: without a density replicates are what the program makes.
@@ -178,10 +182,6 @@ def _is_forward(fit: Fit) -> bool:
     """Whether neither what was learned nor the program says anything of the latents of given rows (a GAN)."""
     silent = fit.program.local_posterior is None and "density" not in fit.info.offers
     return silent and isinstance(fit.learned, PointPosterior)
-
-
-def _masked(node: Mapping[str, Any]) -> bool:
-    return node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
 
 
 def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 0) -> dict[str, Tensor]:
@@ -211,7 +211,7 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
     from ppl_gen.program import as_recipe
 
     positive("draws", draws)
-    with isolated(require_seed(seed), dtype=_dtype_of(data)), torch.no_grad():
+    with isolated(require_seed(seed), dtype=_dtype_of(data)), torch.no_grad(), same_again(program):
         built, dataset = _built(as_recipe(program), data, None, None, None)
         modules = _modules_of(built, None)
         with Workspace(dtype=dataset.dtype, training=False, modules=modules), whole_plates():
@@ -220,7 +220,10 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
             refuse_improper(
                 built.name, {n for n, node in trace.nodes.items() if is_sample(node) and _is_flat(node["fn"])}
             )
-            return prior_rows(built.model, batch, draws)
+            found = prior_rows(built.model, batch, draws)
+            split = [name.removesuffix("_observed") for name in found if name.endswith("_observed")]
+            halves = {f"{n}_{half}" for n in split if {n, f"{n}_unobserved"} <= found.keys() for half in _HALVES}
+            return {name: value for name, value in found.items() if name not in halves}
 
 
 def prior_rows(model: Any, batch: Batch, draws: int) -> dict[str, Tensor]:
@@ -265,31 +268,3 @@ def positive(name: str, value: int) -> None:
 def _stacked(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     names = draws[0].keys() if draws else ()
     return {name: torch.stack([draw[name].detach() for draw in draws]) for name in names}
-
-
-def observed_rows(fit: Fit, data: Dataset) -> dict[str, Tensor]:
-    """Values of the observed sites, NaN where `obs_mask` says that they are missing; call inside ``fit.bound()``."""
-    batch = data.batch()
-    trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
-    names = [site.name for site in fit.info.select(kind="observed")]
-    return {fit.info.shown(name): _seen(fit, trace.nodes[name]) for name in names if name in trace.nodes}
-
-
-def rows_observed(fit: Fit, batch: Batch) -> Tensor:
-    """Which rows hold an observation: all but those that `obs_mask` leaves out of every observed site."""
-    trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
-    nodes = [trace.nodes[site.name] for site in fit.info.select(kind="observed") if site.name in trace.nodes]
-    rows, dim = batch.rows or 1, fit.info.plate_dim
-    if dim is None or not nodes or any(fit.info.shown(n["name"]) == n["name"] or not _masked(n) for n in nodes):
-        return torch.ones(rows, dtype=torch.bool)
-    masks = [node["mask"].expand(node["fn"].batch_shape).movedim(dim, 0).reshape(rows, -1) for node in nodes]
-    return torch.cat(masks, 1).any(1)
-
-
-def _seen(fit: Fit, node: Mapping[str, Any]) -> Tensor:
-    value: Tensor = node["value"]
-    if fit.info.shown(node["name"]) == node["name"] or not _masked(node):
-        return value
-    mask = node["mask"].expand(node["fn"].batch_shape)
-    event = value.dim() - mask.dim()
-    return torch.where(mask.reshape(*mask.shape, *[1] * event), value, torch.nan)

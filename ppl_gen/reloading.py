@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_gen.closures import same_again
 from ppl_gen.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, dat
         data = _saved_data(meta, part("data/"), part("constant/"))
     values, modules = (part("param/"), part("buffer/")), part("module/")
     algorithm = Restored(meta["algorithm"], meta["guide"], *values, given, modules)
-    built = run_fit(program, data, algorithm, seed=meta["seed"], dtype=getattr(torch, meta["dtype"]), progress=False)
+    with same_again(program):
+        dtype = getattr(torch, meta["dtype"])
+        built = run_fit(program, data, algorithm, seed=meta["seed"], dtype=dtype, progress=False)
     if site_table(built.info) != meta["sites"]:
         raise ValueError(
             f"program: {built.program.name!r} is not the program of this fit: its sites are {site_table(built.info)}, "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.arguments import require_text
+from ppl_gen.closures import same_again
 from ppl_gen.data.batching import Dataset, as_dataset
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.handlers.whole_plates import whole_plates
@@ -151,6 +152,7 @@ class Fit:
             quiet(),
             torch.no_grad(),
             unremembered(),
+            same_again(self.program, self.guide),
         ):
             yield w
 
@@ -215,8 +217,11 @@ class Fit:
             IncompatibleError: if the program has no normalised density.
         """
         from ppl_gen.diagnostics.evidence import row_evidence
+        from ppl_gen.newrows import require_shared
 
-        return row_evidence(self, self.dataset(data), particles=particles, draws=draws, chunk=chunk, seed=seed)
+        rows = self.dataset(data)
+        require_shared(self, rows)
+        return row_evidence(self, rows, particles=particles, draws=draws, chunk=chunk, seed=seed)
 
     def marginal_likelihood(self, *, draws: int = 2000, particles: int = 100, seed: int | None = None) -> Evidence:
         """log p(all data) in nats, globals and locals integrated out, by importance weighting.

@@ -26,6 +26,8 @@ __all__ = ["fixed_value", "sample_rows", "template"]
 
 def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) -> dict[str, Tensor]:
     """See `Fit.sample`."""
+    from ppl_gen.newrows import row_latents
+
     positive("n", n)
     if not isinstance(given, Mapping):
         raise TypeError(f'given: expected a mapping of sites or inputs, such as {{"y": 3}}, got {type(given).__name__}')
@@ -34,19 +36,21 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
     unknown = [name for name in fixed if name not in fit.info.sites]
     if unknown:
         raise ValueError(f"given: no site or input named {unknown}; sites are {sorted(fit.info.sites)}")
+    own = row_latents(fit)  # new rows get new ones
     with fit.bound(seed):
         batch = template(fit, n, inputs)
-        values = dict(global_draws(fit, 1)[0]) if fit.info.select(local=False) else {}
+        shared = global_draws(fit, 1)[0] if fit.info.select(local=False) else {}
+        values = {name: value for name, value in shared.items() if name not in own}
         values.update({name: fixed_value(fit, name, value, n) for name, value in {**fixed, **inputs}.items()})
         refuse_improper(fit.program.name, {s.name for s in fit.info.select() if s.improper} - set(values))
         with RowsOf(fit.info.data_plate, n, "the sample"), _InSupport(fit, set(given)):
             _refuse_teacher_forcing(fit, batch, values)
             trace = run(fit, batch, values | {}, replicate=True)
-        nodes = trace.nodes.items()
+        nodes, halves = trace.nodes.items(), fit.info.halves
         return {
             name: node["value"].detach()
             for name, node in nodes
-            if (is_sample(node) or is_derived(node)) and not isinstance(node["fn"], Unit)
+            if (is_sample(node) or is_derived(node)) and not isinstance(node["fn"], Unit) and name not in halves
         }
 
 

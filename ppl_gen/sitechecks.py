@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_densities",
-    "check_match",
     "check_observed",
     "check_plate",
     "check_reparameterised",
@@ -85,13 +84,27 @@ def _check_support(node: dict[str, Any]) -> None:
     except ValueError as error:
         text = str(error).splitlines()[0].removesuffix(", but found invalid values:")
         raise ValueError(f"at site {node['name']!r}: {text}; observed values lie outside") from error
-    except (NotImplementedError, RuntimeError) as error:
+    except (KeyError, NotImplementedError, RuntimeError) as error:
+        _refuse_one_way(node, error)
         dtype = node["value"].dtype
         if dtype.is_floating_point or not str(error):  # torch's own for no density at all has no words
             raise
         raise TypeError(
             f"at site {node['name']!r}: observed values are {_spoken(dtype)}, with which its distribution cannot "
             "compute; pass numbers, x.float()"
+        ) from error
+
+
+def _refuse_one_way(node: dict[str, Any], error: Exception) -> None:
+    """A flow that knows the density of its own last draw alone has none for a value that was observed."""
+    from ppl_gen.inference.objectives.tracing import transforms_of
+
+    flows = ", ".join(dict.fromkeys(type(t).__name__ for t in transforms_of(node["fn"])))
+    if flows and isinstance(error, KeyError | NotImplementedError):
+        raise ValueError(
+            f"at site {node['name']!r}: it goes through {flows}, which has no inverse, so that an observed value has "
+            "no density; take a flow with an inverse (affine_coupling, affine_autoregressive, spline), or leave this "
+            "one to a guide"
         ) from error
 
 
@@ -261,47 +274,6 @@ def check_reparameterised(sites: dict[str, Site]) -> None:
             raise ValueError(
                 f"at site {name!r}: an observed site is reparameterised, and Pyro leaves the Jacobian of that out of "
                 f"its density; take {name!r} out of the config of poutine.reparam, which is for latent sites"
-            )
-
-
-def check_match(program: Program, sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
-    latents = {site.name for site in sites.values() if site.latent}
-    optional = {site.name for site in sites.values() if site.latent and site.finite}
-    extra = sorted(set(guide_sites) - latents - {n for n, s in guide_sites.items() if s.kind == "deterministic"})
-    observed = [name for name in extra if name in sites and sites[name].kind == "observed"]
-    if observed:
-        raise ValueError(
-            f"model and guide of {program.name!r} do not match: site(s) {observed} are observed in the model and drawn "
-            "in the guide, where they would enter the bound as if they were unknown; draw them only where they are not "
-            "given, `if y is None:`"
-        )
-    missing = sorted(latents - optional - set(guide_sites))
-    if extra or missing:
-        raise ValueError(
-            f"model and guide of {program.name!r} do not match: "
-            + "; ".join(
-                part
-                for part in (
-                    f"latent site(s) {missing} are in the model only" if missing else "",
-                    f"site(s) {extra} are in the guide only" if extra else "",
-                )
-                if part
-            )
-            + ". Each latent site of the model needs a site of the same name in the guide (finite discrete ones may be "
-            "left out: they are summed out)."
-        )
-    for name in sorted(set(guide_sites) & latents):
-        model_site, guide_site = sites[name], guide_sites[name]
-        if model_site.event_shape != guide_site.event_shape:
-            raise ValueError(
-                f"at site {name!r}: the model has event shape {model_site.event_shape}, the guide "
-                f"{guide_site.event_shape}; use the same .to_event(...) on both sides"
-            )
-        if model_site.local != guide_site.local:
-            inside, outside = ("model", "guide") if model_site.local else ("guide", "model")
-            raise ValueError(
-                f"at site {name!r}: inside the data plate in the {inside}, outside it in the {outside}; open "
-                f"pyro.plate({program.data_plate!r}, len(x)) in both"
             )
 
 

@@ -30,6 +30,4 @@ BY_DESIGN: dict[str, str] = {
 #: Pattern of a call -> what is wrong; the test fails where one of them is mended and still stands here.
 KNOWN: dict[str, str] = {
     "inference.SVI(optimiser=<class 'object'>)": "what a function raises when it is given the parameters is not wrapped",
-    "inference.Plateau(on=*)": "a record that no fit keeps: the rule never stops, and says nothing",
-    "inference.Patience(on=*)": "as for Plateau",
 }

@@ -163,11 +163,12 @@ def test_the_chains_of_a_subsampled_program_know_all_rows() -> None:
 
 def test_training_still_subsamples() -> None:
     seen: set[int] = set()
+    note = seen.add  # of the set itself a question would put back what was in it
 
     def model(x: Tensor) -> None:
         m = pyro.sample("m", dist.Normal(0.0, 3.0))
         with pyro.plate("data", len(x), subsample_size=4) as i:
-            seen.add(len(i))
+            note(len(i))
             pyro.sample("x", dist.Normal(m, 1.0), obs=x[i])
 
     fit = pg.fit(model, X, SVI(steps=3))

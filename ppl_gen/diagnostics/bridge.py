@@ -55,13 +55,15 @@ def to_tree(
     coords: Mapping[str, Sequence[Any]] | None = None,
     attrs: Mapping[str, object] | None = None,
     unsampled: Collection[str] = (),
+    pointwise: tuple[str, Sequence[Any]] | None = None,
 ) -> Any:
     """Label arrays and put them into the container of the installed ArviZ (`InferenceData` or `DataTree`).
 
     An array of a sample group has shape ``(chain, draw, *event)``, one of ``observed_data`` or ``constant_data`` (and
     one named in ``unsampled``, such as a history of losses) has shape ``event``. ``dims[name]`` names the leading axes
     of ``event``, in every group that has the variable; axes it does not name become ``{name}_dim_{i}``. Log-likelihoods
-    have lost their event axes: surplus names are left out there. Groups without variables are left out.
+    have lost their event axes: surplus names are left out there, and ``pointwise``, the name of the axis of their rows
+    and its labels, goes before all else. Groups without variables are left out.
 
     Two things that netCDF and xarray do not allow are renamed: ``/`` in names of variables becomes ``.``, and a
     dimension that bears the name of a variable (plate ``data``, site ``data``) becomes ``{dim}_dim``. Attributes that
@@ -89,7 +91,11 @@ def to_tree(
             name: _axes(group_name, name, value, labels.get(name, ()), name not in unsampled, names[name])
             for name, value in arrays.items()
         }
-        datasets[group_name] = _dataset(group_name, arrays, axes, names, known)
+        own = known
+        if group_name == "log_likelihood" and pointwise is not None:
+            dim = _free_dim(pointwise[0], taken)
+            axes, own = {name: (*_SAMPLE_DIMS, dim) for name in arrays}, {**known, dim: pointwise[1]}
+        datasets[group_name] = _dataset(group_name, arrays, axes, names, own)
     return _container(datasets, {key: _storable(value) for key, value in (attrs or {}).items()})
 
 

@@ -13,8 +13,9 @@ from ppl_gen.data.batching import LARGE, Batch
 from ppl_gen.diagnostics.bridge import to_tree
 from ppl_gen.diagnostics.densities import derived
 from ppl_gen.diagnostics.export import provenance
+from ppl_gen.observations import observed_rows
 from ppl_gen.posterior import ChainPosterior, PointPosterior
-from ppl_gen.predictive import amortised, observed_rows
+from ppl_gen.predictive import amortised
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit

@@ -17,14 +17,14 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.bridge import to_tree
 from ppl_gen.diagnostics.densities import densities, derived, joint_densities
 from ppl_gen.diagnostics.psis import MIN_DRAWS
-from ppl_gen.diagnostics.weighed import joint_draws
 from ppl_gen.errors import require_whole
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.inference.guides import point_sites
 from ppl_gen.inference.objectives.tracing import is_sample, log_density, scaled
 from ppl_gen.isolation import isolated
+from ppl_gen.observations import observed_rows, rows_observed
 from ppl_gen.posterior import ChainPosterior
-from ppl_gen.predictive import amortised, observed_rows, prior_rows, rows_observed, run
+from ppl_gen.predictive import amortised, prior_rows, run
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -51,8 +51,9 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
         groups, attrs = posterior_groups(fit, draws)
         kept = _kept_draws(fit, groups, draws)
         _add_predictive(fit, batch, groups, kept)
+        pointwise = None
         if kept or not fit.info.select():
-            _add_log_likelihood(fit, batch, groups, kept, attrs)
+            pointwise = _add_log_likelihood(fit, batch, groups, kept, attrs)
         proper = not any(site.improper for site in fit.info.select())
         if proper and any(site.kind != "observed" for site in fit.info.sites.values()):
             count = min(draws, 500, _affordable(prior_rows(fit.program.model, batch, 1)))
@@ -72,7 +73,8 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
     rows = [n for n in inputs if n not in fit.info.sites and inputs[n].ndim and len(inputs[n]) == fit.data.rows]
     dims |= {name: [plate] for name in rows if plate}
     dims |= {name: ["step"] for name in unsampled}
-    return to_tree({k: v for k, v in groups.items() if v}, dims=dims, attrs=attrs, unsampled=unsampled)
+    found = {k: v for k, v in groups.items() if v}
+    return to_tree(found, dims=dims, attrs=attrs, unsampled=unsampled, pointwise=pointwise)
 
 
 def affordable_rows(fit: Fit, draws: int) -> Fit:
@@ -90,11 +92,8 @@ def affordable_rows(fit: Fit, draws: int) -> Fit:
     return fit if rows <= most else replace(fit, data=fit.data.subset(torch.arange(most, device="cpu")))
 
 
-def posterior_groups(fit: Fit, draws: int, *, together: bool = False) -> tuple[Groups, dict[str, Any]]:
-    """The posterior group (chain x draw x shape) with deterministic sites; inside ``fit.bound()``.
-
-    ``together``: a guide's draws all at once, which is faster, by other random numbers than one after the other.
-    """
+def posterior_groups(fit: Fit, draws: int) -> tuple[Groups, dict[str, Any]]:
+    """The posterior group (chain x draw x shape) with deterministic sites; inside ``fit.bound()``."""
     latents = {site.name for site in fit.info.select()}
     posterior: dict[str, np.ndarray] = {}
     if isinstance(fit.learned, ChainPosterior):
@@ -108,7 +107,7 @@ def posterior_groups(fit: Fit, draws: int, *, together: bool = False) -> tuple[G
                 stacked = torch.stack([row[name] for row in rows])
                 posterior[name] = _array(stacked.unflatten(0, (fit.learned.chains, -1)))
     elif latents:
-        known = extended(fit, _affordable_draws(fit, draws, together))
+        known = extended(fit, _affordable_draws(fit, draws))
         known = [{k: v for k, v in draw.items() if k in latents} for draw in known]
         if known and known[0]:
             extra = derived(fit, fit.data.batch(), known)
@@ -132,14 +131,12 @@ def _chain_draws(fit: Fit) -> dict[str, Tensor]:
     return found
 
 
-def _affordable_draws(fit: Fit, draws: int, together: bool = False) -> list[dict[str, Tensor]]:
+def _affordable_draws(fit: Fit, draws: int) -> list[dict[str, Tensor]]:
     """``draws`` draws, or as many as stay within `CELLS` numbers (25 at least): local latents times rows are many."""
     batch = fit.data.batch()
     first = fit.learned.draw(1, batch)
     size = sum(torch.as_tensor(value).numel() for draw in first for value in draw.values())
     count = min(draws, max(MIN_DRAWS, CELLS // max(1, size)))
-    if together:
-        return joint_draws(fit, count, batch)
     return [*first, *(fit.learned.draw(count - 1, batch) if count > 1 else [])]
 
 
@@ -200,23 +197,28 @@ def _chains(kept: list[tuple[int, int]]) -> int:
 
 def _add_log_likelihood(
     fit: Fit, batch: Batch, groups: Groups, kept: list[tuple[int, int]], attrs: dict[str, Any]
-) -> None:
-    """Pointwise log p(x_i | draw): given the local latents that were drawn, the finite ones summed out."""
+) -> tuple[str, list[int]] | None:
+    """Pointwise log p(x_i | draw): given the local latents that were drawn, the finite ones summed out.
+
+    Returns the dimension of its rows, and their numbers among all rows; None where there is no plate over rows.
+    """
     if "density" not in fit.info.offers:
-        return
+        return None
     drawn = set(groups["posterior"])
     if any(not site.finite and site.name not in drawn for site in fit.info.select(local=True)):
-        return
+        return None
     observed = [fit.info.shown(site.name) for site in fit.info.select(kind="observed")]
     name = observed[0] if len(observed) == 1 else "_".join(observed)
     places: list[tuple[int, int] | None] = [*kept] or [None]
     values = [_values(fit, groups, place) if place is not None else {} for place in places]
     rows = _array(densities(fit, batch, values)[0])
-    if not bool((seen := rows_observed(fit, batch)).all()):
-        rows, attrs["log_likelihood_rows"] = rows[..., _array(seen)], f"the {int(seen.sum())} that hold observations"
+    seen = _array(rows_observed(fit, batch))
+    if not seen.all():
+        rows, attrs["log_likelihood_rows"] = rows[..., seen], f"the {int(seen.sum())} that hold observations"
     groups["log_likelihood"] = {name: rows.reshape(_chains(kept), -1, *rows.shape[1:])}
     if len(observed) > 1:
         attrs["log_likelihood"] = f"joint over the observed sites {', '.join(observed)}"
+    return (fit.info.data_plate, np.flatnonzero(seen).tolist()) if fit.info.data_plate else None
 
 
 def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any], seed: int | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from ppl_gen.inference.objectives.particles import (
     log_weights_in_chunks,
     of_particle,
 )
+from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.inference.unlearned import leaves
 from ppl_gen.isolation import looking
 from ppl_gen.predictive import amortised, run
@@ -115,6 +117,7 @@ def row_integral(fit: Fit, batch: Batch, theta: Mapping[str, Tensor], rows: int)
             raise ValueError(
                 f"data: none of the observed sites {sites} has a value in these data, so there is no evidence"
             )
+        _warn_of_scales(fit, trace)
         missing = [name for name in there if not trace.nodes[name]["is_observed"]]
         idle = leaves(fit.joint, batch, missing, theta) if missing and not offered else []
     unmeasured = {name: replace(fit.info.sites[name], kind="latent") for name in missing}
@@ -130,6 +133,20 @@ def row_integral(fit: Fit, batch: Batch, theta: Mapping[str, Tensor], rows: int)
     guided = set(fit.info.guide_sites or {}) if guide is not None else set()
     sums = tuple(site.name for site in free if site.finite and site.name not in guided)
     return RowIntegral(fit, offered, guide, sums, drawn, tuple(missing), tuple(idle), WeightQuality(rows))
+
+
+def _warn_of_scales(fit: Fit, trace: Any) -> None:
+    """Plates are whole here: a scale that is left is one of the program's own."""
+    inside = {site.name for site in fit.info.sites.values() if site.local or site.kind == "observed"}
+    nodes = [node for name, node in trace.nodes.items() if name in inside and is_sample(node)]
+    scaled = [node["name"] for node in nodes if not bool((torch.as_tensor(node["scale"]) == 1).all())]
+    if scaled and fit.program.evidence is None:
+        warnings.warn(
+            f"evidence: {fit.program.name!r} weighs {', '.join(scaled)} by a scale of its own (poutine.scale); what is "
+            "given is that many times a log density, and no evidence to compare with that of other programs",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _closed_form(fit: Fit, batch: Batch, theta: Mapping[str, Tensor]) -> Tensor:

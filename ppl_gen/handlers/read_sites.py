@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
@@ -19,6 +20,7 @@ class ReadSites(Messenger):
 
     * ``pyro.sample(name, Delta(v), obs=v)``, masked or not, observes nothing: it is `pyro.deterministic`. Every
       handler of `pyro.infer.reparam` leaves such a site in place of the one that it has taken apart.
+    * ``obs=0.5``, a number of Python or numpy, is the tensor that it stands for, in the shape of the site.
     * Labels are integers or booleans as a rule, and torch's Bernoulli computes with floats alone. A site draws values
       of one dtype (integers where they are indices, as of a Categorical), and the program has to cope with that one in
       any case: observed values are cast to it. Floats stay as they are.
@@ -32,6 +34,8 @@ class ReadSites(Messenger):
         if _is_deterministic(msg["fn"], msg["value"]):
             msg["infer"]["_deterministic"] = True
         value = msg["value"]
+        if msg["is_observed"] and isinstance(value, bool | int | float | list | tuple | np.generic | np.ndarray):
+            value = msg["value"] = _as_tensor(value, msg["fn"])
         if msg["is_observed"] and isinstance(value, Tensor) and not value.dtype.is_floating_point:
             dtype = _drawn_dtype(msg["fn"])
             msg["value"] = value if dtype is None else value.to(dtype)
@@ -64,6 +68,14 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
         return one.data_ptr() == other.data_ptr() and one.numel() > 0
     except RuntimeError:  # inside torch.vmap, where a Delta at its own value counts nothing either way
         return False
+
+
+def _as_tensor(value: Any, fn: Any) -> Tensor:
+    """A constant is observed at every row of its site; arrays keep their shape, which is checked."""
+    tensor = torch.as_tensor(value)
+    if tensor.is_floating_point():
+        tensor = tensor.to(torch.get_default_dtype())
+    return tensor if tensor.dim() or fn.event_dim else tensor.expand(fn.batch_shape)
 
 
 def _drawn_dtype(fn: Any) -> torch.dtype | None:

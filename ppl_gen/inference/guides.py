@@ -12,6 +12,7 @@ from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import (
     AutoDiscreteParallel,
     AutoGuide,
+    AutoLaplaceApproximation,
     AutoMessenger,
     AutoNormal,
     init_to_feasible,
@@ -47,6 +48,7 @@ def _resolved(run: Run) -> Callable[..., Any] | None:
     if run.start is not None and run.start.guide is not None:
         return run.start.guide.first if isinstance(run.start.guide, Laplace) else run.start.guide
     _refuse_discrete(guide, info)
+    _refuse_inner_laplace(guide)
     if guide is None or (isinstance(guide, type) and issubclass(guide, _MADE_OF_A_MODEL)):
         return _made(guide, run)
     if isinstance(guide, AutoGuide):
@@ -91,6 +93,17 @@ def _alone(guide: AutoMessenger) -> Callable[..., Any]:
 
 def _given(site: Any) -> bool:
     return bool(site["is_observed"]) or bool(site["infer"].get("_deterministic"))
+
+
+def _refuse_inner_laplace(guide: Any) -> None:
+    """Its second stage takes the curvature of the whole posterior: as a part of another guide it would be a point."""
+    parts = guide.modules() if isinstance(guide, torch.nn.Module) else ()
+    if any(isinstance(part, AutoLaplaceApproximation) for part in parts if part is not guide):
+        raise IncompatibleError(
+            f"guide: an AutoLaplaceApproximation inside {type(guide).__name__} would stay a point, as its second stage "
+            "needs the curvature of all latent sites together: make it the whole guide, or take AutoNormal or "
+            "AutoMultivariateNormal in its place"
+        )
 
 
 def _refuse_discrete(guide: Any, info: ProgramInfo) -> None:

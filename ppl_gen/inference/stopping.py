@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ppl_gen.errors import require_number, require_whole
 
-__all__ = ["EarlyStop", "Patience", "Plateau"]
+__all__ = ["EarlyStop", "Patience", "Plateau", "check_record"]
 
 History = Mapping[str, Sequence[Any]]
+
+_MORE_IS_BETTER = ("validation_evidence", "elbo", "log_likelihood")
 
 
 class EarlyStop(str):
@@ -30,10 +32,11 @@ class Plateau:
     Args:
         window: steps in each of the two windows compared.
         tolerance: nats per row that still count as progress.
-        on: which record of the history.
+        on: which record of the history; smaller is better.
 
     Raises:
-        ValueError: if ``window`` < 2 or ``tolerance`` < 0.
+        ValueError: if ``window`` < 2 or ``tolerance`` < 0, or for a record of which more is better; in a fit, early on,
+            for a record that the fit does not keep.
 
     Example:
         >>> rule = Plateau(window=3, tolerance=0.01)
@@ -51,6 +54,10 @@ class Plateau:
         require_whole("window", self.window, 2)
         require_number("tolerance", self.tolerance)
         _require_record(self.on)
+        if self.on in _MORE_IS_BETTER:
+            raise ValueError(
+                f"on: {self.on} rises as a fit improves, and Plateau waits for a fall to end; use Patience"
+            )
 
     def __call__(self, history: History) -> str | None:
         """The sentence, or None to go on."""
@@ -74,7 +81,7 @@ class Patience:
         on: which record; larger is better.
 
     Raises:
-        ValueError: if ``checks`` < 1.
+        ValueError: if ``checks`` < 1, or for a loss; in a fit, early on, for a record that the fit does not keep.
 
     Example:
         >>> Patience(checks=2)({"validation_evidence": [-3.0, -2.0, -2.5, -2.1]})
@@ -87,6 +94,8 @@ class Patience:
     def __post_init__(self) -> None:
         require_whole("checks", self.checks)
         _require_record(self.on)
+        if self.on.endswith("loss"):
+            raise ValueError(f"on: {self.on} falls as a fit improves, and Patience waits for a rise: see Plateau")
 
     def __call__(self, history: History) -> str | None:
         """The sentence, or None to go on."""
@@ -94,6 +103,24 @@ class Patience:
         if len(values) <= self.checks or max(values[-self.checks :]) > max(values[: -self.checks]):
             return None
         return EarlyStop(f"stopped early: {self.on} has not improved for {self.checks} checks")
+
+
+def check_record(rule: Any, there: Collection[str], *, validated: bool) -> None:
+    """Raise ValueError if a rule of this file looks at a record that is not ``there``: it would never stop a run.
+
+    >>> check_record(Plateau(on="elb"), ["program_loss"], validated=False)
+    Traceback (most recent call last):
+    ...
+    ValueError: stop_rule: Plateau(on='elb') looks at a record that this fit does not keep; it keeps program_loss
+    """
+    known = sorted({*there, *(("validation_evidence",) if validated else ())} - {"step"})
+    if not isinstance(rule, Plateau | Patience) or rule.on in known:
+        return
+    hint = "; give fit(..., validation=rows) for it" if rule.on == "validation_evidence" else ""
+    raise ValueError(
+        f"stop_rule: {type(rule).__name__}(on={rule.on!r}) looks at a record that this fit does not keep; it keeps "
+        f"{', '.join(known) or 'none'}{hint}"
+    )
 
 
 def _require_record(on: Any) -> None:

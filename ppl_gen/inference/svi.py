@@ -14,6 +14,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batches
 from ppl_gen.dryrun import dry_run
 from ppl_gen.errors import IncompatibleError, require_callable, require_positive, require_whole
+from ppl_gen.guidechecks import check_masked
 from ppl_gen.inference.base import Info, Iterative, Outcome, Run
 from ppl_gen.inference.guides import as_whole, is_auto, refuse_row_parameters, resolved_guide
 from ppl_gen.inference.jacobians import check_jacobians
@@ -150,6 +151,8 @@ class SVI(Iterative):
                 info = dry_run(run.program, probe, guide=guide, fewer=fewer, predicted=known)
                 run.info = info.refusing_sums(run.info.unenumerable)
             check_jacobians(guide, probe)
+        if self.objective.uses_guide:
+            check_masked(run.info, run.info.guide_sites)
         minibatches = self.batch_size is not None and run.data.rows is not None and self.batch_size < run.data.rows
         if minibatches and guide is not None:
             refuse_row_parameters(run, guide, whole)

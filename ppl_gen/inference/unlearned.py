@@ -24,7 +24,7 @@ from ppl_gen.inference.objectives.particles import Substitute
 if TYPE_CHECKING:
     from ppl_gen.dryrun import ProgramInfo
 
-__all__ = ["Hidden", "joint", "leaves", "plausible", "predictions"]
+__all__ = ["Hidden", "joint", "leaves", "plausible", "predictions", "responds"]
 
 _FAILS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -177,6 +177,21 @@ def _matters(model: Callable[..., Any], batch: Batch, base: poutine.Trace, name:
         not _same(base.nodes[n], moved.nodes[n])
         for n, node in base.nodes.items()
         if n not in skipped and node["type"] == "sample" and not node["infer"].get("_deterministic")
+    )
+
+
+def responds(model: Callable[..., Any], one: Batch, two: Batch) -> bool:
+    """Whether any density of a program is another on ``two`` than on ``one``, latent sites at the same values."""
+    base = _trace(model, one, {})
+    fixed = {n: node["value"] for n, node in base.nodes.items() if node["type"] == "sample" and not node["is_observed"]}
+    try:
+        other = _trace(model, two, fixed)
+    except _FAILS:
+        return True
+    sites = [n for n, node in base.nodes.items() if _counts(node)]
+    return sites != [n for n, node in other.nodes.items() if _counts(node)] or any(
+        base.nodes[n]["is_observed"] != other.nodes[n]["is_observed"] or not _same(base.nodes[n], other.nodes[n])
+        for n in sites
     )
 
 

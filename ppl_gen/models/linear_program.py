@@ -86,6 +86,8 @@ class LinearProgram:
         return {name: bases.get(name, normal).expand(shape).to_event(len(shape)) for name, shape in shapes}
 
     def model(self, x: Tensor, mask: Tensor | None = None) -> None:
+        if mask is not None and mask.dtype is not torch.bool:  # new rows do not pass through the recipe
+            raise ValueError(f"'mask': expected booleans, True where x is observed, got {mask.dtype}")
         like = x if x.is_floating_point() else x.to(torch.get_default_dtype())
         middle, unit = self.steps.middle.to(like), self.steps.unit.to(like)
         w, mu, precision = (pyro.sample(name, prior) for name, prior in self.priors(like).items())

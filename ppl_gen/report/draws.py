@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import LARGE, Dataset
-from ppl_gen.predictive import deterministic, global_draws, observed_rows
+from ppl_gen.observations import observed_rows
+from ppl_gen.predictive import deterministic, global_draws
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit

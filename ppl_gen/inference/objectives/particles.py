@@ -133,8 +133,8 @@ def of_particle(site: dict[str, Any], k: int, info: ProgramInfo) -> Tensor:
     if type(site["fn"]).__name__ == "_Subsample":  # the indices of a plate that is opened inside another
         return value
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != "_particles"]
-    if not any(f.name == info.data_plate for f in frames):
-        return value
+    if type(site["fn"]).__name__ == "_Subsample" or not any(f.name == info.data_plate for f in frames):
+        return value  # which rows of a plate are taken is the same for all particles
     axis = value.dim() - site["fn"].event_dim - 1 - info.plate_nesting
     if axis < 0:
         return value
