@@ -51,7 +51,7 @@ def diagnose(fit: Fit, *, draws: int = DRAWS, seed: int | None = None) -> pandas
     """
     require_whole("draws", draws)
     with fit.bound(seed):
-        groups, _ = posterior_groups(affordable_rows(fit, draws), draws)
+        groups, _ = posterior_groups(affordable_rows(fit, draws), draws, together=True)
     posterior = {k: v for k, v in groups["posterior"].items() if k in latent_summary_names(fit)}
     learned = fit.learned
     if isinstance(learned, ChainPosterior):

@@ -17,6 +17,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.bridge import to_tree
 from ppl_gen.diagnostics.densities import densities, derived, joint_densities
 from ppl_gen.diagnostics.psis import MIN_DRAWS
+from ppl_gen.diagnostics.weighed import joint_draws
 from ppl_gen.errors import require_whole
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.inference.guides import point_sites
@@ -92,8 +93,11 @@ def affordable_rows(fit: Fit, draws: int) -> Fit:
     return fit if rows <= most else replace(fit, data=fit.data.subset(torch.arange(most, device="cpu")))
 
 
-def posterior_groups(fit: Fit, draws: int) -> tuple[Groups, dict[str, Any]]:
-    """The posterior group (chain x draw x shape) with deterministic sites; inside ``fit.bound()``."""
+def posterior_groups(fit: Fit, draws: int, *, together: bool = False) -> tuple[Groups, dict[str, Any]]:
+    """The posterior group (chain x draw x shape) with deterministic sites; inside ``fit.bound()``.
+
+    ``together``: a guide's draws all at once, which is faster, by other random numbers than one after the other.
+    """
     latents = {site.name for site in fit.info.select()}
     posterior: dict[str, np.ndarray] = {}
     if isinstance(fit.learned, ChainPosterior):
@@ -107,7 +111,7 @@ def posterior_groups(fit: Fit, draws: int) -> tuple[Groups, dict[str, Any]]:
                 stacked = torch.stack([row[name] for row in rows])
                 posterior[name] = _array(stacked.unflatten(0, (fit.learned.chains, -1)))
     elif latents:
-        known = extended(fit, _affordable_draws(fit, draws))
+        known = extended(fit, _affordable_draws(fit, draws, together))
         known = [{k: v for k, v in draw.items() if k in latents} for draw in known]
         if known and known[0]:
             extra = derived(fit, fit.data.batch(), known)
@@ -131,12 +135,14 @@ def _chain_draws(fit: Fit) -> dict[str, Tensor]:
     return found
 
 
-def _affordable_draws(fit: Fit, draws: int) -> list[dict[str, Tensor]]:
+def _affordable_draws(fit: Fit, draws: int, together: bool = False) -> list[dict[str, Tensor]]:
     """``draws`` draws, or as many as stay within `CELLS` numbers (25 at least): local latents times rows are many."""
     batch = fit.data.batch()
     first = fit.learned.draw(1, batch)
     size = sum(torch.as_tensor(value).numel() for draw in first for value in draw.values())
     count = min(draws, max(MIN_DRAWS, CELLS // max(1, size)))
+    if together:
+        return joint_draws(fit, count, batch)
     return [*first, *(fit.learned.draw(count - 1, batch) if count > 1 else [])]
 
 

@@ -11,6 +11,7 @@ from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.moments import Moments, between_draws
 from ppl_gen.diagnostics.psis import row_subset
 from ppl_gen.diagnostics.second_look import SecondLook, moved
+from ppl_gen.diagnostics.weighed import joint_draws
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import amortised, prior_rows
 
@@ -43,7 +44,7 @@ def look_at_guide(fit: Fit, draws: int) -> SecondLook | str:
             data = data.subset(torch.as_tensor(row_subset(data.rows or 1, LOOK_ROWS)))
         if data.elements * 32 > MOST:
             return moved(fit, {}, data, chains=chains, dispersed=None)
-        known = fit.learned.draw(2 * chains, data.batch())
+        known = joint_draws(fit, 2 * chains, data.batch())
         joint = {name: torch.stack([draw[name] for draw in known]) for name in known[0]}
         latent = {name: value for name, value in joint.items() if name in fit.info.sites}
         return _looked(fit, latent, data, chains, beyond=not alone)

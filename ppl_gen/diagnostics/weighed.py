@@ -21,7 +21,7 @@ from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, l
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["WeighedDraws", "many", "weighed_draws"]
+__all__ = ["WeighedDraws", "joint_draws", "many", "weighed_draws"]
 
 ALONE = 1000  # draws of a program that takes one at a time only
 CELLS = 2_000_000  # numbers of data, times particles, times draws held at once
@@ -57,6 +57,15 @@ def weighed_draws(fit: Fit, draws: int, particles: int = 1, *, more: int = 0) ->
         return WeighedDraws(values, (joint_densities(fit, batch, known) - log_q).double().cpu())
     inside = _integrated(fit, batch, outside, particles, count)
     return WeighedDraws(values, (inside.double() - log_q).cpu())
+
+
+def joint_draws(fit: Fit, count: int, batch: Batch) -> list[dict[str, Tensor]]:
+    """What ``fit.learned.draw`` gives, by other random numbers: all draws of a guide at once where it allows it."""
+    if fit.learned.kind == "variational" and count > 1:
+        together = many(lambda _: fit.learned.draw(1, batch)[0], torch.zeros(count), batch)
+        if together is not None:
+            return [{name: value[i] for name, value in together.items()} for i in range(count)]
+    return fit.learned.draw(count, batch)
 
 
 def _drawn(fit: Fit, batch: Batch, draws: int, alone: int, more: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -143,11 +152,14 @@ def many(one: Callable[[Any], Any], inputs: Any, batch: Batch, particles: int = 
             trial = torch.vmap(one, randomness="different")(first)
             torch.set_rng_state(state)
             alone = one(tree_map(lambda value: value[0], first))
-            for a, b in zip(tree_leaves(trial), tree_leaves(alone), strict=True):
-                if not torch.allclose(a[0], torch.as_tensor(b), rtol=1e-3, atol=1e-3, equal_nan=True):
-                    return None
+            if not all(_near(a[0], b) for a, b in zip(tree_leaves(trial), tree_leaves(alone), strict=True)):
+                torch.set_rng_state(state)
+                return None
             return torch.vmap(one, randomness="different", chunk_size=max(1, CELLS // max(1, cells)))(inputs)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError, KeyError):
-        return None  # indexing by a drawn value, data-dependent Python: one draw at a time then
-    finally:
         torch.set_rng_state(state)
+        return None  # indexing by a drawn value, data-dependent Python: one draw at a time then
+
+
+def _near(one: Tensor, other: Any) -> bool:
+    return torch.allclose(one, torch.as_tensor(other), rtol=1e-3, atol=1e-3, equal_nan=True)
