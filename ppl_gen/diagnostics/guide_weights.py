@@ -20,7 +20,7 @@ from ppl_gen.diagnostics.psis import (
     smoothed_weights,
 )
 from ppl_gen.diagnostics.row_weights import weigh_rows
-from ppl_gen.diagnostics.weighed import WeighedDraws, weighed_draws
+from ppl_gen.diagnostics.weighed import WeighedDraws, affordable, weighed_draws
 from ppl_gen.inference.guides import point_sites
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GuideWeights", "all_points", "guide_weights", "k_hats"]
 
-CELLS = 200_000_000  # numbers of data times draws (times particles) that the weights may cost
-FREE = 10_000_000  # of these however short the fit; beyond, no more than half of what its steps have seen
 PARTICLES = 20  # of the locals of each row, per draw of the globals
 
 
@@ -84,9 +82,7 @@ def _weigh(fit: Fit, draws: int) -> GuideWeights:
 
 
 def _weigh_globals(fit: Fit, draws: int, particles: int) -> GuideWeights:
-    cells = max(1, fit.data.elements) * particles
-    seen = int(fit.cost.get("steps", 0)) * (fit.data.elements // 2)  # a density costs less than half of a step on it
-    count = max(min(4 * draws, max(FREE, min(CELLS, seen)) // cells), min(draws, 100))
+    count = affordable(fit, 4 * draws, particles)
     found = weighed_draws(fit, count, particles)
     ratios = found.log_weights.numpy()
     k = float(pareto_k(ratios))

@@ -16,6 +16,7 @@ from torch.distributions import biject_to
 from ppl_gen.data.batching import LARGE, Batch
 from ppl_gen.diagnostics.moments import Moments, compared
 from ppl_gen.diagnostics.psis import row_subset, smoothed_with_k
+from ppl_gen.diagnostics.weighed import affordable
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, local_log_weights, sampled
@@ -30,7 +31,6 @@ MAX_ROWS = 200  # rows that are looked at: the share of bad ones is then known t
 NUMBERS = 50  # of each site and row whose moments are compared
 GLOBALS = 10  # draws of the globals given which rows are weighed: a row's posterior is an average over them
 CELLS = 4_000_000  # numbers of data times draws held at once
-COST = 100_000_000  # numbers of data times draws in all, where a guide cannot be run on some of its rows
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def weigh_rows(fit: Fit, draws: int) -> RowWeights:
     whole = isinstance(fit.guide, AutoGuide) or not follows_rows(fit, some.batch())
     batch = fit.data.batch() if whole else some.batch()
     if whole:
-        draws = min(draws, max(100, COST // max(1, fit.data.elements)))
+        draws = affordable(fit, draws)
     seen = _Seen(fit, chosen if whole else None)
     blocks = GLOBALS if info.select(local=False) and draws >= 2 * GLOBALS else 1
     known = [_globals(fit) for _ in range(blocks)]

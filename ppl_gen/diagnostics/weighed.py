@@ -21,10 +21,12 @@ from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, l
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["WeighedDraws", "joint_draws", "many", "weighed_draws"]
+__all__ = ["WeighedDraws", "affordable", "joint_draws", "many", "weighed_draws"]
 
 ALONE = 1000  # draws of a program that takes one at a time only
 CELLS = 2_000_000  # numbers of data, times particles, times draws held at once
+COST = 200_000_000  # numbers of data, times particles, times draws that a judgement may cost
+FREE = 10_000_000  # of these however short the fit; beyond, no more than half of what its steps have seen
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,16 @@ def weighed_draws(fit: Fit, draws: int, particles: int = 1, *, more: int = 0) ->
         return WeighedDraws(values, (joint_densities(fit, batch, known) - log_q).double().cpu())
     inside = _integrated(fit, batch, outside, particles, count)
     return WeighedDraws(values, (inside.double() - log_q).cpu())
+
+
+def affordable(fit: Fit, wanted: int, particles: int = 1) -> int:
+    """How many draws can be weighed on all data for less than the fit has cost: ``wanted``, and 100 of them at least.
+
+    A density costs less than half of a step on the same rows, which has a gradient too.
+    """
+    cells = max(1, fit.data.elements) * particles
+    seen = int(fit.cost.get("steps", 0)) * (fit.data.elements // 2)
+    return max(min(wanted, max(FREE, min(COST, seen)) // cells), min(wanted, 100))
 
 
 def joint_draws(fit: Fit, count: int, batch: Batch) -> list[dict[str, Tensor]]:
