@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ppl_gen.data import load_data
-from ppl_gen.data.batching import constant
+from ppl_gen.data.batching import by_step, constant
 from ppl_gen.driver import fit
 from ppl_gen.driver import inspect_program as check
 from ppl_gen.errors import FitWarning, IncompatibleError, MissingExtraError, NonFiniteError
@@ -29,6 +29,7 @@ __all__ = [
     "Program",
     "Recipe",
     "Status",
+    "by_step",
     "check",
     "compare",
     "constant",

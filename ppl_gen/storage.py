@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ppl_gen.atomic import as_path, atomically
 from ppl_gen.data.batching import Dataset
+from ppl_gen.data.calls import ByStep
 from ppl_gen.fingerprint import differences, fingerprint
 from ppl_gen.posterior import BUILT_IN, ChainPosterior, PointPosterior
 from ppl_gen.reloading import compare_draws, restored, site_table
@@ -85,11 +86,8 @@ def _left_out(data: Dataset) -> str | None:
     size = sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in _entries(data).values())
     if size > MAX_DATA:
         return "were too large to be saved with the fit"
-    odd = [
-        name
-        for name, value in data.constants.items()
-        if not isinstance(value, Tensor | bool | int | float | str | None)
-    ]
+    kept = ByStep | Tensor | bool | int | float | str | None
+    odd = [name for name, value in data.constants.items() if not isinstance(value, kept)]
     return f"hold {', '.join(odd)}, which cannot be saved with the fit" if odd else None
 
 
@@ -110,7 +108,8 @@ def _write_draws(fit: Fit, folder: Path) -> None:
 def _meta(fit: Fit) -> dict[str, Any]:
     import ppl_gen
 
-    plain = {k: v for k, v in fit.data.constants.items() if isinstance(v, bool | int | float | str | None)}
+    settled = {k: v.at(None) if isinstance(v, ByStep) else v for k, v in fit.data.constants.items()}
+    plain = {k: v for k, v in settled.items() if isinstance(v, bool | int | float | str | None)}
     return {
         "format": FORMAT,
         "version": ppl_gen.__version__,

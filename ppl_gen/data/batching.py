@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.arrays import check_extent, check_finite, shared
-from ppl_gen.data.calls import Constant, as_call
+from ppl_gen.data.calls import ByStep, Constant, as_call, by_step
 from ppl_gen.data.rows import Rows
 from ppl_gen.data.sources import collected
 
-__all__ = ["Batch", "Batches", "Constant", "Dataset", "as_dataset", "constant", "is_double"]
+__all__ = ["Batch", "Batches", "Constant", "Dataset", "as_dataset", "by_step", "constant", "is_double"]
 
 LARGE = 1_000_000  # elements: beyond this a dry run looks at a slice, and posterior draws are not made for every row
 
@@ -62,14 +62,15 @@ class Dataset:
     taken: Mapping[str, str] = field(default_factory=dict)  # constants that nobody marked as such, and their types
     data_dim: int = 0  # of the entries as the user holds them: here rows always come first
 
-    def batch(self, index: Tensor | None = None, total: int | None = None) -> Batch:
-        """The rows of ``index`` (all of them when None) as a call of the model."""
+    def batch(self, index: Tensor | None = None, total: int | None = None, step: int | None = None) -> Batch:
+        """The rows of ``index`` (all of them when None) as a call of the model, at a ``step`` of training if given."""
         values = {name: self._rows(value, index) for name, value in self.entries.items()}
         if self.on_batch is not None:
             values = self.on_batch(values)
         values = {name: self._placed(self._as_given(name, value)) for name, value in values.items()}
         rows = self.rows if index is None else len(index)
-        constants = {name: self._placed(value) for name, value in self.constants.items()}
+        held = {n: value.at(step) if isinstance(value, ByStep) else value for n, value in self.constants.items()}
+        constants = {name: self._placed(value) for name, value in held.items()}
         kwargs = {**values, **constants}
         args = tuple(kwargs.pop(name) for name in self.positional)
         return Batch(args, kwargs, rows, self.rows if total is None else total, index)
@@ -164,7 +165,9 @@ class Batches:
         self._generator = torch.Generator("cpu").manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.long, device="cpu")
         self._strata = _strata(data, stratify)
-        self._whole = data.batch() if size is None and data.on_batch is None else None
+        self._drawn = 0
+        moving = data.on_batch is not None or any(isinstance(value, ByStep) for value in data.constants.values())
+        self._whole = data.batch() if size is None and not moving else None
         if size is not None:
             if data.rows is None:
                 raise ValueError("batch_size: minibatches need rows, and this data has none (entries are constants)")
@@ -179,12 +182,13 @@ class Batches:
 
     def next(self) -> Batch:
         """The next batch; the last one of an epoch may be shorter."""
+        self._drawn += 1
         if self.size is None:
-            return self._whole if self._whole is not None else self.data.batch()
+            return self._whole if self._whole is not None else self.data.batch(step=self._drawn - 1)
         if not len(self._order):
             self._order = self._shuffled()
         index, self._order = self._order[: self.size], self._order[self.size :]
-        return self.data.batch(index)
+        return self.data.batch(index, step=self._drawn - 1)
 
     def _shuffled(self) -> Tensor:
         assert self.data.rows is not None

@@ -17,7 +17,7 @@ from ppl_gen.data.arrays import as_array
 from ppl_gen.data.names import refuse_misspelt
 from ppl_gen.data.sources import Columns
 
-__all__ = ["Call", "Constant", "as_call", "is_whole"]
+__all__ = ["ByStep", "Call", "Constant", "as_call", "by_step", "is_whole"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,43 @@ class Constant:
     """A value that has no rows and is passed whole with every batch."""
 
     value: Any
+
+
+@dataclass(frozen=True)
+class ByStep:
+    """A constant that changes as training goes on; see `by_step`."""
+
+    function: Callable[[int], Any]
+    final: Any
+
+    def at(self, step: int | None) -> Any:
+        """The value at a step of training, or (None) in every question about the fit."""
+        if step is None:
+            return self.final
+        value = self.function(step)
+        if not isinstance(value, bool | int | float | Tensor):
+            raise TypeError(f"by_step: expected a number or a tensor for step {step}, got {type(value).__name__}")
+        return value
+
+
+def by_step(function: Callable[[int], Any], *, final: Any) -> ByStep:
+    r"""An entry of the data that changes by step, such as an annealing factor :math:`\beta_t`.
+
+    Args:
+        function: from the number of batches drawn before, 0 for the first, to the value of the argument.
+        final: its value in every question about the fit (evidence, predictions), and in the dry run.
+
+    Raises:
+        TypeError: if ``function`` cannot be called.
+
+    Example:
+        >>> factor = by_step(lambda step: min(1.0, step / 100), final=1.0)
+        >>> factor.at(50), factor.at(None)
+        (0.5, 1.0)
+    """
+    if not callable(function):
+        raise TypeError(f"function: expected a function of the step, got {type(function).__name__}")
+    return ByStep(function, final)
 
 
 @dataclass(frozen=True)
@@ -43,8 +80,9 @@ class Call:
 
 #: What has no rows, whoever passes it: settings, networks, functions, what torch itself keeps apart from tensors.
 _WHOLE = (
-    bool | int | float | str | bytes | np.generic | Mapping | argparse.Namespace | types.SimpleNamespace | nn.Module
-    | nn.utils.rnn.PackedSequence | torch.dtype | torch.device | torch.Size | torch.distributions.Distribution
+    ByStep | bool | int | float | str | bytes | np.generic | Mapping | argparse.Namespace | types.SimpleNamespace
+    | nn.Module | nn.utils.rnn.PackedSequence | torch.dtype | torch.device | torch.Size
+    | torch.distributions.Distribution
 )  # fmt: skip
 
 
@@ -119,7 +157,7 @@ def _sorted_out(name: str, value: Any, entries: dict[str, Any], constants: dict[
         constants[name] = as_array(value, name)
     elif is_whole(value):
         constants[name] = value
-        return not isinstance(value, bool | int | float | str | np.generic | None)
+        return not isinstance(value, ByStep | bool | int | float | str | np.generic | None)
     else:
         entries[name] = as_array(value, name)
     return False

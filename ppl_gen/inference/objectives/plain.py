@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer import ELBO as PyroELBO
-from pyro.infer import RenyiELBO, ReweightedWakeSleep, TraceEnum_ELBO
+from pyro.infer import RenyiELBO, ReweightedWakeSleep, TraceEnum_ELBO, TraceTMC_ELBO
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
@@ -20,7 +21,7 @@ from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlat
 from ppl_gen.inference.objectives.tracing import nothing, parallel
 from ppl_gen.offers import Need
 
-__all__ = ["PyroObjective", "as_objective", "total_loss"]
+__all__ = ["LossFunction", "PyroObjective", "as_objective", "total_loss"]
 
 #: Games of the last few pairs that were trained by `pyro.infer.SVI`; a game holds its model, so weak keys are no use.
 _GAMES: OrderedDict[Any, Game] = OrderedDict()
@@ -76,7 +77,7 @@ class PyroObjective(Objective):
     def build(self, setting: Setting) -> Game:
         guided = setting.info.guide_sites or {}
         sums = {name for name in setting.info.finite_latents if name not in guided}
-        if sums and not isinstance(self.elbo, TraceEnum_ELBO):
+        if sums and not isinstance(self.elbo, TraceEnum_ELBO | TraceTMC_ELBO):
             raise IncompatibleError(
                 f"{self.label} cannot sum out the discrete site(s) {sorted(sums)}, which the guide does not draw; take "
                 "TraceEnum_ELBO, or ELBO() of ppl_gen.inference"
@@ -125,8 +126,52 @@ class _PyroGame(Game):
         return value + linear
 
 
+@dataclass(frozen=True)
+class LossFunction(Objective):
+    """A user's own ``loss(model, guide, *data) -> tensor``, as `pyro.infer.SVI` takes it: a total over the rows.
+
+    On a minibatch the plate of the rows is scaled by N / B while the function runs.
+    """
+
+    function: Callable[..., Any]
+
+    @property
+    def label(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        return ()
+
+    def build(self, setting: Setting) -> Game:
+        try:
+            batch = setting.probe
+            inspect.signature(self.function).bind(setting.model, setting.guide, *batch.args, **batch.kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"objective: {self.label} is called as {self.label}(model, guide, *data), and cannot be: {error}"
+            ) from None
+        return _FunctionGame(copy.deepcopy(self.function), setting, self.label)
+
+
+class _FunctionGame(Game):
+    def __init__(self, function: Callable[..., Any], setting: Setting, label: str) -> None:
+        self.function, self.setting, self.label = function, setting, label
+
+    def loss(self, player: str, batch: Batch) -> Loss:
+        with RescalePlate(self.setting.info.data_plate, batch.total):
+            value = self.function(self.setting.model, self.setting.guide or nothing, *batch.args, **batch.kwargs)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(
+                f"objective: {self.label}(model, guide, *data) has to return one number as a tensor with gradients, "
+                f"got {got}; of Pyro's ELBOs that is elbo.differentiable_loss, or the ELBO itself"
+            )
+        return Loss(value.reshape(()) / (batch.total or 1))
+
+
 def as_objective(objective: Any) -> Objective:
-    """An objective of ours from ours, or from an instance or class of `pyro.infer.ELBO`.
+    """An objective of ours from ours, an instance or class of `pyro.infer.ELBO`, or a function of model and guide.
 
     Raises:
         TypeError: for anything else.
@@ -139,6 +184,9 @@ def as_objective(objective: Any) -> Objective:
         return PyroObjective(objective)
     if isinstance(objective, type) and issubclass(objective, Objective):
         return objective()
+    if callable(objective) and not isinstance(objective, type):
+        return LossFunction(objective)
     raise TypeError(
-        f"objective: expected an objective such as ELBO() or a pyro.infer.ELBO, got {type(objective).__name__}"
+        "objective: expected an objective such as ELBO(), a pyro.infer.ELBO or a function loss(model, guide, *data), "
+        f"got {type(objective).__name__}"
     )
