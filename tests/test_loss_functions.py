@@ -141,7 +141,7 @@ def test_an_annealing_factor_changes_by_step_and_ends_where_it_is_told(tmp_path)
 
     factor = pg.by_step(lambda step: (step + 1) / 4, final=1.0)
     fit = pg.fit(annealed, (X, factor), SVI(steps=4), seed=0)
-    assert [value for value in seen if value < 1.0] == [0.25, 0.5, 0.75]
+    assert list(dict.fromkeys(v for v in seen if v < 1.0)) == [0.25, 0.5, 0.75]  # set-up runs at the first step's value
     seen.clear()
     fit.evidence(particles=2)
     assert set(seen) == {1.0}
@@ -149,7 +149,11 @@ def test_an_annealing_factor_changes_by_step_and_ends_where_it_is_told(tmp_path)
     for batch_size in (None, 10):
         seen.clear()
         pg.fit(annealed, {"x": X, "factor": factor}, SVI(steps=4, batch_size=batch_size), seed=0)
-        assert [value for value in seen if value < 1.0] == [0.25, 0.5, 0.75]
+        assert list(dict.fromkeys(v for v in seen if v < 1.0)) == [
+            0.25,
+            0.5,
+            0.75,
+        ]  # set-up runs at the first step's value
 
 
 def test_a_function_of_the_step_must_give_a_number() -> None:
