@@ -14,6 +14,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.guidechecks import check_auxiliary, check_match
+from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.program import Program, filtered
 from ppl_gen.sitechecks import (
     check_densities,
@@ -175,6 +176,9 @@ def dry_run(
         ValueError: for the usual plate and shape mistakes, naming the site and the edit that mends it.
     """
     trace = _traced(program.model, batch, program)
+    if _sites_subsampled(trace):
+        with whole_plates():
+            return dry_run(program, batch, guide=guide, fewer=fewer, predicted=predicted)
     few = _on_fewer(program, fewer)
     plate, frames = data_plate(program, batch, trace, few), vectorised(trace)
     sites = {name: _site(name, node, plate) for name, node in sample_nodes(trace)}
@@ -208,6 +212,12 @@ def dry_run(
         batch.rows,
         offers,
     )
+
+
+def _sites_subsampled(trace: poutine.Trace) -> bool:
+    """Whether a plate that is iterated over takes some of its rows: then each run has sites of its own."""
+    frames = (frame for _, node in sample_nodes(trace) for frame in node["cond_indep_stack"])
+    return any(not frame.vectorized and frame.full_size and frame.full_size != frame.size for frame in frames)
 
 
 def _predicting(sites: dict[str, Site], names: Collection[str]) -> dict[str, Site]:

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import TraceEnum_ELBO
 
 import ppl_gen as pg
 from ppl_gen.inference import EM, NUTS, SVI
@@ -168,3 +169,28 @@ def test_batches_of_sequences_time_first() -> None:
 
     fit = pg.fit(pg.Program(model, data_dim=1), (steps, lengths), SVI(steps=4, batch_size=2), seed=0)
     assert fit.data.rows == 5
+
+
+def chains_of_letters(sequences, lengths, size=None):
+    loc = pyro.sample("loc", dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).to_event(1))
+    stay = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
+    for i in pyro.plate("sequences", len(sequences), size):
+        state = 0
+        for t in pyro.markov(range(int(lengths[i]))):
+            state = pyro.sample(f"z_{i}_{t}", dist.Categorical(stay[state]), infer={"enumerate": "parallel"})
+            pyro.sample(f"x_{i}_{t}", dist.Normal(loc[state], 1.0), obs=sequences[i, t])
+
+
+def one_value(sequences, lengths, size=None):
+    pyro.sample("loc", dist.Delta(pyro.param("l", torch.tensor([-0.9, 1.2])), event_dim=1))
+
+
+def test_an_iterated_plate_that_subsamples_is_whole_in_every_question() -> None:
+    """Its sites differ from run to run: the table of sites, and the evidence at the same parameters, are those of all."""
+    lengths, rows = torch.tensor([3, 2, 3, 1]), torch.linspace(-2.0, 2.0, 12).reshape(4, 3)
+    still = SVI(TraceEnum_ELBO(max_plate_nesting=0), steps=1, lr=1e-12)
+    program = pg.Program(chains_of_letters, one_value)
+    whole, some = (pg.fit(program, (rows, lengths, size), still, seed=0) for size in (None, 2))
+    assert some.info.sites.keys() == whole.info.sites.keys()
+    assert some.evidence(particles=2).mean == pytest.approx(whole.evidence(particles=2).mean, rel=1e-6)
+    assert len(some.posterior(draws=2)) == 1 + 9 and len(some.predict(draws=2)) == 9
