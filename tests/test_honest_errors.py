@@ -82,6 +82,16 @@ def test_weighing_turns_a_guide_that_is_too_wide_into_the_posterior() -> None:
     assert equal.gap() == pytest.approx((0.0, 0.0), abs=1e-12)
 
 
+def test_nearly_equal_weights_are_no_fault_whatever_the_tail_of_their_differences() -> None:
+    """Excesses of Pareto shape 3, of 1e-11 and of 1e-2: k-hat is above 1 for both, and only the large ones matter."""
+    u = torch.rand(2000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    excess = u**-3 - 1
+    small, large = normaliser(1e-11 * excess), normaliser((1e-2 * excess).log1p())
+    assert min(small.pareto_k, large.pareto_k) > 1
+    assert small.reliable and 0 < small.stderr < 0.01 and abs(small.value) < 0.001
+    assert not large.reliable and math.isinf(large.stderr)
+
+
 @pytest.mark.parametrize(("variance", "columns"), [(1.2, 20), (1.5, 1)])
 def test_the_error_of_a_normaliser_covers_zero_or_is_infinite(variance: float, columns: int) -> None:
     noise = torch.Generator().manual_seed(2)

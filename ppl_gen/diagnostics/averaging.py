@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_gen.diagnostics.psis import MIN_DRAWS, pareto_k, pareto_k_threshold, smoothed_weights
+from ppl_gen.diagnostics.psis import (
+    MIN_DRAWS,
+    NEARLY_EQUAL,
+    effective_sample_size,
+    pareto_k,
+    pareto_k_threshold,
+    smoothed_weights,
+)
 from ppl_gen.diagnostics.weighed import ALONE, CELLS, weighed_draws
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.inference.guides import point_sites
@@ -121,8 +128,10 @@ def normaliser(log_weights: Tensor) -> Normaliser:
     With shares :math:`v_s` of the smoothed weights,
     :math:`\mathrm{se}^2 = \mathrm{var}(S v) / S + (v_{\max} / (1 - k))^2`.
     The second term is what a Pareto tail of shape k holds beyond the largest draw, which no spread over draws shows;
-    it matters for k above 0.4. With fewer than `ENOUGH` draws there is no k-hat, and the error is that of the draws as
-    they are; a single one shows none (NaN). Without a finite weight the value is -inf or NaN, the error infinite.
+    it matters for k above 0.4. Weights that are nearly equal (`NEARLY_EQUAL`) are no fault of a guide, whatever their
+    k-hat, and count with that of the limit. With fewer than `ENOUGH` draws there is no k-hat, and the error is that of
+    the draws as they are; a single one shows none (NaN). Without a finite weight the value is -inf or NaN, the error
+    infinite.
 
     >>> normaliser(torch.full((100,), -3.0).double()).value
     -3.0
@@ -140,8 +149,10 @@ def normaliser(log_weights: Tensor) -> Normaliser:
     # Below the tail smoothing changes nothing but the sum, so the largest that is in no tail gives the normaliser.
     body = int(np.argsort(ratios)[n // 2])
     value = float(ratios[body] - smooth[body]) - math.log(n) if np.isfinite(ratios[body]) else raw
-    if k > pareto_k_threshold(n):
-        return Normaliser(value, math.inf, k, False)
     shares = np.exp(smooth)
+    if k > pareto_k_threshold(n):
+        if effective_sample_size(smooth) < NEARLY_EQUAL * n:
+            return Normaliser(value, math.inf, k, False)
+        k = pareto_k_threshold(n)  # the shape of the tail of differences that matter to nothing
     beyond = (float(shares.max()) - 1 / n) / (1 - max(k, 0.0))  # equal weights have no tail
     return Normaliser(value, math.hypot(float(shares.std(ddof=1)) * math.sqrt(n), beyond), k, True)

@@ -10,6 +10,7 @@ import numpy as np
 from ppl_gen.diagnostics.causes import Cause
 from ppl_gen.diagnostics.grades import Finding, Verdict, elsewhere, graded
 from ppl_gen.diagnostics.moments import NEVER, Moments
+from ppl_gen.diagnostics.psis import NEARLY_EQUAL
 from ppl_gen.diagnostics.trends import moving
 
 __all__ = ["verdict_variational"]
@@ -19,9 +20,6 @@ _BAD_ROWS = 0.1  # at k = 0.5 and 1000 draws k-hat scatters by 0.15 around its v
 _SHIFT, _RATIO = 0.35, 1.35
 _SHIFT_FAR, _RATIO_FAR = 1.0, 2.0
 _EFFECTIVE = 100  # draws: weighted means are then known to a tenth of an sd
-# By Cauchy and Schwarz a mean is off by at most sqrt(draws / effective - 1) sd of the guide, so here by less than 0.35:
-# weights so nearly equal are no fault, however heavy the far tail of their small differences.
-_EQUAL = 1 / (1 + _SHIFT**2)
 _MOST = 10  # sd or times: where so few draws carry the weights that no more can be said
 _MANY = 200  # numbers: among more of them some are off by chance, and a share is judged
 
@@ -104,7 +102,7 @@ this need not mean that the program is wrong. Use a richer guide (full covarianc
 
 
 def _believed(k: float | None, effective: tuple[float, int] | None) -> bool:
-    return k is not None and (k < 1.0 or (effective is not None and effective[0] >= _EQUAL * effective[1]))
+    return k is not None and (k < 1.0 or (effective is not None and effective[0] >= NEARLY_EQUAL * effective[1]))
 
 
 _Told = tuple[list[Finding], list[str]]  # what was found, and what speaks for the guide where nothing was
@@ -116,7 +114,7 @@ def _told_by_globals(
     if k is None:
         return [], []
     k = math.inf if math.isnan(k) else float(k)
-    equal = effective is not None and effective[0] >= _EQUAL * effective[1]
+    equal = effective is not None and effective[0] >= NEARLY_EQUAL * effective[1]
     findings, good = [], [f"k-hat {k:.2f}" + (f", below {threshold:.2f}" if k <= threshold else "")]
     if not equal:
         findings += _guide(k, threshold, advice)
@@ -134,7 +132,7 @@ def _told_by_rows(
     if k is None or not k.size:
         return [], []
     if shares is not None:
-        k = np.where(shares >= _EQUAL, np.minimum(k, threshold), k)
+        k = np.where(shares >= NEARLY_EQUAL, np.minimum(k, threshold), k)
     good = [f"k-hat below {threshold:.2f} in {np.mean(k <= threshold):.0%} of {k.size} rows"]
     if weighted is not None:
         share = 1.0 - weighted.rows_beyond(_SHIFT, _RATIO)

@@ -11,6 +11,7 @@ from ppl_gen.diagnostics.bridge import az_psis
 
 __all__ = [
     "MIN_DRAWS",
+    "NEARLY_EQUAL",
     "effective_sample_size",
     "pareto_k",
     "pareto_k_rows",
@@ -19,6 +20,10 @@ __all__ = [
     "smoothed_weights",
     "smoothed_with_k",
 ]
+
+NEARLY_EQUAL = 1 / (1 + 0.35**2)
+"""Effective share of draws from which weights are no fault of a guide, however heavy the far tail of their small
+differences: by Cauchy and Schwarz a mean is off by at most sqrt(draws / effective - 1) sd of the guide, here 0.35."""
 
 MIN_DRAWS = 25
 """Fewest draws with which k-hat is computed: the tail is a fifth of the draws and needs five of them."""
