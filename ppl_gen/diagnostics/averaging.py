@@ -150,9 +150,8 @@ def normaliser(log_weights: Tensor) -> Normaliser:
     body = int(np.argsort(ratios)[n // 2])
     value = float(ratios[body] - smooth[body]) - math.log(n) if np.isfinite(ratios[body]) else raw
     shares = np.exp(smooth)
-    if k > pareto_k_threshold(n):
-        if effective_sample_size(smooth) < NEARLY_EQUAL * n:
-            return Normaliser(value, math.inf, k, False)
-        k = pareto_k_threshold(n)  # the shape of the tail of differences that matter to nothing
-    beyond = (float(shares.max()) - 1 / n) / (1 - max(k, 0.0))  # equal weights have no tail
+    limit = pareto_k_threshold(n)
+    if k > limit and effective_sample_size(smooth) < NEARLY_EQUAL * n:
+        return Normaliser(value, math.inf, k, False)
+    beyond = (float(shares.max()) - 1 / n) / (1 - min(max(k, 0.0), limit))  # equal weights have no tail
     return Normaliser(value, math.hypot(float(shares.std(ddof=1)) * math.sqrt(n), beyond), k, True)
