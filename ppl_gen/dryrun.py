@@ -49,6 +49,7 @@ class Site:
     averaged: bool = True  # has a mean, which carries gradients where draws do not
     masked: bool = False  # by its statement, in some places and not in others
     point: bool = False  # of a guide: always the same value, whatever else the guide draws
+    plate_dims: tuple[int, ...] = ()  # of ``plates``, in their order
 
     @property
     def latent(self) -> bool:
@@ -246,7 +247,8 @@ def _site(name: str, node: dict[str, Any], data_plate: str) -> Site:
     deterministic = bool(node["infer"].get("_deterministic"))
     kind = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
     kind = "factor" if isinstance(base, dist.Unit) else kind
-    plates = tuple(f.name for f in sorted(node["cond_indep_stack"], key=lambda f: f.dim or 0) if f.vectorized)
+    frames = [f for f in sorted(node["cond_indep_stack"], key=lambda f: f.dim or 0) if f.vectorized]
+    plates = tuple(f.name for f in frames)
     discrete = bool(getattr(fn.support, "is_discrete", False)) if _has_support(fn) else False
     return Site(
         name=name,
@@ -264,6 +266,7 @@ def _site(name: str, node: dict[str, Any], data_plate: str) -> Site:
         improper=isinstance(base, dist.ImproperUniform) and kind == "latent",
         averaged=type(base).mean is not torch.distributions.Distribution.mean,
         masked=isinstance(node["mask"], torch.Tensor) and bool(node["mask"].any()) and not bool(node["mask"].all()),
+        plate_dims=tuple(f.dim for f in frames),
     )
 
 

@@ -15,6 +15,7 @@ from ppl_gen.closures import same_again
 from ppl_gen.data.batching import LARGE, Batch
 from ppl_gen.errors import IncompatibleError, require_seed, require_whole
 from ppl_gen.finite_globals import extended, summed_globals
+from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.inference.objectives.tracing import is_sample
@@ -110,7 +111,7 @@ def amortised(fit: Fit) -> bool:
 
 
 def run(fit: Fit, batch: Batch, values: Mapping[str, Tensor], *, replicate: bool = False) -> poutine.Trace:
-    model = poutine.uncondition(fit.program.model) if replicate else fit.program.model
+    model = unobserved(fit.program.model) if replicate else fit.program.model
     with Substitute(values):
         return poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
 
@@ -228,7 +229,7 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
 
 def prior_rows(model: Any, batch: Batch, draws: int) -> dict[str, Tensor]:
     """``draws`` runs of the model with its observations removed, stacked by site."""
-    free = poutine.uncondition(model)
+    free = unobserved(model)
     runs = []
     for _ in range(draws):
         trace = poutine.trace(free).get_trace(*batch.args, **batch.kwargs)

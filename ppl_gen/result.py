@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -233,11 +233,45 @@ class Fit:
 
         return marginal_likelihood(self, draws=draws, particles=particles, seed=seed)
 
-    def to_arviz(self, *, draws: int = 1000, seed: int | None = None) -> Any:
-        """ArviZ's tree: posterior, posterior_predictive, log_likelihood, prior, observed_data, sample_stats."""
+    def to_arviz(
+        self,
+        *,
+        draws: int = 1000,
+        seed: int | None = None,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+    ) -> Any:
+        """ArviZ's tree: posterior, posterior_predictive, log_likelihood, prior, prior_predictive, observed_data, ...
+
+        Axes are called as the plates that run along them, and labelled with the index and the columns of the pandas
+        objects that the data were given as (an entry ``x`` has ``x_column``).
+
+        Args:
+            draws: how many, of what is not drawn yet.
+            seed: of all randomness here.
+            coords: labels by the name of the axis.
+            dims: by site or entry of the data, the names of all axes of one value, as `arviz.from_dict` takes them.
+
+        Raises:
+            ValueError: for an unknown site or axis, or another number of names or labels than there are.
+            TypeError: for what is no such mapping.
+
+        Example:
+            >>> import pyro, torch, ppl_gen as pg
+            >>> import pyro.distributions as dist
+            >>> from ppl_gen.inference import SVI
+            >>> def model(x):
+            ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0).expand([2]).to_event(1))
+            ...     with pyro.plate("town", len(x)):
+            ...         pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+            >>> fit = pg.fit(model, torch.randn(3, 2), SVI(steps=5))
+            >>> tree = fit.to_arviz(draws=20, dims={"loc": ["axis"]}, coords={"axis": ["east", "north"]})
+            >>> tree["posterior"]["loc"].dims, tree["log_likelihood"]["x"].dims
+            (('chain', 'draw', 'axis'), ('chain', 'draw', 'town'))
+        """
         from ppl_gen.diagnostics.export import to_arviz
 
-        return to_arviz(self, draws=draws, seed=seed)
+        return to_arviz(self, draws=draws, seed=seed, coords=coords, dims=dims)
 
     def diagnose(self, *, draws: int = 1000, seed: int | None = None) -> pandas.DataFrame:
         """A table as `arviz.summary` gives it; ``attrs["verdict"]`` says plainly whether to trust the fit.

@@ -63,13 +63,15 @@ def to_tree(
     one named in ``unsampled``, such as a history of losses) has shape ``event``. ``dims[name]`` names the leading axes
     of ``event``, in every group that has the variable; axes it does not name become ``{name}_dim_{i}``. Log-likelihoods
     have lost their event axes: surplus names are left out there, and ``pointwise``, the name of the axis of their rows
-    and its labels, goes before all else. Groups without variables are left out.
+    and their numbers, goes before all else; they get those of the labels of ``coords``. Groups without variables are
+    left out.
 
     Two things that netCDF and xarray do not allow are renamed: ``/`` in names of variables becomes ``.``, and a
     dimension that bears the name of a variable (plate ``data``, site ``data``) becomes ``{dim}_dim``. Attributes that
     are no number or text are stored as JSON.
 
-    Raises ValueError where a group is unknown, an array lacks its (chain, draw) axes, or sizes disagree.
+    Raises ValueError where a group is unknown, an array lacks its (chain, draw) axes, sizes disagree, or ``coords``
+    are of no axis.
 
     >>> tree = to_tree({"posterior": {"z": np.zeros((2, 5, 3))}}, dims={"z": ["data"]}, attrs={"seed": 0})
     >>> group(tree, "posterior")["z"].dims
@@ -82,7 +84,7 @@ def to_tree(
     taken = set(names.values())
     labels = {name: [_free_dim(dim, taken) for dim in given] for name, given in (dims or {}).items()}
     known = {_free_dim(dim, taken): values for dim, values in (coords or {}).items()}
-    datasets = {}
+    datasets, used = {}, set(_SAMPLE_DIMS)
     for group_name in GROUPS:
         arrays = {name: np.asarray(value) for name, value in groups.get(group_name, {}).items()}
         if not arrays:
@@ -94,8 +96,12 @@ def to_tree(
         own = known
         if group_name == "log_likelihood" and pointwise is not None:
             dim = _free_dim(pointwise[0], taken)
-            axes, own = {name: (*_SAMPLE_DIMS, dim) for name in arrays}, {**known, dim: pointwise[1]}
+            labels_there = [known[dim][i] for i in pointwise[1]] if dim in known else pointwise[1]
+            axes, own = {name: (*_SAMPLE_DIMS, dim) for name in arrays}, {**known, dim: labels_there}
+        used |= {dim for named in axes.values() for dim in named}
         datasets[group_name] = _dataset(group_name, arrays, axes, names, own)
+    if idle := [dim for dim in known if dim not in used]:
+        raise ValueError(f"coords: no axis is called {idle}; there is {sorted(used - set(_SAMPLE_DIMS))}")
     return _container(datasets, {key: _storable(value) for key, value in (attrs or {}).items()})
 
 

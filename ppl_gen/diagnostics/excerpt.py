@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ppl_gen.data.batching import LARGE, Batch
 from ppl_gen.diagnostics.bridge import to_tree
 from ppl_gen.diagnostics.densities import derived
 from ppl_gen.diagnostics.export import provenance
+from ppl_gen.diagnostics.labels import labels_of, variable_shapes
 from ppl_gen.observations import observed_rows
 from ppl_gen.posterior import ChainPosterior, PointPosterior
 from ppl_gen.predictive import amortised
@@ -53,14 +55,11 @@ def excerpt(fit: Fit) -> Any:
         attrs["rows"] = f"the first {ROWS} of {rows}"
     if lacking:
         attrs["lacks"] = lacking
-    plate = fit.info.data_plate
-    dims = {s.name: list(s.plates) for s in fit.info.sites.values() if s.plates and len(s.plates) == len(s.batch_shape)}
-    inside = [
-        n for n in groups["constant_data"] if n in fit.data.entries and n not in fit.info.sites and inputs[n].ndim
-    ]
-    dims |= {name: [plate] for name in inside if plate}
-    dims |= {name: ["step"] for name in unsampled}
-    return to_tree({k: v for k, v in groups.items() if v}, dims=dims, attrs=attrs, unsampled=unsampled)
+    kept = {k: v for k, v in groups.items() if v}
+    head = fit.data if rows is None or rows <= ROWS else replace(fit.data, rows=ROWS)
+    dims, labels = labels_of(fit.info, head, variable_shapes(kept), unsampled, fit.data)
+    coords = {dim: values for dim, values in labels.items() if any(dim in axes for axes in dims.values())}
+    return to_tree(kept, dims=dims, coords=coords, attrs=attrs, unsampled=unsampled)
 
 
 def _posterior(fit: Fit) -> tuple[dict[str, np.ndarray], str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,10 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.bridge import to_tree
 from ppl_gen.diagnostics.densities import densities, derived, joint_densities
+from ppl_gen.diagnostics.labels import labels_of, variable_shapes
 from ppl_gen.diagnostics.psis import MIN_DRAWS
 from ppl_gen.diagnostics.weighed import joint_draws
+from ppl_gen.diagnostics.wishes import checked_coords, checked_dims, checked_lengths
 from ppl_gen.errors import require_whole
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.inference.guides import point_sites
@@ -34,20 +36,23 @@ __all__ = ["affordable_rows", "latent_summary_names", "posterior_groups", "prove
 
 Groups = dict[str, dict[str, np.ndarray]]
 
+_SPELT = 3  # observed sites whose names all stand in that of their joint log likelihood
 CELLS = 20_000_000  # numbers of latent draws held at once: 160 MB
 
 
-def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
+def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None, coords: Any = None, dims: Any = None) -> Any:
     """See `Fit.to_arviz`.
 
-    Sites inside the data plate get the plate's name as dimension. Finite latents that the algorithm summed out are
+    Sites inside a plate get the plate's name as dimension. Finite latents that the algorithm summed out are
     drawn given all else where they stand outside the data plate, and left out inside it (`Fit.posterior` draws them); a
     chain's predictive and log likelihood are thinned to about ``draws``. Where a guide is amortised and rows times
     draws are too many, the first rows stand for all; ``attrs["rows"]`` says so.
     """
     require_whole("draws", draws)
+    asked = checked_dims(dims, [*fit.info.sites, *fit.data.entries, *fit.data.constants])
     with fit.bound(seed):
         whole, fit = fit, affordable_rows(fit, draws)
+        labels = checked_coords(coords, whole.data.rows, fit.data.rows)
         batch = fit.data.batch()
         groups, attrs = posterior_groups(fit, draws)
         kept = _kept_draws(fit, groups, draws)
@@ -55,12 +60,9 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
         pointwise = None
         if kept or not fit.info.select():
             pointwise = _add_log_likelihood(fit, batch, groups, kept, attrs)
-        proper = not any(site.improper for site in fit.info.select())
-        if proper and any(site.kind != "observed" for site in fit.info.sites.values()):
-            count = min(draws, 500, _affordable(prior_rows(fit.program.model, batch, 1)))
-            groups["prior"] = _lead(prior_rows(fit.program.model, batch, count), fit, latent=True)
+        _add_prior(fit, batch, groups, draws)
         groups["observed_data"] = {name: _array(value) for name, value in observed_rows(fit, fit.data).items()}
-        inputs = {name: _array(v) for name, v in {**_named(fit, batch)}.items() if name not in groups["observed_data"]}
+        inputs = {name: _array(v) for name, v in _named(fit, batch).items() if name not in groups["observed_data"]}
         groups["constant_data"] = inputs
     unsampled = _add_statistics(fit, groups, attrs, seed)
     attrs.update(provenance(fit))
@@ -69,13 +71,39 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None) -> Any:
     lacking = [g for g in ("posterior", "log_likelihood") if not groups.get(g)]
     if lacking:
         attrs["lacks"] = "; ".join(f"{g}: {_reason(fit, g)}" for g in lacking)
-    plate = fit.info.data_plate
-    dims = {s.name: _dims(s) for s in fit.info.sites.values() if s.plates and len(s.plates) == len(s.batch_shape)}
-    rows = [n for n in inputs if n not in fit.info.sites and inputs[n].ndim and len(inputs[n]) == fit.data.rows]
-    dims |= {name: [plate] for name in rows if plate}
-    dims |= {name: ["step"] for name in unsampled}
     found = {k: v for k, v in groups.items() if v}
-    return to_tree(found, dims=dims, attrs=attrs, unsampled=unsampled, pointwise=pointwise)
+    shapes = variable_shapes(found)
+    checked_lengths(asked, shapes)
+    named, given = labels_of(fit.info, fit.data, shapes, unsampled, whole.data)
+    named |= asked
+    there = {dim for axes in named.values() for dim in axes} | ({pointwise[0]} if pointwise else set())
+    if pointwise is not None:
+        pointwise = (_renamed_plate(fit, asked, pointwise[0]), pointwise[1])
+    labels = {dim: values for dim, values in given.items() if dim in there} | labels
+    return to_tree(found, dims=named, coords=labels, attrs=attrs, unsampled=unsampled, pointwise=pointwise)
+
+
+def _renamed_plate(fit: Fit, asked: Mapping[str, Sequence[str]], plate: str) -> str:
+    """What the rows of the log likelihood are called: as the user calls them in an observed site."""
+    for site in fit.info.select(kind="observed", local=True):
+        axes, dim = asked.get(fit.info.shown(site.name)), fit.info.plate_dim
+        if axes is not None and dim is not None:
+            return axes[len(site.batch_shape) + dim]
+    return plate
+
+
+def _add_prior(fit: Fit, batch: Batch, groups: Groups, draws: int) -> None:
+    """Draws of the latent sites without the observations, and of the observations with them."""
+    info = fit.info
+    if any(site.improper for site in info.select()) or all(site.kind == "observed" for site in info.sites.values()):
+        return
+    count = min(draws, 500, _affordable(prior_rows(fit.program.model, batch, 1)))
+    drawn = prior_rows(fit.program.model, batch, count)
+    shown = [info.shown(site.name) for site in info.select(kind="observed")]
+    latent = [s.name for s in info.sites.values() if s.kind in ("latent", "deterministic") and s.name not in shown]
+    groups["prior"] = {name: _array(drawn[name])[None] for name in latent if name in drawn}
+    if info.select(kind="observed") and fit.program.energy is None:
+        groups["prior_predictive"] = {name: _array(drawn[name])[None] for name in shown if name in drawn}
 
 
 def affordable_rows(fit: Fit, draws: int) -> Fit:
@@ -206,7 +234,8 @@ def _add_log_likelihood(
 ) -> tuple[str, list[int]] | None:
     """Pointwise log p(x_i | draw): given the local latents that were drawn, the finite ones summed out.
 
-    Returns the dimension of its rows, and their numbers among all rows; None where there is no plate over rows.
+    Returns the dimension of its rows, and their numbers among all rows (one, of a dimension "row", without a plate over
+    rows); None where it has no value.
     """
     if "density" not in fit.info.offers:
         return None
@@ -214,17 +243,17 @@ def _add_log_likelihood(
     if any(not site.finite and site.name not in drawn for site in fit.info.select(local=True)):
         return None
     observed = [fit.info.shown(site.name) for site in fit.info.select(kind="observed")]
-    name = observed[0] if len(observed) == 1 else "_".join(observed)
+    name = "_".join(observed) if len(observed) <= _SPELT else f"{observed[0]}_to_{observed[-1]}"
     places: list[tuple[int, int] | None] = [*kept] or [None]
     values = [_values(fit, groups, place) if place is not None else {} for place in places]
     rows = _array(densities(fit, batch, values)[0])
-    seen = _array(rows_observed(fit, batch))
+    seen = _array(rows_observed(fit, batch)) if fit.info.data_plate else np.ones(rows.shape[-1], dtype=bool)
     if not seen.all():
         rows, attrs["log_likelihood_rows"] = rows[..., seen], f"the {int(seen.sum())} that hold observations"
     groups["log_likelihood"] = {name: rows.reshape(_chains(kept), -1, *rows.shape[1:])}
     if len(observed) > 1:
         attrs["log_likelihood"] = f"joint over the observed sites {', '.join(observed)}"
-    return (fit.info.data_plate, np.flatnonzero(seen).tolist()) if fit.info.data_plate else None
+    return fit.info.data_plate or "row", np.flatnonzero(seen).tolist()
 
 
 def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any], seed: int | None) -> list[str]:
@@ -277,15 +306,6 @@ def _joint_densities(fit: Fit, count: int) -> tuple[np.ndarray, np.ndarray]:
 def _named(fit: Fit, batch: Batch) -> dict[str, Tensor]:
     every = {**batch.kwargs, **dict(zip(fit.data.positional, batch.args, strict=True))}
     return {name: value for name, value in every.items() if isinstance(value, Tensor)}
-
-
-def _lead(draws: Mapping[str, Tensor], fit: Fit, *, latent: bool) -> dict[str, np.ndarray]:
-    names = {s.name for s in fit.info.sites.values() if s.kind in ("latent", "deterministic")}
-    return {name: _array(value)[None] for name, value in draws.items() if name in names}
-
-
-def _dims(site: Any) -> list[str]:
-    return list(site.plates)
 
 
 def _array(value: Any) -> np.ndarray:

@@ -22,6 +22,7 @@ from pyro import poutine
 from ppl_gen.data.batching import Batch, as_dataset
 from ppl_gen.driver import fit as learn
 from ppl_gen.errors import FitWarning, IncompatibleError, NonFiniteError
+from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.inference.base import Algorithm
 from ppl_gen.interrupts import allowed, taken, telling
 from ppl_gen.isolation import isolated
@@ -120,7 +121,7 @@ def inspected(task: Task) -> tuple[ProgramInfo, str]:
 def _mark(program: Program, batch: Batch) -> str:
     digest = hashlib.sha256()
     guide = program.guide if _is_plain_guide(program.guide) else None
-    for part in (poutine.uncondition(program.model), guide and filtered(guide)):
+    for part in (unobserved(program.model), guide and filtered(guide)):
         if part is not None:
             trace = poutine.trace(part).get_trace(*batch.args, **batch.kwargs)
             for name in sorted(trace.nodes):

@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 from ppl_gen.arguments import require_choice
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_positive, require_whole
+from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, Player, Setting
 from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, reads_own_observation
 from ppl_gen.isolation import looking
@@ -231,7 +232,7 @@ class _AdversarialGame(Game):
                     parameter.clamp_(-bound, bound)
 
     def _refuse_teacher_forcing(self, setting: Setting) -> None:
-        traced = poutine.trace(poutine.uncondition(setting.model))
+        traced = poutine.trace(unobserved(setting.model))
         names = [site.name for site in self.rows.sites]
         reads = reads_own_observation(lambda b: traced.get_trace(*b.args, **b.kwargs), setting.probe, names)
         if reads:

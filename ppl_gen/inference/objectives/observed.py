@@ -15,6 +15,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo, Site
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.isolation import looking
 
 __all__ = ["ObservedRows", "compared_sites", "reads_own_observation"]
@@ -68,7 +69,7 @@ class ObservedRows:
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         carrier = _Carrier([site.name for site in self.sites], self.temperature)
         with carrier:
-            trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*batch.args, **batch.kwargs)
+            trace = poutine.trace(unobserved(self.model)).get_trace(*batch.args, **batch.kwargs)
         pairs = [self._pair(trace.nodes[site.name], carrier.values.get(site.name), batch) for site in self.sites]
         if len(pairs) == 1:
             return pairs[0]
