@@ -26,7 +26,7 @@ from ppl_gen.models.catalogue import CATALOGUE
 from ppl_gen.offers import require
 
 TOP = Path(__file__).parents[2]
-MODULES = ("ppl_gen", "ppl_gen.inference", "ppl_gen.models", "ppl_gen.report")
+MODULES = ("ppl_gen", "ppl_gen.inference", "ppl_gen.extending", "ppl_gen.models", "ppl_gen.report")
 
 
 def public_names() -> dict[str, list[str]]:

@@ -28,7 +28,30 @@ Info = Mapping[str, Tensor | float]
 
 @dataclass
 class Run:
-    """Everything one fit works with. Made by the driver; algorithms read it and write `notes`."""
+    """Everything one fit works with. Made by the driver; algorithms read it and write `notes`.
+
+    ``joint`` is the model to be learned, ``data.batch()`` all rows as its arguments, ``info`` the table of its sites.
+    ``workspace`` holds Pyro's parameters: ``workspace.collect(call, ...)`` makes those of calls of model and guide and
+    gives them by name, ``workspace.snapshot()`` is the state for the `Outcome`. ``progress(done, total, text)``, if it
+    is not None, moves the bar. Randomness and parameter store are the run's own.
+
+    >>> from dataclasses import dataclass
+    >>> import ppl_gen as pg, pyro, pyro.distributions as dist
+    >>> from ppl_gen.posterior import PointPosterior
+    >>> @dataclass(frozen=True)
+    ... class AtTheMean(Algorithm):
+    ...     needs = (("data plate",),)
+    ...     def run(self, run):
+    ...         run.notes["rows"] = str(run.data.rows)
+    ...         return Outcome(PointPosterior({"loc": run.data.batch().args[0].mean()}))
+    >>> def model(x):
+    ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+    >>> fit = pg.fit(model, torch.arange(5.0), AtTheMean())
+    >>> fit.notes["rows"], float(fit.point["loc"])
+    ('5', 2.0)
+    """
 
     program: Program
     data: Dataset
@@ -65,7 +88,15 @@ class Run:
 
 @dataclass
 class Outcome:
-    """What an algorithm hands back to the driver, which makes the `Fit` of it."""
+    """What an algorithm hands back to the driver, which makes the `Fit` of it.
+
+    ``posterior``: what was learned. ``state``: parameters, from ``run.workspace.snapshot()``; ``guide``: the guide at
+    them, where there is one. ``converged``, ``diverged``, ``failed``: the sentence that says so, where it is so;
+    ``message``: what else there is to say. ``history``: name -> one number per step. ``cost``: counts, such as "steps".
+
+    >>> from ppl_gen.posterior import PointPosterior
+    >>> Outcome(PointPosterior({"loc": torch.zeros(())}), converged="it is the mean", cost={"steps": 1}).message
+    """
 
     posterior: Posterior
     state: ProgramState = field(default_factory=ProgramState)

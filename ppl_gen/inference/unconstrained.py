@@ -71,7 +71,13 @@ class _Lifted(Messenger):
 
 
 class Unconstrained:
-    """A program at given data as a function of one flat vector.
+    r"""A program at given data as a function of one flat vector.
+
+    .. math:: U(u) = -\log p(x, T(u)) - \log | \det \partial T / \partial u |
+
+    ``size`` is that of the vector, ``sites`` maps the latent sites, in their order in it, to the shapes of their
+    unconstrained values; `potential` gives U, `potential_and_gradient` its slope too, `values` the sites T(u) and
+    `split` their parts of u. Finite sites are summed out.
 
     Args:
         model: the program's model.
@@ -81,6 +87,21 @@ class Unconstrained:
     Raises:
         IncompatibleError: if nothing continuous is latent, or if the support of a continuous
             site depends on a discrete one.
+
+    Example:
+        >>> import pyro, ppl_gen as pg
+        >>> import pyro.distributions as dist
+        >>> from ppl_gen.data.batching import as_dataset
+        >>> def model(x):
+        ...     scale = pyro.sample("scale", dist.Exponential(1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(0.0, scale), obs=x)
+        >>> x = torch.zeros(2)
+        >>> density = Unconstrained(model, as_dataset(x, model).batch(), pg.check(model, x))
+        >>> density.size, density.values(torch.zeros(1))  # the logarithm of the scale: U(0) = 1 + 2 log(2 pi) / 2
+        (1, (tensor(1.),))
+        >>> round(float(density.potential(torch.zeros(1))), 3)
+        2.838
     """
 
     def __init__(self, model: Callable[..., Any], batch: Batch, info: ProgramInfo) -> None:
@@ -95,7 +116,8 @@ class Unconstrained:
                     self._add(name, node)
         if not self.sites:
             raise IncompatibleError(
-                f"NUTS moves continuous latent sites, and {info.name!r} has none: {', '.join(info.finite_latents)} are "
+                f"only continuous latent sites have an unconstrained space, and {info.name!r} has none: "
+                f"{', '.join(info.finite_latents)} are "
                 "finite and summed out, so that EM() or fit.posterior() with any algorithm gives them exactly"
             )
         self.size = sum(shape.numel() for shape in self.sites.values())
@@ -118,7 +140,7 @@ class Unconstrained:
         moved = [n for n in first if first[n].shape != last[n].shape or not torch.equal(first[n], last[n])]
         if moved:
             raise IncompatibleError(
-                f"the support of {', '.join(moved)} depends on a discrete latent site, which NUTS sums out; give it a "
+                f"the support of {', '.join(moved)} depends on a discrete latent site, which is summed out; give it a "
                 "support that is the same for every value of that site"
             )
 

@@ -49,7 +49,28 @@ class Loss:
 
 @dataclass(frozen=True)
 class Setting:
-    """What an objective is built for: the program with its guide, the dry run, and a batch to try shapes on."""
+    """What an objective is built for: the program with its guide, the dry run, and a batch to try shapes on.
+
+    >>> from dataclasses import dataclass
+    >>> import ppl_gen as pg, pyro, pyro.distributions as dist
+    >>> from ppl_gen.inference import SVI
+    >>> @dataclass(frozen=True)
+    ... class SquaredError(Objective):
+    ...     needs = (("data plate",),)
+    ...     def build(self, setting):
+    ...         class Squares(Game):
+    ...             def loss(self, player, batch):
+    ...                 return Loss((setting.model(*batch.args) - batch.args[0]).square().mean())
+    ...         return Squares()
+    >>> def model(x):
+    ...     loc = pyro.param("loc", torch.zeros(()))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+    ...     return loc
+    >>> fit = pg.fit(model, torch.arange(5.0), SVI(objective=SquaredError(), steps=300, lr=0.05), seed=0)
+    >>> abs(float(fit.params["loc"]) - 2.0) < 0.1
+    True
+    """
 
     program: Program
     model: Callable[..., Any]

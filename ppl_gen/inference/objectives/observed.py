@@ -59,6 +59,24 @@ class ObservedRows:
     joined. What a mask hides is zero in both. Gradients reach the parameters through reparameterised draws; a site
     without them is compared by its mean (categories by their probabilities against one-hot rows) or, at a
     ``temperature``, by straight-through relaxed draws (Maddison, Mnih and Teh 2017). No log density is computed.
+
+    Args:
+        model: the program's model.
+        info: the table of its sites.
+        sites: the observed sites to compare, such as ``info.select(kind="observed")``.
+        temperature: of relaxed draws.
+
+    Example:
+        >>> import pyro, ppl_gen as pg
+        >>> from ppl_gen.data.batching import as_dataset
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x)
+        >>> x = torch.ones(5, 2)
+        >>> info = pg.check(model, x)
+        >>> real, made = ObservedRows(model, info, info.select(kind="observed"))(as_dataset(x, model).batch())
+        >>> torch.equal(real, x), made.shape
+        (True, torch.Size([5, 2]))
     """
 
     model: Callable[..., Any]

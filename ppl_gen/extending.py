@@ -1,0 +1,21 @@
+"""What an algorithm or an objective of one's own is made of, beside what `ppl_gen.inference` exports to derive from."""
+
+from ppl_gen.inference.base import Outcome, Run
+from ppl_gen.inference.objectives.base import Setting
+from ppl_gen.inference.objectives.observed import ObservedRows
+from ppl_gen.inference.unconstrained import Unconstrained
+from ppl_gen.inference.vector_guide import guide_from_vector
+from ppl_gen.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
+
+__all__ = [
+    "ChainPosterior",
+    "GuidePosterior",
+    "ObservedRows",
+    "Outcome",
+    "PointPosterior",
+    "Posterior",
+    "Run",
+    "Setting",
+    "Unconstrained",
+    "guide_from_vector",
+]
