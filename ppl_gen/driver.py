@@ -40,6 +40,7 @@ from ppl_gen.inference.stopping import EarlyStop, check_record
 from ppl_gen.inference.unlearned import joint, predictions
 from ppl_gen.interrupts import allowed, check, hold, listening, taken
 from ppl_gen.isolation import Workspace, isolated, looking
+from ppl_gen.mixed import MixedDtypesError
 from ppl_gen.monitoring import ProgressBar, Validation
 from ppl_gen.naming import check_names
 from ppl_gen.offers import require
@@ -50,6 +51,10 @@ from ppl_gen.sitechecks import check_observed
 __all__ = ["fit", "inspect_program", "iterate"]
 
 DRY_ROWS = 256  # rows of large data that a dry run looks at
+SINGLE = (
+    "float32, as the program computes with its own tensors of that dtype; make them in float64 and ask for "
+    "dtype=torch.float64 if the precision matters"
+)
 REMEMBERS = (
     "changed by the program as it ran. Questions put it back, each begins with what training left, and neither another "
     "fit nor a saved one does; give what counts steps to the program as data, or leave it out"
@@ -115,41 +120,67 @@ def fit(
     recipe = as_recipe(program)
     _check_start(recipe, start)
     _check_callbacks(callbacks)
-    dtype = dtype or algorithm.dtype
+    asked = dtype
     with listening():
         with allowed():
             data = collected(data)
-        with isolated(seed, dtype=dtype or _dtype_of(data)), torch.inference_mode(False), torch.enable_grad():
-            with allowed():
-                built, dataset = _built(recipe, data, dtype, place, start)
-            state = start.state if start is not None else None
-            plates = contextlib.nullcontext() if algorithm.subsamples else whole_plates()
-            modules = _modules_of(built, start)
-            with Workspace(state, device=place, dtype=dataset.dtype, modules=modules) as workspace, plates:
-                with allowed():
-                    run = _checked_run(algorithm, built, dataset, workspace, seed, start, validation)
-                    run.notes |= column_notes(dataset.entries, scaled=isinstance(program, Recipe))
-                with ProgressBar(progress, algorithm.label) as report, allowed():
-                    run.progress = report
-                    before = Remembered(functions_of(built))
-                    run.hooks = tuple(callbacks)
-                    if validation is not None:
-                        run.validation = Validation(validation, validate_every, run.program, dataset)
-                    began = time.perf_counter()
-                    outcome = algorithm.run(run)
-                    seconds = time.perf_counter() - began
-                    hold()
-                _note_unregistered(workspace, run)
-                _note_unused_terms(algorithm, run)
-                if changed := before.changed():
-                    run.notes["remembers"] = f"{', '.join(changed)}: {REMEMBERS}"
-                result = _finished(recipe, algorithm, run, outcome, seconds)
+        rest = (seed, place, validation, validate_every, progress, callbacks, start, recipe is program)
+        try:
+            result = _fitted(recipe, data, algorithm, asked or algorithm.dtype, *rest)
+        except MixedDtypesError:
+            given = _dtype_of(data) is torch.float64 or (start is not None and start.data.dtype is torch.float64)
+            if asked is not None or algorithm.dtype is not torch.float64 or given:
+                raise
+            result = _fitted(recipe, data, algorithm, torch.float32, *rest)
+            result = replace(result, notes={**result.notes, "dtype": SINGLE})
         if taken():  # it came after the last step: nothing is missing, but a script has to hear of it
             result = replace(result, status=Status.INTERRUPTED, message=f"interrupted at the end: {result.message}")
     if result.status is Status.DIVERGED:
         raise NonFiniteError(result.message, result)
     warn_if_bad(result)
     return result
+
+
+def _fitted(
+    recipe: Recipe,
+    data: Any,
+    algorithm: Algorithm,
+    dtype: torch.dtype | None,
+    seed: int,
+    place: torch.device | None,
+    validation: Any,
+    validate_every: int | None,
+    progress: bool | None,
+    callbacks: Sequence[Callable[[int, Mapping[str, Any]], None]],
+    start: Fit | None,
+    scaled: bool,
+) -> Fit:
+    """The fit in one dtype, whatever became of it."""
+    with isolated(seed, dtype=dtype or _dtype_of(data)), torch.inference_mode(False), torch.enable_grad():
+        with allowed():
+            built, dataset = _built(recipe, data, dtype, place, start)
+        state = start.state if start is not None else None
+        plates = contextlib.nullcontext() if algorithm.subsamples else whole_plates()
+        modules = _modules_of(built, start)
+        with Workspace(state, device=place, dtype=dataset.dtype, modules=modules) as workspace, plates:
+            with allowed():
+                run = _checked_run(algorithm, built, dataset, workspace, seed, start, validation)
+                run.notes |= column_notes(dataset.entries, scaled=scaled)
+            with ProgressBar(progress, algorithm.label) as report, allowed():
+                run.progress = report
+                before = Remembered(functions_of(built))
+                run.hooks = tuple(callbacks)
+                if validation is not None:
+                    run.validation = Validation(validation, validate_every, run.program, dataset)
+                began = time.perf_counter()
+                outcome = algorithm.run(run)
+                seconds = time.perf_counter() - began
+                hold()
+            _note_unregistered(workspace, run)
+            _note_unused_terms(algorithm, run)
+            if changed := before.changed():
+                run.notes["remembers"] = f"{', '.join(changed)}: {REMEMBERS}"
+            return _finished(recipe, algorithm, run, outcome, seconds)
 
 
 def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -> ProgramInfo:

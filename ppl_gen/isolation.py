@@ -141,9 +141,9 @@ class ProgramState:
 class _OwnInitialValues(Messenger):
     """`pyro.param` keeps the very tensor it was given; copy it, so that training does not write into a closure."""
 
-    def __init__(self, own: Callable[[nn.Parameter], None]) -> None:
+    def __init__(self, own: Callable[[nn.Parameter], None], place: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.own = own
+        self.own, self.place = own, place
 
     def _pyro_param(self, msg: Any) -> None:
         if len(msg["args"]) < 2:
@@ -152,9 +152,9 @@ class _OwnInitialValues(Messenger):
         if isinstance(value, nn.Parameter):
             self.own(value)  # a module holds it, perhaps: the object has to stay the same
         elif isinstance(value, Tensor):
-            msg["args"] = (name, value.detach().clone(), *rest)
+            msg["args"] = (name, self.place(value), *rest)
         elif callable(value):
-            msg["args"] = (name, lambda: value().detach().clone(), *rest)
+            msg["args"] = (name, lambda: self.place(value()), *rest)
 
 
 class Workspace:
@@ -200,7 +200,7 @@ class Workspace:
         self._stack.enter_context(self._patched_module_statement())
         self._stack.enter_context(pyro.settings.context(module_local_params=False))
         self._stack.enter_context(ReadSites())  # first: nothing else sees a statement after it
-        self._stack.enter_context(_OwnInitialValues(lambda parameter: self._own(parameter, None)))
+        self._stack.enter_context(_OwnInitialValues(lambda parameter: self._own(parameter, None), self._place))
         self._stack.enter_context(warnings.catch_warnings())  # a frozen layer is meant to stay out of the store
         warnings.filterwarnings("ignore", r".* was not registered in the param store because requires_grad=False")
         if self.device is not None:

@@ -11,6 +11,8 @@ from pyro import poutine
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.read_sites import innermost
+from ppl_gen.mixed import MixedDtypesError, of_another_dtype, speaks_of_dtypes
 from ppl_gen.program import Program
 
 if TYPE_CHECKING:
@@ -73,6 +75,19 @@ def _check_log_prob_shape(node: dict[str, Any]) -> None:
         )
     if node["is_observed"]:
         _check_support(node)
+    else:
+        _check_dtypes(node)
+
+
+def _check_dtypes(node: dict[str, Any]) -> None:
+    """A prior made outside in another dtype draws, and has no density at the values that algorithms try."""
+    parts = [part for part in vars(innermost(node["fn"])).values() if isinstance(part, torch.Tensor)]
+    if any(part.is_floating_point() and part.dtype is not node["value"].dtype for part in parts):
+        try:
+            node["fn"].log_prob(node["value"])
+        except RuntimeError as error:
+            if speaks_of_dtypes(error):
+                raise RuntimeError(f"at site {node['name']!r}: {error}") from error
 
 
 def _check_support(node: dict[str, Any]) -> None:
@@ -112,10 +127,6 @@ def _spoken(dtype: torch.dtype) -> str:
     return "booleans" if dtype is torch.bool else f"integers ({dtype})"
 
 
-#: What torch says of operands whose dtypes do not go together.
-_OF_DTYPES = ("same dtype", "expected scalar type", "can't be cast", "not implemented for '", "dtypes")
-
-
 class explained:
     """Context that rewords Pyro's shape errors: the site, what was found, and the edit that mends it."""
 
@@ -136,8 +147,8 @@ class explained:
                 head + "a tensor in its closure lives on another device than the data. Make it inside the model "
                 f"(programs run under torch.device), or pass it as data with pg.constant(...).\n  torch says: {text}"
             ) from error
-        if isinstance(error, RuntimeError) and any(words in text for words in _OF_DTYPES):
-            raise TypeError(head + text.splitlines()[0] + self._integers()) from error
+        if speaks_of_dtypes(error):
+            raise MixedDtypesError(head + text.splitlines()[0] + self._casts()) from error
         if isinstance(error, IndexError):
             raise ValueError(
                 head + text + "; an index goes beyond the rows it is given here, as that of a plate does whose size is "
@@ -157,11 +168,17 @@ class explained:
         if isinstance(error, ValueError) and "support" in text and "observed" in text.lower():
             raise ValueError(head + text) from error
 
-    def _integers(self) -> str:
+    def _casts(self) -> str:
         entries = {f"argument {i}": value for i, value in enumerate(self.batch.args)} | self.batch.kwargs
         tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
         listed = ", ".join(f"{n} ({v.dtype})" for n, v in tensors.items() if not v.is_floating_point())
-        return f"; the data hold {listed}: compute with .float() of them" if listed else "; cast with .to(x.dtype)"
+        if listed:
+            return f"; the data hold {listed}: compute with .float() of them"
+        held = of_another_dtype(self.program.guide if self.what == "guide" else self.program.model)
+        listed, mine = ", ".join(f"{n} ({dtype})" for n, dtype in held.items()), torch.get_default_dtype()
+        outside = f"; made outside of the {self.what}: {listed}, and the fit computes in {mine}" if listed else ""
+        other = torch.float32 if mine is torch.float64 else torch.float64
+        return f"{outside}; cast with .to(x.dtype), or ask for dtype={other}"
 
     def _advice_outside(self) -> str:
         plate, rows = self.program.data_plate, self.batch.rows

@@ -109,7 +109,7 @@ SHAPES: list[tuple[Callable[..., None], Tensor, list[str]]] = [
     (latent_plate_of_seven, X5, ["pyro.plate('data') has size 7", "the data has 5 rows", "plate('data', len(x))"]),
     (outside_the_plate, X5, ["at site 'x'", "expected [] (its plates), actual [5]", "put it under `with pyro.plate"]),
     (event_outside_the_plate, X5, ["site(s) 'x' stand outside the data plate 'data'", "Move the statement into"]),
-    (no_plate_at_all, X5, ["at site 'x'", "rows outside every plate", "`with pyro.plate('data', len(x)):`"]),
+    (no_plate_at_all, X5, ["at site 'x'", "outside of every plate", "`with pyro.plate('data', len(x)):`"]),
     (without_to_event, X53, ["at site x", "5 vs 3", "belong to the event", ".to_event(1)"]),
     (column_of_means, X53, ["at site 'y'", "expected [5] (its plates), actual [5, 5]", "(N, 1)", ".squeeze(-1)"]),
     (column_of_data, X53, ["at site 'y'", "value (5, 1)", "(N, 1) against a vector (N,)", ".squeeze(-1)"]),

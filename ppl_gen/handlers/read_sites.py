@@ -21,6 +21,8 @@ class ReadSites(Messenger):
     * ``pyro.sample(name, Delta(v), obs=v)``, masked or not, observes nothing: it is `pyro.deterministic`. Every
       handler of `pyro.infer.reparam` leaves such a site in place of the one that it has taken apart.
     * ``obs=0.5``, a number of Python or numpy, is the tensor that it stands for, in the shape of the site.
+    * A draw from a distribution that was made outside the program, in single precision, is one in the fit's dtype:
+      chains and guides put values of that dtype in its place in any case.
     * Labels are integers or booleans as a rule, and torch's Bernoulli computes with floats alone. A site draws values
       of one dtype (integers where they are indices, as of a Categorical), and the program has to cope with that one in
       any case: observed values are cast to it. Floats stay as they are.
@@ -39,6 +41,11 @@ class ReadSites(Messenger):
         if msg["is_observed"] and isinstance(value, Tensor) and not value.dtype.is_floating_point:
             dtype = _drawn_dtype(msg["fn"])
             msg["value"] = value if dtype is None else value.to(dtype)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if isinstance(value, Tensor) and value.dtype is torch.float32 and not msg["is_observed"]:
+            msg["value"] = value.to(torch.get_default_dtype())
 
 
 def innermost(fn: Any) -> Any:

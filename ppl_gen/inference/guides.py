@@ -22,6 +22,7 @@ from pyro.infer.autoguide import (
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.read_sites import ReadSites
 from ppl_gen.inference.base import Run
 from ppl_gen.inference.laplace import Laplace
 from ppl_gen.isolation import copied, looking, revived
@@ -70,7 +71,8 @@ def _made(guide: type | None, run: Run) -> Callable[..., Any] | None:
     sites = finite if issubclass(kind, AutoDiscreteParallel) else rest
     if not sites:
         return None
-    model, start = poutine.block(run.joint, expose=sites), run.starting_values()
+    # An autoguide runs the model behind a block of its own, past which statements would not be read as elsewhere.
+    model, start = poutine.block(ReadSites()(run.joint), expose=sites), run.starting_values()
     begins = {}
     if start and "init_loc_fn" in inspect.signature(kind).parameters:
         begins = {"init_loc_fn": init_to_value(values=start, fallback=init_to_feasible)}
