@@ -69,7 +69,8 @@ def test_draws_and_densities_are_those_of_pyros_normal_with_equal_parameters():
                 assert torch.allclose(found.nodes[name]["value"], expected.nodes[name]["value"], rtol=1e-5), name
                 jacobians = [t.nodes[name]["fn"].log_prob(t.nodes[name]["value"]).sum() for t in (found, expected)]
                 assert torch.isclose(*jacobians, rtol=1e-5), name
-            assert torch.isclose(found.log_prob_sum(), expected.log_prob_sum(), rtol=1e-5)
+            # A sum of terms of about ten nats in float32, which may nearly cancel.
+            assert torch.isclose(found.log_prob_sum(), expected.log_prob_sum(), rtol=1e-5, atol=1e-4)
 
 
 def test_the_density_of_a_draw_is_that_of_the_vector_less_the_jacobian_of_its_sites():
@@ -80,7 +81,7 @@ def test_the_density_of_a_draw_is_that_of_the_vector_less_the_jacobian_of_its_si
         (u,) = [node["value"] for name, node in trace.nodes.items() if node.get("infer", {}).get("is_auxiliary")]
         placed = density._placed(u)
         log_q = dist.MultivariateNormal(LOC, scale_tril=FACTOR).log_prob(u) - placed.log_det
-        assert torch.isclose(trace.log_prob_sum(), log_q, rtol=1e-5)
+        assert torch.isclose(trace.log_prob_sum(), log_q, rtol=1e-5, atol=1e-4)
         assert all(torch.allclose(value, trace.nodes[name]["value"]) for name, value in placed.values.items())
 
 
