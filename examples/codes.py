@@ -21,7 +21,7 @@ variants = {
     "denoising": {"corruption": 0.3},
     "3-sparse": {"top_k": 3},
 }
-fits = {name: pg.fit(autoencoder(64, 10, **more), train, algorithm, seed=0) for name, more in variants.items()}
+fits = {name: pg.fit(autoencoder(code=10, **more), train, algorithm, seed=0) for name, more in variants.items()}
 variance = float((test - train.mean(0)).square().mean())
 for name, fit in fits.items():
     error = float((reconstructions(fit, test) - test).square().mean())

@@ -19,15 +19,15 @@ sizes = (2, 10) if quick else (1, 2, 5, 10, 15, 20, 30, 40)
 algorithm = EM(steps=30 if quick else 300, tolerance=0.01)
 evidence = {"PPCA": [], "factor analysis": []}
 for latent in sizes:
-    evidence["PPCA"].append(pg.fit(ppca(64, latent, start="principal"), train, algorithm, seed=0).evidence(test))
-    evidence["factor analysis"].append(pg.fit(factor_analysis(64, latent), train, algorithm, seed=0).evidence(test))
+    evidence["PPCA"].append(pg.fit(ppca(latent=latent, start="principal"), train, algorithm, seed=0).evidence(test))
+    evidence["factor analysis"].append(pg.fit(factor_analysis(latent=latent), train, algorithm, seed=0).evidence(test))
 
 # Half of the pixels of half of the rows are hidden, from the fit too.
 seen = (
     torch.rand(train.shape, generator=torch.Generator().manual_seed(1)) > 0.5 * (torch.arange(len(train)) % 2)[:, None]
 )
 gaps = {"x": torch.where(seen, train, 0.0), "mask": seen}
-fit = pg.fit(ppca(64, 10), gaps, algorithm, seed=0)
+fit = pg.fit(ppca(latent=10), gaps, algorithm, seed=0)
 filled = torch.where(seen, train, reconstructions(fit, gaps, draws=50))
 known = (train * seen).sum(0) / seen.sum(0)  # the mean of each pixel, the plainest filler
 error = {"mean": known.expand_as(train), "PPCA": filled}

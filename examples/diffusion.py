@@ -18,7 +18,7 @@ y = torch.where(upper, angle.sin(), 0.5 - angle.sin())
 moons = torch.stack([x, y], -1) + 0.06 * torch.randn(2000, 2, generator=noise)
 
 algorithm = SVI(steps=20 if quick else 4000, batch_size=256, lr=2e-3)
-fit = pg.fit(denoising_diffusion(2, steps=40), moons, algorithm, seed=0)
+fit = pg.fit(denoising_diffusion(steps=40), moons, algorithm, seed=0)
 samples = fit.sample(1000)
 print(fit, "\n", fit.notes["gradients"])
 

@@ -26,7 +26,7 @@ steps = 20 if quick else 2000
 falling = SVI(
     steps=steps, batch_size=256, lr=2e-3, schedule=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps)
 )
-fit = pg.fit(real_nvp(2), moons, falling, seed=0)
+fit = pg.fit(real_nvp(), moons, falling, seed=0)
 print(fit, "\n", fit.evidence(two_moons(4000, seed=1)[0]))  # exact, on rows it has not seen
 
 flow = fit.module("flow")

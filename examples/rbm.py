@@ -28,7 +28,7 @@ objectives = {
 fits = {}
 for name, objective in objectives.items():
     algorithm = SVI(objective, steps=steps, batch_size=100, lr=0.01, schedule=falling)
-    fits[name] = pg.fit(rbm(64, 16), train, algorithm, seed=0)
+    fits[name] = pg.fit(rbm(hidden=16), train, algorithm, seed=0)
     # Sixteen hidden units: log Z is a sum over 65536 states, so that this is exact.
     evidence = fits[name].evidence(test)
     print(f"{name}: log p = {float(evidence.mean):.2f} nats per held-out row, {evidence.kind}")

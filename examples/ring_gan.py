@@ -18,7 +18,7 @@ ring = 2 * torch.stack([angle.cos(), angle.sin()], -1) + 0.02 * torch.randn(5000
 
 critic = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
 objective = Adversarial("wasserstein", critic=critic, penalty="gradient", critic_steps=5)
-fit = pg.fit(gan(2), ring, SVI(objective=objective, steps=20 if quick else 1500, batch_size=128), seed=0)
+fit = pg.fit(gan(), ring, SVI(objective=objective, steps=20 if quick else 1500, batch_size=128), seed=0)
 samples = fit.sample(1000)["x"]
 print(fit, "\n", fit.diagnose().attrs["verdict"])
 

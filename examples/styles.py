@@ -17,11 +17,11 @@ try:
 except (FileNotFoundError, ImportError):
     digits = pg.load_data("digits", binarize="dynamic")  # 8 x 8 pixels, from scikit-learn
 rows = min(1000 if quick else 10_000, len(digits["x"]) - 300)
-pixels, side = digits["x"].shape[1], round(digits["x"].shape[1] ** 0.5)
+side = round(digits["x"].shape[1] ** 0.5)
 labels = torch.where(torch.arange(rows) % 2 == 0, digits["y"][:rows], -1)  # every second row has a label
 train = Rows({"x": digits["x"][:rows], "y": labels}, digits.on_batch)
 
-recipe = m2(pixels, classes=10, latent=3, hidden=(200,), alpha=10.0)
+recipe = m2(classes=10, latent=3, hidden=(200,), alpha=10.0)
 algorithm = SVI(epochs=3 if quick else 15, batch_size=100, lr=2e-3, stratify="y")
 fit = pg.fit(recipe, train, algorithm, seed=0)
 

@@ -19,7 +19,6 @@ except (FileNotFoundError, ImportError):
 rows = min(1000 if quick else 10_000, len(digits["x"]) - 300)
 train = Rows({"x": digits["x"][:rows]}, digits.on_batch)
 test = Rows({"x": digits["x"][-300:]}, digits.on_batch)
-pixels = digits["x"].shape[1]
 
 
 def training(objective):
@@ -27,11 +26,11 @@ def training(objective):
 
 
 algorithms = {"ELBO": training(ELBO()), "IWAE": training(IWAE(particles=5)), "beta 4": training(ELBO(beta=4.0))}
-comparison = pg.compare(vae(pixels, latent=10), train, algorithms, test=test)
+comparison = pg.compare(vae(latent=10), train, algorithms, test=test)
 print(comparison)
 for label in algorithms:
     print(f"{label}: {active_units(comparison[label], test)}")
-plane = pg.fit(vae(pixels, latent=2), train, training(ELBO()), seed=0)
+plane = pg.fit(vae(latent=2), train, training(ELBO()), seed=0)
 
 figure = Figure(figsize=(14, 4.9), layout="constrained")
 left, middle, right = figure.subfigures(1, 3, width_ratios=(1, 1.15, 1.15))

@@ -17,7 +17,7 @@ from ppl_gen.arguments import require_choice
 from ppl_gen.errors import is_number, require_flag, require_whole
 from ppl_gen.models.coding_networks import Decoder, Encoder, Units
 from ppl_gen.models.improper import Flat
-from ppl_gen.models.inputs import entries
+from ppl_gen.models.inputs import check_width, entries, row_width
 from ppl_gen.models.likelihoods import Kind, Likelihood, chosen_likelihood
 from ppl_gen.models.networks import checked_widths
 from ppl_gen.program import Program, Recipe
@@ -28,8 +28,8 @@ _HIDDEN = {"dense": (128,), "convolutional": (16, 32)}
 
 
 def autoencoder(
-    features: int,
-    code: int,
+    features: int | None = None,
+    code: int = 2,
     *,
     hidden: Sequence[int] | None = None,
     kind: Literal["dense", "convolutional"] = "dense",
@@ -58,7 +58,7 @@ def autoencoder(
     linear autoencoder (``hidden=()``) then finds the subspace of the principal components.
 
     Args:
-        features: numbers in each row of ``x`` (the product of its shape).
+        features: numbers in each row of ``x`` (the product of its shape); None: as many as the data have.
         code: numbers in each code.
         hidden: widths of the hidden layers of the encoder, the decoder's in reverse; channels of the convolutions,
             each of which halves height and width. None: (128,), or (16, 32) for convolutions.
@@ -92,7 +92,7 @@ def autoencoder(
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import SVI
         >>> x = torch.randn(50, 1) * torch.tensor([1.0, -2.0, 3.0])
-        >>> fit = pg.fit(autoencoder(3, 1, hidden=()), x, SVI(steps=300, lr=0.03), seed=0)
+        >>> fit = pg.fit(autoencoder(code=1, hidden=()), x, SVI(steps=300, lr=0.03), seed=0)
         >>> fit.posterior({"x": x[:4]}, draws=1)["z"].shape
         torch.Size([1, 4, 1])
         >>> bool((fit.module("decoder")(fit.module("encoder")(x)) - x).abs().max() < 0.1)
@@ -106,7 +106,7 @@ def autoencoder(
     units: Units = "sigmoid" if sparsity and penalty == "kl" else "linear"
 
     def build(data: Any) -> Program:
-        outputs = _likelihood(data, features, kind, likelihood)
+        outputs = _likelihood(data, row_width(features, data, "autoencoder"), kind, likelihood)
         encoder = Encoder(
             outputs,
             widths,
@@ -125,9 +125,11 @@ def autoencoder(
     return Recipe(build, name="autoencoder", arguments={"features": features, "code": code, "kind": kind})
 
 
-def _checked(features: int, code: int, hidden: Sequence[int] | None, kind: str, activation: str) -> tuple[int, ...]:
-    for name, value in (("features", features), ("code", code)):
-        require_whole(name, value)
+def _checked(
+    features: int | None, code: int, hidden: Sequence[int] | None, kind: str, activation: str
+) -> tuple[int, ...]:
+    check_width("features", features)
+    require_whole("code", code)
     require_choice("kind", kind, _HIDDEN)
     widths = checked_widths(_HIDDEN[kind] if hidden is None else hidden, activation)
     if kind == "convolutional" and not widths:

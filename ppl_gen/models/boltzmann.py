@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 
 from ppl_gen.errors import IncompatibleError, is_number, require_whole
 from ppl_gen.extensions import Energy
-from ppl_gen.models.inputs import entries
+from ppl_gen.models.inputs import check_width, entries, row_width
 from ppl_gen.program import Program, Recipe
 
 __all__ = ["BoltzmannMachine", "GibbsRows", "rbm"]
@@ -109,7 +109,7 @@ class GibbsRows(dist.TorchDistribution):
         )
 
 
-def rbm(visible: int, hidden: int, *, scale: float = 0.01, sweeps: int = 1000) -> Recipe:
+def rbm(visible: int | None = None, hidden: int = 16, *, scale: float = 0.01, sweeps: int = 1000) -> Recipe:
     r"""A restricted Boltzmann machine over rows of zeros and ones (N x visible).
 
     .. math:: p(x) = e^{-F(x)} / Z, \quad F(x) = -a^\top x - \sum_j \log(1 + e^{b_j + (x^\top W)_j})
@@ -121,7 +121,7 @@ def rbm(visible: int, hidden: int, *, scale: float = 0.01, sweeps: int = 1000) -
     ``fit.sample`` runs one chain of ``sweeps`` for each row: its rows are as good as that chain has mixed.
 
     Args:
-        visible: columns of the data.
+        visible: columns of the data; None: as many as they have.
         hidden: hidden units.
         scale: standard deviation of the starting weights.
         sweeps: Gibbs sweeps behind each drawn row.
@@ -140,21 +140,22 @@ def rbm(visible: int, hidden: int, *, scale: float = 0.01, sweeps: int = 1000) -
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import SVI, ContrastiveDivergence
         >>> x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).repeat(20, 1)
-        >>> fit = pg.fit(rbm(3, 2), x, SVI(ContrastiveDivergence(), steps=600, lr=0.03), seed=0)
+        >>> fit = pg.fit(rbm(hidden=2), x, SVI(ContrastiveDivergence(), steps=600, lr=0.03), seed=0)
         >>> fit.evidence().exact, fit.evidence().mean > 3 * torch.tensor(0.5).log()
         (True, tensor(True))
     """
-    for name, value in (("visible", visible), ("hidden", hidden), ("sweeps", sweeps)):
+    check_width("visible", visible)
+    for name, value in (("hidden", hidden), ("sweeps", sweeps)):
         require_whole(name, value)
     if not is_number(scale) or not 0 <= scale < float("inf"):
         raise ValueError(f"scale: expected a finite number of at least 0, got {scale!r}")
 
     def build(data: Any) -> Program:
-        rows = _rows(data, visible)
+        rows = _rows(data, row_width(visible, data, "rbm"))
         # One row of fair coins more than there are: a column that never varies keeps finite log odds.
         odds = ((rows.sum(0) + 0.5) / (len(rows) + 1)).logit()
         machine = BoltzmannMachine(odds, hidden, scale)
-        exact = min(visible, hidden) <= ENUMERABLE
+        exact = min(rows.shape[1], hidden) <= ENUMERABLE
 
         def rbm(x: Tensor) -> None:
             pyro.module("machine", machine)

@@ -78,7 +78,7 @@ def _first_stage() -> Any:
     from ppl_gen.driver import fit
     from ppl_gen.inference import SVI
 
-    return fit(m1(9, latent=2, hidden=(8,)), _bars(), SVI(steps=5), seed=0, progress=False)
+    return fit(m1(latent=2, hidden=(8,)), _bars(), SVI(steps=5), seed=0, progress=False)
 
 
 def _two_factors() -> Tensor:
@@ -109,37 +109,37 @@ CATALOGUE: dict[str, Entry] = {
         ),
         Entry(
             "ppca",
-            lambda: ppca(4, 2),
+            lambda: ppca(latent=2),
             _two_factors,
             "probabilistic principal components: exact evidence, entries may be missing",
         ),
         Entry(
             "factor_analysis",
-            lambda: factor_analysis(4, 1),
+            lambda: factor_analysis(latent=1),
             _two_factors,
             "factor analysis: as ppca, with a noise variance for each column",
         ),
         Entry(
             "autoencoder",
-            lambda: autoencoder(4, 2, hidden=(8,)),
+            lambda: autoencoder(code=2, hidden=(8,)),
             _two_factors,
             "autoencoder: deep, convolutional, tied, denoising, sparse or k-sparse; codes without a prior",
         ),
         Entry(
             "vae",
-            lambda: vae(9, latent=2, hidden=(8,)),
+            lambda: vae(latent=2, hidden=(8,)),
             _bars,
             "variational autoencoder: perceptron or convolutional; pixels, numbers or levels; conditional",
         ),
         Entry(
             "m1",
-            lambda: m1(9, latent=2, hidden=(8,)),
+            lambda: m1(latent=2, hidden=(8,)),
             _bars,
             "latent-feature model: a variational autoencoder whose codes serve any classifier",
         ),
         Entry(
             "m2",
-            lambda: m2(9, classes=2, latent=2, hidden=(8,)),
+            lambda: m2(classes=2, latent=2, hidden=(8,)),
             _some_labelled,
             "semi-supervised classifier: labels of some rows, a generative model of all",
         ),
@@ -157,49 +157,49 @@ CATALOGUE: dict[str, Entry] = {
         ),
         Entry(
             "gan",
-            lambda: gan(2, latent=4, hidden=(16,)),
+            lambda: gan(latent=4, hidden=(16,)),
             _ring,
             "generative adversarial network: a perceptron of normal noise, without a density",
         ),
         Entry(
             "rbm",
-            lambda: rbm(9, 4, sweeps=20),
+            lambda: rbm(hidden=4, sweeps=20),
             _bars,
             "restricted Boltzmann machine of zeros and ones: an energy, trained by contrastive divergence",
         ),
         Entry(
             "denoising_diffusion",
-            lambda: denoising_diffusion(2, steps=4, hidden=8),
+            lambda: denoising_diffusion(steps=4, hidden=8),
             _ring,
             "diffusion model of vectors: a fixed chain into noise, a learnt chain back",
         ),
         Entry(
             "affine_flow",
-            lambda: affine_flow(2),
+            lambda: affine_flow(),
             _ring,
             "flow of one affine map: a normal distribution with a full covariance",
         ),
         Entry(
             "real_nvp",
-            lambda: real_nvp(2, layers=2, hidden=(8,)),
+            lambda: real_nvp(layers=2, hidden=(8,)),
             _ring,
             "flow of affine coupling layers: exact density, both directions fast",
         ),
         Entry(
             "maf",
-            lambda: maf(2, layers=2, hidden=(8,)),
+            lambda: maf(layers=2, hidden=(8,)),
             _ring,
             "masked autoregressive flow: exact density, fast; samples column by column",
         ),
         Entry(
             "iaf",
-            lambda: iaf(2, layers=2, hidden=(8,)),
+            lambda: iaf(layers=2, hidden=(8,)),
             _ring,
             "inverse autoregressive flow: fast samples; exact density, column by column",
         ),
         Entry(
             "spline_flow",
-            lambda: spline_flow(2, layers=2, hidden=(8,), bins=4),
+            lambda: spline_flow(layers=2, hidden=(8,), bins=4),
             _ring,
             "flow of coupling layers of rational-quadratic splines",
         ),
@@ -211,7 +211,7 @@ CATALOGUE: dict[str, Entry] = {
         ),
         Entry(
             "char_rnn",
-            lambda: char_rnn(3, cell="gru", hidden=4),
+            lambda: char_rnn(cell="gru", hidden=4),
             _letters,
             "recurrent network (plain, LSTM, GRU) of sequences of symbols, each predicted from those before it",
         ),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppl_gen.arguments import require_choice, require_fit
 from ppl_gen.errors import require_whole
-from ppl_gen.models.inputs import sequences
+from ppl_gen.models.inputs import check_width, sequences
 from ppl_gen.models.markov_steps import active_steps
 from ppl_gen.models.recurrent import CELLS, AutoregressiveRows, CharacterNetwork, check_codes
 from ppl_gen.program import Program, Recipe
@@ -25,7 +25,7 @@ __all__ = ["bits_per_character", "char_rnn"]
 
 
 def char_rnn(
-    symbols: int,
+    symbols: int | None = None,
     *,
     cell: Literal["rnn", "lstm", "gru"] = "rnn",
     hidden: int = 128,
@@ -48,7 +48,7 @@ def char_rnn(
     draws at a temperature, to any length, on from a prompt.
 
     Args:
-        symbols: V, at least 2.
+        symbols: V, at least 2; None: one more than the largest in the data, so that rows seen later hold no larger one.
         cell: "rnn": s_t = tanh(W e + U s + b); "lstm"; "gru".
         hidden: width of each layer.
         layers: layers of cells.
@@ -79,25 +79,26 @@ def char_rnn(
     """
     for name, value in (("hidden", hidden), ("layers", layers)):
         require_whole(name, value)
-    require_whole("symbols", symbols, 2)
+    check_width("symbols", symbols, 2)
     require_choice("cell", cell, CELLS)
     if embedding is not None:
         require_whole("embedding", embedding)
 
     def build(data: Any) -> Program:
-        _check_sequences(*sequences(data, "char_rnn"), symbols)
+        found = _checked_symbols(*sequences(data, "char_rnn"), symbols)
         return _program(
-            CharacterNetwork(
-                int(symbols), cell, int(hidden), int(layers), None if embedding is None else int(embedding)
-            )
+            CharacterNetwork(found, cell, int(hidden), int(layers), None if embedding is None else int(embedding))
         )
 
     arguments = {"symbols": symbols, "cell": cell, "hidden": hidden, "layers": layers}
     return Recipe(build, name="char_rnn", arguments=arguments)
 
 
-def _check_sequences(x: Tensor, active: Tensor, symbols: int) -> None:
-    check_codes(f"data: char_rnn(symbols={symbols})", x[active], symbols)
+def _checked_symbols(x: Tensor, active: Tensor, symbols: int | None) -> int:
+    """How many symbols there are: ``symbols``, or as many as the sequences need."""
+    found = max(2, int(x[active].max()) + 1) if symbols is None else int(symbols)
+    check_codes(f"data: char_rnn(symbols={symbols})", x[active], found)
+    return found
 
 
 def _program(network: CharacterNetwork) -> Program:
@@ -112,7 +113,7 @@ def _program(network: CharacterNetwork) -> Program:
 
     def evidence(x: Tensor, lengths: Tensor | None = None) -> Tensor:
         sequences({"x": x, "lengths": lengths}, "char_rnn")
-        _check_sequences(x, active_steps(x, lengths), network.symbols)
+        _checked_symbols(x, active_steps(x, lengths), network.symbols)
         return rows(x, lengths).log_prob(x)
 
     return Program(char_rnn, evidence=evidence)

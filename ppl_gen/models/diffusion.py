@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ppl_gen.errors import require_whole
 from ppl_gen.extensions import TimeSteps
-from ppl_gen.models.inputs import entries
+from ppl_gen.models.inputs import check_width, entries, row_width
 from ppl_gen.models.noising import Noising, Schedule, at, noise_schedule
 from ppl_gen.program import Program, Recipe
 
@@ -143,7 +143,12 @@ class Diffusion:
 
 
 def denoising_diffusion(
-    features: int, *, steps: int = 50, hidden: int = 64, layers: int = 3, schedule: Schedule = "linear"
+    features: int | None = None,
+    *,
+    steps: int = 50,
+    hidden: int = 64,
+    layers: int = 3,
+    schedule: Schedule = "linear",
 ) -> Recipe:
     r"""A diffusion model of rows of numbers (N x features).
 
@@ -158,7 +163,7 @@ def denoising_diffusion(
     weighs whole chains, a bound that tightens with ``particles``. The network is ``denoiser``.
 
     Args:
-        features: columns of the data.
+        features: columns of the data; None: as many as they have.
         steps: T, at least 2.
         hidden: width of the network.
         layers: hidden layers of the network.
@@ -178,18 +183,19 @@ def denoising_diffusion(
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import SVI
         >>> x = torch.arange(40.0).reshape(20, 2)
-        >>> fit = pg.fit(denoising_diffusion(2, steps=10, hidden=16), x, SVI(steps=5), seed=0)
+        >>> fit = pg.fit(denoising_diffusion(steps=10, hidden=16), x, SVI(steps=5), seed=0)
         >>> fit.sample(3)["x"].shape, fit.notes["gradients"]
         (torch.Size([3, 2]), 'one of 10 time steps sampled per row')
     """
-    for name, value in (("features", features), ("hidden", hidden), ("layers", layers)):
+    check_width("features", features)
+    for name, value in (("hidden", hidden), ("layers", layers)):
         require_whole(name, value)
     noise_schedule(schedule, steps)
 
     def build(data: Any) -> Program:
-        rows = _rows(data, features)
+        rows = _rows(data, row_width(features, data, "denoising_diffusion"))
         noising = noise_schedule(schedule, steps)
-        denoiser = Denoiser(features, noising, hidden, layers)
+        denoiser = Denoiser(rows.shape[1], noising, hidden, layers)
         return Diffusion(noising, denoiser, rows.mean(0), rows.std(0, correction=0)).program("denoising_diffusion")
 
     arguments = {"features": features, "steps": steps, "schedule": schedule}

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.errors import require_whole
-from ppl_gen.models.inputs import entries
+from ppl_gen.models.inputs import check_width, entries
 from ppl_gen.models.networks import checked_widths
 from ppl_gen.program import Program, Recipe
 
 __all__ = ["gan"]
 
 
-def gan(features: int, *, latent: int = 16, hidden: Sequence[int] = (128, 128)) -> Recipe:
+def gan(features: int | None = None, *, latent: int = 16, hidden: Sequence[int] = (128, 128)) -> Recipe:
     r"""Rows made by a perceptron from normal noise, x = G(z): a program that has samples and no density.
 
     .. math:: z_i \sim \mathrm{Normal}(0, I_{latent}), \quad x_i \sim \mathrm{Delta}(G(z_i))
@@ -33,7 +33,7 @@ def gan(features: int, *, latent: int = 16, hidden: Sequence[int] = (128, 128)) 
     Sites: ``z`` (latent) and ``x`` for each row. The network is ``fit.module("generator")``, from noise to rows.
 
     Args:
-        features: numbers in each row of ``x`` (the product of its shape).
+        features: numbers in each row of ``x`` (the product of its shape); None: as many as the data have.
         latent: numbers in each row of ``z``.
         hidden: widths of the layers between, with rectifiers; empty: G is affine.
 
@@ -48,7 +48,7 @@ def gan(features: int, *, latent: int = 16, hidden: Sequence[int] = (128, 128)) 
 
     Example:
         >>> import torch, ppl_gen as pg
-        >>> print(pg.check(gan(2, latent=4, hidden=(8,)), torch.randn(5, 2)))  # doctest: +ELLIPSIS
+        >>> print(pg.check(gan(latent=4, hidden=(8,)), torch.randn(5, 2)))  # doctest: +ELLIPSIS
         gan: data plate 'data' over 5 rows
         site                         kind       distribution  batch  event   plates  guide
         z                            latent     Normal        [5]    [4]     data    -
@@ -57,14 +57,14 @@ def gan(features: int, *, latent: int = 16, hidden: Sequence[int] = (128, 128)) 
         ...
         offers: data plate, differentiable latents, differentiable samples, latent sites, samples
     """
-    for name, value in (("features", features), ("latent", latent)):
-        require_whole(name, value)
+    check_width("features", features)
+    require_whole("latent", latent)
     widths = checked_widths(hidden, "relu")
 
     def build(data: Any) -> Program:
         (x,) = entries(data, "gan", "x")
         assert x is not None  # the first entry
-        if x.dim() == 0 or x[:1].numel() != features:
+        if features is not None and (x.dim() == 0 or x[:1].numel() != features):
             raise ValueError(
                 f"features: gan was made for {features} number(s) per row, got data of shape {tuple(x.shape)}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from ppl_gen.data.arrays import FILL, as_array, check_extent, check_finite
 from ppl_gen.data.batching import Constant
 from ppl_gen.data.sources import Columns, collected
+from ppl_gen.errors import require_whole
 from ppl_gen.models.markov_steps import active_steps
 
-__all__ = ["entries", "sequences"]
+__all__ = ["check_width", "entries", "row_shape", "row_width", "sequences"]
 
 _MASK = 'leave missing entries out by a mask, True where observed: {"x": torch.nan_to_num(x), "mask": ~x.isnan()}'
 
@@ -37,6 +39,42 @@ def entries(data: Any, program: str, *names: str) -> list[Tensor | None]:
         raise ValueError(f"data: {program} reads the entry {names[0]!r}, got {listed}")
     hint = _MASK if "mask" in names else FILL
     return [None if found.get(name) is None else _numbers(found[name], name, hint) for name in names]
+
+
+def check_width(name: str, given: int | None, least: int = 1) -> None:
+    """Raise ValueError unless a width of a recipe is a whole number, or None: the one of the data."""
+    if given is not None:
+        require_whole(name, given, least)
+
+
+def row_shape(data: Any, program: str) -> tuple[int, ...]:
+    """The shape of a row of the entry x.
+
+    Raises:
+        ValueError: if x is a vector: a column, or one row? Recipes that read vectors say so themselves.
+
+    Example:
+        >>> row_shape({"x": torch.zeros(10, 1, 8, 8)}, "vae")
+        (1, 8, 8)
+    """
+    (x,) = entries(data, program, "x")
+    assert x is not None  # the first entry
+    if x.dim() < 2:
+        raise ValueError(
+            f"data: {program} takes rows x columns, got shape {tuple(x.shape)}; "
+            "one column is x[:, None], one row x[None]"
+        )
+    return tuple(x.shape[1:])
+
+
+def row_width(given: int | None, data: Any, program: str) -> int:
+    """How many numbers a row holds: ``given``, which the recipe then checks, or what the data say.
+
+    Example:
+        >>> row_width(None, torch.zeros(10, 3), "ppca"), row_width(4, torch.zeros(10, 3), "ppca")
+        (3, 4)
+    """
+    return prod(row_shape(data, program)) if given is None else int(given)
 
 
 def _in_order(data: Any, names: Sequence[str]) -> dict[str, Any]:

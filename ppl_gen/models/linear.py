@@ -14,7 +14,7 @@ from torch import Tensor
 from ppl_gen.arguments import require_choice
 from ppl_gen.data.arrays import as_array
 from ppl_gen.errors import require_positive, require_whole
-from ppl_gen.models.inputs import entries
+from ppl_gen.models.inputs import check_width, entries, row_width
 from ppl_gen.models.linear_program import LinearProgram
 from ppl_gen.models.linear_steps import LinearGaussian, Prior
 from ppl_gen.program import Program, Recipe
@@ -27,8 +27,8 @@ _GUIDES = ("exact", "full", "diagonal")
 
 
 def ppca(
-    features: int,
-    latent: int,
+    features: int | None = None,
+    latent: int = 2,
     *,
     prior: Literal["weak", "flat"] = "weak",
     guide: Guide = "exact",
@@ -52,7 +52,7 @@ def ppca(
     W is known up to a rotation of the latents: compare W W', or subspaces. Draws of NUTS are rotated onto each other.
 
     Args:
-        features: columns of the data.
+        features: columns of the data; None: as many as they have.
         latent: dimensions of z, fewer than features.
         prior: "weak": W and b Normal(0, 1), the precision exponential with mean 100, all in standardised units.
             "flat": none, and SVI gives a point estimate, the one of greatest likelihood; with a guide that is not
@@ -77,7 +77,7 @@ def ppca(
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import EM
         >>> x = torch.randn(200, 1, dtype=torch.float64) * torch.tensor([3.0, 2.0, 1.0]) + torch.randn(200, 3)
-        >>> fit = pg.fit(ppca(3, 1), x, EM(), seed=0)
+        >>> fit = pg.fit(ppca(latent=1), x, EM(), seed=0)
         >>> found, closed = fit.posterior(draws=1), principal_components(x, 1)
         >>> torch.allclose(found["noise"][0], closed.noise, atol=1e-5), fit.evidence().exact
         (True, True)
@@ -88,8 +88,8 @@ def ppca(
 
 
 def factor_analysis(
-    features: int,
-    latent: int,
+    features: int | None = None,
+    latent: int = 2,
     *,
     prior: Literal["weak", "flat"] = "weak",
     guide: Guide = "exact",
@@ -108,7 +108,7 @@ def factor_analysis(
     Sites: as `ppca`; ``noise`` (the root of psi) has one number for each column.
 
     Args:
-        features: columns of the data.
+        features: columns of the data; None: as many as they have.
         latent: factors, fewer than features.
         prior: as for `ppca`.
         guide: as for `ppca`; a "diagonal" one is exact only where the columns of Psi^(-1/2) W are orthogonal.
@@ -129,7 +129,7 @@ def factor_analysis(
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import EM
         >>> x = torch.randn(100, 1) * torch.ones(4) + torch.tensor([0.1, 0.3, 0.6, 1.0]) * torch.randn(100, 4)
-        >>> fit = pg.fit(factor_analysis(4, 1), x, EM(), seed=0)
+        >>> fit = pg.fit(factor_analysis(latent=1), x, EM(), seed=0)
         >>> bool((fit.posterior(draws=1)["noise"][0].diff() > 0).all())
         True
     """
@@ -138,11 +138,11 @@ def factor_analysis(
     return Recipe(chosen.build, name="factor_analysis", arguments={"features": features, "latent": latent})
 
 
-def _check(features: int, latent: int, prior: str, guide: str, start: str, floor: float) -> None:
-    for name, value in (("features", features), ("latent", latent)):
-        require_whole(name, value)
-    if latent >= features:
-        raise ValueError(f"latent: expected fewer than the {features} features, got {latent}")
+def _check(features: int | None, latent: int, prior: str, guide: str, start: str, floor: float) -> None:
+    check_width("features", features)
+    require_whole("latent", latent)
+    if features is not None:
+        _check_latent(features, latent)
     for name, given, known in (
         ("prior", prior, ("weak", "flat")),
         ("guide", guide, _GUIDES),
@@ -152,12 +152,17 @@ def _check(features: int, latent: int, prior: str, guide: str, start: str, floor
     require_positive("floor", floor)
 
 
+def _check_latent(features: int, latent: int) -> None:
+    if latent >= features:
+        raise ValueError(f"latent: expected fewer than the {features} features, got {latent}")
+
+
 @dataclass(frozen=True)
 class _Choice:
     """The arguments of a recipe, and what makes of them and of the data a program."""
 
     name: str
-    features: int
+    features: int | None
     latent: int
     prior: str
     guide: Guide
@@ -166,7 +171,9 @@ class _Choice:
     isotropic: bool
 
     def build(self, data: Any) -> Program:
-        x, mask = _rows(data, self.name, self.features)
+        features = row_width(self.features, data, self.name)
+        x, mask = _rows(data, self.name, features)
+        _check_latent(features, self.latent)
         middle, variance = _column_moments(x, mask)
         constant = variance <= 1e-24 * (1 + middle.square())
         if bool(constant.all() if self.isotropic else constant.any()):
@@ -273,8 +280,7 @@ def principal_components(x: Tensor, latent: int) -> PrincipalComponents:
     rows = torch.as_tensor(as_array(x, "x")).double()
     if rows.dim() != 2 or not len(rows) or not bool((rows.abs() <= _LARGEST).all()):
         raise ValueError(f"x: expected a matrix of finite numbers, rows x features, got shape {tuple(rows.shape)}")
-    if latent >= rows.shape[1]:
-        raise ValueError(f"latent: expected fewer than the {rows.shape[1]} features, got {latent}")
+    _check_latent(rows.shape[1], latent)
     loc = rows.mean(0)
     values, vectors = torch.linalg.eigh((rows - loc).mT @ (rows - loc) / len(rows))
     values, vectors = values.flip(0), vectors.flip(1)

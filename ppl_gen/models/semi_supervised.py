@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ppl_gen.diagnostics.units import active_units
 from ppl_gen.errors import is_number, require_whole
+from ppl_gen.models.inputs import check_width, row_width
 from ppl_gen.models.labelling import Classifier, labels_of
 from ppl_gen.models.likelihoods import Kind, check_likelihood, check_rows, chosen_likelihood
 from ppl_gen.models.networks import Perceptron, Reading, Writing, checked_widths
@@ -34,7 +35,7 @@ __all__ = ["m1", "m1_m2", "m2"]
 
 
 def m1(
-    features: int,
+    features: int | None = None,
     *,
     latent: int = 50,
     hidden: Sequence[int] = (600, 600),
@@ -50,7 +51,7 @@ def m1(
     `m1_m2` puts `m2` on top of it.
 
     Args:
-        features: columns of the data.
+        features: columns of the data; None: as many as they have.
         latent: numbers in each code.
         hidden: widths of the hidden layers of both networks.
         likelihood: "bernoulli", "normal" or "auto"; see `vae`.
@@ -70,15 +71,15 @@ def m1(
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import SVI
         >>> x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).repeat(20, 1)
-        >>> fit = pg.fit(m1(3, latent=2, hidden=(8,)), x, SVI(steps=20), seed=0)
+        >>> fit = pg.fit(m1(latent=2, hidden=(8,)), x, SVI(steps=20), seed=0)
         >>> fit.module("encoder")(x).mean.shape
         torch.Size([40, 2])
     """
-    require_whole("features", features)
+    check_width("features", features)
     made = vae(features, latent=latent, hidden=hidden, likelihood=likelihood, scale=scale, activation=activation)
 
     def build(data: Any) -> Program:
-        check_rows(data, "m1", (features,))
+        check_rows(data, "m1", (row_width(features, data, "m1"),))
         return replace(made.build(data), name="m1")
 
     return Recipe(
@@ -87,7 +88,7 @@ def m1(
 
 
 def m2(
-    features: int,
+    features: int | None = None,
     *,
     classes: int,
     latent: int = 50,
@@ -115,7 +116,7 @@ def m2(
     repeat the labelled rows and take alpha near 1: the decoder learns from them what y stands for.
 
     Args:
-        features: columns of the data.
+        features: columns of the data; None: as many as they have.
         classes: how many values a label takes, at least 2.
         latent: numbers in each z (the style).
         hidden: widths of the hidden layers of all three networks.
@@ -139,7 +140,7 @@ def m2(
         >>> x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).repeat(20, 1)
         >>> y = torch.full((40,), -1)
         >>> y[:2] = torch.tensor([1, 0])
-        >>> fit = pg.fit(m2(3, classes=2, latent=1, hidden=(8,)), {"x": x, "y": y}, SVI(steps=300, lr=0.02), seed=0)
+        >>> fit = pg.fit(m2(classes=2, latent=1, hidden=(8,)), {"x": x, "y": y}, SVI(steps=300, lr=0.02), seed=0)
         >>> fit.posterior({"x": x[:4]}, draws=100)["y"].mode(0).values
         tensor([1, 0, 1, 0])
     """
@@ -147,12 +148,13 @@ def m2(
     check_likelihood(likelihood, scale, None)
 
     def build(data: Any) -> Program:
-        pixels = chosen_likelihood(likelihood, data, (features,), scale=scale, levels=None, program="m2")
+        columns = row_width(features, data, "m2")
+        pixels = chosen_likelihood(likelihood, data, (columns,), scale=scale, levels=None, program="m2")
         labels = labels_of(data, "m2", classes, alpha)
         classifier = Classifier(
-            Perceptron(features, widths, classes, activation=activation), pixels.centre, pixels.spread
+            Perceptron(columns, widths, classes, activation=activation), pixels.centre, pixels.spread
         )
-        network = Perceptron(features, widths, 2 * latent, activation=activation, classes=classes)
+        network = Perceptron(columns, widths, 2 * latent, activation=activation, classes=classes)
         encoder = NormalEncoder(network, pixels.centre, pixels.spread)
         network = Perceptron(latent, widths[::-1], pixels.outputs, activation=activation, classes=classes)
         decoder = Decoder(network, pixels)
@@ -222,7 +224,7 @@ def m1_m2(
         >>> from ppl_gen.inference import SVI
         >>> from ppl_gen.models import m1
         >>> x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).repeat(20, 1)
-        >>> first = pg.fit(m1(3, latent=2, hidden=(8,)), x, SVI(steps=200, lr=0.01), seed=0)
+        >>> first = pg.fit(m1(latent=2, hidden=(8,)), x, SVI(steps=200, lr=0.01), seed=0)
         >>> y = torch.full((40,), -1)
         >>> y[:2] = torch.tensor([1, 0])
         >>> stacked = m1_m2(first, classes=2, latent=1, hidden=(8,))
@@ -294,9 +296,9 @@ def _frozen(m1: Any) -> tuple[NormalEncoder, Decoder, Tensor]:
 
 
 def _checked(
-    features: int, classes: int, latent: int, hidden: Sequence[int], alpha: float, activation: str
+    features: int | None, classes: int, latent: int, hidden: Sequence[int], alpha: float, activation: str
 ) -> tuple[int, ...]:
-    require_whole("features", features)
+    check_width("features", features)
     require_whole("classes", classes)
     check_classes(classes)
     require_whole("latent", latent)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ppl_gen.arguments import require_choice
 from ppl_gen.errors import require_whole
-from ppl_gen.models.inputs import entries
+from ppl_gen.models.inputs import entries, row_shape
 from ppl_gen.models.likelihoods import Kind, Likelihood, check_likelihood, chosen_likelihood
 from ppl_gen.models.networks import (
     ConvolutionalDecoder,
@@ -29,7 +29,7 @@ from ppl_gen.models.networks import (
 )
 from ppl_gen.program import Program, Recipe
 
-__all__ = ["Decoder", "NormalEncoder", "check_classes", "check_labels", "row_shape", "vae"]
+__all__ = ["Decoder", "NormalEncoder", "check_classes", "check_labels", "vae"]
 
 #: The widest and the narrowest a guide may get, as logarithms of standard deviations: a run that diverges says so by
 #: its loss and not by a distribution that cannot be made.
@@ -81,7 +81,7 @@ class Decoder(nn.Module):
 
 
 def vae(
-    features: int | Sequence[int],
+    features: int | Sequence[int] | None = None,
     *,
     latent: int = 50,
     hidden: Sequence[int] = (200, 200),
@@ -103,7 +103,8 @@ def vae(
     the linear VAE, whose best bound is the evidence of probabilistic principal component analysis.
 
     Args:
-        features: columns of the data, or the shape of a row: (channels, height, width) for images.
+        features: columns of the data, or the shape of a row: (channels, height, width) for images. None: the shape of
+            the rows of the data.
         latent: numbers in each z.
         hidden: widths of the hidden layers of both networks (the encoder's order); for convolutions the last one is the
             width of the layer between images and codes.
@@ -132,23 +133,23 @@ def vae(
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import SVI
         >>> x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).repeat(20, 1)
-        >>> fit = pg.fit(vae(3, latent=2, hidden=(8,)), x, SVI(steps=20), seed=0)
+        >>> fit = pg.fit(vae(latent=2, hidden=(8,)), x, SVI(steps=20), seed=0)
         >>> fit.module("encoder")(x[:4]).mean.shape, fit.sample(5)["x"].shape
         (torch.Size([4, 2]), torch.Size([5, 3]))
     """
-    shape = row_shape(features)
+    given = None if features is None else _checked_shape(features)
     require_whole("latent", latent)
     widths = checked_widths(hidden, activation)
     check_likelihood(likelihood, scale, levels)
     check_classes(classes)
     require_choice("network", network, ("perceptron", "convolutional"))
-    if network == "convolutional" and (len(shape) != 3 or not widths or classes is not None):
-        raise ValueError(
-            "network: 'convolutional' takes images, features=(channels, height, width), at least one hidden width and "
-            f"no classes; got features={shape}, hidden={widths}, classes={classes}"
-        )
+    if network == "convolutional":
+        _check_images(given or (1, 1, 1), widths, classes)
 
     def build(data: Any) -> Program:
+        shape = row_shape(data, "vae") if given is None else given
+        if network == "convolutional":
+            _check_images(shape, widths, classes)
         pixels = chosen_likelihood(likelihood, data, shape, scale=scale, levels=levels, program="vae")
         if classes is not None:
             check_labels(data, "vae", classes)
@@ -209,7 +210,15 @@ def _conditional(encoder: NormalEncoder, decoder: Decoder, latent: int) -> Progr
     return Program(model, guide, name="vae")
 
 
-def row_shape(features: int | Sequence[int]) -> tuple[int, ...]:
+def _check_images(shape: tuple[int, ...], widths: tuple[int, ...], classes: int | None) -> None:
+    if len(shape) != 3 or not widths or classes is not None:
+        raise ValueError(
+            "network: 'convolutional' takes images, features=(channels, height, width), at least one hidden width and "
+            f"no classes; got features={shape}, hidden={widths}, classes={classes}"
+        )
+
+
+def _checked_shape(features: int | Sequence[int]) -> tuple[int, ...]:
     """The shape of a row from a number of columns or a shape; raises ValueError for anything else."""
     given: Any = features  # whatever was passed
     if not isinstance(given, numbers.Integral | Sequence | torch.Size) or isinstance(given, str):

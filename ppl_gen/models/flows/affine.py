@@ -6,8 +6,8 @@ import torch
 from pyro.distributions.transforms import LowerCholeskyAffine
 from torch import Tensor, nn
 
-from ppl_gen.errors import require_whole
 from ppl_gen.models.flows.base import Layer, flow_recipe, through
+from ppl_gen.models.inputs import check_width
 from ppl_gen.program import Recipe
 
 __all__ = ["affine_flow"]
@@ -32,7 +32,7 @@ class _Affine(Layer):
         return through(self._transform(), z, inverse=True)
 
 
-def affine_flow(features: int) -> Recipe:
+def affine_flow(features: int | None = None) -> Recipe:
     r"""One affine map between rows (N x features) and normal codes: a normal distribution with a full covariance.
 
     .. math:: z = A x + b, \quad \log p(x) = \log \mathrm{Normal}(z; 0, I) + \sum_i \log A_{ii}
@@ -42,7 +42,7 @@ def affine_flow(features: int) -> Recipe:
     covariance. It starts at independent normals. Units, program and network are those of `real_nvp`.
 
     Args:
-        features: columns of the data.
+        features: columns of the data; None: as many as they have.
 
     Returns:
         A recipe; it raises ValueError for data of another shape, or with a constant column.
@@ -57,10 +57,10 @@ def affine_flow(features: int) -> Recipe:
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import SVI
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 2.0], [4.0, 6.0], [1.0, 3.0]])
-        >>> fit = pg.fit(affine_flow(2), x, SVI(steps=500, lr=0.02), seed=0)
+        >>> fit = pg.fit(affine_flow(), x, SVI(steps=500, lr=0.02), seed=0)
         >>> normal = torch.distributions.MultivariateNormal(x.mean(0), torch.cov(x.T, correction=0))
         >>> round(fit.evidence().mean - float(normal.log_prob(x).mean()), 3), fit.evidence().exact
         (-0.0, True)
     """
-    require_whole("features", features)
-    return flow_recipe("affine_flow", features, lambda: [_Affine(features)], {"features": features})
+    check_width("features", features)
+    return flow_recipe("affine_flow", features, lambda columns: [_Affine(columns)], {"features": features})

@@ -56,17 +56,18 @@ class _Masked(Layer):
         return through(_Autoregressive(self.network), z, inverse=self.reads_rows)
 
 
-def _recipe(name: str, features: int, layers: int, hidden: Sequence[int], reads_rows: bool) -> Recipe:
-    widths = checked_sizes(features, layers, hidden, smallest=features)
+def _recipe(name: str, features: int | None, layers: int, hidden: Sequence[int], reads_rows: bool) -> Recipe:
+    widths = checked_sizes(features, layers, hidden, smallest=features or 1)
 
-    def made() -> list[Layer]:
-        order = torch.arange(features)
+    def made(columns: int) -> list[Layer]:
+        checked_sizes(columns, layers, widths, smallest=columns)
+        order = torch.arange(columns)
         return [_Masked(order.flip(0) if i % 2 else order, widths, reads_rows) for i in range(layers)]
 
     return flow_recipe(name, features, made, {"features": features, "layers": layers, "hidden": widths})
 
 
-def maf(features: int, *, layers: int = 5, hidden: Sequence[int] = (64, 64)) -> Recipe:
+def maf(features: int | None = None, *, layers: int = 5, hidden: Sequence[int] = (64, 64)) -> Recipe:
     r"""A masked autoregressive flow over rows (N x features): fast density, slow samples.
 
     .. math:: z_i = e^{s_i(x_{<i})} x_i + t_i(x_{<i}), \quad
@@ -78,7 +79,7 @@ def maf(features: int, *, layers: int = 5, hidden: Sequence[int] = (64, 64)) -> 
     s within [-5, 3], run backwards. Units, program and network are those of `real_nvp`.
 
     Args:
-        features: columns of the data, at least 2.
+        features: columns of the data, at least 2; None: as many as they have.
         layers: autoregressive layers.
         hidden: widths of each layer's masked perceptron, each at least ``features``.
 
@@ -95,7 +96,7 @@ def maf(features: int, *, layers: int = 5, hidden: Sequence[int] = (64, 64)) -> 
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import SVI
         >>> x = torch.arange(60.0).reshape(20, 3) ** 0.5
-        >>> fit = pg.fit(maf(3, layers=1, hidden=(8,)), x, SVI(steps=5), seed=0)
+        >>> fit = pg.fit(maf(layers=1, hidden=(8,)), x, SVI(steps=5), seed=0)
         >>> jacobian = torch.autograd.functional.jacobian(fit.module("flow").encode, x[7])
         >>> (jacobian.triu(1) == 0).all(), fit.evidence().exact
         (tensor(True), True)
@@ -103,7 +104,7 @@ def maf(features: int, *, layers: int = 5, hidden: Sequence[int] = (64, 64)) -> 
     return _recipe("maf", features, layers, hidden, reads_rows=True)
 
 
-def iaf(features: int, *, layers: int = 5, hidden: Sequence[int] = (64, 64)) -> Recipe:
+def iaf(features: int | None = None, *, layers: int = 5, hidden: Sequence[int] = (64, 64)) -> Recipe:
     r"""An inverse autoregressive flow over rows (N x features): fast samples, slow density.
 
     .. math:: x_i = e^{s_i(z_{<i})} z_i + t_i(z_{<i}), \quad
@@ -115,7 +116,7 @@ def iaf(features: int, *, layers: int = 5, hidden: Sequence[int] = (64, 64)) -> 
     (`Adversarial`) is what this direction is for. The transform is Pyro's ``AffineAutoregressive``.
 
     Args:
-        features: columns of the data, at least 2.
+        features: columns of the data, at least 2; None: as many as they have.
         layers: autoregressive layers.
         hidden: widths of each layer's masked perceptron, each at least ``features``.
 
@@ -132,7 +133,7 @@ def iaf(features: int, *, layers: int = 5, hidden: Sequence[int] = (64, 64)) -> 
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import SVI
         >>> x = torch.arange(60.0).reshape(20, 3) ** 0.5
-        >>> fit = pg.fit(iaf(3, layers=1, hidden=(8,)), x, SVI(steps=5), seed=0)
+        >>> fit = pg.fit(iaf(layers=1, hidden=(8,)), x, SVI(steps=5), seed=0)
         >>> jacobian = torch.autograd.functional.jacobian(fit.module("flow").decode, torch.randn(3))
         >>> (jacobian.triu(1) == 0).all(), fit.evidence().exact
         (tensor(True), True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from ppl_gen.errors import require_whole
-from ppl_gen.models.inputs import entries
+from ppl_gen.models.inputs import check_width, entries, row_width
 from ppl_gen.program import Program, Recipe
 
 __all__ = ["Flow", "Layer", "checked_sizes", "flow_recipe", "through"]
@@ -187,18 +187,18 @@ def _normal(zeros: Tensor) -> Any:
 
 def flow_recipe(
     name: str,
-    features: int,
-    layers: Callable[[], Sequence[Layer]],
+    features: int | None,
+    layers: Callable[[int], Sequence[Layer]],
     arguments: Mapping[str, Any],
     *,
     base: Base | None = None,
     single: bool = False,
 ) -> Recipe:
-    """The recipe of a flow: ``layers()`` is called once per fit, after the data have been looked at.
+    """The recipe of a flow: ``layers(features)`` is called once per fit, after the data have been looked at.
 
     Args:
         name: of the recipe.
-        features: columns of the data.
+        features: columns of the data; None: as many as they have.
         layers: makes the layers, from the rows to the codes.
         arguments: for the recipe's repr.
         base: see `Flow`.
@@ -206,7 +206,9 @@ def flow_recipe(
     """
 
     def build(data: Any) -> Program:
-        flow = Flow(layers(), _rows(data, name, features, single), base)
+        columns = row_width(features, data, name)
+        rows = _rows(data, name, columns, single)
+        flow = Flow(layers(columns), rows, base)
 
         def model(x: Tensor) -> None:
             pyro.module("flow", flow)
@@ -233,14 +235,14 @@ def _rows(data: Any, name: str, features: int, single: bool) -> Tensor:
     return rows
 
 
-def checked_sizes(features: int, layers: int, hidden: Sequence[int], *, smallest: int = 1) -> tuple[int, ...]:
-    """The hidden widths as a tuple, once all sizes have been looked at.
+def checked_sizes(features: int | None, layers: int, hidden: Sequence[int], *, smallest: int = 1) -> tuple[int, ...]:
+    """The hidden widths as a tuple, once all sizes that are known have been looked at.
 
     Raises:
         ValueError: naming the size that is out of its range.
     """
-    require_whole("features", features)
-    if features < 2:
+    check_width("features", features)
+    if features is not None and features < 2:
         raise ValueError("features: one column depends on no other; take scalar_flow() or affine_flow(1)")
     require_whole("layers", layers)
     widths = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)

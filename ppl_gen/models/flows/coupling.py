@@ -55,7 +55,7 @@ class _AffineCoupling(Layer):
         return self._run(z, inverse=False)
 
 
-def real_nvp(features: int, *, layers: int = 8, hidden: Sequence[int] = (64, 64)) -> Recipe:
+def real_nvp(features: int | None = None, *, layers: int = 8, hidden: Sequence[int] = (64, 64)) -> Recipe:
     r"""A flow of affine coupling layers over rows of numbers (N x features): density and samples are equally fast.
 
     .. math:: x_{1:d} = z_{1:d}, \quad x_{d+1:D} = z_{d+1:D} \odot e^{s(z_{1:d})} + t(z_{1:d}), \quad
@@ -71,7 +71,7 @@ def real_nvp(features: int, *, layers: int = 8, hidden: Sequence[int] = (64, 64)
     ``log_prob(x)``.
 
     Args:
-        features: columns of the data, at least 2.
+        features: columns of the data, at least 2; None: as many as they have.
         layers: coupling layers; with fewer than 2 half of the columns stay normal.
         hidden: widths of each layer's perceptron, with rectifiers.
 
@@ -88,7 +88,7 @@ def real_nvp(features: int, *, layers: int = 8, hidden: Sequence[int] = (64, 64)
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import SVI
         >>> x = torch.arange(40.0).reshape(20, 2)
-        >>> fit = pg.fit(real_nvp(2, layers=2, hidden=(8,)), x, SVI(steps=5), seed=0)
+        >>> fit = pg.fit(real_nvp(layers=2, hidden=(8,)), x, SVI(steps=5), seed=0)
         >>> fit.evidence().exact, fit.sample(3)["x"].shape
         (True, torch.Size([3, 2]))
         >>> flow = fit.module("flow")
@@ -97,7 +97,8 @@ def real_nvp(features: int, *, layers: int = 8, hidden: Sequence[int] = (64, 64)
     """
     widths = checked_sizes(features, layers, hidden)
 
-    def made() -> list[Layer]:
-        return [_AffineCoupling(order, widths) for order in coupling_orders(features, layers)]
+    def made(columns: int) -> list[Layer]:
+        checked_sizes(columns, layers, widths)
+        return [_AffineCoupling(order, widths) for order in coupling_orders(columns, layers)]
 
     return flow_recipe("real_nvp", features, made, {"features": features, "layers": layers, "hidden": widths})

@@ -150,7 +150,7 @@ def scalar_flow(
         require_positive("concentrations", value)
     codes = _Codes(base, (float(concentrations[0]), float(concentrations[1])))
 
-    def made() -> list[Layer]:
+    def made(columns: int) -> list[Layer]:
         return [_Spline(bins, bound), codes.line(), *([] if base == "normal" else [_Squash()])]
 
     arguments: dict[str, Any] = {"base": base, "bins": bins, "bound": bound}

@@ -121,7 +121,12 @@ class _SplineCoupling(Layer):
 
 
 def spline_flow(
-    features: int, *, layers: int = 4, hidden: Sequence[int] = (64, 64), bins: int = 8, bound: float = 4.0
+    features: int | None = None,
+    *,
+    layers: int = 4,
+    hidden: Sequence[int] = (64, 64),
+    bins: int = 8,
+    bound: float = 4.0,
 ) -> Recipe:
     r"""A flow of spline coupling layers over rows of numbers (N x features).
 
@@ -134,7 +139,7 @@ def spline_flow(
     columns, units, program and network are those of `real_nvp`.
 
     Args:
-        features: columns of the data, at least 2.
+        features: columns of the data, at least 2; None: as many as they have.
         layers: coupling layers; with fewer than 2 half of the columns stay normal.
         hidden: widths of each layer's perceptron, with rectifiers.
         bins: of each spline, 2 to 500.
@@ -153,15 +158,16 @@ def spline_flow(
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import SVI
         >>> x = torch.arange(40.0).reshape(20, 2)
-        >>> fit = pg.fit(spline_flow(2, layers=2, hidden=(8,), bins=4), x, SVI(steps=5), seed=0)
+        >>> fit = pg.fit(spline_flow(layers=2, hidden=(8,), bins=4), x, SVI(steps=5), seed=0)
         >>> fit.evidence().exact, fit.sample(3)["x"].shape
         (True, torch.Size([3, 2]))
     """
     widths = checked_sizes(features, layers, hidden)
     checked_spline(bins, bound)
 
-    def made() -> list[Layer]:
-        return [_SplineCoupling(order, widths, bins, bound) for order in coupling_orders(features, layers)]
+    def made(columns: int) -> list[Layer]:
+        checked_sizes(columns, layers, widths)
+        return [_SplineCoupling(order, widths, bins, bound) for order in coupling_orders(columns, layers)]
 
     arguments = {"features": features, "layers": layers, "hidden": widths, "bins": bins, "bound": bound}
     return flow_recipe("spline_flow", features, made, arguments)
