@@ -16,11 +16,11 @@ help:
 	@echo "make demo      set up, compare four algorithms on the crabs, say where the report is"
 	@echo "make test      set up, run the fast tests and the examples in the docstrings"
 	@echo "make test-all  the slow tests too"
-	@echo "make lint      ruff and mypy;  make format  lets ruff mend what it can"
+	@echo "make lint      ruff and mypy;  make format  lets ruff fix what it can"
 	@echo "make examples  every file of examples/, shortened"
 	@echo "make benchmarks  the long benchmarks at a few steps each; writes no results"
 	@echo "make docs      the site, into docs/_build/html: every code cell and every example is run"
-	@echo "make lock      resolve requirements.lock anew"
+	@echo "make lock      resolve requirements.lock again"
 	@echo "make clean     remove .venv and caches"
 
 setup: $(READY)
@@ -69,7 +69,7 @@ benchmarks: $(READY)
 		else echo "FAILED {}"; cat "$$PPL_GEN_WORK/output.txt"; exit 1; fi; rm -rf "$$PPL_GEN_WORK"'
 
 # The packages of the site are no part of the set-up; a resolved lock keeps them from moving anything else. Pages that are
-# made from the code are made anew, so that none outlives the name it describes.
+# generated from the code are generated again, so that none outlives the name it describes.
 $(VENV)/.docs: $(READY)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --group docs
 	@touch $@

@@ -240,7 +240,7 @@ def compare(
         info, mark = inspected(task)
         if info.data_plate is None and held is not None and test is None:
             raise ValueError(
-                f"holdout: the program {recipe.name!r} has no data plate, so its rows cannot be told apart and held "
+                f"holdout: the program {recipe.name!r} has no data plate, so its rows cannot be separated and held "
                 "out; give test=..., or holdout=0 for in-sample values"
             )
         task = replace(task, mark=mark)

@@ -81,7 +81,8 @@ def fit(
         program: a Pyro model function, a `Program`, or a `Recipe` (built once, here, under the seed).
         data: rows: a tensor or array is the model's first positional argument, a mapping its keyword arguments.
         algorithm: SVI(...), EM(...), CAVI(...), NUTS(...).
-        seed: the only source of randomness; same program, data, algorithm, seed and machine: bitwise the same fit.
+        seed: the only source of randomness; the same program, data, algorithm, seed and machine give
+            bit-for-bit identical fits.
         device: where parameters and batches live; the program runs under ``torch.device(device)``.
         dtype: of data and parameters; float32 unless the data or the algorithm asks for float64.
         progress: a progress bar; None: in terminals and notebooks only.

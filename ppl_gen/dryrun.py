@@ -174,7 +174,7 @@ def dry_run(
     nevertheless are latent sites like others.
 
     Raises:
-        ValueError: for the usual plate and shape mistakes, naming the site and the edit that mends it.
+        ValueError: for the usual plate and shape mistakes, naming the site and the edit that fixes it.
     """
     trace = _traced(program.model, batch, program)
     if _sites_subsampled(trace):

@@ -226,7 +226,7 @@ def check_tree(file: Path, meta: Mapping[str, Any], read: Callable[[Path], Any])
         posterior = group(tree, "posterior") if "posterior" in names else None
     except ImportError:
         raise
-    except Exception as error:  # whatever the libraries underneath say of a file that is none
+    except Exception as error:  # whatever the libraries underneath say of a file of another kind
         refuse(file, f"it cannot be read as netCDF ({type(error).__name__}: {str(error)[:120]})")
     if unknown := sorted(set(names) - set(GROUPS)):
         refuse(file, f"it has groups {unknown}")

@@ -128,7 +128,7 @@ def _spoken(dtype: torch.dtype) -> str:
 
 
 class explained:
-    """Context that rewords Pyro's shape errors: the site, what was found, and the edit that mends it."""
+    """Context that rewords Pyro's shape errors: the site, what was found, and the edit that fixes it."""
 
     def __init__(self, program: Program, batch: Batch, what: str) -> None:
         self.program, self.batch, self.what = program, batch, what
@@ -192,7 +192,7 @@ class explained:
     def _advice(self, text: str) -> str:
         plate, rows = self.program.data_plate, self.batch.rows
         return (
-            f"  the rows ({rows}) are the last batch dimension inside pyro.plate({plate!r}, len(x)). Usual mends:\n"
+            f"  the rows ({rows}) are the last batch dimension inside pyro.plate({plate!r}, len(x)). Usual fixes:\n"
             f"  - a statement over rows outside every plate: put it under `with pyro.plate({plate!r}, len(x)):`\n"
             "  - dimensions to the right of the rows belong to the event: dist.Normal(loc, scale).to_event(1)\n"
             "  - a column (N, 1) against a vector (N,): use .squeeze(-1) or .to_event(1) on both sides\n"

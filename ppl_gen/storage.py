@@ -82,7 +82,7 @@ def _entries(data: Dataset) -> dict[str, Any]:
 def _left_out(data: Dataset) -> str | None:
     """Why the training data are not saved with a fit, or None when they are."""
     if data.on_batch is not None:
-        return "are drawn afresh for every batch, by a function that is not saved"
+        return "are redrawn for every batch, by a function that is not saved"
     size = sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in _entries(data).values())
     if size > MAX_DATA:
         return "were too large to be saved with the fit"

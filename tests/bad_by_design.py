@@ -27,7 +27,7 @@ BY_DESIGN: dict[str, str] = {
     "data.text_rows(text='no-such-name')": "any text of the alphabet",
 }
 
-#: Pattern of a call -> what is wrong; the test fails where one of them is mended and still stands here.
+#: Pattern of a call -> what is wrong; the test fails where one of them is fixed and still stands here.
 KNOWN: dict[str, str] = {
     "inference.SVI(optimiser=<class 'object'>)": "what a function raises when it is given the parameters is not wrapped",
 }

@@ -33,7 +33,7 @@ class Case:
         part: the table it stands in.
         code: what is written; an expression over `names`.
         error: the class of the answer.
-        words: what its first line begins with: the argument, or the program, that is to be mended.
+        words: what its first line begins with: the argument, or the program, that is to be fixed.
     """
 
     part: str

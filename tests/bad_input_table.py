@@ -309,7 +309,7 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             fit.save(text / "fit")  ->  path:
             pg.load_data("iris")  ->  name: expected one of
             pg.load_data("digits", split="dev")  ->  split: 'digits' is published whole
-            pg.load_data("crabs", length=5)  ->  length: 'crabs' is no text
+            pg.load_data("crabs", length=5)  ->  length: 'crabs' is not a text
         """,
         TypeError: """
             pg.load(None)  ->  path: expected text or a Path, got NoneType

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 __all__ = ["KINDS", "Bad", "drawn", "kind_of", "numpy_of", "optional", "values"]
 
-#: What a value is called in reports, and the function that makes it (made anew for every call: nothing is shared).
+#: What a value is called in reports, and the function that makes it (made new for every call: nothing is shared).
 Bad = tuple[str, Callable[[], Any]]
 
 _NAMED = {"seed": "seed", "seeds": "seeds", "device": "device", "dtype": "dtype", "path": "path", "root": "path"}

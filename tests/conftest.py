@@ -75,7 +75,7 @@ def _steady(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 @pytest.fixture(autouse=True)
 def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fails a test that leaks, and mends the leak, so that it does not spread to the next one."""
+    """Fails a test that leaks, and repairs the leak, so that it does not spread to the next one."""
     torch.manual_seed(SEED)
     np.random.seed(SEED)
     random.seed(SEED)

@@ -61,7 +61,7 @@ def changes(module: nn.Module, before: dict[str, Any]) -> list[str]:
 
 
 def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
-    """The same names, and bitwise the same values."""
+    """The same names, and bit-for-bit identical values."""
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -180,7 +180,7 @@ def mixture(x: Tensor) -> None:
 
 
 def layered(x: Tensor) -> None:
-    """y_i discrete, z_i ~ N(m[y_i], s[y_i]), x_i ~ N(z_i, 1): the prior of a guided site hangs on one summed out."""
+    """y_i discrete, z_i ~ N(m[y_i], s[y_i]), x_i ~ N(z_i, 1): the prior of a guided site depends on one summed out."""
     loc, scale = torch.tensor([-1.0, 2.0], dtype=x.dtype), torch.tensor([0.5, 1.0], dtype=x.dtype)
     with pyro.plate("data", len(x)):
         y = pyro.sample("y", dist.Categorical(torch.tensor([0.3, 0.7], dtype=x.dtype)))

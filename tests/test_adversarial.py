@@ -516,7 +516,7 @@ def test_continuing_takes_the_critic_along_unless_it_is_of_another_shape():
         for a, b in zip(first.module(name).parameters(), second.module(name).parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
     changed = SVI(objective=Adversarial(critic=nn.Linear(3, 1)), steps=1)
-    assert pg.fit(_vae_like, data, changed, start=first).notes["critic starts"].startswith("afresh")
+    assert pg.fit(_vae_like, data, changed, start=first).notes["critic starts"].startswith("new")
 
 
 def test_a_game_that_explodes_returns_its_last_finite_state():

@@ -132,7 +132,7 @@ def test_finite_latents_are_drawn_exactly_from_their_conditional() -> None:
     draws = fit.posterior(draws=50)
     assert draws["k"].shape == (50, 16) and draws["means"].shape == (50, 2)
     side = draws["k"].double().mean(0)
-    assert float((side[:8] - side[8:]).abs().min()) > 0.9, "rows 12 standard deviations apart are told apart"
+    assert float((side[:8] - side[8:]).abs().min()) > 0.9, "rows 12 standard deviations apart are distinguished"
 
 
 def test_prior_predictive_needs_no_fit() -> None:

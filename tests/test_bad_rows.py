@@ -79,7 +79,7 @@ DOUBTFUL: dict[str, Change] = {
 #: Which programs are made for rows of any width (their data say which), written by hand.
 ANY_WIDTH = {"gaussian_mixture", "hidden_markov", "char_rnn"}
 
-#: How the first line of an answer begins: with what is to be mended.
+#: How the first line of an answer begins: with what is to be fixed.
 ARGUMENT = r"^(data|lengths|components|features|degrees|at site|the model|the fit)"
 
 

@@ -60,7 +60,7 @@ def test_the_order_depends_on_the_seed_alone(stratify: str | None) -> None:
         source = Batches(as_dataset(data, takes, device=torch.device("cpu")), 8, 3, stratify)
         assert order([source.next() for _ in range(14)]) == expected
     assert order(drawn(data, 8, 14, seed=4, stratify=stratify)) != expected
-    assert order(drawn(data, 8, 7, seed=3)) != list(range(50)) and expected[:50] != expected[50:], "shuffled afresh"
+    assert order(drawn(data, 8, 7, seed=3)) != list(range(50)) and expected[:50] != expected[50:], "shuffled again"
 
 
 def test_drawing_batches_leaves_the_global_generator() -> None:
@@ -268,7 +268,7 @@ def test_floats_are_cast_to_one_dtype_and_whole_numbers_are_not(value: Any, expe
     assert asked.kwargs["y"].dtype == torch.float32 and asked.kwargs["x"].dtype in (torch.float32, torch.int64)
 
 
-def test_rows_are_drawn_afresh_for_every_batch_and_in_every_subset() -> None:
+def test_rows_are_redrawn_for_every_batch_and_in_every_subset() -> None:
     seen: list[int] = []
 
     def noisy(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -237,7 +237,7 @@ def test_pg_fit_gives_the_same_bits(result) -> None:
 
 @pytest.mark.timeout(600)
 def test_a_process_with_other_weights_is_found_out(tmp_path, monkeypatch) -> None:
-    """A module is imported anew in the other process; weights that it draws at random are others there."""
+    """A module is imported again in the other process; weights that it draws at random differ there."""
     (tmp_path / "nets_of_mine.py").write_text(
         "import pyro, pyro.distributions as dist, torch\n"
         "net = torch.nn.Linear(1, 1)\n"

@@ -172,7 +172,7 @@ def test_rows_say_what_is_wrong_with_their_entries(entries: dict, error: type[Ex
         ("alice", {"images": True}, "'alice' holds no images"),
         ("alice", {"root": "somewhere"}, "root: 'alice' comes with a package"),
         ("alice", {"length": 0}, "length: expected a whole number of at least 1, got 0"),
-        ("digits", {"length": 8}, "length: 'digits' is no text"),
+        ("digits", {"length": 8}, "length: 'digits' is not a text"),
     ],
 )
 def test_wrong_options_are_named(name: str, options: dict, said: str) -> None:

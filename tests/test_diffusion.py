@@ -344,7 +344,7 @@ def test_trained_on_a_ring_it_finds_every_mode():
     assert near > 0.85 and least > 0.6 and distance < 0.02 and 0 < lost < 0.4, (near, least, distance, lost)
 
 
-def test_the_same_fit_comes_out_bitwise():
+def test_the_same_fit_comes_out_bit_for_bit():
     x = torch.randn(40, 2)
     recipe, algorithm = denoising_diffusion(2, steps=4, hidden=8), SVI(steps=20, batch_size=16, lr=0.01)
     first, again, other = (pg.fit(recipe, x, algorithm, seed=seed) for seed in (1, 1, 2))

@@ -31,7 +31,7 @@ from ppl_gen.inference.objectives.base import Game, Loss, Objective, Player
 
 
 # ------------------------------------------------------------------------------------------ repeatable
-def test_the_same_seed_gives_bitwise_the_same_fit_and_another_seed_another() -> None:
+def test_the_same_seed_gives_bit_for_bit_identical_fits_and_another_seed_another() -> None:
     model, net = regression()
     data, svi = sine_rows(), SVI(steps=12, batch_size=8, lr=0.05)
     first, again, other = (pg.fit(model, data, svi, seed=seed) for seed in (3, 3, 4))

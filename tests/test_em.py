@@ -192,7 +192,7 @@ def test_a_wrong_m_step_is_mended_or_reported_never_hidden():
     x = two_groups()
     own = EMSteps(m_step=lambda weights, values, prior, x: {"loc": values["loc"] * 1.5})
     fit = pg.fit(started(normals, NORMALS_START, em=own), x, EM(steps=5), seed=0)
-    assert rises(fit) and fit.notes["mended"].startswith(("1 ", "2 ", "3 ", "4 ", "5 "))
+    assert rises(fit) and fit.notes["replaced M-steps"].startswith(("1 ", "2 ", "3 ", "4 ", "5 "))
     wrong = EMSteps(m_step=overshoot(ppca_m_step), e_step=ppca_e_step)
     fit = pg.fit(started(ppca, PPCA_START, em=wrong), ppca_data(), EM(steps=50), seed=0)
     assert fit.status is pg.Status.FAILED and "the objective fell from" in fit.message and rises(fit)

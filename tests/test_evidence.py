@@ -1,4 +1,4 @@
-"""Three numbers that must not be mixed, each against its closed form."""
+"""Three numbers that must not be confused, each against its closed form."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import ppl_gen as pg
 from ppl_gen.inference import EM, IWAE, SVI
 
 
-def test_same_seed_is_bitwise_the_same_fit_and_another_seed_is_not():
+def test_same_seed_gives_bit_for_bit_identical_fits_and_another_seed_is_not():
     fits = [pg.fit(pg.Program(conjugate, conjugate_guide), X8, SVI(steps=20, batch_size=3), seed=s) for s in (4, 4, 5)]
     assert fits[0].records == fits[1].records != fits[2].records
     assert all(torch.equal(fits[0].params[name], fits[1].params[name]) for name in fits[0].params)

@@ -233,7 +233,9 @@ def test_a_guide_that_misses_mass_is_flagged_or_its_error_covers(name: str, seed
         flagged += math.isinf(found.mc_stderr)
         assert abs(found.mean - exact) < 4.5 * found.mc_stderr + 1e-3, (seed, found)
         assert math.isfinite(found.mc_stderr) or ("amount unknown" in found.kind and "error unknown" in repr(found))
-    if name != "shifted by 1.5 sd":  # whose weights do mend it: relative variance exp(1.5^2) - 1, tails of a lognormal
+    if (
+        name != "shifted by 1.5 sd"
+    ):  # whose weights do correct it: relative variance exp(1.5^2) - 1, tails of a lognormal
         assert flagged == seeds or (name == "half as wide" and flagged > 0)
 
 

@@ -89,7 +89,7 @@ def test_pyros_bound_exceeds_the_evidence_under_subsampling_and_ours_does_not(si
     renyi = pyro.infer.RenyiELBO(alpha=0, num_particles=200, vectorize_particles=True, max_plate_nesting=1)
     theirs = bounds(conjugate, wide_guide, renyi, size, 40, x)
     above = (float(theirs.mean()) - exact) / (float(theirs.std()) / math.sqrt(40))
-    assert above > 6.0, "Pyro's is no bound here; if this fails, Pyro has mended it and the trap can be forgotten"
+    assert above > 6.0, "Pyro's is no bound here; if this fails, Pyro has fixed it and the trap can be forgotten"
     ours = bounds(conjugate, wide_guide, IWAE(particles=5), size, 40, x)
     assert float(ours.mean()) < exact - 1.0, "far below: averaged over the draws, as the notes say"
     whole = bounds(conjugate, wide_guide, renyi, 8, 40, x)

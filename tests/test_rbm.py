@@ -249,7 +249,7 @@ def test_persistent_chains_with_a_falling_rate_beat_one_step_of_divergence():
     assert -11.1 < once < persistent - 0.3, (once, persistent)  # -11.09 is independent coins
 
 
-def test_chains_belong_to_one_fit_and_the_same_fit_comes_out_bitwise():
+def test_chains_belong_to_one_fit_and_the_same_fit_comes_out_bit_for_bit():
     x, objective = bars(3), ContrastiveDivergence(persistent=True)
     algorithm = SVI(objective, steps=30, batch_size=5, lr=0.05)
     first, again = (pg.fit(rbm(9, 4), x, algorithm, seed=3) for _ in range(2))

@@ -237,7 +237,7 @@ def test_what_only_a_recipe_reads_is_kept_and_what_cannot_be_kept_is_asked_for(t
     assert torch.equal(pg.load(tmp_path / "tensor", program=recipe).params["loc"], fit.params["loc"])
 
 
-def test_rows_drawn_afresh_are_asked_for(tmp_path: Path) -> None:
+def test_rows_redrawn_for_every_batch_are_asked_for(tmp_path: Path) -> None:
     def model(x: torch.Tensor) -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Bernoulli(pyro.param("p", torch.tensor(0.4))), obs=x)
@@ -245,7 +245,7 @@ def test_rows_drawn_afresh_are_asked_for(tmp_path: Path) -> None:
     rows = pg.data.Rows({"x": torch.rand(9)}, on_batch=lambda batch: {"x": torch.bernoulli(batch["x"])})
     fit = pg.fit(model, rows, SVI(steps=3))
     fit.save(tmp_path / "kept")
-    with pytest.raises(ValueError, match="drawn afresh for every batch"):
+    with pytest.raises(ValueError, match="redrawn for every batch"):
         pg.load(tmp_path / "kept", program=model)
     assert pg.load(tmp_path / "kept", program=model, data=rows).evidence().mean == fit.evidence().mean
 

@@ -145,7 +145,7 @@ def _free(x: torch.Tensor) -> None:
         pyro.sample("z", dist.Normal(x / 2, 1.0))
 
 
-def test_autoguides_are_made_afresh_for_every_fit() -> None:
+def test_autoguides_are_made_new_for_every_fit() -> None:
     from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
     instance = AutoNormal(conjugate)

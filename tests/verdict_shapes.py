@@ -202,7 +202,7 @@ def steps_onto_one_row(seed: int) -> pg.Fit:
 
 
 def two_clusters(seed: int) -> pg.Fit:
-    """A narrow component of many rows is none that collapsed."""
+    """A narrow component of many rows has not collapsed."""
     x = torch.cat([rows(seed, 40, 0.0), 5.0 + 0.05 * rows(seed + 50, 20, 0.0)]).double()
     return pg.fit(gaussian_mixture(components=2), x, EM(), seed=seed)
 

@@ -68,7 +68,7 @@ def load_data(
     Args:
         name: one of the names above.
         split: "train" (also where None is given) or "test", for data sets that have a split.
-        binarize: grey values read as probabilities. "dynamic" draws the pixels afresh for every batch that a fit
+        binarize: grey values read as probabilities. "dynamic" redraws the pixels for every batch that a fit
             gathers, from the fit's seed; "fixed" draws them once, always the same; None keeps the grey values.
         images: give ``x`` as (rows, 1, height, width) instead of flat rows.
         length: the most characters in a sequence of a text, 128 unless given.
@@ -86,11 +86,11 @@ def load_data(
         >>> load_data("digits")
         Rows(x: (1797, 64) float32, y: (1797,) int64)
         >>> load_data("digits", images=True, binarize="dynamic")
-        Rows(x: (1797, 1, 8, 8) float32, y: (1797,) int64, drawn afresh for every batch)
+        Rows(x: (1797, 1, 8, 8) float32, y: (1797,) int64, redrawn for every batch)
     """
     _check(name, split, binarize, images, root)
     if length is not None and name != "alice":
-        raise ValueError(f"length: {name!r} is no text that could be cut into sequences; leave length out")
+        raise ValueError(f"length: {name!r} is not a text that could be cut into sequences; leave length out")
     if name == "crabs":
         return crab_ratios()
     if name == "alice":

@@ -17,7 +17,7 @@ _PREFIXES = {"train": "train", "test": "t10k"}
 
 
 def torchvision_module() -> ModuleType:
-    """Import torchvision, or say how to mend the installation.
+    """Import torchvision, or say how to fix the installation.
 
     torchvision's compiled operators fit exactly one torch release and build: a CPU-only torch beside a torchvision
     built for CUDA fails at import ("operator torchvision::nms does not exist").
@@ -36,7 +36,7 @@ def torchvision_module() -> ModuleType:
         raise ImportError(
             f"torchvision cannot be loaded beside this torch ({error}). Installed are {found}: the two must come as a "
             "pair, of matching releases and from the same source (a CPU-only torch needs a CPU-only torchvision). "
-            "Mend it by installing both together: `pip install --force-reinstall torch torchvision`, with the same "
+            "Fix it by installing both together: `pip install --force-reinstall torch torchvision`, with the same "
             "index options for both. What needs no images works without it."
         ) from error
     return torchvision

@@ -70,6 +70,6 @@ def refuse_unread_masks(rows: Dataset, names: Collection[str], program: str) -> 
     if found := [name for name, value in values.items() if looks_like_mask(name, value, entries)]:
         raise IncompatibleError(
             f"data: {found[0]!r} looks like a mask, and the program {program!r} does not read it: its answers would be "
-            "those of whole rows. Leave it out (or rename it, if it is none), or use a program that takes a mask (ppca "
-            "and factor_analysis read the entry 'mask')"
+            "those of whole rows. Leave it out (or rename it, if it is not a mask), or use a program that takes one "
+            "(ppca and factor_analysis read the entry 'mask')"
         )

@@ -66,7 +66,7 @@ class Rows(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         shown = (f"{name}: {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for name, v in self.items())
-        return f"Rows({', '.join(shown)}{', drawn afresh for every batch' if self.on_batch else ''})"
+        return f"Rows({', '.join(shown)}{', redrawn for every batch' if self.on_batch else ''})"
 
     def __reduce__(self) -> tuple[object, ...]:
         # The read-only view of the entries cannot be pickled; processes of a comparison need the data.

@@ -80,7 +80,7 @@ def _globals(fit: Fit) -> dict[str, Tensor]:
     if not info.select(local=False):
         return {}
     drawn_on = fit.data.head(256) if fit.data.elements > LARGE and info.data_plate else fit.data.batch()
-    return global_draw(fit.guide, drawn_on, info)[0]  # auxiliary draws included: the locals may hang on them
+    return global_draw(fit.guide, drawn_on, info)[0]  # auxiliary draws included: the locals may depend on them
 
 
 def _with_finite_globals(fit: Fit) -> dict[str, Tensor]:

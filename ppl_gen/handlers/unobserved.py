@@ -11,7 +11,7 @@ __all__ = ["unobserved"]
 
 
 class _Unobserved(UnconditionMessenger):
-    """Pyro's own draws deterministic sites anew, by which their plates are added to their shape once more."""
+    """Pyro's own draws deterministic sites again, by which their plates are added to their shape once more."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["infer"].get("_deterministic"):

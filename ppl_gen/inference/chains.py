@@ -1,6 +1,6 @@
 """Several Markov chains, one after another or side by side in worker processes, with the same draws either way.
 
-A chain is a function of its plan alone: its own seed, one thread, a potential that is loaded afresh. Each writes its
+A chain is a function of its plan alone: its own seed, one thread, a potential that it loads itself. Each writes its
 draws into a table as it goes (a memory-mapped file where it runs in a worker), so that progress is seen from outside
 and an interrupted run keeps what was drawn.
 """

@@ -187,8 +187,10 @@ class EM(Iterative):
         return f"converged after {len(values)} steps: the last gained {max(gain, 0.0):.1e} nats"
 
     def outcome(self, state: _State, run: Run) -> Outcome:
-        if state.mended:
-            run.notes["mended"] = f"{state.mended} M-step(s) would have lowered the objective; gradients made them"
+        if state.replaced:
+            run.notes["replaced M-steps"] = (
+                f"{state.replaced} M-step(s) would have lowered the objective; gradients made them"
+            )
         values = {name: value.detach().clone() for name, value in state.expectation.values.items()}
         trials = TRIAL_STEPS * state.starts if state.starts > 1 else 0
         return Outcome(
@@ -245,7 +247,7 @@ class _State:
     ) -> None:
         self.em, self.problem, self.maximiser = em, problem, maximiser
         self.expectation, self.starts, self.precision = expectation, starts, precision
-        self.mended, self.failed = 0, ""
+        self.replaced, self.failed = 0, ""
 
     def advance(self) -> None:
         """One M-step and the E-step after it; the objective is not lower afterwards."""
@@ -257,7 +259,7 @@ class _State:
             if self._fell(before, after) and (before.trace is not None or self.problem.sums):
                 _put_back(self.problem, kept)
                 after = self._tried(self.maximiser.by_gradient(before))
-                self.mended += 1
+                self.replaced += 1
         except (FloatingPointError, KeyboardInterrupt):
             _put_back(self.problem, kept)
             raise

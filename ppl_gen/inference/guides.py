@@ -35,7 +35,7 @@ _MADE_OF_A_MODEL = (AutoGuide, AutoMessenger, EasyGuide)
 
 
 def resolved_guide(run: Run) -> Callable[..., Any] | None:
-    """The user's guide; an autoguide class or instance made afresh for this fit; AutoNormal when there is none."""
+    """The user's guide; an autoguide class or instance made new for this fit; AutoNormal when there is none."""
     found = _resolved(run)
     if run.start is None or run.start.guide_source not in ("own", "lost"):
         run.resolved = found

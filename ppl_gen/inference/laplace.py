@@ -30,7 +30,7 @@ class Laplace(AutoContinuous):
 
     def __init__(self, first: AutoLaplaceApproximation, batch: Batch, loc: Tensor, scale_tril: Tensor) -> None:
         super().__init__(first.model)
-        self._first = (first,)  # no submodule: its parameter is none of this guide's
+        self._first = (first,)  # not a submodule: its parameter does not belong to this guide
         self.register_buffer("loc", loc)
         self.register_buffer("scale_tril", scale_tril)
         with looking():

@@ -153,10 +153,12 @@ class NUTS(Algorithm):
             float((at.amax(0) - at.amin(0)).max()) for at in (torch.stack([s[n] for s in starts]) for n in known)
         )
         if apart <= 2 * NEAR or (self.jitter is not None and self.jitter < _DISPERSED):
-            mend = "no density was finite farther away" if self.jitter is None else "leave out jitter to disperse them"
+            advice = (
+                "no density was finite farther away" if self.jitter is None else "leave out jitter to disperse them"
+            )
             run.notes["starts"] = (
                 f"all {self.chains} chains began within {apart:.2g} of each other in {', '.join(known)} (unconstrained "
-                f"units), so they could not disagree about modes farther away; {mend}"
+                f"units), so they could not disagree about modes farther away; {advice}"
             )
 
     def _chain(

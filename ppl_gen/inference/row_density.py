@@ -75,7 +75,7 @@ class _Place:
 
 
 class _Placed(Messenger):
-    """Sites at T(u) with T read as the program runs, since a bound may hang on another latent site."""
+    """Sites at T(u) with T read as the program runs, since a bound may depend on another latent site."""
 
     def __init__(self, parts: Values, places: Mapping[str, _Place], known: Values) -> None:
         super().__init__()

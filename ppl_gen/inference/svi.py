@@ -214,4 +214,4 @@ def _continue(game: Game, run: Run) -> None:
             module.load_state_dict(old)
             run.notes[f"{name} starts"] = "from the fit that is continued"
         else:
-            run.notes[f"{name} starts"] = "afresh: its parameters differ in names or shapes from the earlier fit's"
+            run.notes[f"{name} starts"] = "new: its parameters differ in names or shapes from the earlier fit's"

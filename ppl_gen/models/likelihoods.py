@@ -19,7 +19,7 @@ from ppl_gen.models.inputs import entries
 __all__ = ["Kind", "Likelihood", "check_likelihood", "check_rows", "chosen_likelihood"]
 
 Kind = Literal["auto", "bernoulli", "normal", "categorical"]
-_LOOKED_AT = 256  # rows of data that are drawn afresh for every batch
+_LOOKED_AT = 256  # rows of data that are redrawn for every batch
 KINDS = ("auto", "bernoulli", "normal", "categorical")
 
 
@@ -209,6 +209,6 @@ def _is_grey(rows: Tensor) -> bool:
 
 
 def _as_handed_out(data: Any, rows: Tensor) -> Tensor:
-    """Data that are drawn afresh for every batch show by a first draw what their rows are like."""
+    """Data that are redrawn for every batch show by a first draw what their rows are like."""
     draw = getattr(data, "on_batch", None)
     return rows if draw is None else torch.as_tensor(draw({"x": rows[:_LOOKED_AT]}).get("x", rows))

@@ -98,7 +98,7 @@ def fit_html(fit: Fit) -> str:
     """A fit: how it ended, what it cost, how the history went, and its parameters."""
     cost = [f"{value:.1f} s" if name == "seconds" else _counted(name, value) for name, value in fit.cost.items()]
     facts = {
-        "ended": f"{_mark(_ENDINGS.get(str(fit.status), 'bad'))}<b>{escape(str(fit.status))}</b>: "
+        "status": f"{_mark(_ENDINGS.get(str(fit.status), 'bad'))}<b>{escape(str(fit.status))}</b>: "
         f"{escape(fit.message) or 'no message'}",
         "verdict": _judged(fit),
         "algorithm": f"{escape(fit.algorithm)}, seed {fit.seed}",
@@ -127,9 +127,9 @@ def comparison_html(comparison: Comparison) -> str:
     header = (
         "algorithm",
         "seed",
-        "ended",
+        "status",
         "nats per row",
-        "less the best",
+        "difference from best",
         "shift/sd",
         "sd ratio",
         "k-hat",

@@ -91,9 +91,9 @@ def _columns(comparison: Comparison) -> list[tuple[str, str]]:
     value = "in-sample" if comparison.in_sample else "held-out"
     return [
         ("algorithm", "Algorithm"),
-        ("status", "Ended"),
+        ("status", "Status"),
         ("value", f"{value.capitalize()} nats/row"),
-        ("difference", "Less the best"),
+        ("difference", "Difference from best"),
         ("mc", "MC error"),
         ("shift", "Shift, sds"),
         ("ratio", "Sd ratio"),

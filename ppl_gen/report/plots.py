@@ -29,7 +29,7 @@ __all__ = [
     "overview",
 ]
 
-# Okabe and Ito's palette: told apart with every common colour blindness.
+# Okabe and Ito's palette: distinguishable with every common form of colour blindness.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B")
 _STROKES = ("-", "--", "-.", ":")
 INK, GREY, PALE = "#1f2933", "#7b8794", "#d3d9e0"
@@ -86,7 +86,7 @@ def draw_heldout(axes: Axes, comparison: Comparison) -> None:
     axes.set_yticks(range(len(ranks)), [_short(s.label) for s in ranks])
     axes.set_ylim(-0.6, max(len(ranks), 1) - 0.4)
     where = "in-sample row" if comparison.in_sample else "held-out row"
-    axes.set_xlabel(f"nats per {where}, less the best", fontsize=8)
+    axes.set_xlabel(f"nats per {where}, difference from best", fontsize=8)
     if not ranks:
         axes.text(0.5, 0.5, "no value to compare", transform=axes.transAxes, ha="center", color=GREY)
     axes.margins(x=0.08)

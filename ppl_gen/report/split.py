@@ -58,7 +58,7 @@ def split_rows(data: Any, share: float, program: Any = None) -> tuple[Any, Any]:
 
 
 def settled(data: Any) -> Any:
-    """``data`` as a yardstick: what is drawn afresh for every batch is drawn once, the same for every fit.
+    """``data`` as a yardstick: what is redrawn for every batch is drawn once, the same for every fit.
 
     >>> rows = Rows({"x": torch.full((4, 1), 0.5)}, on_batch=lambda batch: {"x": torch.bernoulli(batch["x"])})
     >>> torch.equal(settled(rows)["x"], settled(rows)["x"]), settled(rows).on_batch

@@ -261,9 +261,9 @@ def as_text(comparison: Comparison, width: int = 100) -> str:
             {
                 "algorithm": line.label,
                 "seed": str(line.seed),
-                "ended": line.status,
+                "status": line.status,
                 title: _brief(record[value], 4),
-                "less the best": "best" if best else _with_error(record["difference"], record["difference_se"]),
+                "difference from best": "best" if best else _with_error(record["difference"], record["difference_se"]),
                 "shift/sd": _brief(record["shift_sd"], 2),
                 "sd ratio": _brief(record["sd_ratio"], 2),
                 "k-hat": _brief(record["pareto_k"], 2),

@@ -97,7 +97,7 @@ def inspected(task: Task) -> tuple[ProgramInfo, str]:
     """Dry-run the program on the training rows and check the held-out ones; with a mark of what it draws on a few.
 
     The mark is the hash of one run of model and guide under a fixed seed: a process that imported a module of networks
-    anew holds other weights, and draws something else.
+    again holds other weights, and draws something else.
 
     Raises:
         ValueError, TypeError: as `pg.check` does, or where the held-out rows are unlike the training rows.

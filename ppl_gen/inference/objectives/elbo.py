@@ -186,7 +186,7 @@ class _SampledGame(Game):
         return set(), total
 
     def _summed(self, guide: poutine.Trace, batch: Batch) -> tuple[set[str], Tensor]:
-        """The guide's sites whose priors hang on discrete sites, and the log density of these, the data and factors."""
+        """The guide's sites whose priors depend on discrete sites; the log density of these, the data and factors."""
         from ppl_gen.inference.contraction import dims_of
         from ppl_gen.inference.enumerated import packed_sites, summed_symbols
         from ppl_gen.inference.enumeration import enumerated_trace, log_prior, row_log_density

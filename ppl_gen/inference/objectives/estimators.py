@@ -52,7 +52,7 @@ def choose_estimators(setting: Setting, enumerate_sites: bool = True) -> Estimat
     rest = {n: s for n, s in shared.items() if n not in summed}
     score = tuple(n for n, s in rest.items() if not s.reparameterised)
     ordered = [n for n in latent if n in shared] == [n for n in shared]
-    apart = {n for n in rest if not (in_model and latent[n].local)}  # a local prior may hang on a site summed out
+    apart = {n for n in rest if not (in_model and latent[n].local)}  # a local prior may depend on a site summed out
     analytic = tuple(
         n for n, s in rest.items() if n in apart and n not in score and ordered and _has_closed_form(latent[n], s)
     )

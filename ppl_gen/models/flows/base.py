@@ -41,7 +41,7 @@ def through(transform: Any, value: Tensor, *, inverse: bool = False) -> tuple[Te
     """A Pyro transform (or its inverse) at ``value``, and the log determinant of that direction.
 
     Pyro's transforms keep their last input, output and scale: what they keep goes stale when the weights move, and can
-    be neither copied nor saved. So layers hold networks only, and make their transform anew for each call.
+    be neither copied nor saved. So layers hold networks only, and make a new transform for each call.
     """
     if not inverse:
         made = transform(value)

@@ -1,4 +1,4 @@
-"""The house: what is installed, what an import costs, and that nothing is seen twice."""
+"""The code layout: what is installed, what an import costs, and that nothing is seen twice."""
 
 import ast
 import json
