@@ -61,17 +61,27 @@ def cell(text: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| example | program | outcome | what was said | questions not answered |", "|---|---|---|---|---|"]
+    head = ("example", "program", "outcome", "what was said", "loss here", "loss in Pyro", "questions not answered")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         if not row["programs"]:
-            lines.append(f"| {row['command']} | | no program trained | {cell(row['ended'])} | |")
+            lines.append(f"| {row['command']} | | no program trained | {cell(row['ended'])} | | | |")
         for program in row["programs"]:
             said = next(iter(program["tried"].values()), "")
             open_ = [f"{name}: {text[:120]}" for name, text in program.get("questions", {}).items() if text]
             name = f"{program['model']} / {program['guide']} ({program['loss']})"
             what = cell(said[:200])
-            lines.append(f"| {row['command']} | {name} | {outcome(program)} | {what} | {cell('; '.join(open_))} |")
+            both = [row["command"], name, outcome(program), what, *losses(program), cell("; ".join(open_))]
+            lines.append(f"| {' | '.join(both)} |")
     return lines
+
+
+def losses(program: dict[str, Any]) -> list[str]:
+    """Loss and spread of one evaluation, after the same steps from the same start."""
+    found = program.get("losses")
+    if not found:
+        return ["", cell(program.get("losses_failed", "")[:120])]
+    return [f"{found[name]:.6g} ({found[f'{name}_sd']:.2g})" for name in ("here", "pyro")]
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:

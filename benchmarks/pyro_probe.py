@@ -31,6 +31,8 @@ from pyro_stand_ins import install
 
 TOP = Path(__file__).resolve().parent.parent
 STEPS = 3
+LONGER = 10  # steps from equal starts, here and in Pyro
+LOSSES = 20  # evaluations of each loss afterwards
 SECONDS = 40  # for one question
 PROGRAMS = 6  # of one script
 
@@ -142,9 +144,34 @@ def probe(model: Any, guide: Any, loss: Any, args: tuple[Any, ...], kwargs: dict
             found |= {"needed": what, "notes": {k: str(v)[:200] for k, v in fit.notes.items()}}
             break
         found["tried"].setdefault(f"{what} {settings.get('data_plate', '')}".strip(), said)
+    if fit is not None and loss is not None:
+        found["losses"], found["losses_failed"] = asked(lambda: beside_pyro(fit, loss, data, args, kwargs))
     if fit is not None:
         found["questions"] = {name: asked(question)[1] for name, question in questions(fit).items()}
     return found
+
+
+def beside_pyro(fit: Any, loss: Any, data: Any, args: Any, kwargs: Any) -> dict[str, float]:
+    """Losses (Pyro's own number, a mean of `LOSSES`) after `LONGER` steps of Adam from one start: here, and by Pyro."""
+    import copy
+
+    import ppl_gen as pg
+    from ppl_gen.inference import SVI
+
+    ours = pg.fit(fit.program, data, SVI(loss, steps=LONGER, lr=1e-2), start=fit, seed=1, progress=False)
+    found = {}
+    for name, start, steps in (("here", ours, 0), ("pyro", fit, LONGER)):
+        with start.bound(seed=1), torch.enable_grad():
+            optimiser = pyro.optim.Adam({"lr": 1e-2})
+            svi = pyro.infer.SVI(fit.program.model, start.guide, optimiser, loss=copy.deepcopy(loss))
+            for _ in range(steps):
+                STEP(svi, *args, **kwargs)
+            values = [float(svi.evaluate_loss(*args, **kwargs)) for _ in range(LOSSES)]
+        found |= {name: float(np.mean(values)), f"{name}_sd": float(np.std(values))}
+    return found
+
+
+STEP = pyro.infer.SVI.step
 
 
 def questions(fit: Any) -> dict[str, Callable[[], Any]]:

@@ -200,3 +200,14 @@ def test_models_without_arguments_take_an_empty_tuple() -> None:
 
     assert torch.equal(pg.fit(model, (), FAST, seed=0).posterior(draws=2)["loc"],
                        pg.fit(model, {}, FAST, seed=0).posterior(draws=2)["loc"])  # fmt: skip
+
+
+def test_numbers_inside_constants_count_as_data() -> None:
+    """What bounds the cost of evidence and verdicts looks at all numbers that a call of the model reads."""
+
+    def model(x, settings):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(settings["loc"].mean(), 1.0), obs=x)
+
+    data = as_dataset((X, {"loc": torch.zeros(7, 5), "names": ["a"], "more": [torch.zeros(3)]}), model)
+    assert data.elements == 12 + 35 + 3

@@ -106,7 +106,8 @@ class Dataset:
 
     @property
     def elements(self) -> int:
-        return sum(int(np.prod(value.shape)) for value in self.entries.values())
+        """Numbers of data in a call of the model, those in constants included."""
+        return sum(map(_elements, (*self.entries.values(), *self.constants.values())))
 
     def head(self, rows: int) -> Batch:
         """The first rows as if they were all: what a dry run looks at."""
@@ -268,6 +269,14 @@ def _rows_first(value: Any, dim: int) -> Any:
     if dim <= 0:
         return value
     return value.movedim(dim, 0).contiguous() if isinstance(value, Tensor) else np.moveaxis(value, dim, 0)
+
+
+def _elements(value: Any) -> int:
+    if isinstance(value, Tensor | np.ndarray):
+        return int(np.prod(value.shape))
+    if isinstance(value, Mapping):
+        return sum(map(_elements, value.values()))
+    return sum(map(_elements, value)) if isinstance(value, list | tuple) else 0
 
 
 def _equal(one: Any, two: Any) -> bool:
