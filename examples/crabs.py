@@ -1,7 +1,7 @@
 """Weldon's crabs: one kind or two? The predictive density of each algorithm and what held-out rows say.
 
 All predict alike, and not all describe the posterior: the picture names the grade of each beside its number. CAVI's
-guide is of independent factors and too narrow; SVI's knows correlations, but the posterior is askew. `ppl-gen demo`
+guide is of independent factors and too narrow; SVI's knows correlations, but the posterior is skewed. `ppl-gen demo`
 adds NUTS.
 """
 

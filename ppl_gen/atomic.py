@@ -118,7 +118,7 @@ def _check_place(path: Path, pointer: str, kind: str) -> None:
         raise ValueError(f"path: {files[0]} is a file{where}; choose another folder")
     if path.exists() and not (path / pointer).exists():
         if any(not is_contents(file.name.removeprefix(".")) for file in path.iterdir()):
-            raise ValueError(f"path: {path} exists and is no saved {kind}; choose a new folder")
+            raise ValueError(f"path: {path} exists and is not a saved {kind}; choose a new folder")
 
 
 def _claim(new: Path) -> None:

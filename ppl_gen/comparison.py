@@ -166,7 +166,7 @@ class Comparison:
         In one step: until it is done ``comparison.json`` speaks of what was there before, which is there.
 
         Raises:
-            ValueError: if ``path`` exists and is no saved comparison.
+            ValueError: if ``path`` exists and is not a saved comparison.
         """
         from ppl_gen.report.folder import save
 

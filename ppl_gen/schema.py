@@ -34,14 +34,14 @@ _LARGEST = 2**53
 
 def refuse(file: Path, what: str) -> NoReturn:
     """Raise the ValueError of a file whose contents are wrong."""
-    raise ValueError(f"path: {file} is no file of a saved fit as this version writes it: {what}; it is not loaded")
+    raise ValueError(f"path: {file} is not a file of a saved fit as this version writes it: {what}; it is not loaded")
 
 
 def read_json(file: Path, text: str) -> Any:
     """JSON without NaN and infinity, not nested without end."""
 
     def no_number(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no number of JSON")
+        raise ValueError(f"{name} is not a JSON number")
 
     try:
         return json.loads(text, parse_constant=no_number)
@@ -160,7 +160,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_meta(file: Path, meta: Any) -> dict[str, Any]:
-    """The fields of fit.json; raises ValueError naming the first that lacks or is not what it has to be."""
+    """The fields of fit.json; raises ValueError naming the first that is missing or not what it has to be."""
     if not isinstance(meta, dict):
         refuse(file, "expected fields by name")
     for name, (expected, good) in _FIELDS.items():
@@ -194,7 +194,7 @@ def check_tensors(file: Path, meta: Mapping[str, Any], tensors: Mapping[str, Ten
         for name, value in parts[prefix].items():
             event = tuple(meta["sites"].get(name, [None, None, ()])[2])
             if prefix == "draws" and meta["sites"].get(name, ["observed"])[0] == "observed":
-                refuse(file, f"'{prefix}/{name}' is no latent site of the program")
+                refuse(file, f"'{prefix}/{name}' is not a latent site of the program")
             if tuple(value.shape[value.dim() - len(event) :]) != event:
                 refuse(file, f"'{prefix}/{name}' has shape {tuple(value.shape)}, the site events of shape {event}")
     there = {*parts["data"], *parts["constant"], *meta["constants"]}
@@ -233,7 +233,7 @@ def check_tree(file: Path, meta: Mapping[str, Any], read: Callable[[Path], Any])
     known = {name.replace("/", ".") for name in meta["sites"]}
     for name, value in () if posterior is None else posterior.data_vars.items():
         if name not in known:
-            refuse(file, f"its posterior holds {name!r}, which is no site of the program")
+            refuse(file, f"its posterior holds {name!r}, which is not a site of the program")
         if value.dims[:2] != ("chain", "draw") or value.dtype.kind not in "fiub":
             refuse(file, f"its posterior holds {name!r} over {value.dims}, of dtype {value.dtype}")
     if meta["kind"] == "chains" and posterior is None:

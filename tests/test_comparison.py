@@ -434,5 +434,5 @@ def test_save_writes_table_values_and_fits(result, tmp_path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kept"], "nothing half-made is left behind"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="exists and is no saved comparison"):
+    with pytest.raises(ValueError, match="exists and is not a saved comparison"):
         small.save(tmp_path / "other")

@@ -205,7 +205,7 @@ def a_mode(seed: int) -> tuple[pg.Fit, float]:
     def guide(x: torch.Tensor) -> None:
         pyro.sample(
             "t", dist.Normal(pyro.param("mean", mean.float()), 1.2 * sd.float())
-        )  # wider, as the posterior is askew
+        )  # wider, as the posterior is skewed
 
     return pg.fit(pg.Program(one_of_two, guide), x, STILL, seed=seed), exact
 

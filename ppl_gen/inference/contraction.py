@@ -184,7 +184,7 @@ def _common_scale(component: Sequence[Factor]) -> float | Tensor:
         scale = factor.scale
         if isinstance(scale, Tensor) and not factor.plates.issuperset(dims_of(scale)):
             raise ValueError(
-                f"site '{factor.site}': its poutine.scale varies along dims that are no plates of the site."
+                f"site '{factor.site}': its poutine.scale varies along dims that are not plates of the site."
             )
         same = scale is first or (
             torch.equal(torch.as_tensor(scale), torch.as_tensor(first))

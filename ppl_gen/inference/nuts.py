@@ -227,7 +227,7 @@ def _refuse_hidden_draws(run: Run, density: Unconstrained, u: Tensor) -> None:
     if not math.isclose(first, second, rel_tol=1e-6):
         raise IncompatibleError(
             f"the log density of {run.program.name!r} differs between two evaluations at one point ({-first:.6g} and "
-            f"{-second:.6g}): the program draws random numbers that are no sample sites, which NUTS cannot see"
+            f"{-second:.6g}): the program draws random numbers that are not sample sites, which NUTS cannot see"
         )
 
 

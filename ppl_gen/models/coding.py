@@ -47,7 +47,9 @@ def codes(fit: Fit, data: Any = None, *, site: str = "z", draws: int = 1, seed: 
     require_fit(fit)
     known = [found.name for found in fit.info.select(local=True)]
     if not isinstance(site, str) or site not in known:
-        raise ValueError(f"site: {site!r} is no local latent site of {fit.program.name!r}; there is {known or 'none'}")
+        raise ValueError(
+            f"site: {site!r} is not a local latent site of {fit.program.name!r}; there is {known or 'none'}"
+        )
     return _averaged(fit, data, lambda batch, values: values[site], draws, seed)
 
 
