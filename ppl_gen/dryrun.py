@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -11,13 +11,14 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import ExpandedDistribution
+from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.guidechecks import check_auxiliary, check_match
+from ppl_gen.possible import checked_trace
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.program import Program, filtered
 from ppl_gen.sitechecks import (
-    check_densities,
     check_plate,
     check_reparameterised,
     data_plate,
@@ -73,6 +74,7 @@ class ProgramInfo:
     rows: int | None
     offers: frozenset[str]
     unenumerable: str = ""  # why the finite latents cannot be summed out
+    inside: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # where the data are possible
 
     def select(self, *, kind: str = "latent", local: bool | None = None, discrete: bool | None = None) -> list[Site]:
         """Sites of one kind, optionally only those inside (outside) the data plate or (not) discrete."""
@@ -176,7 +178,8 @@ def dry_run(
     Raises:
         ValueError: for the usual plate and shape mistakes, naming the site and the edit that fixes it.
     """
-    trace = _traced(program.model, batch, program)
+    with explained(program, batch, "model"), torch.no_grad():
+        trace, inside = checked_trace(program.model, batch, program.start)
     if _sites_subsampled(trace):
         with whole_plates():
             return dry_run(program, batch, guide=guide, fewer=fewer, predicted=predicted)
@@ -212,6 +215,7 @@ def dry_run(
         nesting,
         batch.rows,
         offers,
+        inside=inside,
     )
 
 
@@ -298,9 +302,7 @@ def _has_support(fn: Any) -> bool:
 
 def _traced(function: Callable[..., Any], batch: Batch, program: Program, what: str = "model") -> poutine.Trace:
     with explained(program, batch, what), torch.no_grad():
-        trace = poutine.trace(function).get_trace(*batch.args, **batch.kwargs)
-        check_densities(trace)
-        return trace
+        return checked_trace(function, batch)[0]
 
 
 def _derived_offers(program: Program, sites: dict[str, Site], plate: bool, free: bool) -> frozenset[str]:

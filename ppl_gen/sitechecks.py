@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ppl_gen.dryrun import ProgramInfo, Site
 
 __all__ = [
+    "OutsideSupportError",
     "check_densities",
     "check_observed",
     "check_plate",
@@ -29,6 +30,10 @@ __all__ = [
     "sample_nodes",
     "vectorised",
 ]
+
+
+class OutsideSupportError(ValueError):
+    """An observed value is impossible at the values of the latent sites that were drawn."""
 
 
 def sample_nodes(trace: poutine.Trace) -> list[tuple[str, dict[str, Any]]]:
@@ -98,7 +103,7 @@ def _check_support(node: dict[str, Any]) -> None:
         return
     except ValueError as error:
         text = str(error).splitlines()[0].removesuffix(", but found invalid values:")
-        raise ValueError(f"at site {node['name']!r}: {text}; observed values lie outside") from error
+        raise OutsideSupportError(f"at site {node['name']!r}: {text}; observed values lie outside") from error
     except (KeyError, NotImplementedError, RuntimeError) as error:
         _refuse_one_way(node, error)
         dtype = node["value"].dtype

@@ -82,7 +82,7 @@ class Run:
         if self.start is not None and self.start.point is not None:
             return {name: value.clone() for name, value in self.start.point.items()}
         if self.program.start is None:
-            return {}
+            return {name: value.clone() for name, value in self.info.inside.items()}
         return {name: torch.as_tensor(value, dtype=self.dtype) for name, value in self.program.start().items()}
 
 

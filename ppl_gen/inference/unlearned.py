@@ -20,6 +20,7 @@ from torch.distributions import biject_to
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.inference.objectives.particles import Substitute
+from ppl_gen.isolation import quiet
 
 if TYPE_CHECKING:
     from ppl_gen.dryrun import ProgramInfo
@@ -226,7 +227,8 @@ def _alike(one: list[Tensor], two: list[Tensor]) -> bool:
 
 
 def _density(node: Any, value: Any) -> Tensor:
-    found: Tensor = node["fn"].log_prob(value)
+    with quiet():  # values that are impossible where the prior happened to be drawn
+        found: Tensor = node["fn"].log_prob(value)
     mask = node["mask"]
     return found if mask is None else torch.where(torch.as_tensor(mask), found, torch.zeros_like(found))
 

@@ -13,6 +13,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.base import Run
 from ppl_gen.inference.objectives.base import Game, Player
+from ppl_gen.inference.impossible import impossible
 from ppl_gen.isolation import ProgramState, quiet
 
 if TYPE_CHECKING:
@@ -132,7 +133,9 @@ class State:
             self.bad = True
             for module, name, kept in buffers:
                 module._buffers[name] = kept
-            raise FloatingPointError(self._complaint(player, value, norm))
+            where = "" if bool(value.isfinite()) else impossible(self.run.program.model, self.guide, batch)
+            said = f"the loss is not finite at step {self.count}: {where}" if where else ""
+            raise FloatingPointError(said or self._complaint(player, value, norm))
         if self.svi.clip_norm is not None:
             # Not in place: autograd may hand out one tensor as the gradient of two parameters.
             grads = list(torch._foreach_mul(grads, (self.svi.clip_norm / (norm + 1e-6)).clamp(max=1.0)))
@@ -156,6 +159,9 @@ class State:
             if "invalid values" in str(error) and ("nan" in str(error) or "inf" in str(error)):
                 self.bad = True
                 raise FloatingPointError(f"the first step is not finite: {error}") from error
+            if where := impossible(self.run.program.model, self.guide, batch):
+                self.bad = True
+                raise FloatingPointError(f"the loss is not finite at step 0: {where}") from error
             raise
 
     def _complaint(self, player: Player, value: Tensor, norm: Tensor) -> str:
