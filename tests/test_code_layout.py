@@ -73,6 +73,16 @@ def test_archives_hold_every_file_once(tmp_path: Path) -> None:
     names = [member.name.split("/", 1)[1] for member in tarfile.open(source).getmembers()]
     assert expected <= set(names) and {"LICENSE", "README.md", "pyproject.toml"} <= set(names)
     assert not [name for name in names if name.split("/")[0] in ("models", "inference")]
+    tracked = _tracked("ppl_gen", "tests", "examples", "docs", "benchmarks")
+    assert {"docs/index.md", "docs/images/vae.png", "benchmarks/README.md"} | tracked <= set(names)
+    built = ("docs/_build/", "docs/api/", "docs/gallery/", "docs/results/")
+    assert not [name for name in names if name.startswith(built)], "what `make docs` writes is not part of the source"
+
+
+def _tracked(*folders: str) -> set[str]:
+    """The files that git knows of; none in an unpacked archive."""
+    listed = subprocess.run(["git", "ls-files", *folders], capture_output=True, text=True, cwd=TOP)
+    return set(listed.stdout.splitlines())
 
 
 def test_nothing_imports_a_top_level_models_or_inference() -> None:
@@ -138,6 +148,24 @@ def test_import_loads_nothing_that_is_needed_later() -> None:
     code = "import json, sys; import pyro; before = set(sys.modules); import ppl_gen; "
     code += f"print(json.dumps([name for name in {later} if name in sys.modules and name not in before]))"
     assert json.loads(_run(code)) == []
+
+
+def test_a_table_is_fitted_where_torchvision_cannot_be_imported() -> None:
+    code = """
+import sys
+sys.modules["torchvision"] = None  # an import of it raises ImportError
+import pandas, torch
+import ppl_gen as pg
+from ppl_gen.inference import EM, SVI
+from ppl_gen.models import ppca, vae
+rows = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).double()
+fits = [pg.fit(ppca(latent=1), {"x": pandas.DataFrame(rows.numpy())}, EM(), seed=0)]
+fits.append(pg.fit(vae(latent=1, hidden=(4,)), rows, SVI(steps=3), seed=0, progress=False))
+for fit in fits:
+    fit.evidence(), fit.sample(3), fit.diagnose(), fit.to_arviz()
+print("fitted", len(fits))
+"""
+    assert "fitted 2" in _run(code)
 
 
 def test_import_costs_little_beyond_pyro() -> None:
