@@ -20,7 +20,8 @@ if quick:
 recipe = char_rnn(len(ALPHABET), cell="gru", hidden=32 if quick else 192)
 algorithm = SVI(steps=20 if quick else 600, batch_size=32, lr=5e-3, clip_norm=1.0)
 fit = pg.fit(recipe, train, algorithm, seed=0, validation=test, validate_every=5 if quick else 50)
-print(fit, f"\n{bits_per_character(fit, test):.3f} bits per character of the held-out part")
+bits = bits_per_character(fit, test)
+print(fit, f"\n{bits:.3f} bits per character of the held-out part")
 
 prompt = "The Queen"
 network = fit.module("network")
@@ -44,3 +45,4 @@ right.axis("off")
 shown = [f"temperature {heat}\n{textwrap.fill(' '.join(text.split()), 70)}" for heat, text in texts.items()]
 right.text(0, 1, "\n\n".join(shown), family="monospace", fontsize=8.5, va="top", parse_math=False)
 figure.savefig("alice.png", dpi=120)
+assert bits < math.log2(len(ALPHABET)) - (0 if quick else 2), "it has learned far more than the alphabet"

@@ -23,13 +23,15 @@ variants = {
 }
 fits = {name: pg.fit(autoencoder(code=10, **more), train, algorithm, seed=0) for name, more in variants.items()}
 variance = float((test - train.mean(0)).square().mean())
+kept, agreement = {}, {}
 for name, fit in fits.items():
     error = float((reconstructions(fit, test) - test).square().mean())
     groups = KMeans(10, n_init=5, random_state=0).fit_predict(codes(fit, test))
-    agreement = adjusted_rand_score(labels, groups)
+    agreement[name] = adjusted_rand_score(labels, groups)
     size = "3 of 10 numbers" if name == "3-sparse" else "10 numbers"
-    kept = f"64 pixels in {size}, {1 - error / variance:.0%} of the variance kept"
-    print(f"{name}: {kept}; clusters and labels agree by {agreement:.2f}")
+    kept[name] = 1 - error / variance
+    shown = f"64 pixels in {size}, {kept[name]:.0%} of the variance kept"
+    print(f"{name}: {shown}; clusters and labels agree by {agreement[name]:.2f}")
 
 fit = fits["convolutional"]
 strange = test[:200].flip(-1)  # digits in a mirror
@@ -55,3 +57,7 @@ for name, values in scores.items():
 panel.set(title="Anomaly scores", xlabel="-log p(x | code) in nats", yticks=[])
 panel.legend()
 figure.savefig("codes.png", dpi=120)
+if not quick:
+    assert kept["convolutional"] > 0.7 and kept["denoising"] > 0.7, "ten numbers keep most of the variance"
+    assert agreement["convolutional"] > 0.4, "clusters of codes are classes of digits"
+    assert scores["mirrored digits"].mean() > scores["digits"].mean(), "strange rows score higher"

@@ -33,7 +33,10 @@ known = (train * seen).sum(0) / seen.sum(0)  # the mean of each pixel, the plain
 error = {"mean": known.expand_as(train), "PPCA": filled}
 print(fit)
 for name, guess in error.items():
-    print(f"{name}: root mean square error of the hidden pixels {(guess - train)[~seen].square().mean().sqrt():.3f}")
+    error[name] = float((guess - train)[~seen].square().mean().sqrt())
+    print(f"{name}: root mean square error of the hidden pixels {error[name]:.3f}")
+for name, found in evidence.items():
+    print(name, {latent: round(e.mean, 2) for latent, e in zip(sizes, found, strict=True)})
 
 figure = Figure(figsize=(11, 5), layout="constrained")
 left, right = figure.subfigures(1, 2, width_ratios=(1, 1.2))
@@ -58,3 +61,7 @@ for row, (title, images) in zip(right.subplots(4, 8), shown.items(), strict=True
         axis.set(xticks=[], yticks=[])
     row[0].set_ylabel(title)
 figure.savefig("components.png", dpi=120)
+assert error["PPCA"] < 0.85 * error["mean"], "the components fill in hidden pixels better than the means do"
+for found in evidence.values():
+    best = max(found, key=lambda e: e.mean)
+    assert quick or found[0].mean < best.mean - 2 * best.stderr and best is not found[-1], "the best size lies inside"

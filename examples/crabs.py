@@ -45,3 +45,8 @@ right.locator_params(axis="x", nbins=3)
 right.set(xlabel="nats per held-out row", title="One yardstick, and the grade")
 figure.savefig("crabs.png", dpi=120)
 print(table[["algorithm", "status", "heldout", "difference", "difference_se", "verdict"]].to_string())
+assert fits["two kinds, EM"].evidence(crabs).mean > fits["one kind"].evidence(crabs).mean, "two kinds fit better"
+assert quick or table["difference"].abs().max() < 0.02, "all algorithms predict alike"
+assert quick or grades[list(table["algorithm"]).index("CAVI")] != "trust", (
+    "CAVI's factors are too narrow, which is seen"
+)

@@ -20,4 +20,8 @@ comparison = pg.compare(
 )
 print(comparison)
 comparison.plot().savefig("crabs_report.png", dpi=120)
-print("the page:", comparison.report("crabs_report.html"))
+page = comparison.report("crabs_report.html")
+print("the page:", page)
+table = comparison.table().set_index("algorithm")
+assert page.stat().st_size > 10_000 and table["difference"].notna().all(), "every algorithm is compared on the page"
+assert quick or table["verdict"]["NUTS"].startswith("trust"), "the chains can be trusted"

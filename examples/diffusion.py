@@ -28,3 +28,8 @@ for panel, (title, rows) in zip(figure.subplots(1, 4), stages.items(), strict=Tr
     panel.plot(*rows.T, ".", markersize=2)
     panel.set(title=title)
 figure.savefig("diffusion.png", dpi=120)
+nearby = {
+    stage: float((torch.cdist(rows, moons).min(-1).values < 0.1).float().mean()) for stage, rows in stages.items()
+}
+print("share of the rows near the data:", nearby)
+assert quick or nearby["samples"] > 0.9 > nearby["noise"], "the noise has become moons"

@@ -27,7 +27,9 @@ falling = SVI(
     steps=steps, batch_size=256, lr=2e-3, schedule=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps)
 )
 fit = pg.fit(real_nvp(), moons, falling, seed=0)
-print(fit, "\n", fit.evidence(two_moons(4000, seed=1)[0]))  # exact, on rows it has not seen
+test = two_moons(4000, seed=1)[0]
+evidence = fit.evidence(test)  # exact, on rows it has not seen
+print(fit, "\n", evidence)
 
 flow = fit.module("flow")
 with torch.no_grad():
@@ -55,3 +57,7 @@ for panel in panels[:3]:
 for panel in panels:
     panel.set_aspect("equal")
 figure.savefig("moons.png", dpi=120)
+normal = torch.distributions.MultivariateNormal(moons.mean(0), torch.cov(moons.T)).log_prob(test).mean()
+far = torch.cdist(fit.sample(4000)["x"], moons).min(-1).values > 0.1
+assert quick or evidence.mean > float(normal) + 0.7, "the density follows the moons, unlike a normal one"
+assert quick or float(far.float().mean()) < 0.05, "the samples lie on the moons"

@@ -40,3 +40,9 @@ for panel, name in zip(figure.subplots(1, 2), ("mu", "tau"), strict=True):
     panel.set(xlabel=name, ylabel="density")
     panel.legend(frameon=False)
 figure.savefig("own_program.png", dpi=120)
+if not quick:
+    draws = nuts.posterior()["mu"]
+    assert abs(float(draws.mean()) - 4.4) < 1.0, "the posterior mean of mu that is known of eight schools"
+    assert abs(float(svi.posterior(draws=1000)["mu"].mean() - draws.mean())) < float(draws.std()) / 2, (
+        "both agree on mu"
+    )

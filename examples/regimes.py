@@ -21,7 +21,8 @@ draws = fit.posterior(draws=3 if quick else 50)
 path = torch.stack([value[:, 0] for name, value in draws.items() if name.startswith("state_")], -1)
 share = path.double().mean(0)
 print(fit, {name: value for name, value in fit.point.items()})
-print("states recovered:", float(((share > 0.5).long() == regime).float().mean()))
+recovered = float(((share > 0.5).long() == regime).float().mean())
+print("states recovered:", recovered)
 
 figure = Figure(figsize=(10, 3.5), layout="constrained")
 panel = figure.subplots()
@@ -31,3 +32,4 @@ panel.plot(2 * share, color="tab:red", label="2 x posterior probability of state
 panel.set(xlabel="time")
 panel.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.15))
 figure.savefig("regimes.png", dpi=120)
+assert recovered > 0.9, "the path of the hidden states is recovered"

@@ -46,3 +46,7 @@ middle.set_title("seen", fontsize=10)
 plot_samples(fit, 100, given={"y": classes, "z": found.repeat_interleave(10, 0)}, axes=right)
 right.set_title("Analogies: the style of the digit at the left, in every class", fontsize=10, loc="left")
 figure.savefig("styles.png", dpi=120)
+written = fit.sample(100, given={"y": classes, "z": found.repeat_interleave(10, 0)}, seed=2)["x"]
+recognised = float((fit.module("classifier")(written).probs.argmax(-1) == classes).float().mean())
+print(f"{recognised:.0%} of the digits written in the styles seen are recognised as their class")
+assert quick or (error < 0.15 and recognised > 0.7), "classes are learned, and written in every style"

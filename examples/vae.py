@@ -28,8 +28,9 @@ def training(objective):
 algorithms = {"ELBO": training(ELBO()), "IWAE": training(IWAE(particles=5)), "beta 4": training(ELBO(beta=4.0))}
 comparison = pg.compare(vae(latent=10), train, algorithms, test=test)
 print(comparison)
-for label in algorithms:
-    print(f"{label}: {active_units(comparison[label], test)}")
+units = {label: active_units(comparison[label], test) for label in algorithms}
+for label, found in units.items():
+    print(f"{label}: {found}")
 plane = pg.fit(vae(latent=2), train, training(ELBO()), seed=0)
 
 figure = Figure(figsize=(14, 4.9), layout="constrained")
@@ -42,3 +43,7 @@ for axes, label in zip(middle.subplots(1, 2), ("ELBO", "beta 4"), strict=True):
     axes.set_title(f"{label}: one code, unit by unit", fontsize=9, loc="left")
 plot_manifold(plane, 15, axes=right.subplots())
 figure.savefig("vae.png", dpi=120)
+if not quick:
+    evidence = {label: comparison[label].evidence(test, particles=100) for label in algorithms}
+    assert int(units["beta 4"].active.sum()) < int(units["ELBO"].active.sum()), "beta-VAE keeps fewer units of its code"
+    assert evidence["beta 4"].mean < min(evidence["ELBO"].mean, evidence["IWAE"].mean), "and pays for it in evidence"
