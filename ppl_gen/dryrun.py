@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.guidechecks import check_auxiliary, check_match
-from ppl_gen.possible import checked_trace
 from ppl_gen.handlers.whole_plates import whole_plates
+from ppl_gen.possible import checked_trace
 from ppl_gen.program import Program, filtered
 from ppl_gen.sitechecks import (
     check_plate,

@@ -46,7 +46,7 @@ def _sentence(name: str, trace: poutine.Trace) -> str:
     ]
     at = f" (at {', '.join(single[:4])})" if single else ""
     return (
-        f"the observed values of {name!r} are impossible, log density -inf, at a draw of the guide{at}, and the bound is "
-        "-inf for every guide that reaches there. Write the bound into the prior (dist.Uniform(x.max(), 3.0), say), give "
-        "a guide that keeps to where the data are possible, or draw with NUTS"
+        f"the observed values of {name!r} are impossible, log density -inf, at a draw of the guide{at}, and the bound "
+        "is -inf for every guide that reaches there. Write the bound into the prior (dist.Uniform(x.max(), 3.0), say), "
+        "give a guide that keeps to where the data are possible, or draw with NUTS"
     )

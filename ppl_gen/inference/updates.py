@@ -12,8 +12,8 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.base import Run
-from ppl_gen.inference.objectives.base import Game, Player
 from ppl_gen.inference.impossible import impossible
+from ppl_gen.inference.objectives.base import Game, Player
 from ppl_gen.isolation import ProgramState, quiet
 
 if TYPE_CHECKING:
