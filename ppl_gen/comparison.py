@@ -25,8 +25,9 @@ from ppl_gen.errors import (
 from ppl_gen.inference.base import Algorithm
 from ppl_gen.interrupts import allowed, listening
 from ppl_gen.program import Program, Recipe, as_recipe
+from ppl_gen.report.processes import shared
 from ppl_gen.report.split import settled, split_rows
-from ppl_gen.report.trials import Line, Task, inspected, one_by_one, side_by_side
+from ppl_gen.report.trials import Line, Task, inspected, one_by_one
 from ppl_gen.result import Fit, Status
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ class Comparison:
         ``heldout`` less that of the best algorithm at the same seed, and ``difference_se`` the standard error of that
         difference, paired over rows: it decides whether two algorithms differ, ``heldout_se`` does not. ``shift_sd``
         and ``sd_ratio`` are the worst of `posteriors`: how far a mean is from the reference's, in its sds, and how wide
-        a posterior is beside it (a point has no ratio).
+        a posterior is beside it (a point has no ratio). ``message`` is one line of at most 60 characters; the whole
+        texts are in `messages` and in the report.
 
         Raises:
             ValueError: if ``reference`` is no label of a fit whose posterior has a width.
@@ -141,6 +143,23 @@ class Comparison:
         from ppl_gen.report.posteriors import frame_of_posteriors
 
         return frame_of_posteriors(self, reference)
+
+    @property
+    def messages(self) -> dict[tuple[str, int], str]:
+        """What every fit said as it ended, whole, by label and seed: why one failed or did not fit the program.
+
+        >>> import pyro, torch, ppl_gen as pg
+        >>> import pyro.distributions as dist
+        >>> from ppl_gen.inference import CAVI
+        >>> def model(x):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        >>> result = pg.compare(model, torch.linspace(-1.0, 1.0, 20), {"CAVI": CAVI()})
+        >>> len(result.table()["message"][0]) <= 60 < len(result.messages["CAVI", 0])
+        True
+        """
+        return {(line.label, line.seed): line.message for line in self.lines}
 
     def best(self) -> str | None:
         """The label with the highest mean over its seeds; None where nothing could be compared."""
@@ -205,7 +224,9 @@ def compare(
             values are then in-sample, which maximum likelihood wins by construction, and the table says so.
         test: held-out rows of the user's choice; ``data`` is then used whole.
         seeds: one fit per algorithm and seed.
-        n_jobs: processes (joblib; -1: one per core). The numbers do not depend on it.
+        n_jobs: processes at most (joblib; -1: one per core). The numbers do not depend on it. The first fit is made
+            here; where the others would take no longer than workers to start, as the first lets expect, they are too,
+            and ``facts["processes"]`` says so.
         particles, draws: importance samples of local latents and posterior draws of globals, as in `Fit.evidence`.
         threads: of each fit, whatever ``n_jobs``, since sums in another order differ in their last bits. `pg.fit`
             gives the same bits under ``torch.set_num_threads(threads)``.
@@ -244,13 +265,14 @@ def compare(
                 "out; give test=..., or holdout=0 for in-sample values"
             )
         task = replace(task, mark=mark)
-        done = one_by_one(task, jobs, progress) if n_jobs == 1 else side_by_side(task, jobs, n_jobs, progress)
+        done, note = (one_by_one(task, jobs, progress), "") if n_jobs == 1 else shared(task, jobs, n_jobs, progress)
     lines = [done[i] if i in done else _not_done(label, seed) for i, (label, _, seed) in enumerate(jobs)]
     from ppl_gen.report.facts import facts_of
 
     settings = {"holdout": holdout, "seeds": seeds, "n_jobs": n_jobs, "particles": particles, "draws": draws}
     settings |= {"threads": threads, "device": device, "dtype": dtype}
     facts = facts_of(task, info, algorithms, settings, given_test=test is not None)
+    facts["processes"] += note
     return Comparison(tuple(lines), recipe.name, held is None, facts, task.test)
 
 

@@ -41,10 +41,11 @@ from ppl_gen.inference.unlearned import joint, predictions
 from ppl_gen.interrupts import allowed, check, hold, listening, taken
 from ppl_gen.isolation import Workspace, isolated, looking
 from ppl_gen.mixed import MixedDtypesError
-from ppl_gen.monitoring import ProgressBar, Validation
+from ppl_gen.monitoring import Validation
 from ppl_gen.naming import check_names
 from ppl_gen.offers import require
 from ppl_gen.program import Program, Recipe, as_recipe
+from ppl_gen.progress import ProgressBar
 from ppl_gen.result import Fit, Status
 from ppl_gen.sitechecks import check_observed
 

@@ -1,9 +1,7 @@
-"""What is watched during a run: a progress bar, and the evidence of held-out rows."""
+"""What is watched during a run: the evidence of held-out rows."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
 from ppl_gen.data.batching import Dataset, as_dataset
@@ -13,7 +11,7 @@ from ppl_gen.newrows import check_columns
 from ppl_gen.program import Program
 from ppl_gen.result import Fit
 
-__all__ = ["ProgressBar", "Validation"]
+__all__ = ["Validation"]
 
 
 class Validation:
@@ -34,27 +32,3 @@ class Validation:
         estimate = fit.evidence(self.data, particles=16, draws=16)
         checks.setdefault("step", []).append(step)
         checks.setdefault("validation_evidence", []).append(estimate.mean)
-
-
-class ProgressBar:
-    """A rich progress bar where somebody is looking: in terminals and notebooks, unless told."""
-
-    def __init__(self, wanted: bool | None, label: str) -> None:
-        self.wanted = wanted if wanted is not None else sys.stderr.isatty() or "ipykernel" in sys.modules
-        self.label = label
-
-    def __enter__(self) -> Callable[[int, int, str], None] | None:
-        if not self.wanted:
-            return None
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
-        self.bar.start()
-        task = self.bar.add_task(self.label, total=None, text="")
-        return lambda done, total, text: self.bar.update(task, completed=done, total=total, text=text)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.wanted:
-            self.bar.stop()

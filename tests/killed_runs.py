@@ -19,6 +19,9 @@ from ppl_gen.inference import EM, NUTS, SVI
 from ppl_gen.inference.base import Iterative, Outcome
 from ppl_gen.models import gaussian_mixture
 from ppl_gen.posterior import PointPosterior
+from ppl_gen.report import processes
+
+processes.START = 0.0  # always in processes of their own
 
 def model(x):
     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))

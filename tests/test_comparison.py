@@ -21,9 +21,11 @@ from ppl_gen.data import Rows
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.diagnostics.evidence import Evidence
 from ppl_gen.inference import SVI
+from ppl_gen.report import processes
 from ppl_gen.report.facts import written
 from ppl_gen.report.split import SPLIT_SEED, settled, split_rows
 from ppl_gen.report.table import answer, paired, rounded, standings, trust
+from ppl_gen.report.trials import one_by_one
 
 GOOD, SHORT = SVI(steps=400, lr=0.05), SVI(steps=2)
 
@@ -141,7 +143,8 @@ def test_failures_are_rows_with_their_message(result) -> None:
     table = result.table().set_index(["algorithm", "seed"])
     assert table.loc[("broken", 3), "status"] == "failed"
     assert table.loc[("broken", 3), "message"] == "RuntimeError: it gives up"
-    assert table.loc[("wild", 3), "status"] == "diverged" and "not finite" in table.loc[("wild", 3), "message"]
+    assert table.loc[("wild", 3), "status"] == "diverged" and "not finite" in result.messages["wild", 3]
+    assert table["message"].str.len().max() <= 60 and not table["message"].str.contains("\n").any()
     assert math.isnan(table.loc[("wild", 3), "heldout"])
     assert result["wild", 3].status == "diverged", "the last finite state is kept"
     with pytest.raises(RuntimeError, match="'broken' left no fit with seed 3 .*it gives up"):
@@ -155,7 +158,7 @@ def test_an_algorithm_that_does_not_fit_is_a_row() -> None:
 
     comparison = pg.compare(normal_mean, rows(), {"needy": Needy(), "good": GOOD})
     row = comparison.table().iloc[0]
-    assert row["status"] == "incompatible" and "exact evidence" in row["message"]
+    assert row["status"] == "incompatible" and "exact evidence" in comparison.messages["needy", 0]
     assert comparison.best() == "good"
 
 
@@ -174,7 +177,7 @@ def test_a_program_without_density_has_no_value_but_a_row() -> None:
     x = rows().float()[:, None]
     comparison = pg.compare(implicit, x, {"gan": SVI(Adversarial(critic=critic), steps=3)})
     row = comparison.table().iloc[0]
-    assert row["status"] == "finished" and math.isnan(row["heldout"]) and "density" in row["message"]
+    assert row["status"] == "finished" and math.isnan(row["heldout"]) and "density" in comparison.messages["gan", 0]
     assert comparison["gan"].data.rows == 40
 
 
@@ -197,7 +200,8 @@ def test_ctrl_c_keeps_what_is_done_and_ends_the_rest() -> None:
 
 
 @pytest.mark.timeout(600)  # two interpreters start
-def test_two_processes_give_the_same_bits() -> None:
+def test_two_processes_give_the_same_bits(monkeypatch) -> None:
+    monkeypatch.setattr(processes, "START", 0.0)
     net = nn.Linear(1, 1)
 
     def model(t, y=None):  # networks of the caller's own travel with their weights
@@ -247,12 +251,46 @@ def test_a_process_with_other_weights_is_found_out(tmp_path, monkeypatch) -> Non
         "        pyro.sample('x', dist.Normal(net(torch.ones(1)), 1.0), obs=x)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(processes, "START", 0.0)
     model = importlib.import_module("nets_of_mine").model
     try:
-        message = pg.compare(model, rows(), {"a": SHORT, "b": SHORT}, n_jobs=2).table()["message"]
+        said = pg.compare(model, rows(), {"a": SHORT, "b": SHORT}, n_jobs=2).messages.values()
     finally:
         sys.modules.pop("nets_of_mine")
-    assert message.str.contains("draws other values in another process").all(), message.tolist()
+    assert all("draws other values in another process" in text for text in said), said
+
+
+def test_small_fits_are_made_here_and_it_is_noted(monkeypatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("workers were started")
+
+    monkeypatch.setattr(processes, "side_by_side", never)
+    algorithms = {"a": SHORT, "b": SVI(steps=30, lr=0.05), "broken": Broken()}
+    one, two = (pg.compare(normal_mean, rows(), algorithms, n_jobs=n) for n in (1, 2))
+    pandas.testing.assert_frame_equal(
+        one.table().drop(columns="seconds"), two.table().drop(columns="seconds"), rtol=0, atol=0
+    )
+    assert "one made them all: the first took" in two.facts["processes"] and "made" not in one.facts["processes"]
+
+
+@pytest.mark.parametrize("start", [1e-9, 0.5])
+def test_fits_that_take_longer_than_workers_to_start_go_to_workers(monkeypatch, start) -> None:
+    """At 1e-9 s the first is given up at its first step; at half a second it is kept, and the others are sent."""
+    sent = []
+
+    def seen(task, jobs, n_jobs, progress, parcels, known):
+        sent.extend(i for i in range(len(jobs)) if i not in known)
+        return one_by_one(task, jobs, False, known)
+
+    monkeypatch.setattr(processes, "side_by_side", seen)
+    monkeypatch.setattr(processes, "START", start)
+    if start == 0.5:
+        monkeypatch.setattr(processes, "worthwhile", lambda seconds, rest, n_jobs: (rest, n_jobs) == (2, 2))
+    algorithms = {"a": SHORT, "b": SHORT, "c": SHORT}
+    two = pg.compare(normal_mean, rows(), algorithms, n_jobs=2)
+    assert sent == ([0, 1, 2] if start < 0.5 else [1, 2])
+    for name, value in pg.compare(normal_mean, rows(), algorithms)["a"].params.items():
+        assert torch.equal(value, two["a"].params[name])
 
 
 def test_a_comparison_leaves_everything_as_it_was() -> None:

@@ -21,12 +21,14 @@ from ppl_gen.inference.unconstrained import NEAR, Unconstrained, starting_point
 from ppl_gen.isolation import isolated
 from ppl_gen.offers import Need
 from ppl_gen.posterior import ChainPosterior
+from ppl_gen.progress import Part
 
 __all__ = ["NUTS"]
 
 _TREE_SECONDS = 3e-4  # Pyro's own work per gradient (measured), and about so many gradients an iteration
 _TREE_STEPS = 10
 _DEEPEST = 20  # a million gradients for one draw
+_BARS = 16  # chains beyond that are shown together
 _DISPERSED = 1.0  # in unconstrained units: logs of scales, logits of shares
 
 
@@ -122,7 +124,8 @@ class NUTS(Algorithm):
         processes = self.processes or workers(self.chains, estimate, run.data.device)
         modules = () if isinstance(potential, Recording) else tuple(run.workspace.modules.items())
         chains = [self._chain(run, potential, start, seed, modules) for start, seed in zip(starts, seeds, strict=True)]
-        tables, interrupted, here = run_chains(chains, processes, _Report(run, self.chains * chains[0].iterations))
+        report = _Report(run, self.chains, chains[0].iterations, self.warmup)
+        tables, interrupted, here = run_chains(chains, processes, report)
         if here is not None:
             run.notes["processes"] = f"the chains ran one after another: {here}"
         kept, length = _rectangle(tables, self.draws)
@@ -289,8 +292,9 @@ def _relabelled(run: Run, draws: dict[str, Tensor]) -> dict[str, Tensor]:
 class _Report:
     """Progress and callbacks from the tables of the chains."""
 
-    def __init__(self, run: Run, total: int) -> None:
-        self.run, self.total = run, total
+    def __init__(self, run: Run, chains: int, iterations: int, warmup: int) -> None:
+        self.run, self.total = run, chains * iterations
+        self.iterations, self.warmup = iterations, warmup
         self.shown = 0.0
 
     def __call__(self, tables: Sequence[Table]) -> None:
@@ -305,3 +309,10 @@ class _Report:
         if self.run.progress is not None and (now - self.shown > 0.1 or done == self.total):
             self.shown = now
             self.run.progress(done, self.total, _counted(divergences, "divergence"))
+            if 1 < len(tables) <= _BARS and (parts := getattr(self.run.progress, "parts", None)):
+                parts([self._part(i, table) for i, table in enumerate(tables, 1)])
+
+    def _part(self, number: int, table: Table) -> Part:
+        if table.done < self.warmup:
+            return Part(f"chain {number} warm-up", table.done, self.warmup)
+        return Part(f"chain {number} sampling", table.done - self.warmup, self.iterations - self.warmup)

@@ -25,7 +25,7 @@ def save(comparison: Comparison, path: Path) -> Path:
     tables = {}
 
     def write(folder: Path) -> str:
-        table = frame(comparison)
+        table = frame(comparison).assign(message=[line.message for line in comparison.lines])
         tables.update({"table.csv": table.to_csv(index=False), "rows.csv": _rows(comparison)})
         for name, text in tables.items():
             (folder / name).write_text(text, encoding="utf-8")

@@ -23,6 +23,7 @@ __all__ = [
     "answer",
     "as_text",
     "best_label",
+    "brief",
     "frame",
     "grade",
     "grades_of",
@@ -35,6 +36,9 @@ __all__ = [
 
 #: Differences of fewer than so many standard errors are no differences.
 NOTABLE = 2.0
+
+_BRIEF = 60  # characters of a message in a table
+_LONG = 400  # and under it
 
 _GRADES = ("trusted", "doubtful", "not trusted", "not diagnosed", "no fit")
 _TRUST = {"trust": "trusted", "doubtful": "doubtful", "do not trust": "not trusted"}
@@ -70,10 +74,23 @@ def frame(comparison: Comparison, reference: str | None = None) -> pandas.DataFr
                 "seconds": line.seconds,
                 "steps": cost.get("steps", math.nan),
                 "gradient_evaluations": cost.get("gradient_evaluations", math.nan),
-                "message": line.message,
+                "message": brief(line.message),
             }
         )
     return pandas.DataFrame(rows)
+
+
+def brief(text: str, width: int = _BRIEF) -> str:
+    """The text on one line of at most ``width`` characters, cut between words; the dots say that there is more.
+
+    >>> brief("it gives\nup"), brief("expected a number of rows", 14)
+    ('it gives up', 'expected a ...')
+    """
+    flat = " ".join(text.split())
+    if len(flat) <= width:
+        return flat
+    cut = flat[: width - 3]
+    return f"{cut.rpartition(' ')[0] or cut} ..."[:width] if " " in cut else f"{cut}..."
 
 
 def _numbers(evidence: Evidence | None) -> tuple[float, float, float]:
@@ -272,7 +289,7 @@ def as_text(comparison: Comparison, width: int = 100) -> str:
             }
         )
         who = f"{line.label}, seed {line.seed}" if several else line.label
-        text = line.verdict if line.fit is not None and line.verdict else line.message
+        text = line.verdict if line.fit is not None and line.verdict else brief(line.message, _LONG)
         said.append(textwrap.fill(f"{who}: {text}", width, subsequent_indent="    ", break_on_hyphens=False))
     columns = [name for name in rows[0] if name != "seed" or several] if rows else []
     columns = [name for name in columns if name == "algorithm" or any(row[name] != "-" for row in rows)]

@@ -1,19 +1,15 @@
-"""What a comparison runs: one line per fit, in this process or in several."""
+"""What a comparison runs: one line per fit."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import math
-import os
-import pickle
-import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +20,12 @@ from ppl_gen.driver import fit as learn
 from ppl_gen.errors import FitWarning, IncompatibleError, NonFiniteError
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.inference.base import Algorithm
-from ppl_gen.interrupts import allowed, taken, telling
+from ppl_gen.interrupts import allowed, taken
 from ppl_gen.isolation import isolated
 from ppl_gen.newrows import check_columns
 from ppl_gen.program import Program, Recipe, filtered
+from ppl_gen.progress import called
 from ppl_gen.result import Fit, Status
-from ppl_gen.workers import heeding, initializer, scratch, spawning, unworried
 
 if TYPE_CHECKING:
     import pandas
@@ -37,9 +33,10 @@ if TYPE_CHECKING:
     from ppl_gen.diagnostics.evidence import Evidence
     from ppl_gen.dryrun import ProgramInfo
 
-__all__ = ["Line", "Task", "counted", "inspected", "one_by_one", "side_by_side"]
+__all__ = ["Callback", "Job", "Line", "Task", "counted", "inspected", "line_of", "one_by_one"]
 
 Job = tuple[str, Algorithm, int]
+Callback = Callable[[int, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -137,140 +134,25 @@ def _is_plain_guide(guide: Any) -> bool:
     return guide is not None and not isinstance(guide, type | AutoGuide)
 
 
-def one_by_one(task: Task, jobs: Sequence[Job], progress: bool | None) -> dict[int, Line]:
-    """The lines by the place of their job, made in this process; an interrupted one is the last."""
-    done: dict[int, Line] = {}
+def one_by_one(
+    task: Task, jobs: Sequence[Job], progress: bool | None, known: Mapping[int, Line] | None = None
+) -> dict[int, Line]:
+    """The lines by the place of their job, all but the ``known`` made here; an interrupted one is the last."""
+    done: dict[int, Line] = dict(known or {})
     with contextlib.suppress(KeyboardInterrupt):
         for i, (label, algorithm, seed) in enumerate(jobs):
-            done[i] = _line(task, label, algorithm, seed, progress)
+            if i in done:
+                continue
+            with called(f"{label}, seed {seed} ({i + 1} of {len(jobs)})"):
+                done[i] = line_of(task, label, algorithm, seed, progress)
             if taken() or done[i].status == Status.INTERRUPTED:
                 break
     return done
 
 
-def side_by_side(task: Task, jobs: Sequence[Job], n_jobs: int, progress: bool | None) -> dict[int, Line]:
-    """The lines by the place of their job, made in ``n_jobs`` processes; all numbers are those of `one_by_one`.
-
-    Raises:
-        TypeError: if program, data or an algorithm cannot be sent to another process.
-        ValueError: if joblib was told to run threads.
-    """
-    from joblib import delayed
-    from joblib.parallel import get_active_backend
-
-    if getattr(get_active_backend()[0], "uses_threads", False):
-        raise ValueError(
-            "n_jobs: joblib is set to run threads, but fits of one process share Pyro's parameter store; "
-            'use joblib.parallel_config(backend="loky"), or n_jobs=1'
-        )
-    sent = _pickled(replace(task, device=None if task.device is None else str(task.device)), "the program or the data")
-    n_jobs = max(2, min(n_jobs, len(jobs))) if n_jobs > 0 else n_jobs  # more would only be idle
-    packed = [(label, _pickled(algorithm, label), seed) for label, algorithm, seed in jobs]
-    done: dict[int, Line] = {}
-    with _bar(progress, len(jobs)) as advance, _pool(n_jobs) as (pool, flag), unworried():
-        calls = [delayed(_remote)(sys.path, flag, os.getpid(), sent, i, *job) for i, job in enumerate(packed)]
-        try:
-            with spawning():
-                results = pool(calls)
-            for i, content in results:
-                if content is not None:
-                    done[i] = _received(task, pickle.loads(content))
-                    advance(done[i].label)
-        except KeyboardInterrupt:
-            return done
-        except Exception as error:  # a process that died takes the lines it had not finished with it
-            text = f"its process ended: {type(error).__name__}: {error}"
-            for i, (label, _, seed) in enumerate(jobs):
-                done.setdefault(i, Line(label, seed, str(Status.FAILED), text))
-        taken()  # the workers were told
-    return done
-
-
-@contextlib.contextmanager
-def _pool(n_jobs: int) -> Iterator[tuple[Any, Path | None]]:
-    """joblib's pool; and for its own workers the file that tells them of Ctrl-C, so that they send what they have."""
-    from joblib import Parallel
-    from joblib.parallel import get_active_backend
-
-    # Bytes go and come, so that joblib neither maps arrays into read-only memory nor fails on a result.
-    settings: dict[str, Any] = {"n_jobs": n_jobs, "return_as": "generator_unordered", "batch_size": 1}
-    if type(get_active_backend()[0]).__name__ != "LokyBackend":
-        with allowed():
-            yield Parallel(**settings), None
-        return
-    with scratch() as folder:
-        flag = folder / "interrupted"
-        with telling(flag.touch):
-            yield Parallel(**settings, **initializer()), flag
-
-
-def _pickled(value: Any, what: str) -> bytes:
-    from joblib.externals.loky.backend.reduction import dumps
-
-    try:
-        return bytes(dumps(value))
-    except Exception as error:
-        raise TypeError(f"n_jobs: {what} cannot be sent to another process ({error}); use n_jobs=1") from error
-
-
-def _remote(
-    path: list[str], flag: Path | None, owner: int, sent: bytes, index: int, label: str, algorithm: bytes, seed: int
-) -> tuple[int, bytes | None]:
-    """One fit in a process of its own; None where Ctrl-C came before it was begun."""
-    # The process may have been started before the caller's sys.path was complete.
-    sys.path.extend(entry for entry in path if entry not in sys.path)
-    if flag is None:
-        return index, _fitted(sent, label, algorithm, seed)
-    try:
-        with heeding(flag, owner):
-            return index, None if flag.exists() else _fitted(sent, label, algorithm, seed)
-    except KeyboardInterrupt:
-        return index, None
-
-
-def _fitted(sent: bytes, label: str, algorithm: bytes, seed: int) -> bytes:
-    task: Task = pickle.loads(sent)
-    if inspected(task)[1] != task.mark:
-        text = (
-            "the program draws other values in another process: a module that it imports makes random numbers, such as "
-            "the first weights of a network. Make them in a pg.Recipe, or use n_jobs=1"
-        )
-        return _pickled(Line(label, seed, str(Status.FAILED), text), label)
-    line = _line(task, label, pickle.loads(algorithm), seed, False)
-    if line.fit is not None:  # the rows are at home already
-        bare = replace(line.fit, data=replace(line.fit.data, entries={}, constants={}, original=None, on_batch=None))
-        bare.computed.update(line.fit.computed)  # what was judged once
-        line = replace(line, fit=bare)
-    try:
-        return _pickled(line, label)
-    except TypeError as error:
-        return _pickled(replace(line, fit=None, message=f"{line.message}; its fit is lost: {error}"), label)
-
-
-def _received(task: Task, line: Line) -> Line:
-    if line.fit is None:
-        return line
-    kept = line.fit.data
-    rows = as_dataset(task.train, line.fit.program.model, like=kept)
-    whole = replace(line.fit, data=rows)
-    whole.computed.update(line.fit.computed)
-    return replace(line, fit=whole)
-
-
-@contextlib.contextmanager
-def _bar(wanted: bool | None, total: int) -> Iterator[Any]:
-    if not (wanted if wanted is not None else sys.stderr.isatty() or "ipykernel" in sys.modules):
-        yield lambda label: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        row = bar.add_task("comparison", total=total)
-        yield lambda label: bar.update(row, advance=1, description=f"comparison, {label} done")
-
-
-def _line(task: Task, label: str, algorithm: Algorithm, seed: int, progress: bool | None) -> Line:
+def line_of(
+    task: Task, label: str, algorithm: Algorithm, seed: int, progress: bool | None, callbacks: Sequence[Callback] = ()
+) -> Line:
     """One fit and its yardsticks; whatever goes wrong is what the line says."""
     began = time.perf_counter()
     kept, text, trail = None, "", ""
@@ -286,6 +168,7 @@ def _line(task: Task, label: str, algorithm: Algorithm, seed: int, progress: boo
                     device=task.device,
                     dtype=task.dtype,
                     progress=progress,
+                    callbacks=callbacks,
                 )
                 return _judged(task, label, result)
         except IncompatibleError as error:
