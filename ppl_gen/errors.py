@@ -157,7 +157,7 @@ def require_device(value: Any) -> torch.device | None:
             torch.empty(1, device=place)
     except Exception as error:  # every backend has a way of its own to be absent
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"device: {text}, got {value!r}; expected one that is here, such as 'cpu'") from error
+        raise ValueError(f"device: {text}, got {value!r}; expected one of this machine, such as 'cpu'") from error
     if place.type == "meta":
         raise ValueError(f"device: expected one that holds numbers, such as 'cpu' or 'cuda', got {value!r}")
     return place

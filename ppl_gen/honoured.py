@@ -39,7 +39,7 @@ def refuse_idle_masks(program: Program, batch: Batch) -> None:
             idle = not responds(program.model, batch, turned)
         if idle:
             raise IncompatibleError(
-                f"data: {name!r} looks like a mask, and the program {program.name!r} takes it and makes nothing of it: "
+                f"data: {name!r} looks like a mask, and the program {program.name!r} accepts it but does not use it: "
                 "no density of the model changes with it, so that its answers would be those of whole rows. Apply it "
                 f"in the model, `with poutine.mask(mask={name}):` or `pyro.sample(..., obs=x, obs_mask={name})`, or "
                 "leave it out"

@@ -102,8 +102,8 @@ def _refuse_own_latents(fit: Fit, data: Dataset) -> None:
         raise IncompatibleError(
             f"data: {listed} of {fit.program.name!r} follow the number of rows, and the program has no data plate: "
             "what was learned of them belongs to the training rows, and other rows have values of their own. Put rows "
-            'that are independent into `with pyro.plate("data", len(x)):`; of rows that hang together (a series), only '
-            "those that were fitted can be asked about, without data=, and fit.sample(n) makes new ones"
+            'that are independent into `with pyro.plate("data", len(x)):`; of rows that depend on each other, as in a '
+            "series, only those that were fitted can be asked about, without data=, and fit.sample(n) makes new ones"
         )
 
 
@@ -123,8 +123,8 @@ def require_shared(fit: Fit, data: Dataset) -> None:
         raise IncompatibleError(
             f"data: {', '.join(names)} of {fit.program.name!r} {'is' if len(names) == 1 else 'are'} summed out, and "
             "the program has no data plate: whether new data share the values that the training data speak for, or "
-            'have values of their own, cannot be told. Put the rows into `with pyro.plate("data", len(x)):`; sites '
-            "outside of it are shared, sites inside are each row's own"
+            'have values of their own, cannot be determined. Put the rows into `with pyro.plate("data", len(x)):`; '
+            "sites outside of it are shared, sites inside are each row's own"
         )
 
 

@@ -156,7 +156,7 @@ class explained:
             raise MixedDtypesError(head + text.splitlines()[0] + self._casts()) from error
         if isinstance(error, IndexError):
             raise ValueError(
-                head + text + "; an index goes beyond the rows it is given here, as that of a plate does whose size is "
+                head + text + "; an index goes beyond the rows it is given here, as with a plate whose size is "
                 f"written out: use pyro.plate({self.program.data_plate!r}, len(x))"
             ) from error
         if "Multiple sample sites named" in text:

@@ -197,7 +197,7 @@ def layered_prior(z: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------- other kinds
 def no_plate(x: Tensor) -> None:
-    """Rows that hang together: legal, whole data only."""
+    """Rows that depend on each other: legal, whole data only."""
     theta = pyro.sample("theta", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
     pyro.sample("x", dist.Normal(theta.expand(len(x)), 1.0).to_event(1), obs=x)
 

@@ -144,7 +144,7 @@ def test_a_mask_that_a_program_takes_and_does_nothing_with_is_refused():
     acts = [lambda: pg.fit(idle, {"x": X, "mask": OK}, SVI(steps=1))]
     acts += [functools.partial(getattr(fit, question), {"x": X, "mask": OK}) for question in ASKED]
     for act in acts:
-        with pytest.raises(pg.IncompatibleError, match="'mask'.*'idle' takes it and makes nothing of it"):
+        with pytest.raises(pg.IncompatibleError, match="'mask'.*'idle' accepts it but does not use it"):
             act()
     assert fit.evidence({"x": X}).rows == len(X)
 
@@ -237,7 +237,7 @@ def test_masks_are_known_however_the_data_are_passed():
     data = torch.utils.data.TensorDataset(x, flags)
     with pytest.raises(pg.IncompatibleError, match="'column 1 of the dataset' looks like a mask"):
         pg.fit(lambda x: idle(x), data, SVI(steps=1))
-    with pytest.raises(pg.IncompatibleError, match="'mask'.*'idle' takes it and makes nothing of it"):
+    with pytest.raises(pg.IncompatibleError, match="'mask'.*'idle' accepts it but does not use it"):
         pg.fit(idle, (x, flags), SVI(steps=1))
     fit = pg.fit(in_event, (x, flags), SVI(steps=1), seed=0)
     garbage = torch.where(flags, x, 77.0)

@@ -143,7 +143,7 @@ def _wait(futures: Sequence[Future[None]], tables: Sequence[Table], report: Repo
             error = future.exception()
             if isinstance(error, TerminatedWorkerError):
                 raise RuntimeError(
-                    "a worker process that ran a chain has ended by itself, perhaps for lack of memory; try processes=1"
+                    "a worker process that ran a chain exited unexpectedly, perhaps for lack of memory; try processes=1"
                 ) from error
             future.result()
         report(tables)

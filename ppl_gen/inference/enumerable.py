@@ -84,7 +84,7 @@ def _problem(
         if wrong is not None and _steady(alone, again, wrong):
             reads = ", ".join(map(repr, _summed_in(enumerated, wrong) or finite))
             return (
-                f"with {reads} enumerated, the density at site {wrong!r} is another than with the values one by one, "
+                f"with {reads} enumerated, the density at site {wrong!r} differs from that with the values one by one, "
                 f"so that their sum would be wrong. {_EDIT}"
             )
     return ""

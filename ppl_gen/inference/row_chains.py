@@ -21,7 +21,7 @@ PHASES = 20  # at most
 TARGET = 0.8  # mean acceptance that step sizes aim at
 LONGEST = 32  # leapfrog steps of one trajectory, at most
 REACH = 1.6  # about a quarter of a period of a normal density of width one
-MOST = 64  # numbers of a row beyond which only their widths are learned, not how they hang together
+MOST = 64  # numbers of a row beyond which only their widths are learned, not how they depend on each other
 _Z = 4.5  # standard errors: a false alarm in 150 000
 
 

@@ -31,7 +31,7 @@ _FAILS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeE
 
 
 def predictions(model: Callable[..., Any], batch: Batch, info: ProgramInfo) -> list[str]:
-    """The latent sites of a program that nothing needs to learn; none where that cannot be told for sure."""
+    """The latent sites of a program that nothing needs to learn; none where that cannot be determined."""
     names = [site.name for site in info.select() if not site.improper]
     informed = info.select(kind="observed") or info.select(kind="factor")
     if not names or not informed or "density" not in info.offers or "time steps" in info.offers:

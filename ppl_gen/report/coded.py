@@ -125,9 +125,7 @@ def _tried(draw: Callable[[_Coded], Picture | None], one: _Coded, title: str, pr
 def _reconstructions(shown: list[_Coded], in_sample: bool, problems: list[str]) -> Group:
     """All algorithms in one picture, under the rows themselves."""
     which = "Rows" if in_sample else "Held-out rows"
-    group = Group(
-        f"{which} and their reconstructions", "Each row, and below what is expected of it given its own code."
-    )
+    group = Group(f"{which} and their reconstructions", "Each row, and below it what is expected given its own code.")
     drawn: list[tuple[str, Tensor, Tensor]] = []
     for one in shown:
         try:

@@ -145,7 +145,7 @@ def posterior_words(comparison: Comparison) -> str:
         return ""
     base = reference_line(comparison)
     if base is None:
-        return "No chains that could be a reference were compared, so nothing is said of the widths of the posteriors"
+        return "No chains can serve as a reference here, so the widths of the posteriors are not assessed"
     others = {key: found for key, found in apart(comparison).items() if key[0] != base.label}
     said = [text for label in dict.fromkeys(key[0] for key in others) if (text := _said(label, others))]
     points = dict.fromkeys(label for (label, _), found in others.items() if found.point)
