@@ -18,7 +18,7 @@ from ppl_gen.diagnostics.psis import (
     pareto_k_threshold,
     smoothed_weights,
 )
-from ppl_gen.diagnostics.weighed import ALONE, CELLS, weighed_draws
+from ppl_gen.diagnostics.weighed import ALONE, CELLS, numbers, weighed_draws
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.inference.guides import point_sites
 
@@ -95,7 +95,7 @@ def weighed_parameters(fit: Fit, draws: int, particles: int) -> tuple[list[dict[
         return None
     local = any(site.local and site.name in guided for site in info.select())
     sums = bool(summed_globals(fit, guided))
-    cells = max(1, fit.data.elements) * draws * (particles if local else 1)
+    cells = numbers(fit, fit.data) * draws * (particles if local else 1)
     if draws < MIN_DRAWS or cells > CELLS or (local and sums):
         return None
     if draws > ALONE // (5 if local else 1) or not any(not s.local and s.name in guided for s in info.select()):

@@ -16,7 +16,7 @@ from ppl_gen.diagnostics.averaging import ENOUGH, Average, normaliser, weighed_p
 from ppl_gen.diagnostics.integration import RowIntegral, row_integral
 from ppl_gen.diagnostics.missed import missed
 from ppl_gen.diagnostics.psis import pareto_k_threshold, smoothed_weights
-from ppl_gen.diagnostics.weighed import CELLS, weighed_draws
+from ppl_gen.diagnostics.weighed import CELLS, numbers, weighed_draws
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.finite_globals import summed_globals
 from ppl_gen.inference.guides import point_sites
@@ -231,7 +231,7 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
             "to propose from: the marginal likelihood integrates over it. Give it a distribution (AutoNormal, "
             "AutoMultivariateNormal) and fit again"
         )
-    more = min(JUDGED, CELLS // max(1, fit.data.elements)) if draws >= ENOUGH and not fit.info.select(local=True) else 0
+    more = min(JUDGED, CELLS // numbers(fit, fit.data)) if draws >= ENOUGH and not fit.info.select(local=True) else 0
     with fit.bound(seed):
         weighed = weighed_draws(fit, draws, particles, more=more)
     weights = weighed.log_weights

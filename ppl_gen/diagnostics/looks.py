@@ -11,7 +11,7 @@ from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.moments import Moments, between_draws
 from ppl_gen.diagnostics.psis import row_subset
 from ppl_gen.diagnostics.second_look import SecondLook, moved
-from ppl_gen.diagnostics.weighed import joint_draws
+from ppl_gen.diagnostics.weighed import joint_draws, numbers
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import amortised, prior_rows
 
@@ -42,7 +42,7 @@ def look_at_guide(fit: Fit, draws: int) -> SecondLook | str:
         data = fit.data
         if alone and (data.rows or 0) > LOOK_ROWS:
             data = data.subset(torch.as_tensor(row_subset(data.rows or 1, LOOK_ROWS)))
-        if data.elements * 32 > MOST:
+        if numbers(fit, data) * 32 > MOST:
             return moved(fit, {}, data, chains=chains, dispersed=None)
         known = joint_draws(fit, 2 * chains, data.batch())
         joint = {name: torch.stack([draw[name] for draw in known]) for name in known[0]}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.short_chains import Function, State, quenched, sampled, scale_of
+from ppl_gen.diagnostics.weighed import numbers
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.tape import RecordingRefused, record_checked
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["SecondLook", "moved"]
 
 CELLS = 4_000_000  # numbers of data times chains that one gradient may touch
+FREE = 400_000  # of these however short the fit; beyond, no more than its steps have touched
+GRADIENTS = 250  # of every chain
 MAX_SIZE = 2000  # unconstrained numbers of one chain
 WIDER = 4.0  # how many times farther from the centre
 NATS = 3.0  # a place counts if its density is no more than so much below the least of the fit's own chains
@@ -77,10 +80,11 @@ def moved(
     ``draws``: joint draws of all latent sites that are not summed out, draws x shape; ``dispersed``: values to begin
     at elsewhere in addition (draws of the prior), None to begin nowhere else; ``data``: the rows the draws are for.
     """
-    cells = max(1, data.elements)
-    chains = min(chains, CELLS // cells)
+    cells = numbers(fit, data)
+    paid = int(fit.cost.get("steps", 0)) * cells // GRADIENTS if fit.learned.kind == "variational" else CELLS
+    chains = min(chains, min(CELLS, max(FREE, paid)) // cells)
     if chains < 32:
-        return f"no short chains were run, as the data are too many for it ({data.elements} numbers)"
+        return f"no short chains were run, as the data are too many for it ({cells} numbers)"
     batch = data.batch()
     try:
         density = Unconstrained(fit.joint, batch, fit.info)

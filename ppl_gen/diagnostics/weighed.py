@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ppl_gen.data.batching import Batch
+from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.diagnostics.densities import joint_densities
 from ppl_gen.finite_globals import combinations, summed_globals
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, log_weights_in_chunks
@@ -61,13 +61,20 @@ def weighed_draws(fit: Fit, draws: int, particles: int = 1, *, more: int = 0) ->
     return WeighedDraws(values, (inside.double() - log_q).cpu())
 
 
+def numbers(fit: Fit, data: Dataset) -> int:
+    """Numbers that one density of the program reads at ``data``: passed to it, or observed in a closure's data."""
+    observed = sum(math.prod((*s.batch_shape, *s.event_shape)) for s in fit.info.select(kind="observed"))
+    share = data.rows / fit.data.rows if data.rows and fit.data.rows else 1.0
+    return max(1, data.elements, int(observed * share))
+
+
 def affordable(fit: Fit, wanted: int, particles: int = 1) -> int:
     """How many draws can be weighed on all data for less than the fit has cost: ``wanted``, and 100 of them at least.
 
     A density costs less than half of a step on the same rows, which has a gradient too.
     """
-    cells = max(1, fit.data.elements) * particles
-    seen = int(fit.cost.get("steps", 0)) * (fit.data.elements // 2)
+    cells = numbers(fit, fit.data) * particles
+    seen = int(fit.cost.get("steps", 0)) * (numbers(fit, fit.data) // 2)
     return max(min(wanted, max(FREE, min(COST, seen)) // cells), min(wanted, 100))
 
 
