@@ -79,7 +79,7 @@ def data_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     import inspect
 
     if not kwargs:
-        return args[0] if len(args) == 1 else args
+        return args[0] if len(args) == 1 and not isinstance(args[0], dict) else args
     target = model.forward if isinstance(model, torch.nn.Module) else model
     names = [n for n, p in inspect.signature(target).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +45,7 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
         values = {name: value for name, value in shared.items() if name not in own}
         values.update({name: fixed_value(fit, name, value, n) for name, value in {**fixed, **inputs}.items()})
         refuse_improper(fit.program.name, {s.name for s in fit.info.select() if s.improper} - set(values))
-        with RowsOf(fit.info.data_plate, n, "the sample"), _InSupport(fit, set(given)):
+        with _Generating(fit, n), RowsOf(fit.info.data_plate, n, "the sample"), _InSupport(fit, set(given)):
             _refuse_teacher_forcing(fit, batch, values)
             trace = run(fit, batch, values | {}, replicate=True)
         nodes, halves = trace.nodes.items(), fit.info.halves
@@ -52,6 +54,28 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
             for name, node in nodes
             if (is_sample(node) or is_derived(node)) and not isinstance(node["fn"], Unit) and name not in halves
         }
+
+
+class _Generating:
+    """What the program itself raises as it generates is told as such: it may not be made to run without its data."""
+
+    def __init__(self, fit: Fit, n: int) -> None:
+        self.fit, self.n = fit, n
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, ArithmeticError | LookupError | RuntimeError | TypeError | ValueError):
+            return
+        last = extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, IncompatibleError) or Path(last).is_relative_to(Path(__file__).parent):
+            return
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"sample: the program {self.fit.program.name!r} failed as it generated {self.n} rows without its "
+            f"observations: {text}"
+        ) from error
 
 
 class _OutsideError(Exception):

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import TraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 import ppl_gen as pg
 from ppl_gen.inference import EM, NUTS, SVI
@@ -194,3 +194,34 @@ def test_an_iterated_plate_that_subsamples_is_whole_in_every_question() -> None:
     assert some.info.sites.keys() == whole.info.sites.keys()
     assert some.evidence(particles=2).mean == pytest.approx(whole.evidence(particles=2).mean, rel=1e-6)
     assert len(some.posterior(draws=2)) == 1 + 9 and len(some.predict(draws=2)) == 9
+
+
+def test_what_a_program_raises_as_it_generates_is_told_as_its_own() -> None:
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            drawn = pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        if drawn.max() > 100:
+            raise RuntimeError("values this large are no temperatures")
+
+    fit = pg.fit(model, X, SVI(steps=2), seed=0)
+    assert fit.sample(3)["x"].shape == (3,)
+    with pytest.raises(ValueError, match="sample: the program 'model' failed as it generated 3 rows .*: values this"):
+        fit.sample(3, given={"loc": 1000.0})
+
+
+def test_an_enumerated_guide_over_a_plate_without_a_size() -> None:
+    def model(k, x):
+        locs = pyro.param("locs", torch.linspace(0.0, 2.0, k))
+        with pyro.plate("data"):
+            z = pyro.sample("z", dist.Categorical(torch.ones(k) / k).expand_by([len(x)]))
+            pyro.sample("x", dist.Normal(locs[z], 1.0), obs=x)
+
+    def guide(k, x):
+        probs = pyro.param("probs", torch.ones(len(x), k) / k, constraint=dist.constraints.simplex)
+        with pyro.plate("data"):
+            pyro.sample("z", dist.Categorical(probs))
+
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    fit = pg.fit(pg.Program(model, config_enumerate(guide)), (2, X), SVI(elbo, steps=3), seed=0)
+    assert fit.params["probs"].shape == (12, 2)

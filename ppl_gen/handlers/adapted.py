@@ -48,7 +48,8 @@ def adapted(program: Program, batch: Batch, data: Dataset, *, vectors: bool) -> 
                 f"write pyro.plate({program.data_plate!r}, len(x))"
             )
         size = functools.partial(_sized, plate=program.data_plate, data=data)
-        guide = size(program.guide) if inspect.isfunction(program.guide) else program.guide
+        own = callable(program.guide) and not isinstance(program.guide, type)
+        guide = size(program.guide) if own else program.guide
         program = replace(program, model=size(program.model), guide=guide)
         trace = _trace(program.model, batch) or trace
     if vectors and not isinstance(program.model, nn.Module) and (found := _vectors(trace)):
