@@ -11,9 +11,11 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
+
+from joblib.externals.loky import ProcessPoolExecutor
+
+from ppl_gen.workers import initializer
 
 TOP = Path(__file__).resolve().parent.parent
 GRADES = ("trust", "doubtful", "do not trust")
@@ -39,7 +41,7 @@ def main() -> None:
     asked = parser.parse_args()
     bed = cases()
     said: list[Counter[str]] = [Counter() for _ in bed]
-    with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(asked.processes, **initializer()) as pool:
         for seed in range(asked.seeds):
             for i, found in enumerate(pool.map(grade, [(i, seed) for i in range(len(bed))])):
                 said[i][found] += 1
