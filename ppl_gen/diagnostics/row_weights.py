@@ -20,6 +20,7 @@ from ppl_gen.diagnostics.weighed import affordable
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, local_log_weights, sampled
+from ppl_gen.inference.objectives.summed_particles import can_sum_together
 from ppl_gen.newrows import follows_rows
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def weigh_rows(fit: Fit, draws: int) -> RowWeights:
     coupling = summed_globals(fit, info.guide_sites or {})
     sums = tuple(n for n in info.finite_latents if n not in (info.guide_sites or {}) and n not in coupling)
     vectorise = can_vectorise(fit.joint, fit.guide, info, batch, sums)
+    vectorise = vectorise or can_sum_together(fit.joint, fit.guide, info, batch, sums)
     parts = [seen.weigh(batch, draws // blocks, values, sums, vectorise) for values in known]
     if blocks > 1:
         parts = [part - part.logsumexp(0).nan_to_num(neginf=0.0) for part in parts]

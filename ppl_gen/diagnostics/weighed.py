@@ -17,6 +17,7 @@ from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.diagnostics.densities import joint_densities
 from ppl_gen.finite_globals import combinations, summed_globals
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, log_weights_in_chunks
+from ppl_gen.inference.objectives.summed_particles import can_sum_together
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -113,7 +114,7 @@ def _integrated(fit: Fit, batch: Batch, outside: dict[str, Tensor], particles: i
     states = combinations(fit, batch, coupling) if coupling else [{}]
     sums = tuple(name for name in info.finite_latents if name not in guided and name not in coupling)
     model, guide = fit.joint, fit.guide
-    vectorise = can_vectorise(model, guide, info, batch, sums)
+    vectorise = can_vectorise(model, guide, info, batch, sums) or can_sum_together(model, guide, info, batch, sums)
 
     def one(values: dict[str, Tensor]) -> Tensor:
         terms = []

@@ -159,7 +159,9 @@ def local_log_weights(
     Latent sites that the guide does not draw come from the model's own prior (their terms cancel) or, named in
     ``sums``, are summed out. No plate scale enters: it belongs outside every logsumexp.
     """
-    if vectorise:
+    if vectorise and sums and not _inside_vmap():
+        return _summed_together(model, guide, info, batch, particles, values, sums)
+    if vectorise and not sums:
         return _vectorised(model, guide, info, batch, particles, values)
     drawn: list[LogWeights] = []
     for _ in range(particles):
@@ -252,6 +254,34 @@ def _single(
     if minus_q.rows is not None:
         rows = rows + (minus_q.rows[0] if plate is not None else minus_q.rows[0].sum())
     return LogWeights(rows, log_prior(p, plate) + minus_q.globals, own_scale(p, plate), _subsamples(q))
+
+
+def _summed_together(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    info: ProgramInfo,
+    batch: Batch,
+    count: int,
+    values: Mapping[str, Tensor],
+    sums: tuple[str, ...],
+) -> LogWeights:
+    """What `_single` gives ``count`` times, by the same random numbers, the sums of all in one run of the model."""
+    from ppl_gen.inference.objectives.summed_particles import summed_densities
+
+    traces = [sampled(guide, batch, values) for _ in range(count)]
+    drawn = [{n: s["value"] for n, s in q.nodes.items() if s["type"] == "sample"} for q in traces]
+    rows, prior = summed_densities(model, info, batch, drawn, values, sums)
+    minus_q = [_collect(None, q, info, 1, values) for q in traces]
+    if minus_q[0].rows is not None:
+        inside = torch.stack([w.rows[0] for w in minus_q if w.rows is not None])
+        rows = rows + (inside if rows_plate(info, sums) is not None else inside.sum(-1, keepdim=True))
+    outside = torch.stack([w.globals for w in minus_q])
+    return LogWeights(rows, (prior + outside).mean(0))
+
+
+def _inside_vmap() -> bool:
+    """Whether all draws of the globals are under way at once: particles then go one by one, as before."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _subsamples(trace: poutine.Trace) -> dict[str, Tensor]:

@@ -1,0 +1,88 @@
+"""Weights of guided continuous locals beside finite ones that are summed out: together, and as if each were alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+
+import ppl_gen as pg
+from ppl_gen.diagnostics import row_weights, weighed
+from ppl_gen.inference import SVI
+from ppl_gen.inference.objectives.particles import local_log_weights
+from ppl_gen.inference.objectives.summed_particles import can_sum_together
+
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
+
+TOPICS, WORDS = 2, 4
+DOCUMENTS = torch.tensor([[0, 0, 1, 0, 2], [3, 3, 2, 3, 3], [0, 1, 2, 3, 0], [1, 1, 1, 0, 0]])
+
+
+def lda(words):
+    with pyro.plate("topics", TOPICS):
+        phi = pyro.sample("phi", dist.Dirichlet(torch.full((WORDS,), 0.5)))
+    with pyro.plate("documents", len(words), dim=-2):
+        theta = pyro.sample("theta", dist.Dirichlet(torch.ones(TOPICS)))
+        with pyro.plate("words", words.shape[1], dim=-1):
+            topic = pyro.sample("topic", dist.Categorical(theta))
+            pyro.sample("word", dist.Categorical(phi[topic]), obs=words)
+
+
+def guide(words):
+    start = torch.tensor([[4.0, 2.0, 1.0, 1.0], [1.0, 1.0, 2.0, 4.0]])
+    phi = pyro.param("phi_q", start, constraint=constraints.positive)
+    theta = pyro.param("theta_q", torch.full((len(words), 1, TOPICS), 2.0), constraint=constraints.positive)
+    with pyro.plate("topics", TOPICS):
+        pyro.sample("phi", dist.Dirichlet(phi))
+    with pyro.plate("documents", len(words), dim=-2):
+        pyro.sample("theta", dist.Dirichlet(theta))
+
+
+@pytest.fixture(scope="module")
+def fit():
+    return pg.fit(pg.Program(lda, guide), DOCUMENTS, SVI(steps=200, lr=0.02), seed=0)
+
+
+def by_hand(fit, phi, theta):
+    """log p(words, theta | phi) - log q(theta) of every document, written out."""
+    words = torch.log(torch.einsum("dk,kv->dv", theta, phi)).gather(1, DOCUMENTS).sum(1)
+    prior = dist.Dirichlet(torch.ones(TOPICS)).log_prob(theta)
+    return words + prior - dist.Dirichlet(fit.params["theta_q"][:, 0]).log_prob(theta)
+
+
+def test_weights_of_particles_together_are_those_of_each_and_those_written_out(fit):
+    with fit.bound(3):
+        batch = fit.data.batch()
+        phi = fit.posterior(draws=1)["phi"][0]
+        assert can_sum_together(fit.joint, fit.guide, fit.info, batch, ("topic",))
+        found = {}
+        for together in (True, False):
+            pyro.set_rng_seed(5)
+            found[together] = local_log_weights(
+                fit.joint, fit.guide, fit.info, batch, 30, values={"phi": phi}, sums=("topic",), vectorise=together
+            )
+        assert torch.allclose(found[True].rows, found[False].rows, atol=1e-4)
+        assert torch.allclose(found[True].globals, found[False].globals, atol=1e-4)
+        pyro.set_rng_seed(5)
+        for k in range(30):
+            theta = pyro.poutine.trace(pyro.poutine.condition(fit.guide, {"phi": phi})).get_trace(DOCUMENTS)
+            expected = by_hand(fit, phi, theta.nodes["theta"]["value"][:, 0])
+            assert torch.allclose(found[True].rows[k], expected, atol=1e-4), k
+
+
+def test_k_hats_are_those_of_unrolled_weights(fit, monkeypatch):
+    """The same random numbers give the same draws either way, so that the k-hats agree to rounding."""
+    together = fit.diagnose(draws=100)
+    kept = dict(fit.computed)
+    fit.computed.clear()
+    for module in (row_weights, weighed):
+        monkeypatch.setattr(module, "can_sum_together", lambda *_: False)
+    alone = fit.diagnose(draws=100)
+    fit.computed.clear()
+    fit.computed.update(kept)
+    assert together.attrs["pareto_k"] == pytest.approx(alone.attrs["pareto_k"], abs=1e-3)
+    assert np.allclose(together.attrs["pareto_k_rows"], alone.attrs["pareto_k_rows"], atol=1e-3)
+    assert together.attrs["pareto_k_rows"].shape == (4,)
