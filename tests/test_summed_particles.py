@@ -86,3 +86,10 @@ def test_k_hats_are_those_of_unrolled_weights(fit, monkeypatch):
     assert together.attrs["pareto_k"] == pytest.approx(alone.attrs["pareto_k"], abs=1e-3)
     assert np.allclose(together.attrs["pareto_k_rows"], alone.attrs["pareto_k_rows"], atol=1e-3)
     assert together.attrs["pareto_k_rows"].shape == (4,)
+
+
+def test_short_chains_count_the_table_of_topics_and_words(fit):
+    from ppl_gen.diagnostics.second_look import _table
+
+    with fit.bound():
+        assert _table(fit, fit.data) == TOPICS * WORDS

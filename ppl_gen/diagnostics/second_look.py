@@ -12,10 +12,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.data.batching import Dataset
@@ -80,7 +81,7 @@ def moved(
     ``draws``: joint draws of all latent sites that are not summed out, draws x shape; ``dispersed``: values to begin
     at elsewhere in addition (draws of the prior), None to begin nowhere else; ``data``: the rows the draws are for.
     """
-    cells = numbers(fit, data)
+    cells = numbers(fit, data) * _table(fit, data)
     paid = int(fit.cost.get("steps", 0)) * cells // GRADIENTS if fit.learned.kind == "variational" else CELLS
     chains = min(chains, min(CELLS, max(FREE, paid)) // cells)
     if chains < 32:
@@ -107,6 +108,28 @@ def moved(
         NotImplementedError,
     ) as e:
         return f"no short chains were run, as the density could not be evaluated for many points at once ({_brief(e)})"
+
+
+def _table(fit: Fit, data: Dataset) -> int:
+    """By how much the tables of sums over finite sites of rows exceed the data, where continuous latents stand beside.
+
+    Each value of a finite site has a distribution of its own of what is observed below it: topics times words.
+    """
+    local = fit.info.select(local=True)
+    if all(site.finite for site in local) or not any(site.finite for site in local):
+        return 1
+    batch = data.batch()
+    nodes = poutine.trace(fit.joint).get_trace(*batch.args, **batch.kwargs).nodes
+    states = [_states(nodes[site.name]["fn"]) for site in local if site.finite and site.name in nodes]
+    below = [_states(nodes[s.name]["fn"]) for s in fit.info.select(kind="observed", local=True) if s.name in nodes]
+    return max(states, default=1) * max(below, default=1)
+
+
+def _states(fn: Any) -> int:
+    try:
+        return len(fn.enumerate_support(expand=False)) if fn.has_enumerate_support else 1
+    except NotImplementedError:  # vectors of finite numbers
+        return 1
 
 
 def _brief(error: BaseException) -> str:
