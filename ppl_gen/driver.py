@@ -205,12 +205,14 @@ def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -
         x     observed  Normal        [3]    []     data    -
         offers: ...
     """
-    from ppl_gen.inference.guides import is_auto
+    from ppl_gen.inference.guides import as_class, is_auto
 
     data = collected(data)
     with isolated(0, dtype=_dtype_of(data)), same_again(program):
         built, dataset = _built(as_recipe(program), data, None, None, None)
-        guide = None if is_auto(built.guide) or isinstance(built.guide, type) else built.guide  # made by a fit
+        guide = (
+            None if is_auto(built.guide) or isinstance(as_class(built.guide)[0], type) else built.guide
+        )  # made by a fit
         with Workspace(dtype=dataset.dtype, modules=_modules_of(built, None)):
             built, _ = adapted(built, _looked_at(dataset), dataset, vectors=False)
             return _inspected(built, dataset, guide)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.guidechecks import check_auxiliary, check_match
 from ppl_gen.handlers.whole_plates import whole_plates
+from ppl_gen.idle import idle_where_masked
 from ppl_gen.possible import checked_trace
 from ppl_gen.program import Program, filtered
 from ppl_gen.sitechecks import (
@@ -49,6 +50,8 @@ class Site:
     improper: bool = False
     averaged: bool = True  # has a mean, which carries gradients where draws do not
     masked: bool = False  # by its statement, in some places and not in others
+    under_mask: bool = False  # by its statement, whatever that hides
+    idle: bool = False  # under a mask, and no density that counts depends on it where that hides it
     point: bool = False  # of a guide: always the same value, whatever else the guide draws
     plate_dims: tuple[int, ...] = ()  # of ``plates``, in their order
 
@@ -186,6 +189,8 @@ def dry_run(
     few = _on_fewer(program, fewer)
     plate, frames = data_plate(program, batch, trace, few), vectorised(trace)
     sites = {name: _site(name, node, plate) for name, node in sample_nodes(trace)}
+    idle = idle_where_masked(program.model, batch, trace)
+    sites = {name: replace(site, idle=name in idle) for name, site in sites.items()}
     frame = frames.get(plate)
     nesting = max((-f.dim for f in frames.values()), default=0)
     check_plate(batch, sites, frame, few)
@@ -204,7 +209,8 @@ def dry_run(
         guide_frames = [f for _, node in sample_nodes(guide_trace) for f in node["cond_indep_stack"] if f.vectorized]
         nesting = max([nesting, *(-f.dim for f in guide_frames)])
     params = {name: tuple(node["value"].shape) for name, node in trace.nodes.items() if node["type"] == "param"}
-    offers = _derived_offers(program, sites, frame is not None, bool(params))
+    free = [name for name in params if f"{name.removesuffix('_centered')}_decentered" not in sites]
+    offers = _derived_offers(program, sites, frame is not None, bool(free))
     return ProgramInfo(
         program.name,
         sites,
@@ -269,6 +275,7 @@ def _site(name: str, node: dict[str, Any], data_plate: str) -> Site:
         support=fn.support if _has_support(fn) else None,
         improper=isinstance(base, dist.ImproperUniform) and kind == "latent",
         averaged=type(base).mean is not torch.distributions.Distribution.mean,
+        under_mask=isinstance(node["mask"], torch.Tensor),
         masked=isinstance(node["mask"], torch.Tensor) and bool(node["mask"].any()) and not bool(node["mask"].all()),
         plate_dims=tuple(f.dim for f in frames),
     )

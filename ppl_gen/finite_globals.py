@@ -67,7 +67,9 @@ def _drawn(
 
     def traced(values: Mapping[str, Tensor]) -> poutine.Trace:
         model, nesting = fit.joint, fit.info.plate_nesting
-        return enumerated_trace(model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=nesting)
+        return enumerated_trace(
+            model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=nesting, varying=True
+        )
 
     together: dict[str, Tensor] | None
     if fit.learned.kind == "point":  # every draw is the same one

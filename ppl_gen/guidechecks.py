@@ -83,7 +83,7 @@ def check_masked(info: ProgramInfo, guide_sites: dict[str, Site] | None) -> None
     """
     halves = {f"{name}_unobserved" for name in info.partly_observed}
     drawn = guide_sites or {}
-    bare = [s.name for s in info.select() if s.masked and s.name not in halves]
+    bare = [s.name for s in info.select() if s.masked and not s.idle and s.name not in halves]
     bare = [name for name in bare if name not in drawn or not drawn[name].masked]
     if bare:
         raise IncompatibleError(

@@ -117,6 +117,7 @@ def _enumerated(
         discrete=finite,
         values=values,
         plate_nesting=fit.info.plate_nesting,
+        varying=True,
     )
     return sample_discrete(trace)
 

@@ -26,7 +26,8 @@ class Program:
 
     Args:
         model: a Pyro model: a function or a `pyro.nn.PyroModule`.
-        guide: a Pyro guide, an autoguide class or instance, or None (SVI then takes `AutoNormal` and says so).
+        guide: a Pyro guide, an autoguide class or instance, or None (SVI then takes `AutoNormal` and says so). A class
+            with options is `functools.partial(AutoMultivariateNormal, init_scale=0.1)`.
         data_plate: the name of the plate over the rows.
         name: what tables and messages call the program; the model's name unless given.
         start: plausible values of latent sites, called under the fit's seed: where EM, NUTS and autoguides begin.
@@ -82,10 +83,10 @@ class Program:
             raise TypeError(
                 f"guide: expected a Pyro guide, an autoguide class or None, got {type(self.guide).__name__}"
             )
-        if isinstance(made := getattr(self.guide, "func", None), type):
+        made = getattr(self.guide, "func", None)
+        if isinstance(made, type) and self.guide.args:
             raise TypeError(
-                f"guide: a partial of the class {made.__name__} would be called with the data; pass the class, or an "
-                f"instance, {made.__name__}(model, ...)"
+                f"guide: a partial of the class {made.__name__} is called with the model; give its options by name"
             )
         self._check_offers()
         stuck = [name for name, term in self.terms.items() if not callable(term)]
@@ -112,13 +113,18 @@ class Program:
         return {**kept, "guide": copied(self.guide) if isinstance(self.guide, torch.nn.Module) else self.guide}
 
     def __repr__(self) -> str:
-        guide = "" if self.guide is None else f", guide={getattr(self.guide, '__name__', type(self.guide).__name__)}"
+        guide = "" if self.guide is None else f", guide={_name_of(self.guide)}"
         return f"Program({self.name}{guide})"
 
     def _repr_html_(self) -> str:
         from ppl_gen.report.display import program_html
 
         return program_html(self)
+
+
+def _name_of(guide: Any) -> str:
+    kind = getattr(guide, "func", guide)  # of a class with options
+    return getattr(kind, "__name__", type(kind).__name__)
 
 
 @dataclass(frozen=True)

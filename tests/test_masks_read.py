@@ -217,8 +217,9 @@ def test_samples_hold_a_partly_observed_site_once():
 def test_latent_sites_under_a_mask_are_refused_unless_a_guide_shares_it(algorithm):
     def model(x, ok):
         s = pyro.sample("s", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)), poutine.mask(mask=ok):
-            z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=ok):
+                z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Normal(s + 2 * z, 1.0), obs=x)
 
     def guide(x, ok):

@@ -57,7 +57,9 @@ def _enumerated(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> poutine
     sums = [name for name in fit.info.finite_latents if name not in values]
     require_enumerable(fit.info, sums)
     model, nesting = fit.joint, fit.info.plate_nesting
-    return enumerated_trace(model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=nesting)
+    return enumerated_trace(
+        model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=nesting, varying=True
+    )
 
 
 def of_each(

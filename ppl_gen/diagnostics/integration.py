@@ -174,7 +174,7 @@ def _summed_particles(integral: RowIntegral, batch: Batch, thetas: Draws, partic
 
     def weigh(values: Mapping[str, Tensor]) -> tuple[Tensor]:
         trace = enumerated_trace(
-            model, batch.args, batch.kwargs, discrete=integral.sums, values=values, plate_nesting=nesting
+            model, batch.args, batch.kwargs, discrete=integral.sums, values=values, plate_nesting=nesting, varying=True
         )
         seen = [name for name, site in trace.nodes.items() if site["type"] == "sample" and site["is_observed"]]
         prior = row_log_density(trace, plate, without=[*seen, *integral.leaves])

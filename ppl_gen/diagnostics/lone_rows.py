@@ -68,7 +68,7 @@ def _rows(fit: Fit, batch: Batch, values: Mapping[str, Tensor], nudge: Messenger
 
     sums = [name for name in info.finite_latents if name not in values]
     trace = enumerated_trace(
-        model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=info.plate_nesting
+        model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=info.plate_nesting, varying=True
     )
     return row_log_density(trace, info.data_plate, without=[]).detach()
 

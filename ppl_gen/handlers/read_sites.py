@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import biject_to
 
 __all__ = ["ReadSites", "innermost"]
 
@@ -23,6 +24,7 @@ class ReadSites(Messenger):
     * ``obs=0.5``, a number of Python or numpy, is the tensor that it stands for, in the shape of the site.
     * A draw from a distribution that was made outside the program, in single precision, is one in the fit's dtype:
       chains and guides put values of that dtype in its place in any case.
+    * A latent site with the flat prior `ImproperUniform`, which has no draws, takes the image of zero in its support.
     * Labels are integers or booleans as a rule, and torch's Bernoulli computes with floats alone. A site draws values
       of one dtype (integers where they are indices, as of a Categorical), and the program has to cope with that one in
       any case: observed values are cast to it. Floats stay as they are.
@@ -31,6 +33,8 @@ class ReadSites(Messenger):
     """
 
     def _pyro_sample(self, msg: Any) -> None:
+        if not (msg["done"] or msg["is_observed"] or msg["value"] is not None) and _undrawn(msg["fn"]):
+            msg["value"], msg["done"] = _plausible(msg["fn"]), True
         if type(msg["fn"]).__name__ == "_Subsample" or not (msg["is_observed"] or msg["infer"].get("was_observed")):
             return
         if _is_deterministic(msg["fn"], msg["value"]):
@@ -55,6 +59,18 @@ def innermost(fn: Any) -> Any:
         if inner is not None:
             return innermost(inner)
     return fn
+
+
+def _undrawn(fn: Any) -> bool:
+    inner = innermost(fn)
+    return isinstance(inner, dist.ImproperUniform) and type(inner).sample is dist.ImproperUniform.sample
+
+
+def _plausible(fn: Any) -> Tensor:
+    """Where algorithms begin; what would pass such values off as draws refuses them."""
+    transform = biject_to(fn.support)
+    value: Tensor = transform(torch.zeros(transform.inverse_shape(fn.shape())))
+    return value
 
 
 def _is_deterministic(fn: Any, value: Any) -> bool:

@@ -112,6 +112,7 @@ def enumerated_trace(
     discrete: Collection[str] | None = None,
     values: Mapping[str, Tensor] | None = None,
     plate_nesting: int,
+    varying: bool = False,
 ) -> Trace:
     """Trace a program with its ``discrete`` sites enumerated and its other latent sites at the given ``values``.
 
@@ -123,7 +124,8 @@ def enumerated_trace(
 
     Names in ``values`` that are no latent sites of the program (a guide's auxiliary ones, say) are passed over. Raises
     ValueError for a latent site that is neither given nor enumerable, for ``discrete`` names that the program lacks,
-    for a wrong ``plate_nesting``, and where a loop without `pyro.markov` needs too many dims.
+    for a wrong ``plate_nesting``, and where a loop without `pyro.markov` needs too many dims. ``varying`` passes over
+    ``discrete`` names of sites that the program does not come to with these rows, as steps beyond the longest of them.
 
     >>> import pyro, torch, pyro.distributions as dist
     >>> def mixture(x):
@@ -146,7 +148,8 @@ def enumerated_trace(
         for name, site in list(trace.nodes.items()):
             if site["type"] == "sample" and type(site["fn"]).__name__ == "_Subsample":
                 trace.remove_node(name)
-        _check_discrete(trace, discrete_sites or frozenset())
+        named = discrete_sites or frozenset()
+        _check_discrete(trace, named & frozenset(trace.nodes) if varying else named)
         _pack(trace)
         _check_plates(trace)
     return trace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from ppl_gen.inference.laplace import Laplace
 from ppl_gen.isolation import copied, looking, revived
 from ppl_gen.program import filtered
 
-__all__ = ["as_whole", "is_auto", "point_sites", "refuse_row_parameters", "resolved_guide"]
+__all__ = ["as_class", "as_whole", "is_auto", "point_sites", "refuse_row_parameters", "resolved_guide"]
 
 
 _MADE_OF_A_MODEL = (AutoGuide, AutoMessenger, EasyGuide)
@@ -48,10 +48,11 @@ def _resolved(run: Run) -> Callable[..., Any] | None:
         return None
     if run.start is not None and run.start.guide is not None:
         return run.start.guide.first if isinstance(run.start.guide, Laplace) else run.start.guide
+    guide, options = as_class(guide)
     _refuse_discrete(guide, info)
     _refuse_inner_laplace(guide)
     if guide is None or (isinstance(guide, type) and issubclass(guide, _MADE_OF_A_MODEL)):
-        return _made(guide, run)
+        return _made(guide, run, options)
     if isinstance(guide, AutoGuide):
         return revived(copied(guide), poutine.block(run.joint, hide=info.finite_latents))
     if isinstance(guide, AutoMessenger):
@@ -63,7 +64,13 @@ def _resolved(run: Run) -> Callable[..., Any] | None:
     return filtered(guide)
 
 
-def _made(guide: type | None, run: Run) -> Callable[..., Any] | None:
+def as_class(guide: Any) -> tuple[Any, dict[str, Any]]:
+    """A guide, or the class of a ``functools.partial`` of one, and its options."""
+    made = getattr(guide, "func", None)
+    return (made, dict(guide.keywords)) if isinstance(made, type) else (guide, {})
+
+
+def _made(guide: type | None, run: Run, options: Mapping[str, Any]) -> Callable[..., Any] | None:
     """An instance of a class of guides, over the sites that it can guide."""
     kind = guide or AutoNormal
     finite = run.info.finite_latents
@@ -73,12 +80,14 @@ def _made(guide: type | None, run: Run) -> Callable[..., Any] | None:
         return None
     # An autoguide runs the model behind a block of its own, past which statements would not be read as elsewhere.
     model, start = poutine.block(ReadSites()(run.joint), expose=sites), run.starting_values()
-    begins = {}
-    if start and "init_loc_fn" in inspect.signature(kind).parameters:
-        begins = {"init_loc_fn": init_to_value(values=start, fallback=init_to_feasible)}
+    begins = dict(options)
+    if start and "init_loc_fn" not in options and "init_loc_fn" in inspect.signature(kind).parameters:
+        begins["init_loc_fn"] = init_to_value(values=start, fallback=init_to_feasible)
     try:
         made = kind(model, **begins)
     except TypeError as error:
+        if options:
+            raise TypeError(f"guide: {kind.__name__} does not take {', '.join(options)} ({error})") from error
         raise TypeError(
             f"guide: {kind.__name__} cannot be made of a model alone ({error}); give an instance, made in a Recipe: "
             f"pg.Program(model, {kind.__name__}(model, ...))"
@@ -129,7 +138,7 @@ def point_sites(info: ProgramInfo, *, local: bool | None = None) -> list[str]:
 
 
 def is_auto(guide: Any) -> bool:
-    kinds = (AutoGuide, AutoMessenger)
+    kinds, (guide, _) = (AutoGuide, AutoMessenger), as_class(guide)
     return isinstance(guide, kinds) or (isinstance(guide, type) and issubclass(guide, kinds))
 
 

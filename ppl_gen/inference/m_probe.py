@@ -242,7 +242,7 @@ def _affine(
         columns = {name: table for name, table in tables[key].items() if table is not None}
         if key.role not in _SLOPED or len(columns) < len(tables[key]):
             continue
-        flat = value.reshape(-1)
+        flat = value.reshape(-1).to(origin.dtype)  # constants of the program may be in single precision
         which = torch.cat([numbers[:0], *(numbers[coordinates.slices[name]] for name in columns)])
         table = torch.cat([flat.new_zeros(len(flat), 0), *columns.values()], -1)
         used = (table != 0).any(0)

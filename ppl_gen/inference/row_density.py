@@ -205,6 +205,7 @@ class RowDensity:
             discrete=self.sums,
             values={**known, **values},
             plate_nesting=self.info.plate_nesting,
+            varying=True,
         )
         seen = [name for name, node in trace.nodes.items() if node["type"] == "sample" and node["is_observed"]]
         return row_log_density(trace, self.info.data_plate, without=seen if prior else ()) + log_det

@@ -50,11 +50,13 @@ def joint(model: Callable[..., Any], info: ProgramInfo) -> Callable[..., Any]:
         model = Hidden(info.predicted)(model)
     partly = [f"{name}_unobserved" for name in info.partly_observed]
     latent = [name for name in partly if info.sites[name].latent]
+    guided = info.guide_sites or {}
+    latent += [s.name for s in info.select() if s.idle and not (s.name in guided and guided[s.name].under_mask)]
     return _Whole(latent)(model) if latent else model
 
 
 class _Whole(Messenger):
-    """Latent halves of partly observed sites, unmasked: where the other half is observed they follow their prior.
+    """Latent halves of partly observed sites, and sites idle under a mask, unmasked: they follow their prior there.
 
     Nothing depends on them there, so that integrates to one. Under its mask the site has no density in these rows:
     chains run away, guides learn nonsense, and finite sites count each value once.

@@ -199,6 +199,7 @@ class _SampledGame(Game):
             discrete=self.estimators.model_sums,
             values={n: s["value"] for n, s in guide.nodes.items() if s["type"] == "sample"},
             plate_nesting=info.plate_nesting,
+            varying=True,
         )
         symbols, drawn = summed_symbols(trace), [n for n, s in guide.nodes.items() if is_sample(s)]
         dims = {name: dims_of(site["packed"]["unscaled_log_prob"]) for name, site in packed_sites(trace)}

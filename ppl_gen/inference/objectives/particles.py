@@ -248,7 +248,9 @@ def _single(
     q = sampled(guide, batch, values)
     drawn = {name: site["value"] for name, site in q.nodes.items() if site["type"] == "sample"}
     known = {**drawn, **values}
-    p = enumerated_trace(model, batch.args, batch.kwargs, discrete=sums, values=known, plate_nesting=info.plate_nesting)
+    p = enumerated_trace(
+        model, batch.args, batch.kwargs, discrete=sums, values=known, plate_nesting=info.plate_nesting, varying=True
+    )
     plate = rows_plate(info, sums)
     rows, minus_q = row_log_density(p, plate), _collect(None, q, info, 1, values)
     if minus_q.rows is not None:

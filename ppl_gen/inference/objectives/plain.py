@@ -87,7 +87,7 @@ class PyroObjective(Objective):
             raise IncompatibleError(
                 f"{self.label} gives no gradient to the guide's site(s) {stuck}: not reparameterised; take ELBO()"
             )
-        model = poutine.infer_config(setting.model, parallel(sums)) if sums else setting.model
+        model = poutine.infer_config(setting.model, parallel(sums, own=True)) if sums else setting.model
         return _PyroGame(copy.deepcopy(self.elbo), replace(setting, model=model))
 
 

@@ -111,8 +111,11 @@ def weighed_alike(q: dict[str, Any], p: dict[str, Any]) -> bool:
     return same and q["mask"] is p["mask"]
 
 
-def parallel(names: set[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def parallel(names: set[str], *, own: bool = False) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Marks sites to be enumerated; with ``own`` those that the user marked stay as they are, samples and expansion."""
+
     def configure(site: dict[str, Any]) -> dict[str, Any]:
-        return {"enumerate": "parallel", "expand": False} if site["name"] in names else {}
+        marked = own and site["infer"].get("enumerate") == "parallel"
+        return {"enumerate": "parallel", "expand": False} if site["name"] in names and not marked else {}
 
     return configure
