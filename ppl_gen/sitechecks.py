@@ -154,6 +154,8 @@ class explained:
             ) from error
         if speaks_of_dtypes(error):
             raise MixedDtypesError(head + text.splitlines()[0] + self._casts()) from error
+        if isinstance(error, IndexError) and "used as indices" in text:
+            raise TypeError(head + text + "; an index is an integer: i.long(), or a discrete draw") from error
         if isinstance(error, IndexError):
             raise ValueError(
                 head + text + "; an index goes beyond the rows it is given here, as with a plate whose size is "
@@ -172,6 +174,13 @@ class explained:
             raise TypeError(head + text + "; the data must hold that entry, or give the argument a default") from error
         if isinstance(error, ValueError) and "support" in text and "observed" in text.lower():
             raise ValueError(head + text) from error
+        if hasattr(error, "add_note"):  # the program's own error stays what it is, and says on what it was run
+            error.add_note(head + self._given())
+
+    def _given(self) -> str:
+        entries = {f"argument {i}": value for i, value in enumerate(self.batch.args)} | self.batch.kwargs
+        tensors = ((n, v) for n, v in entries.items() if isinstance(v, torch.Tensor))
+        return "it was given " + ", ".join(f"{n} of shape {tuple(v.shape)} ({v.dtype})" for n, v in tensors)
 
     def _casts(self) -> str:
         entries = {f"argument {i}": value for i, value in enumerate(self.batch.args)} | self.batch.kwargs

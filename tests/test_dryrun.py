@@ -658,3 +658,21 @@ def test_sites_are_selected_by_kind_place_and_support() -> None:
     assert names(kind="deterministic") == ["twice"] and names(kind="factor") == ["extra"]
     assert info.finite_latents == ["k"] and info.plate_dim == -1 and info.plate_nesting == 2
     assert info.params == {"shift": (2, 3)} and info.data_plate == "data"
+
+
+def test_an_index_that_is_no_integer_and_a_product_of_the_wrong_shape_are_told() -> None:
+    def index(x):
+        i = pyro.sample("i", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.zeros(3)[i], 1.0), obs=x)
+
+    def product(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.ones(len(x), 2) @ w, 1.0), obs=x)
+
+    with pytest.raises(TypeError, match=r"an index is an integer: i.long\(\)"):
+        pg.check(index, X5)
+    with pytest.raises(RuntimeError, match="size mismatch") as caught:
+        pg.check(product, X5)
+    assert "'product' failed on a dry run: it was given argument 0 of shape (5,)" in caught.value.__notes__[-1]
