@@ -210,6 +210,7 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
     from ppl_gen.driver import _built, _dtype_of, _modules_of
     from ppl_gen.isolation import Workspace, isolated
     from ppl_gen.program import as_recipe
+    from ppl_gen.sitechecks import explained
 
     positive("draws", draws)
     with isolated(require_seed(seed), dtype=_dtype_of(data)), torch.no_grad(), same_again(program):
@@ -217,7 +218,8 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
         modules = _modules_of(built, None)
         with Workspace(dtype=dataset.dtype, training=False, modules=modules), whole_plates():
             batch = dataset.batch()
-            trace = poutine.trace(built.model).get_trace(*batch.args, **batch.kwargs)
+            with explained(built, batch, "model"):
+                trace = poutine.trace(built.model).get_trace(*batch.args, **batch.kwargs)
             refuse_improper(
                 built.name, {n for n, node in trace.nodes.items() if is_sample(node) and _is_flat(node["fn"])}
             )

@@ -12,6 +12,7 @@ from pyro import poutine
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.read_sites import innermost
+from ppl_gen.improper_sites import refuse_undrawable
 from ppl_gen.mixed import MixedDtypesError, of_another_dtype, speaks_of_dtypes
 from ppl_gen.program import Program
 
@@ -144,6 +145,7 @@ class explained:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if error is None or not isinstance(error, ValueError | RuntimeError | TypeError | IndexError | AttributeError):
             return
+        refuse_undrawable(error, error.__traceback__)
         text, head = str(error), f"the {self.what} of {self.program.name!r} failed on a dry run: "
         if isinstance(error, TypeError | AttributeError) and "NoneType" in text:
             raise TypeError(head + text + "; it needs what the data give as None") from error
