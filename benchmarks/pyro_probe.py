@@ -158,11 +158,11 @@ def beside_pyro(fit: Any, loss: Any, data: Any, args: Any, kwargs: Any) -> dict[
     import ppl_gen as pg
     from ppl_gen.inference import SVI
 
-    ours = pg.fit(fit.program, data, SVI(loss, steps=LONGER, lr=1e-2), start=fit, seed=1, progress=False)
+    ours = pg.fit(fit.program, data, SVI(loss, steps=LONGER, lr=1e-3), start=fit, seed=1, progress=False)
     found = {}
     for name, start, steps in (("here", ours, 0), ("pyro", fit, LONGER)):
         with start.bound(seed=1), torch.enable_grad():
-            optimiser = pyro.optim.Adam({"lr": 1e-2})
+            optimiser = pyro.optim.Adam({"lr": 1e-3})
             svi = pyro.infer.SVI(fit.program.model, start.guide, optimiser, loss=copy.deepcopy(loss))
             for _ in range(steps):
                 STEP(svi, *args, **kwargs)
