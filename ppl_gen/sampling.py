@@ -44,6 +44,8 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
         shared = global_draws(fit, 1)[0] if fit.info.select(local=False) else {}
         values = {name: value for name, value in shared.items() if name not in own}
         values.update({name: fixed_value(fit, name, value, n) for name, value in {**fixed, **inputs}.items()})
+        for name in set(fit.info.partly_observed) & set(values):  # a value given for a site is that of both its halves
+            values |= {f"{name}_observed": values[name], f"{name}_unobserved": values[name]}
         refuse_improper(fit.program.name, {s.name for s in fit.info.select() if s.improper} - set(values))
         with _Generating(fit, n), RowsOf(fit.info.data_plate, n, "the sample"), _InSupport(fit, set(given)):
             _refuse_teacher_forcing(fit, batch, values)

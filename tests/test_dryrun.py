@@ -305,7 +305,7 @@ DATA: dict[str, tuple[Any, type[Exception], str]] = {
     "complex array": ({"x": np.array([1j]), "y": X5[:1]}, TypeError, "'x': expected.*numbers, got ndarray"),
     "sparse": ({"x": torch.eye(5).to_sparse(), "y": X5}, TypeError, r"'x': expected.*sparse.*\.to_dense\(\)"),
     "masked": ({"x": _MASKED, "y": X5[:2]}, TypeError, "'x': expected.*masked array.*poutine.mask"),
-    "a tuple": ((X5, X5), TypeError, r"'x': got a tuple of 2 arrays; pass a mapping"),
+    "a tuple": ((X5, X5, X5), ValueError, r"a tuple of 3 values, and the model takes 2 \(x, y\)"),
 }
 
 
