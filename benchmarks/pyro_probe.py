@@ -161,7 +161,10 @@ def beside_pyro(fit: Any, loss: Any, data: Any, args: Any, kwargs: Any) -> dict[
     ours = pg.fit(fit.program, data, SVI(loss, steps=LONGER, lr=1e-3), start=fit, seed=1, progress=False)
     found = {}
     for name, start, steps in (("here", ours, 0), ("pyro", fit, LONGER)):
-        with start.bound(seed=1), torch.enable_grad():
+        with start.bound(seed=1) as workspace, torch.enable_grad():
+            workspace.training = True  # as networks are when Pyro steps: dropout, statistics of the batch
+            for module in workspace.modules.values():
+                module.train()
             optimiser = pyro.optim.Adam({"lr": 1e-3})
             svi = pyro.infer.SVI(fit.program.model, start.guide, optimiser, loss=copy.deepcopy(loss))
             for _ in range(steps):

@@ -229,7 +229,7 @@ def _checked_run(
 ) -> Run:
     program, changes = adapted(program, _looked_at(data), data, vectors=algorithm.vectors)
     info = _inspected(program, data)
-    check_observed(info)
+    check_observed(info, _looked_at(data))
     refuse_idle_masks(program, data.head(DRY_ROWS) if data.elements > LARGE else data.batch())
     require(algorithm.label, algorithm.needs, program.name, info.offers, why=info.unenumerable)
     program, notes = _with_plate(program, info)

@@ -14,6 +14,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.guidechecks import check_auxiliary, check_match
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.idle import idle_where_masked
@@ -243,7 +244,7 @@ def _on_fewer(program: Program, fewer: Callable[[], Batch] | None) -> Callable[[
         try:
             with torch.no_grad():
                 return poutine.trace(program.model).get_trace(*batch.args, **batch.kwargs), batch.rows
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        except PROGRAM_ERRORS:
             return None
 
     return run

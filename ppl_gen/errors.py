@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
 __all__ = [
+    "PROGRAM_ERRORS",
     "FitWarning",
     "IncompatibleError",
     "MissingExtraError",
@@ -46,6 +47,18 @@ class FitWarning(UserWarning):
 
 class MissingExtraError(ImportError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+#: What a user's program may raise when it is run on rows, values or shapes that it was not written for.
+PROGRAM_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class NonFiniteError(ArithmeticError):

@@ -20,7 +20,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.inference.enumeration import drawn, eliminated, enumerated_trace, sample_discrete
 from ppl_gen.sitechecks import require_enumerable
 
@@ -100,7 +100,7 @@ def _vectorised(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that an operation has no batching rule costs time, no more
             values, totals = torch.vmap(one, randomness="different", chunk_size=max(1, CELLS // size))(stacked)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+    except PROGRAM_ERRORS:
         return None  # indexing by a drawn value, Python that depends on data: one draw at a time then
     alone = torch.stack([total for total, _ in ends])
     same = torch.allclose(totals[[0, -1]], alone, rtol=1e-4, atol=1e-4) and bool(totals.isfinite().all())

@@ -16,6 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.isolation import quiet
 from ppl_gen.sitechecks import sample_nodes
 
@@ -42,7 +43,7 @@ def idle_where_masked(model: Callable[..., Any], batch: Batch, trace: poutine.Tr
                     other = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
                 if not all(name in other and _same(node, other.nodes[name]) for name, node in nodes.items()):
                     return set()
-            except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            except PROGRAM_ERRORS:
                 return set()
     return set(masked)
 

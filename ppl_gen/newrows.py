@@ -12,7 +12,7 @@ from pyro import poutine
 
 from ppl_gen.data.batching import LARGE, Batch, Dataset
 from ppl_gen.data.masks import refuse_unread_masks
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.finite_globals import summed_globals
 from ppl_gen.handlers.whole_plates import RowsOf
 from ppl_gen.honoured import refuse_idle_masks
@@ -57,7 +57,7 @@ def check_rows(fit: Fit, data: Dataset) -> None:
                 refuse_idle_masks(fit.program, batch)
     except IncompatibleError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except PROGRAM_ERRORS as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(_unlike(fit, data) + text) from error
@@ -66,7 +66,7 @@ def check_rows(fit: Fit, data: Dataset) -> None:
 def follows_rows(fit: Fit, batch: Batch) -> bool:
     """Whether the data plate has as many rows as ``batch``, whatever number the fit was made on; in ``fit.bound()``."""
     looked = RowsOf(fit.info.data_plate, batch.rows)
-    with contextlib.suppress(ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+    with contextlib.suppress(*PROGRAM_ERRORS):
         with looking(), looked:
             fit.program.model(*batch.args, **batch.kwargs)
     return looked.fits
@@ -83,7 +83,7 @@ def row_latents(fit: Fit) -> list[str]:
     if "row latents" not in fit.computed:
         few = fit.data.head(rows // 2)
         found = []
-        with contextlib.suppress(ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+        with contextlib.suppress(*PROGRAM_ERRORS):
             with fit.bound(), looking():
                 nodes = poutine.trace(fit.program.model).get_trace(*few.args, **few.kwargs).nodes
             whole = {site.name: (*site.batch_shape, *site.event_shape) for site in fit.info.select()}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppl_gen.closures import same_again
 from ppl_gen.data.batching import LARGE, Batch
-from ppl_gen.errors import IncompatibleError, require_seed, require_whole
+from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError, require_seed, require_whole
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.handlers.whole_plates import whole_plates
@@ -88,7 +88,7 @@ def _guided(fit: Fit, batch: Batch, count: int) -> list[dict[str, Tensor]] | Non
             with Substitute(shared):
                 found.append(fit.learned.draw(1, batch)[0] | shared)
         return found
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+    except PROGRAM_ERRORS:
         return None  # an entry that it reads is missing
 
 
@@ -104,7 +104,7 @@ def amortised(fit: Fit) -> bool:
     try:
         with looking():
             trace = poutine.trace(fit.guide).get_trace(*few.args, **few.kwargs)
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except PROGRAM_ERRORS:
         return False
     frames = [frame for name in local if name in trace for frame in trace.nodes[name]["cond_indep_stack"]]
     return {frame.size for frame in frames if frame.name == fit.info.data_plate} == {few.rows}

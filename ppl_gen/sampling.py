@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.whole_plates import RowsOf
 from ppl_gen.inference.objectives.observed import reads_own_observation
 from ppl_gen.inference.objectives.tracing import is_sample
@@ -68,7 +68,7 @@ class _Generating:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if not isinstance(error, ArithmeticError | LookupError | RuntimeError | TypeError | ValueError):
+        if not isinstance(error, PROGRAM_ERRORS):
             return
         last = extract_tb(error.__traceback__)[-1].filename
         if isinstance(error, IncompatibleError) or Path(last).is_relative_to(Path(__file__).parent):

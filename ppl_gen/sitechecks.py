@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
@@ -143,10 +144,15 @@ class explained:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if error is None or not isinstance(error, ValueError | RuntimeError | TypeError | IndexError | AttributeError):
+        if error is None or not isinstance(
+            error, ValueError | RuntimeError | TypeError | IndexError | AttributeError | AssertionError
+        ):
             return
         refuse_undrawable(error, error.__traceback__)
         text, head = str(error), f"the {self.what} of {self.program.name!r} failed on a dry run: "
+        if isinstance(error, AssertionError):
+            claim = text.partition("\n")[0] or extract_tb(error.__traceback__)[-1].line
+            raise ValueError(f"{head}its own assertion does not hold: {claim}") from error
         if isinstance(error, TypeError | AttributeError) and "NoneType" in text:
             raise TypeError(head + text + "; it needs what the data give as None") from error
         if any(words in text for words in ("on the same device", "device type", "expected device")):
@@ -244,8 +250,18 @@ def data_plate(program: Program, batch: Batch, trace: poutine.Trace, fewer: Fewe
     raise ValueError(
         f"the program {program.name!r} has no plate named {program.data_plate!r} (its data_plate), but the plate "
         f"{over_rows[0]!r} has as many rows as the data ({rows}). Name it {program.data_plate!r}, or say "
-        f"pg.Program(model, data_plate={over_rows[0]!r})."
+        f"pg.Program(model, data_plate={over_rows[0]!r}){_across(batch, frames)}."
     )
+
+
+def _across(batch: Batch, frames: Mapping[str, Any]) -> str:
+    """A plate that runs along another dimension of the data than the first may be that of the rows."""
+    for value in (*batch.args, *batch.kwargs.values()):
+        for dim, size in enumerate(value.shape) if isinstance(value, torch.Tensor) else ():
+            plates = [name for name, frame in frames.items() if dim and frame.size == size != batch.rows]
+            if plates:
+                return f"; if the rows are dimension {dim}, pg.Program(model, data_plate={plates[0]!r}, data_dim={dim})"
+    return ""
 
 
 def _inside(trace: poutine.Trace, plate: str) -> str:
@@ -319,9 +335,10 @@ def require_enumerable(info: ProgramInfo, names: Sequence[str]) -> None:
         )
 
 
-def check_observed(info: ProgramInfo) -> None:
-    """Raise ValueError if no site is observed: then the data never reach the likelihood."""
-    if not info.select(kind="observed") and not info.select(kind="factor"):
+def check_observed(info: ProgramInfo, batch: Batch) -> None:
+    """Raise ValueError if there are data and no site is observed: then they never reach the likelihood."""
+    given = bool(batch.args or batch.kwargs)  # without data, the sites are the target density
+    if given and not info.select(kind="observed") and not info.select(kind="factor"):
         raise ValueError(
             f"no site of {info.name!r} is observed, so the data never reach the likelihood: write "
             "pyro.sample(..., obs=x) at the site that generates the data"

@@ -225,3 +225,35 @@ def test_an_enumerated_guide_over_a_plate_without_a_size() -> None:
     elbo = TraceEnum_ELBO(max_plate_nesting=1)
     fit = pg.fit(pg.Program(model, config_enumerate(guide)), (2, X), SVI(elbo, steps=3), seed=0)
     assert fit.params["probs"].shape == (12, 2)
+
+
+def written_out(words, k=2):
+    with pyro.plate("topics", k):
+        topic_words = pyro.sample("topic_words", dist.Dirichlet(torch.ones(6)))
+    with pyro.plate("documents", 5):
+        assert words.shape == (4, 5)
+        shares = pyro.sample("shares", dist.Dirichlet(torch.ones(k)))
+        with pyro.plate("words", 4):
+            z = pyro.sample("z", dist.Categorical(shares))
+            pyro.sample("w", dist.Categorical(topic_words[z]), obs=words)
+
+
+def test_a_program_that_asserts_its_shapes() -> None:
+    """Its assertion fails on fewer rows, at which a dry run looks, and that is no answer to the user's data."""
+    with pytest.raises(ValueError, match=r"plate 'words' has as many rows .*data_plate='documents', data_dim=1"):
+        pg.fit(written_out, WORDS, SVI(steps=2))
+    fit = pg.fit(pg.Program(written_out, data_plate="documents", data_dim=1), WORDS, SVI(steps=2), seed=0)
+    assert fit.evidence(particles=2).rows == 5
+    with pytest.raises(ValueError, match=r"its own assertion does not hold: assert .* == \(4, 5\)"):
+        pg.fit(written_out, WORDS[:3], SVI(steps=2))
+
+
+def test_a_density_without_data_needs_no_observation() -> None:
+    def target():
+        pyro.sample("z", dist.Normal(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 0.5])).to_event(1))
+
+    fit = pg.fit(target, (), NUTS(draws=300, warmup=200, chains=2, processes=1), seed=0)
+    # 600 draws of a normal, at least 150 effective: five errors of the mean are 0.4 sd.
+    assert torch.allclose(fit.posterior(draws=600)["z"].mean(0).float(), torch.tensor([3.0, -1.0]), atol=0.4)
+    with pytest.raises(ValueError, match="no site of '<lambda>' is observed"):
+        pg.fit(lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), X, SVI(steps=2))

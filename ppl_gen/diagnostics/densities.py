@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.inference.enumeration import enumerated_trace, log_joint, log_prior, row_log_density
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.sitechecks import require_enumerable
@@ -106,7 +107,7 @@ def _vectorised(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that an operation has no batching rule costs time, no more
             result = torch.vmap(one, chunk_size=max(1, CELLS // rows))(stacked)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+    except PROGRAM_ERRORS:
         return None  # indexing by a drawn value, data-dependent Python: one draw at a time then
     for index in (0, count - 1):
         alone = tree_leaves(one({name: value[index] for name, value in stacked.items()}))

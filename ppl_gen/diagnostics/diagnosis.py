@@ -24,7 +24,7 @@ from ppl_gen.diagnostics.verdicts import (
     verdict_variational,
     with_points,
 )
-from ppl_gen.errors import require_whole
+from ppl_gen.errors import PROGRAM_ERRORS, require_whole
 from ppl_gen.inference.guides import point_sites
 from ppl_gen.isolation import looking
 from ppl_gen.posterior import ChainPosterior
@@ -192,7 +192,7 @@ def _rows_alone(fit: Fit) -> bool:
         try:
             with looking():
                 trace = poutine.trace(fit.program.model).get_trace(*few.args, **few.kwargs)
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except PROGRAM_ERRORS:
             return False
     return not any(node["type"] == "param" for node in trace.nodes.values())
 

@@ -10,6 +10,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def lone_rows(fit: Fit) -> list[int]:
             known = {name: value for name, value in values.items() if name in info.sites}
             here = _rows(fit, batch, known, None)
             there = [_nudged(fit, batch, known, way, sign) for way in (0, 1) for sign in (1.0, -1.0)]
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError):
+        except PROGRAM_ERRORS:
             return []
     beside = [value for value in there if value is not None]
     if not beside:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.diagnostics.densities import joint_densities
+from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.finite_globals import combinations, summed_globals
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, log_weights_in_chunks
 from ppl_gen.inference.objectives.summed_particles import can_sum_together
@@ -176,7 +177,7 @@ def many(one: Callable[[Any], Any], inputs: Any, batch: Batch, particles: int = 
                 torch.set_rng_state(state)
                 return None
             return torch.vmap(one, randomness="different", chunk_size=max(1, CELLS // max(1, cells)))(inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError, KeyError):
+    except PROGRAM_ERRORS:
         torch.set_rng_state(state)
         return None  # indexing by a drawn value, data-dependent Python: one draw at a time then
 

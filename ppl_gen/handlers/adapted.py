@@ -21,12 +21,13 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import nn
 
 from ppl_gen.data.batching import Batch, Dataset
+from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.isolation import looking
 from ppl_gen.program import Program
 
 __all__ = ["adapted"]
 
-_FAILED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_FAILED = PROGRAM_ERRORS
 
 
 def adapted(program: Program, batch: Batch, data: Dataset, *, vectors: bool) -> tuple[Program, dict[str, str]]:

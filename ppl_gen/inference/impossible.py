@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.isolation import looking, quiet
 from ppl_gen.sitechecks import sample_nodes
 
@@ -27,7 +28,7 @@ def impossible(model: Callable[..., Any], guide: Callable[..., Any] | None, batc
                 replayed = model if drawn is None else poutine.replay(model, trace=drawn)
                 trace = poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs)
                 found = next((name for name, node in sample_nodes(trace) if _without_density(node)), None)
-            except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            except PROGRAM_ERRORS:
                 return ""  # the loss has said what is wrong
             if found is not None:
                 return _sentence(found, trace)

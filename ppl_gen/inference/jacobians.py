@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.inference.objectives.tracing import is_sample, transforms_of
 from ppl_gen.isolation import looking
 
@@ -68,6 +68,6 @@ def _compared(transform: Any, size: int) -> tuple[float, float] | None:
             slope = torch.autograd.functional.jacobian(forward, x)
         said = tried.log_abs_det_jacobian(x, tried(x)).sum()
         right = torch.linalg.slogdet(slope)[1]
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, KeyError):
+    except PROGRAM_ERRORS:
         return None  # of another shape than the site, or no map of one vector
     return (float(said), float(right)) if bool(torch.isfinite(said) & torch.isfinite(right)) else None

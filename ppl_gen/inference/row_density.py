@@ -25,7 +25,7 @@ from torch.distributions.transforms import identity_transform
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.inference.unlearned import Hidden
@@ -33,7 +33,7 @@ from ppl_gen.inference.unlearned import Hidden
 __all__ = ["CELLS", "RowDensity"]
 
 CELLS = 4_000_000  # numbers held at once for each input of the program
-_FAILS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+_FAILS = PROGRAM_ERRORS
 
 Values = Mapping[str, Tensor]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.isolation import quiet
 
@@ -171,7 +172,7 @@ def _matters(model: Callable[..., Any], batch: Batch, base: poutine.Trace, name:
     other = _other(base.nodes[name]["fn"], base.nodes[name]["value"])
     try:
         moved = _trace(model, batch, {**fixed, name: other})
-    except (ArithmeticError, IndexError, RuntimeError, ValueError):
+    except PROGRAM_ERRORS:
         return True
     skipped = {name, *ignored}
     if {n for n in moved.nodes if n not in skipped} != {n for n in base.nodes if n not in skipped}:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo, Site
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.isolation import looking
 
@@ -216,7 +216,7 @@ def reads_own_observation(run: Callable[[Batch], poutine.Trace], batch: Batch, n
         try:
             with looking():
                 second = run(other)
-        except (ArithmeticError, IndexError, RuntimeError, ValueError):
+        except PROGRAM_ERRORS:
             continue  # an input that cannot be anything else (an index, say)
         for name in names:
             if name in first.nodes and name in second.nodes:

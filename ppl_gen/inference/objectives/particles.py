@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
+from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.inference.objectives.estimators import rows_plate
 from ppl_gen.inference.objectives.tracing import is_sample, log_density, own_scale
 from ppl_gen.isolation import looking
@@ -103,7 +104,7 @@ def can_vectorise(
     try:
         with looking():
             return _same_one_by_one(model, guide, info, batch)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+    except PROGRAM_ERRORS:
         # Convolutions and batch norm refuse the extra dimension, and a flow without an inverse cannot be asked again
         # for the density of one particle of many: unroll instead.
         return False

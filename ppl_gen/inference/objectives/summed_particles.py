@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
+from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.inference.enumeration import enumerated_trace, log_prior, row_log_density
 from ppl_gen.inference.objectives.estimators import rows_plate
 from ppl_gen.isolation import looking
@@ -20,7 +21,7 @@ from ppl_gen.sitechecks import require_enumerable
 __all__ = ["can_sum_together", "summed_densities"]
 
 CELLS = 4_000_000  # numbers of data times values of finite sites times particles
-_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+_REFUSALS = PROGRAM_ERRORS
 
 Values = Mapping[str, Tensor]
 
