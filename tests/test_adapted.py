@@ -257,3 +257,20 @@ def test_a_density_without_data_needs_no_observation() -> None:
     assert torch.allclose(fit.posterior(draws=600)["z"].mean(0).float(), torch.tensor([3.0, -1.0]), atol=0.4)
     with pytest.raises(ValueError, match="no site of '<lambda>' is observed"):
         pg.fit(lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), X, SVI(steps=2))
+
+
+def handed_out(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", 12, len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_plate_written_for_minibatches_has_the_rows_it_is_given(batch_size) -> None:
+    algorithm = SVI(steps=8, lr=0.05, batch_size=batch_size)
+    one, two = (pg.fit(model, X, algorithm, seed=0) for model in (handed_out, sized))
+    assert one.records["program_loss"] == pytest.approx(two.records["program_loss"], rel=1e-6)
+    for rows in (X, X[:5], torch.cat([X, X])):
+        ours, theirs = (fit.evidence(rows, particles=4) for fit in (one, two))
+        assert ours.rows == len(rows) and ours.mean == pytest.approx(theirs.mean, rel=1e-6)
+    assert one.sample(3)["x"].shape == (3,) and one.predict(X[:4], draws=2)["x"].shape == (2, 4)

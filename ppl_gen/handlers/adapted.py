@@ -1,6 +1,7 @@
 """Two ways of writing a program that Pyro runs and that say less than an algorithm asks: what is left out is filled in.
 
-A plate without a size, ``pyro.plate("data")``, takes that of the rows it is given. A latent vector outside of every
+A plate without a size, ``pyro.plate("data")``, takes that of the rows it is given; so does one that is written for
+minibatches, ``pyro.plate("data", 60000, len(x))``, where the loop hands out the rows. A latent vector outside of every
 plate, ``pyro.sample("eta", Normal(zeros(8), 1))``, is one draw of eight numbers, as ``.to_event(1)`` says.
 """
 
@@ -36,18 +37,22 @@ def adapted(program: Program, batch: Batch, data: Dataset, *, vectors: bool) -> 
     Returns the program and notes on what was changed. A program that does not run is left to the dry run to explain.
 
     Raises:
-        ValueError: for a plate without a size in a module, which cannot be given one.
+        ValueError: for a plate without a size where model or guide is a module, which cannot be given one.
     """
-    trace = _trace(program.model, batch)
+    asked: dict[str, tuple[Any, Any]] = {}
+    with _sizes_asked(asked):
+        trace = _trace(program.model, batch)
     if trace is None:
         return program, {}
     notes = {}
-    if program.data_plate in _unsized(trace):
-        if isinstance(program.model, nn.Module) or isinstance(program.guide, nn.Module):
-            raise ValueError(
-                f"pyro.plate({program.data_plate!r}) of {program.name!r} has no size, and model or guide is a module; "
-                f"write pyro.plate({program.data_plate!r}, len(x))"
-            )
+    modules = isinstance(program.model, nn.Module) or isinstance(program.guide, nn.Module)
+    size, part = asked.get(program.data_plate, (0, None))
+    if size is None and modules:
+        raise ValueError(
+            f"pyro.plate({program.data_plate!r}) of {program.name!r} has no size, and model or guide is a module; "
+            f"write pyro.plate({program.data_plate!r}, len(x))"
+        )
+    if size is None or (part is not None and part == batch.rows and not modules):
         size = functools.partial(_sized, plate=program.data_plate, data=data)
         own = callable(program.guide) and not isinstance(program.guide, type)
         guide = size(program.guide) if own else program.guide
@@ -66,8 +71,27 @@ def _trace(model: Callable[..., Any], batch: Batch) -> poutine.Trace | None:
     return None
 
 
-def _unsized(trace: poutine.Trace) -> set[str]:
-    return {f.name for node in trace.nodes.values() for f in node.get("cond_indep_stack", ()) if f.size == -1}
+@contextlib.contextmanager
+def _sizes_asked(found: dict[str, tuple[Any, Any]]) -> Iterator[None]:
+    """Collects, by name of plate, the size and the size of a subsample that the program asks for."""
+
+    def kept(call: Callable[..., Any], name: str, size: Any = None, part: Any = None, *rest: Any, **more: Any) -> Any:
+        found.setdefault(name, (size, part))
+        return call(name, size, part, *rest, **more)
+
+    with _settling(kept):
+        yield
+
+
+@contextlib.contextmanager
+def _settling(how: Callable[..., Any]) -> Iterator[None]:
+    """Pyro settles the size of every plate in one static method, without a message that a handler could answer."""
+    outer = SubsampleMessenger.__dict__["_subsample"]
+    SubsampleMessenger._subsample = staticmethod(functools.partial(how, outer.__func__))
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = outer
 
 
 def _sized(function: Callable[..., Any], *, plate: str, data: Dataset) -> Callable[..., Any]:
@@ -86,17 +110,13 @@ def _sized(function: Callable[..., Any], *, plate: str, data: Dataset) -> Callab
 
 @contextlib.contextmanager
 def _size(plate: str, rows: int | None) -> Iterator[None]:
-    """Pyro settles the size of every plate in one static method, without a message that a handler could answer."""
-    outer = SubsampleMessenger.__dict__["_subsample"]
+    def filled(call: Callable[..., Any], name: str, size: Any = None, part: Any = None, *rest: Any, **more: Any) -> Any:
+        if name == plate and rows is not None and (size is None or part == rows):
+            return call(name, rows, None, *rest, **more)
+        return call(name, size, part, *rest, **more)
 
-    def filled(name: str, size: Any = None, *rest: Any, **more: Any) -> Any:
-        return outer.__func__(name, rows if size is None and name == plate else size, *rest, **more)
-
-    SubsampleMessenger._subsample = staticmethod(filled)
-    try:
+    with _settling(filled):
         yield
-    finally:
-        SubsampleMessenger._subsample = outer
 
 
 def _vectors(trace: poutine.Trace) -> dict[str, int]:
