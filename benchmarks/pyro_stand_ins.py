@@ -28,8 +28,10 @@ def install() -> None:
     _tables()
     for name in ("seaborn", "graphviz", "visdom"):  # pictures are not looked at
         if name not in sys.modules:
-            sys.modules[name] = MagicMock(spec=types.ModuleType(name))
-            sys.modules[name].__spec__ = None
+            sys.modules[name] = MagicMock(__spec__=None)
+    wget = types.ModuleType("wget")
+    wget.download = lambda url, path: np.savetxt(path, np.random.default_rng(0).poisson(3.0, (20, 64)), delimiter=",")
+    sys.modules["wget"] = wget
 
 
 def _refuse_downloads() -> None:
@@ -86,6 +88,11 @@ def _tables() -> None:
             africa, rugged = rng.integers(0, 2, 170), rng.exponential(1.0, 170)
             gdp = np.exp(9 - 2 * africa - 0.2 * rugged + 0.3 * africa * rugged + 0.9 * rng.normal(size=170))
             return pandas.DataFrame({"cont_africa": africa, "rugged": rugged, "rgdppc_2000": gdp})
+        if "EfronMorrisBB" in str(source):
+            hits, later = rng.binomial(45, 0.27, 18), rng.binomial(300, 0.27, 18)
+            columns = {"At-Bats": 45, "Hits": hits, "SeasonAt-Bats": 345, "SeasonHits": hits + later}
+            names = [f"player {i}" for i in range(18)]
+            return pandas.DataFrame({"FirstName": names, "LastName": names, **columns})
         if "SN_y_tot" in str(source):
             return pandas.DataFrame(
                 {"time": np.arange(1700.5, 2000), "sunspot.year": rng.poisson(80, 300).astype(float)}

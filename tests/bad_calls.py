@@ -48,6 +48,7 @@ EXEMPT = {
     "PrincipalComponents": "made by principal_components",
     "Status": "an enumeration",
     "FitWarning": "a warning",
+    "by_step": "a function of the user's and anything",
     "constant": "takes anything",
 }
 #: Methods of `pg.Fit` that others of the package call.
