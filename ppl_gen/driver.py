@@ -20,6 +20,7 @@ from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.data.names import Read
 from ppl_gen.data.sources import collected
 from ppl_gen.diagnostics.complaints import warn_if_bad
+from ppl_gen.differentiable import why_not_differentiable
 from ppl_gen.dryrun import ProgramInfo, dry_run
 from ppl_gen.errors import (
     NonFiniteError,
@@ -231,7 +232,7 @@ def _checked_run(
     info = _inspected(program, data)
     check_observed(info, _looked_at(data))
     refuse_idle_masks(program, data.head(DRY_ROWS) if data.elements > LARGE else data.batch())
-    require(algorithm.label, algorithm.needs, program.name, info.offers, why=info.unenumerable)
+    require(algorithm.label, algorithm.needs, program.name, info.offers, why=info.lost(algorithm.needs))
     program, notes = _with_plate(program, info)
     notes |= changes
     if data.left_out:
@@ -337,7 +338,11 @@ def _inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInf
         if guide is not None:
             info = look(guide=guide, predicted=predicted)
         check_names(info.sites, [*data.entries, *data.constants])
-        return info.refusing_sums(unenumerable(joint(program.model, info), batch, data.head, info))
+        info = info.refusing_sums(unenumerable(joint(program.model, info), batch, data.head, info))
+        if "differentiable samples" not in info.offers:
+            return info
+        observed, latent = [s.name for s in info.select(kind="observed")], [s.name for s in info.select()]
+        return info.refusing_gradients(why_not_differentiable(program.model, batch, observed, latent))
 
 
 def _looked_at(data: Dataset) -> Batch:
@@ -461,7 +466,7 @@ def _with_guide(run: Run, outcome: Outcome) -> ProgramInfo:
         batch = run.data.batch()
         fewer, known = (lambda: run.data.head((batch.rows or 2) // 2)), run.info.predicted
         info = dry_run(run.program, batch, guide=outcome.guide, fewer=fewer, predicted=known)
-        return info.refusing_sums(run.info.unenumerable)
+        return info.as_tried(run.info)
 
 
 def _status(outcome: Outcome) -> tuple[Status, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -78,6 +78,7 @@ class ProgramInfo:
     rows: int | None
     offers: frozenset[str]
     unenumerable: str = ""  # why the finite latents cannot be summed out
+    undifferentiable: str = ""  # why no gradient flows from draws, although the types of the sites promise it
     inside: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # where the data are possible
 
     def select(self, *, kind: str = "latent", local: bool | None = None, discrete: bool | None = None) -> list[Site]:
@@ -96,6 +97,23 @@ class ProgramInfo:
             return self
         lost = {"finite local latents", "differentiable latents"}
         return replace(self, unenumerable=reason, offers=self.offers - lost)
+
+    def refusing_gradients(self, reason: str) -> ProgramInfo:
+        """The same, if draws carry no gradient for a ``reason`` (with none, they do as far as is known)."""
+        if not reason:
+            return self
+        return replace(self, undifferentiable=reason, offers=self.offers - {"differentiable samples"})
+
+    def as_tried(self, earlier: ProgramInfo) -> ProgramInfo:
+        """The same without the offers that were tried on an ``earlier`` look at the program, and did not hold."""
+        return self.refusing_sums(earlier.unenumerable).refusing_gradients(earlier.undifferentiable)
+
+    def lost(self, needs: Iterable[Collection[str]]) -> str:
+        """Why the ``needs`` are not met, where an offer was tried and did not hold."""
+        asked = {offer for need in needs for offer in need} - self.offers
+        sums = self.unenumerable if asked & {"finite local latents", "differentiable latents"} else ""
+        draws = self.undifferentiable if "differentiable samples" in asked else ""
+        return "; ".join(reason for reason in (sums, draws) if reason)
 
     @property
     def predicted(self) -> list[str]:
@@ -153,6 +171,7 @@ class ProgramInfo:
         )
         lines.append("offers: " + ", ".join(sorted(self.offers)))
         lines += [f"not enumerable: {self.unenumerable}"] if self.unenumerable else []
+        lines += [f"not differentiable: {self.undifferentiable}"] if self.undifferentiable else []
         return "\n".join([f"{self.name}: {plate}", *lines])
 
     def _repr_html_(self) -> str:

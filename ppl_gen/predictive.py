@@ -162,6 +162,11 @@ def predictive_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[
     positive("draws", draws)
     dataset = fit.dataset(data)
     observed = [site.name for site in fit.info.select(kind="observed")]
+    if not observed:
+        asked = "fit.posterior() draws its latent sites" if fit.info.select() else "it has no latent sites either"
+        raise IncompatibleError(
+            f"{fit.program.name!r} has no observed sites, so there are no replicates of them to draw; {asked}"
+        )
     with fit.bound(seed):
         batch = dataset.batch()
         trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)

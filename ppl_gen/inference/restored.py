@@ -117,7 +117,7 @@ class Restored(Algorithm):
             guide = resolved_guide(run)
             fewer, known = (lambda: run.data.head((batch.rows or 2) // 2)), run.info.predicted
             info = dry_run(run.program, batch, guide=guide, fewer=fewer, predicted=known)
-            run.info = info.refusing_sums(run.info.unenumerable)
+            run.info = info.as_tried(run.info)
             if guide is not None:
                 runs.append(partial(guide, *batch.args, **batch.kwargs))
         leaves = run.workspace.collect(*runs)

@@ -149,7 +149,7 @@ class SVI(Iterative):
             with looking():
                 fewer, known = (lambda: run.data.head((probe.rows or 2) // 2)), run.info.predicted
                 info = dry_run(run.program, probe, guide=guide, fewer=fewer, predicted=known)
-                run.info = info.refusing_sums(run.info.unenumerable)
+                run.info = info.as_tried(run.info)
             check_jacobians(guide, probe)
         if self.objective.uses_guide:
             check_masked(run.info, run.info.guide_sites)

@@ -90,7 +90,8 @@ def info_html(info: ProgramInfo) -> str:
         "offers": _meanings(offer for offer in OFFERS if offer in info.offers) or "nothing",
         "lacks": _meanings(offer for offer in OFFERS if offer not in info.offers) or "nothing",
     }
-    warnings = _note(escape(f"not enumerable: {info.unenumerable}")) if info.unenumerable else ""
+    lost = {"not enumerable": info.unenumerable, "not differentiable": info.undifferentiable}
+    warnings = "".join(_note(escape(f"{what}: {why}")) for what, why in lost.items() if why)
     return _box(escape(info.name), _table(header, rows, f"Sites; {plate}"), _facts(facts), warnings)
 
 

@@ -117,6 +117,8 @@ def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 def replicates(fit: Fit, count: int = 50) -> list[Replicates]:
     """Observed sites with posterior predictive replicates of them, on at most `ROWS` rows."""
     data: Dataset = fit.data
+    if not fit.info.select(kind="observed"):
+        return []
     if data.rows is not None and data.rows > ROWS:
         data = data.subset(torch.linspace(0, data.rows - 1, ROWS).round().long())
     drawn = fit.predict(None if data is fit.data else data, draws=count)

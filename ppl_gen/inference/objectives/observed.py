@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.isolation import looking
 
-__all__ = ["ObservedRows", "compared_sites", "reads_own_observation"]
+__all__ = ["ObservedRows", "carried_values", "compared_sites", "reads_own_observation"]
 
 _RELAXED = ("Bernoulli", "Categorical", "OneHotCategorical")
 
@@ -124,10 +124,20 @@ class ObservedRows:
         return f"mean of {site.distribution} ({what})"
 
 
+def carried_values(
+    model: Callable[..., Any], batch: Batch, names: Collection[str], temperature: float | None = None
+) -> tuple[poutine.Trace, list[Tensor]]:
+    """A trace of a ``model`` without observations, and what carries the gradient of the sites ``names`` there."""
+    carrier = _Carrier(names, temperature)
+    with carrier:
+        trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+    return trace, [carrier.values.get(name, trace.nodes[name]["value"]) for name in names]
+
+
 class _Carrier(Messenger):
     """For named sites without reparameterised draws, keeps a value that carries their gradient."""
 
-    def __init__(self, names: Sequence[str], temperature: float | None) -> None:
+    def __init__(self, names: Collection[str], temperature: float | None) -> None:
         super().__init__()
         self.names, self.temperature = set(names), temperature
         self.values: dict[str, Tensor] = {}
