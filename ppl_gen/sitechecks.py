@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from traceback import extract_tb
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
@@ -12,6 +13,7 @@ from pyro import poutine
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.last_site import LastSite
 from ppl_gen.handlers.read_sites import innermost
 from ppl_gen.improper_sites import refuse_undrawable
 from ppl_gen.mixed import MixedDtypesError, of_another_dtype, speaks_of_dtypes
@@ -138,18 +140,22 @@ class explained:
     """Context that rewords Pyro's shape errors: the site, what was found, and the edit that fixes it."""
 
     def __init__(self, program: Program, batch: Batch, what: str) -> None:
-        self.program, self.batch, self.what = program, batch, what
+        self.program, self.batch, self.what, self.last = program, batch, what, LastSite()
 
     def __enter__(self) -> None:
-        return None
+        self.last.__enter__()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.last.__exit__(kind, error, traceback)
         if error is None or not isinstance(
             error, ValueError | RuntimeError | TypeError | IndexError | AttributeError | AssertionError
         ):
             return
         refuse_undrawable(error, error.__traceback__)
-        text, head = str(error), f"the {self.what} of {self.program.name!r} failed on a dry run: "
+        text, where = str(error), self.last.said(error)
+        head = f"the {self.what} of {self.program.name!r} failed on a dry run{where and f' ({where})'}: "
         if isinstance(error, AssertionError):
             claim = text.partition("\n")[0] or extract_tb(error.__traceback__)[-1].line
             raise ValueError(f"{head}its own assertion does not hold: {claim}") from error

@@ -675,4 +675,7 @@ def test_an_index_that_is_no_integer_and_a_product_of_the_wrong_shape_are_told()
         pg.check(index, X5)
     with pytest.raises(RuntimeError, match="size mismatch") as caught:
         pg.check(product, X5)
-    assert "'product' failed on a dry run: it was given argument 0 of shape (5,)" in caught.value.__notes__[-1]
+    assert (
+        "'product' failed on a dry run (after site 'w', before the next): it was given argument 0 of shape (5,)"
+        in caught.value.__notes__[-1]
+    )
