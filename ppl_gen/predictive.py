@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyro import poutine
 from pyro.distributions import ImproperUniform, Unit
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from ppl_gen.closures import same_again
@@ -17,6 +16,7 @@ from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError, require_seed, requ
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.handlers.whole_plates import whole_plates
+from ppl_gen.inference.guide_list import holds_rows
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.isolation import looking
@@ -98,7 +98,7 @@ def amortised(fit: Fit) -> bool:
     A guide that holds parameters for each training row (an autoguide does) cannot be run on another number of rows.
     """
     local = {site.name for site in fit.info.select(local=True)}.intersection(fit.info.guide_sites or {})
-    if fit.guide is None or isinstance(fit.guide, AutoGuide) or not local:
+    if fit.guide is None or holds_rows(fit.guide) or not local:
         return False
     few = fit.data.template(3 if fit.data.rows != 3 else 4)
     try:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
@@ -19,6 +18,7 @@ from ppl_gen.diagnostics.psis import row_subset, smoothed_with_k
 from ppl_gen.diagnostics.weighed import affordable
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.finite_globals import extended, summed_globals
+from ppl_gen.inference.guide_list import holds_rows
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, local_log_weights, sampled
 from ppl_gen.inference.objectives.summed_particles import can_sum_together
 from ppl_gen.newrows import follows_rows
@@ -54,7 +54,7 @@ def weigh_rows(fit: Fit, draws: int) -> RowWeights:
     chosen = torch.as_tensor(row_subset(rows, MAX_ROWS))
     some = fit.data.subset(chosen)
     # An autoguide's rows cannot be taken apart: weigh all of them, keep some.
-    whole = isinstance(fit.guide, AutoGuide) or not follows_rows(fit, some.batch())
+    whole = holds_rows(fit.guide) or not follows_rows(fit, some.batch())
     batch = fit.data.batch() if whole else some.batch()
     if whole:
         draws = affordable(fit, draws)

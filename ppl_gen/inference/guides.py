@@ -24,6 +24,7 @@ from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.read_sites import ReadSites
 from ppl_gen.inference.base import Run
+from ppl_gen.inference.guide_list import sharing_plates
 from ppl_gen.inference.laplace import Laplace
 from ppl_gen.isolation import copied, looking, revived
 from ppl_gen.program import filtered
@@ -54,7 +55,7 @@ def _resolved(run: Run) -> Callable[..., Any] | None:
     if guide is None or (isinstance(guide, type) and issubclass(guide, _MADE_OF_A_MODEL)):
         return _made(guide, run, options)
     if isinstance(guide, AutoGuide):
-        return revived(copied(guide), poutine.block(run.joint, hide=info.finite_latents))
+        return revived(sharing_plates(copied(guide)), poutine.block(run.joint, hide=info.finite_latents))
     if isinstance(guide, AutoMessenger):
         return _alone(copied(guide))
     if isinstance(guide, EasyGuide):  # it remembers the rows it first saw; networks in it may be the model's too

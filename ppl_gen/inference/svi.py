@@ -16,6 +16,7 @@ from ppl_gen.dryrun import dry_run
 from ppl_gen.errors import IncompatibleError, require_callable, require_positive, require_whole
 from ppl_gen.guidechecks import check_masked
 from ppl_gen.inference.base import Info, Iterative, Outcome, Run
+from ppl_gen.inference.guide_list import has_own_parts
 from ppl_gen.inference.guides import as_whole, is_auto, refuse_row_parameters, resolved_guide
 from ppl_gen.inference.jacobians import check_jacobians
 from ppl_gen.inference.laplace import Laplace, kept_buffers, second_stage
@@ -133,7 +134,7 @@ class SVI(Iterative):
         refuse_rows_outside(run, size)
         local = [site.name for site in run.info.select(local=True) if not site.finite]
         guide = run.program.guide
-        if local and self.objective.uses_guide and (guide is None or is_auto(guide)):
+        if local and self.objective.uses_guide and (guide is None or (is_auto(guide) and not has_own_parts(guide))):
             raise IncompatibleError(
                 f"the latent site(s) {local} stand inside the data plate, and an autoguide holds one set of parameters "
                 "per row of the data it was set up on: on minibatches rows and parameters would be misaligned. Give an "

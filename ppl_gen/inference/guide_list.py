@@ -1,0 +1,71 @@
+"""An `AutoGuideList` of autoguides and functions of one's own: its parts share the plates that each of them opens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoGuide, AutoGuideList
+from pyro.infer.autoguide.guides import AutoCallable
+from pyro.poutine.messenger import Messenger
+
+__all__ = ["SharedPlates", "has_own_parts", "holds_rows", "sharing_plates"]
+
+
+class SharedPlates(AutoGuideList):
+    """An `AutoGuideList` whose parts may open the same plate.
+
+    Pyro's own makes every plate of the model before its parts run, whether or not one of them needs it: a function
+    among the parts that opens ``pyro.plate("data", len(x))`` then meets a second plate of the name, and on other rows
+    one of another size.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.prototype_trace is None:
+            self._setup(*args, **kwargs)
+        with _OnePlateEach():
+            return super().forward(*args, **kwargs)
+
+    def _setup(self, *args: Any, **kwargs: Any) -> None:
+        """The prototypes of all parts, and of the plates those alone that autoguides among the parts stand in."""
+        self._setup_prototype(*args, **kwargs)
+        autos = [part for part in self if not isinstance(part, AutoCallable)]
+        for part in autos:
+            if part.prototype_trace is None:
+                part._setup_prototype(*args, **kwargs)
+        used = {name for part in autos for name in part._prototype_frames}
+        for name in [*self._prototype_frames]:
+            if name not in used:
+                del self._prototype_frames[name]
+
+
+class _OnePlateEach(Messenger):
+    """Shows the first opening of each plate alone to what is outside."""
+
+    def __enter__(self) -> Any:
+        self.seen: set[str] = set()
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if type(msg["fn"]).__name__ == "_Subsample":
+            msg["stop"] = msg["stop"] or msg["name"] in self.seen
+            self.seen.add(msg["name"])
+
+
+def sharing_plates(guide: Any) -> Any:
+    """The same guide; a list with functions of the user's own among its parts lets these share plates."""
+    if type(guide) is AutoGuideList and has_own_parts(guide):
+        guide.__class__ = SharedPlates  # a copy for this fit, which keeps its parts and the names of their parameters
+    return guide
+
+
+def has_own_parts(guide: Any) -> bool:
+    """Whether some part of a list of guides is the user's own function, which may read the rows (be amortised)."""
+    return isinstance(guide, AutoGuideList) and any(
+        isinstance(part, AutoCallable) for part in torch.nn.Module.children(guide)
+    )
+
+
+def holds_rows(guide: Any) -> bool:
+    """Whether a guide is sure to hold parameters for each row it was set up on: an autoguide with local sites does."""
+    return isinstance(guide, AutoGuide) and not has_own_parts(guide)
