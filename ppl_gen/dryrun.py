@@ -222,7 +222,7 @@ def dry_run(
         guide_trace = _traced(filtered(guide), batch, program, what="guide")
         guide_sites = {name: _site(name, node, plate) for name, node in sample_nodes(guide_trace)}
         guide_sites = _with_points(guide_sites, guide_trace, lambda: _traced(filtered(guide), batch, program, "guide"))
-        auxiliary = {name for name, node in guide_trace.nodes.items() if node.get("infer", {}).get("is_auxiliary")}
+        auxiliary = {name for name, node in sample_nodes(guide_trace) if node["infer"].get("is_auxiliary")}
         sites = _predicting(sites, set(predicted) - set(guide_sites))
         check_match(program, sites, {k: v for k, v in guide_sites.items() if k not in auxiliary})
         check_auxiliary(program, guide_trace, guide_sites, auxiliary)
