@@ -101,7 +101,6 @@ TABLE: dict[str, dict[type[Exception], str]] = {
         TypeError: """
             pg.Program(3)  ->  model: expected a Pyro model
             pg.Program(normal, guide="AutoNormal")  ->  guide: expected a Pyro guide
-            pg.Program(normal, guide=partial(AutoNormal, init_scale=0.5))  ->  guide: a partial of the class AutoNormal
             pg.fit(pg.Program(normal, AutoNormalizingFlow), x, SVI(steps=1))  ->  guide: AutoNormalizingFlow cannot be made of a model alone
             pg.Program(normal, terms={"penalty": 1.0})  ->  terms: expected functions
             pg.Recipe(pg.Program(normal))  ->  build: expected a function
@@ -265,7 +264,7 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             fit.sample(3, given={"loc_standard": torch.zeros(7)})  ->  given: 'loc_standard' has shape (7,), expected (4,)
             fit.sample(3, given={"precision": -1.0})  ->  given: 'precision': got a value outside of the support of its Exponential
             fit.sample(3, given={"z": nan})  ->  given: 'z': expected finite numbers
-            codes(fit, site="code")  ->  site: 'code' is no local latent site
+            codes(fit, site="code")  ->  site: 'code' is not a local latent site
             active_units(fit, site="code")  ->  site: expected one of z
             active_units(fit, threshold=-1)  ->  threshold: expected
             codes(fit, draws=0)  ->  draws: expected

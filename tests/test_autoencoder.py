@@ -305,5 +305,5 @@ def test_data_are_checked():
         autoencoder(4, 2, kind="convolutional")(torch.ones(3, 4))
     with pytest.raises(ValueError, match="contradict"):
         autoencoder(4, 2, top_k=1, sparsity=1.0, penalty="kl")
-    with pytest.raises(ValueError, match="no local latent site"):
+    with pytest.raises(ValueError, match="not a local latent site"):
         codes(pg.fit(autoencoder(4, 2), torch.randn(10, 4), STILL), site="code")

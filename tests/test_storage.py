@@ -158,7 +158,7 @@ def test_a_folder_of_somebody_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     fit, _ = fitted("guide")
-    with pytest.raises(ValueError, match="no saved fit"):
+    with pytest.raises(ValueError, match="not a saved fit"):
         fit.save(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.errors import require_whole
-from ppl_gen.models.inputs import check_width, entries
+from ppl_gen.models.inputs import check_width, entries, row_shape
 from ppl_gen.models.networks import checked_widths
 from ppl_gen.program import Program, Recipe
 
@@ -68,6 +68,10 @@ def gan(features: int | None = None, *, latent: int = 16, hidden: Sequence[int] 
             raise ValueError(
                 f"features: gan was made for {features} number(s) per row, got data of shape {tuple(x.shape)}"
             )
+        if features is None and x.dim() > 1:
+            row_shape(data, "gan")  # refuses what may be one row
+        if bool((x == x[:1]).all()):
+            raise ValueError(f"data: all {len(x)} row(s) are equal, and gan needs rows that differ")
         return _program(_Generator(latent, widths, x), latent, x.dim() - 1)
 
     return Recipe(build, name="gan", arguments={"features": features, "latent": latent, "hidden": widths})

@@ -64,6 +64,11 @@ def row_shape(data: Any, program: str) -> tuple[int, ...]:
             f"data: {program} takes rows x columns, got shape {tuple(x.shape)}; "
             "one column is x[:, None], one row x[None]"
         )
+    if len(x) == 1 and x.dim() > 2:
+        raise ValueError(
+            f"data: {program} takes its rows along the first dimension, and got one, of shape {tuple(x.shape[1:])}; "
+            "if these are rows x columns, pass them without the dimension before"
+        )
     return tuple(x.shape[1:])
 
 

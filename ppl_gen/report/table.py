@@ -81,7 +81,7 @@ def frame(comparison: Comparison, reference: str | None = None) -> pandas.DataFr
 
 
 def brief(text: str, width: int = _BRIEF) -> str:
-    """The text on one line of at most ``width`` characters, cut between words; the dots say that there is more.
+    r"""The text on one line of at most ``width`` characters, cut between words; the dots say that there is more.
 
     >>> brief("it gives\nup"), brief("expected a number of rows", 14)
     ('it gives up', 'expected a ...')
