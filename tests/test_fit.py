@@ -33,19 +33,20 @@ def test_an_interrupt_gives_the_partial_fit():
 
 @pytest.mark.parametrize("bad_step", [1, 5, 20])
 def test_a_non_finite_loss_raises_with_the_last_finite_fit(bad_step):
-    calls = {"count": 0}
+    done = {"steps": 0}
 
     def poisoned(x):
         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
-        if torch.is_grad_enabled() and theta.requires_grad:
-            calls["count"] += 1
-            if calls["count"] == bad_step:
-                pyro.factor("poison", theta * float("nan"))
+        if torch.is_grad_enabled() and theta.requires_grad and done["steps"] == bad_step - 1:
+            pyro.factor("poison", theta * float("nan"))
+
+    def count(step, info):
+        done["steps"] = step
 
     with pytest.raises(pg.NonFiniteError, match="not finite") as caught:
-        pg.fit(pg.Program(poisoned, conjugate_guide), X8, SVI(steps=20, lr=0.05), seed=0)
+        pg.fit(pg.Program(poisoned, conjugate_guide), X8, SVI(steps=20, lr=0.05), seed=0, callbacks=[count])
     fit = caught.value.fit
     assert fit.status is pg.Status.DIVERGED and fit.cost["steps"] == bad_step - 1
     assert all(value.isfinite().all() for value in fit.params.values())

@@ -212,7 +212,10 @@ def test_integers_that_the_program_computes_with_are_named(stored: torch.dtype) 
 
     x = torch.ones(6, 2).to(stored)
     for call in (lambda: pg.check(model, {"x": x, "y": LABELS}), lambda: pg.fit(model, {"x": x, "y": LABELS}, SVI())):
-        with pytest.raises(TypeError, match=rf"dry run: [^;]*; the data hold x \({stored}\).*\.float\(\)"):
+        with pytest.raises(
+            TypeError,
+            match=rf"dry run \(after site 'w', before the next\): [^;]*; the data hold x \({stored}\).*\.float\(\)",
+        ):
             call()
 
 
