@@ -1,27 +1,20 @@
-"""fit(): one loop, one set of guarantees, for every program and algorithm."""
+"""fit(): one set of guarantees for every program and algorithm."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ppl_gen.closures import Remembered, functions_of, same_again
-from ppl_gen.data.arrays import shared
-from ppl_gen.data.batching import LARGE, Batch, Dataset, as_dataset, is_double
 from ppl_gen.data.columns import column_notes
-from ppl_gen.data.masks import refuse_unread_masks
-from ppl_gen.data.names import Read
 from ppl_gen.data.sources import collected
 from ppl_gen.diagnostics.complaints import warn_if_bad
-from ppl_gen.differentiable import why_not_differentiable
-from ppl_gen.dryrun import ProgramInfo, dry_run
+from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import (
     NonFiniteError,
     require_device,
@@ -30,29 +23,21 @@ from ppl_gen.errors import (
     require_seed,
     require_whole,
 )
-from ppl_gen.guidechecks import check_masked
 from ppl_gen.handlers.adapted import adapted
 from ppl_gen.handlers.whole_plates import whole_plates
-from ppl_gen.honoured import refuse_idle_masks
-from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
-from ppl_gen.inference.enumerable import unenumerable
-from ppl_gen.inference.restored import guide_source
-from ppl_gen.inference.stopping import EarlyStop, check_record
-from ppl_gen.inference.unlearned import joint, predictions
-from ppl_gen.interrupts import allowed, check, hold, listening, taken
-from ppl_gen.isolation import Workspace, isolated, looking
+from ppl_gen.inference.base import Algorithm, Run
+from ppl_gen.interrupts import allowed, hold, listening, taken
+from ppl_gen.isolation import Workspace, isolated
+from ppl_gen.loop import finished
 from ppl_gen.mixed import MixedDtypesError
 from ppl_gen.monitoring import Validation
-from ppl_gen.naming import check_names
-from ppl_gen.offers import require
+from ppl_gen.preparing import built_from, checked_run, dtype_of, inspected, looked_at, modules_of
 from ppl_gen.program import Program, Recipe, as_recipe
 from ppl_gen.progress import ProgressBar
 from ppl_gen.result import Fit, Status
-from ppl_gen.sitechecks import check_observed
 
-__all__ = ["fit", "inspect_program", "iterate"]
+__all__ = ["fit", "inspect_program"]
 
-DRY_ROWS = 256  # rows of large data that a dry run looks at
 SINGLE = (
     "float32, as the program computes with its own tensors of that dtype; make them in float64 and ask for "
     "dtype=torch.float64 if the precision matters"
@@ -131,7 +116,7 @@ def fit(
         try:
             result = _fitted(recipe, data, algorithm, asked or algorithm.dtype, *rest)
         except MixedDtypesError:
-            given = _dtype_of(data) is torch.float64 or (start is not None and start.data.dtype is torch.float64)
+            given = dtype_of(data) is torch.float64 or (start is not None and start.data.dtype is torch.float64)
             if asked is not None or algorithm.dtype is not torch.float64 or given:
                 raise
             result = _fitted(recipe, data, algorithm, torch.float32, *rest)
@@ -159,15 +144,15 @@ def _fitted(
     scaled: bool,
 ) -> Fit:
     """The fit in one dtype, whatever became of it."""
-    with isolated(seed, dtype=dtype or _dtype_of(data)), torch.inference_mode(False), torch.enable_grad():
+    with isolated(seed, dtype=dtype or dtype_of(data)), torch.inference_mode(False), torch.enable_grad():
         with allowed():
-            built, dataset = _built(recipe, data, dtype, place, start)
+            built, dataset = built_from(recipe, data, dtype, place, start)
         state = start.state if start is not None else None
         plates = contextlib.nullcontext() if algorithm.subsamples else whole_plates()
-        modules = _modules_of(built, start)
+        modules = modules_of(built, start)
         with Workspace(state, device=place, dtype=dataset.dtype, modules=modules) as workspace, plates:
             with allowed():
-                run = _checked_run(algorithm, built, dataset, workspace, seed, start, validation)
+                run = checked_run(algorithm, built, dataset, workspace, seed, start, validation)
                 run.notes |= column_notes(dataset.entries, scaled=scaled)
             with ProgressBar(progress, algorithm.label) as report, allowed():
                 run.progress = report
@@ -183,7 +168,7 @@ def _fitted(
             _note_unused_terms(algorithm, run)
             if changed := before.changed():
                 run.notes["remembers"] = f"{', '.join(changed)}: {REMEMBERS}"
-            return _finished(recipe, algorithm, run, outcome, seconds)
+            return finished(recipe, algorithm, run, outcome, seconds)
 
 
 def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -> ProgramInfo:
@@ -209,44 +194,13 @@ def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -
     from ppl_gen.inference.guides import as_class, is_auto
 
     data = collected(data)
-    with isolated(0, dtype=_dtype_of(data)), same_again(program):
-        built, dataset = _built(as_recipe(program), data, None, None, None)
-        guide = (
-            None if is_auto(built.guide) or isinstance(as_class(built.guide)[0], type) else built.guide
-        )  # made by a fit
-        with Workspace(dtype=dataset.dtype, modules=_modules_of(built, None)):
-            built, _ = adapted(built, _looked_at(dataset), dataset, vectors=False)
-            return _inspected(built, dataset, guide)
-
-
-def _checked_run(
-    algorithm: Algorithm,
-    program: Program,
-    data: Dataset,
-    workspace: Workspace,
-    seed: int,
-    start: Fit | None,
-    validation: Any,
-) -> Run:
-    program, changes = adapted(program, _looked_at(data), data, vectors=algorithm.vectors)
-    info = _inspected(program, data)
-    check_observed(info, _looked_at(data))
-    refuse_idle_masks(program, data.head(DRY_ROWS) if data.elements > LARGE else data.batch())
-    require(algorithm.label, algorithm.needs, program.name, info.offers, why=info.lost(algorithm.needs))
-    program, notes = _with_plate(program, info)
-    notes |= changes
-    if data.left_out:
-        notes["left out"] = f"{', '.join(data.left_out)}: neither model nor recipe reads them"
-    if data.taken:
-        listed = ", ".join(f"{name} ({kind})" for name, kind in data.taken.items())
-        notes["constants"] = f"{listed}: without rows, passed whole with every batch"
-    run = Run(program, data, info, workspace, seed, start, notes=notes)
-    algorithm.check(run)
-    if not algorithm.subsamples:  # the one that does (SVI) has a guide, and looks when it is there
-        check_masked(info, None)
-    if validation is not None:
-        require("validation", [("density", "exact evidence")], program.name, info.offers)
-    return run
+    with isolated(0, dtype=dtype_of(data)), same_again(program):
+        built, dataset = built_from(as_recipe(program), data, None, None, None)
+        made = is_auto(built.guide) or isinstance(as_class(built.guide)[0], type)  # by a fit
+        guide = None if made else built.guide
+        with Workspace(dtype=dataset.dtype, modules=modules_of(built, None)):
+            built, _ = adapted(built, looked_at(dataset), dataset, vectors=False)
+            return inspected(built, dataset, guide)
 
 
 def _checked(
@@ -282,81 +236,6 @@ def _check_start(recipe: Recipe, start: Fit | None) -> None:
         )
 
 
-def _dtype_of(data: Any) -> torch.dtype:
-    """The one decision about a fit's dtype: float64 where any entry holds it (a list of floats does), else float32."""
-    if isinstance(data, Dataset):
-        return data.dtype or torch.float32
-    values = list(data.values()) if isinstance(data, Mapping) else data if isinstance(data, tuple) else [data]
-    return torch.float64 if any(is_double(value) for value in values) else torch.float32
-
-
-def _built(
-    recipe: Recipe, data: Any, dtype: torch.dtype | None, device: torch.device | None, start: Fit | None
-) -> tuple[Program, Dataset]:
-    given = _as_given(data, dtype)
-    given = Read(given) if type(given) is dict else given
-    with torch.device(device or "cpu"):
-        built = start.program if start is not None else recipe(given)
-    read = start.data.read if start is not None else _read(given)
-    dtype = dtype or torch.get_default_dtype()
-    rows = as_dataset(data, built.model, dtype=dtype, device=device, read=read, data_dim=built.data_dim)
-    refuse_unread_masks(rows, rows.left_out, built.name)
-    return built, rows
-
-
-def _read(given: Any) -> Collection[str]:
-    """The entries that a recipe has read; of a mapping that does not tell, perhaps all."""
-    return given.names if isinstance(given, Read) else list(given) if isinstance(given, Mapping) else ()
-
-
-def _as_given(data: Any, dtype: torch.dtype | None) -> Any:
-    """Recipes see tensors in the fit's dtype, whatever kind of array the user holds."""
-    import numpy as np
-
-    if isinstance(data, Dataset):
-        data = data.original
-    if isinstance(data, np.ndarray) and not isinstance(data, np.memmap) and data.dtype.kind in "fiub":
-        data = shared(data)
-    if isinstance(data, Tensor) and data.layout is torch.strided:
-        data = data.detach().contiguous()
-        return data.to(dtype) if data.is_floating_point() and dtype is not None else data
-    return data
-
-
-def _modules_of(program: Program, start: Fit | None) -> dict[str, nn.Module]:
-    parts = {"model": program.model, "guide": program.guide if start is None else start.guide}
-    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-
-
-def _inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInfo:
-    batch = _looked_at(data)
-    with looking():
-        look = partial(dry_run, program, batch, fewer=lambda: data.head((batch.rows or 2) // 2))
-        info = look()
-        if predicted := predictions(program.model, batch, info):
-            info = look(predicted=predicted)
-        if guide is not None:
-            info = look(guide=guide, predicted=predicted)
-        check_names(info.sites, [*data.entries, *data.constants])
-        info = info.refusing_sums(unenumerable(joint(program.model, info), batch, data.head, info))
-        if "differentiable samples" not in info.offers:
-            return info
-        observed, latent = [s.name for s in info.select(kind="observed")], [s.name for s in info.select()]
-        return info.refusing_gradients(why_not_differentiable(program.model, batch, observed, latent))
-
-
-def _looked_at(data: Dataset) -> Batch:
-    return data.head(DRY_ROWS) if data.elements > LARGE else data.batch()
-
-
-def _with_plate(program: Program, info: ProgramInfo) -> tuple[Program, dict[str, str]]:
-    """The program with the plate that the dry run took for that of the rows, and a note of it."""
-    if info.data_plate in (None, program.data_plate):
-        return program, {}
-    taken = f"{info.data_plate!r}, the one plate that follows the rows"
-    return replace(program, data_plate=info.data_plate), {"data plate": taken}
-
-
 def _note_unused_terms(algorithm: Algorithm, run: Run) -> None:
     """An algorithm without a loss has nothing to add a program's terms to, and says so."""
     if run.program.terms and "terms" not in run.notes:
@@ -371,114 +250,3 @@ def _note_unregistered(workspace: Workspace, run: Run) -> None:
             f"{', '.join(names)} hold trainable parameters that Pyro does not know; register the network with "
             'pyro.module("name", network) in model or guide, or set requires_grad_(False) if it is meant to stay fixed'
         )
-
-
-def iterate(algorithm: Iterative, run: Run) -> Outcome:
-    """The one loop: steps, history, stopping, validation, interrupts and the non-finite guard."""
-    state, source, limit = algorithm.init(run), algorithm.source(run), algorithm.limit(run)
-    hold()  # from here on a signal ends the loop between two steps, and what was learned is kept
-    history: dict[str, list[Any]] = {}
-    checks: dict[str, list[float]] = {}
-    converged = diverged = None
-    interrupted = False
-    done = 0
-    try:
-        for step in range(1, limit + 1):
-            state, info = algorithm.step(state, source)
-            _append(history, info, step)
-            done = step
-            for hook in run.hooks:
-                hook(step, info)
-            check()
-            if step == min(limit, algorithm.stop_every()):  # by now every record that the rule may look at has begun
-                check_record(getattr(algorithm, "stop_rule", None), history, validated=run.validation is not None)
-            if step % algorithm.stop_every() == 0 and (converged := algorithm.stop({**history, **checks})) is not None:
-                break
-            if run.validation is not None and run.validation.due(step, limit):
-                run.validation.record(checks, step, _finished(None, None, run, algorithm.outcome(state, run), 0.0))
-            if run.progress is not None and (step == limit or step % max(1, limit // 200) == 0):
-                run.progress(step, limit, _latest(info))
-    except KeyboardInterrupt:
-        interrupted = True
-    except FloatingPointError as error:
-        diverged = str(error)
-    try:
-        outcome = algorithm.outcome(state, run)
-    except FloatingPointError as error:  # from here on the outcome is the last finite state
-        diverged, outcome = str(error), algorithm.outcome(state, run)
-    outcome.converged, outcome.interrupted = converged, interrupted
-    outcome.diverged = diverged or outcome.diverged
-    outcome.history = {**outcome.history, **{name: floats(values) for name, values in history.items()}}
-    outcome.checks = checks
-    outcome.cost = {"steps": done, **outcome.cost}
-    return outcome
-
-
-def _append(history: dict[str, list[Any]], info: Mapping[str, Any], step: int) -> None:
-    """One row of the history; what this step did not record is missing (NaN)."""
-    for name in info:
-        history.setdefault(name, [float("nan")] * (step - 1))
-    for name, values in history.items():
-        values.append(info.get(name, float("nan")))
-
-
-def floats(values: Sequence[Any]) -> list[float]:
-    """One synchronisation for a whole history of scalars."""
-    if all(isinstance(value, Tensor) for value in values):
-        return [float(v) for v in torch.stack([v.detach().double() for v in values]).cpu()]
-    return [float(v) for v in values]
-
-
-def _latest(info: Mapping[str, Any]) -> str:
-    return "  ".join(f"{name} {float(value):.4g}" for name, value in list(info.items())[:3])
-
-
-def _finished(recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outcome: Outcome, seconds: float) -> Fit:
-    status, message = _status(outcome)
-    return Fit(
-        program=run.program,
-        algorithm=algorithm.label if algorithm is not None else "",
-        settings=repr(algorithm),
-        data=run.data,
-        info=_with_guide(run, outcome),
-        state=outcome.state,
-        learned=outcome.posterior,
-        guide=outcome.guide,
-        extra_modules=dict(outcome.modules),
-        module_names=dict(run.workspace.modules),
-        records={name: list(values) for name, values in outcome.history.items()},
-        checks={name: list(values) for name, values in outcome.checks.items()},
-        status=status,
-        message=message,
-        seed=run.seed,
-        cost={"seconds": seconds, **outcome.cost},
-        notes=dict(run.notes),
-        recipe=recipe,
-        guide_source=guide_source(algorithm, run, outcome),
-    )
-
-
-def _with_guide(run: Run, outcome: Outcome) -> ProgramInfo:
-    """The site table, with the sites of a guide that came into being during the run (coordinate updates)."""
-    if outcome.guide is None or run.info.guide_sites is not None:
-        return run.info
-    with Workspace(outcome.state, device=run.data.device, dtype=run.data.dtype), isolated():
-        batch = run.data.batch()
-        fewer, known = (lambda: run.data.head((batch.rows or 2) // 2)), run.info.predicted
-        info = dry_run(run.program, batch, guide=outcome.guide, fewer=fewer, predicted=known)
-        return info.as_tried(run.info)
-
-
-def _status(outcome: Outcome) -> tuple[Status, str]:
-    steps = int(outcome.cost.get("steps", 0))
-    if outcome.diverged is not None:
-        return Status.DIVERGED, outcome.diverged
-    if outcome.failed is not None:
-        return Status.FAILED, outcome.failed
-    if outcome.interrupted:
-        return Status.INTERRUPTED, outcome.message or f"interrupted after {steps} steps; what was learned is kept"
-    if isinstance(outcome.converged, EarlyStop):
-        return Status.STOPPED, str(outcome.converged)
-    if outcome.converged is not None:
-        return Status.CONVERGED, outcome.converged
-    return Status.FINISHED, outcome.message or f"ran all {steps} steps"

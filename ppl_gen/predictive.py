@@ -212,15 +212,15 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
         >>> pg.prior_predictive(model, torch.zeros(3), draws=5, seed=0)["x"].shape
         torch.Size([5, 3])
     """
-    from ppl_gen.driver import _built, _dtype_of, _modules_of
     from ppl_gen.isolation import Workspace, isolated
+    from ppl_gen.preparing import built_from, dtype_of, modules_of
     from ppl_gen.program import as_recipe
     from ppl_gen.sitechecks import explained
 
     positive("draws", draws)
-    with isolated(require_seed(seed), dtype=_dtype_of(data)), torch.no_grad(), same_again(program):
-        built, dataset = _built(as_recipe(program), data, None, None, None)
-        modules = _modules_of(built, None)
+    with isolated(require_seed(seed), dtype=dtype_of(data)), torch.no_grad(), same_again(program):
+        built, dataset = built_from(as_recipe(program), data, None, None, None)
+        modules = modules_of(built, None)
         with Workspace(dtype=dataset.dtype, training=False, modules=modules), whole_plates():
             batch = dataset.batch()
             with explained(built, batch, "model"):

@@ -17,13 +17,13 @@ import pyro.infer
 import ppl_gen as pg
 import ppl_gen.inference as inference
 from ppl_gen.data.batching import as_dataset
-from ppl_gen.driver import _dtype_of
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.inference import SVI, Algorithm, Objective
 from ppl_gen.inference.base import Run
 from ppl_gen.isolation import Workspace, isolated
 from ppl_gen.models.catalogue import CATALOGUE
 from ppl_gen.offers import require
+from ppl_gen.preparing import dtype_of
 
 TOP = Path(__file__).parents[2]
 MODULES = ("ppl_gen", "ppl_gen.inference", "ppl_gen.extending", "ppl_gen.models", "ppl_gen.report")
@@ -77,7 +77,7 @@ def refusal(program: str, label: str) -> str:
     algorithm, entry, info = algorithms()[label], CATALOGUE[program], found(program)
     try:
         require(label, algorithm.needs, program, info.offers)
-        with isolated(0, dtype=_dtype_of(entry.data())), Workspace() as workspace:
+        with isolated(0, dtype=dtype_of(entry.data())), Workspace() as workspace:
             built = entry.recipe()(entry.data())
             run = Run(built, as_dataset(entry.data(), built.model), info, workspace, 0)
             algorithm.check(run)

@@ -221,6 +221,6 @@ class Iterative(Algorithm):
 
     def run(self, run: Run) -> Outcome:
         """The driver's loop over `init` and `step`."""
-        from ppl_gen.driver import iterate
+        from ppl_gen.loop import iterate
 
         return iterate(self, run)

@@ -99,16 +99,16 @@ def inspected(task: Task) -> tuple[ProgramInfo, str]:
     Raises:
         ValueError, TypeError: as `pg.check` does, or where the held-out rows are unlike the training rows.
     """
-    from ppl_gen.driver import _built, _dtype_of, _inspected, _modules_of
     from ppl_gen.isolation import Workspace
+    from ppl_gen.preparing import built_from, dtype_of, inspected, modules_of
 
     place = None if task.device is None else torch.device(task.device)
-    with counted(task.threads), isolated(0, dtype=task.dtype or _dtype_of(task.train)):
+    with counted(task.threads), isolated(0, dtype=task.dtype or dtype_of(task.train)):
         with allowed():
-            built, dataset = _built(task.recipe, task.train, task.dtype, place, None)
-        space = Workspace(device=place, dtype=dataset.dtype, training=False, modules=_modules_of(built, None))
+            built, dataset = built_from(task.recipe, task.train, task.dtype, place, None)
+        space = Workspace(device=place, dtype=dataset.dtype, training=False, modules=modules_of(built, None))
         with space, allowed():
-            info = _inspected(built, dataset)
+            info = inspected(built, dataset)
             held = as_dataset(task.test, built.model, read=dataset.read, data_dim=dataset.data_dim)
             check_columns("test", held, dataset)
             with torch.no_grad():
