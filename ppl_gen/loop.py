@@ -17,7 +17,7 @@ from ppl_gen.isolation import Workspace, isolated
 from ppl_gen.program import Recipe
 from ppl_gen.result import Fit, Status
 
-__all__ = ["finished", "floats", "iterate"]
+__all__ = ["finished", "iterate"]
 
 
 def iterate(algorithm: Iterative, run: Run) -> Outcome:
@@ -55,7 +55,7 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
         diverged, outcome = str(error), algorithm.outcome(state, run)
     outcome.converged, outcome.interrupted = converged, interrupted
     outcome.diverged = diverged or outcome.diverged
-    outcome.history = {**outcome.history, **{name: floats(values) for name, values in history.items()}}
+    outcome.history = {**outcome.history, **{name: _floats(values) for name, values in history.items()}}
     outcome.checks = checks
     outcome.cost = {"steps": done, **outcome.cost}
     return outcome
@@ -69,7 +69,7 @@ def _append(history: dict[str, list[Any]], info: Mapping[str, Any], step: int) -
         values.append(info.get(name, float("nan")))
 
 
-def floats(values: Sequence[Any]) -> list[float]:
+def _floats(values: Sequence[Any]) -> list[float]:
     """One synchronisation for a whole history of scalars."""
     if all(isinstance(value, Tensor) for value in values):
         return [float(v) for v in torch.stack([v.detach().double() for v in values]).cpu()]
