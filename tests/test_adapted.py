@@ -55,6 +55,21 @@ def test_a_plate_without_a_size_under_a_guide_and_chains(tmp_path) -> None:
     assert "data" in str(pg.check(unsized, X))
 
 
+def test_a_guide_with_other_names_has_its_plate_sized_too() -> None:
+    def model(x):
+        with pyro.plate("data"):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([len(x)]))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(rows):
+        with pyro.plate("data"):
+            pyro.sample("z", dist.Normal(pyro.param("half", torch.tensor(0.1)) * rows, 0.7))
+
+    fit = pg.fit(pg.Program(model, guide), X, SVI(steps=3), seed=0)
+    assert fit.posterior(X[:4], draws=2)["z"].shape == (2, 4)
+    assert fit.info.guide_sites["z"].plates == ("data",)
+
+
 def test_a_module_whose_plate_has_no_size_is_refused() -> None:
     class Model(pyro.nn.PyroModule):
         def forward(self, x):

@@ -100,7 +100,8 @@ def _sized(function: Callable[..., Any], *, plate: str, data: Dataset) -> Callab
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        values = signature.bind_partial(*args, **kwargs).arguments
+        # A guide may call its arguments otherwise than the model: those by order are the data's, in the data's order.
+        values = {**signature.bind_partial(*args, **kwargs).arguments, **dict(zip(data.positional, args, strict=False))}
         rows = next((v.shape[data.dim(n)] for n, v in values.items() if n in data.entries and v is not None), None)
         with _size(plate, rows):
             return function(*args, **kwargs)
