@@ -139,6 +139,20 @@ def test_a_model_of_one_argument_leaves_labels_out_and_says_so() -> None:
     assert pg.fit(model, (1.0, 2.0, 3.0), FAST, seed=0).data.rows == 3
 
 
+def test_labels_are_no_setting() -> None:
+    """A column fills what has no default, or None; never an argument that has a value of its own."""
+
+    def model(x, scale=1.0, *, y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+    data = as_dataset(TensorDataset(X, torch.arange(12)), model)
+    assert list(data.entries) == ["x"] and data.left_out == ("column 1 of the dataset",)
+    with pytest.raises(ValueError, match=r"a tuple of 3 values, and the model takes 2 \(x, scale\)"):
+        as_dataset((X, 2.0, X), model)
+
+
 def test_labels_are_no_mask() -> None:
     from ppl_gen.models import ppca
 

@@ -100,7 +100,8 @@ def is_whole(value: Any) -> bool:
 def as_call(data: Any, model: Callable[..., Any], read: Collection[str] = ()) -> Call:
     """The arguments of ``model`` that ``data`` fills; entries named in ``read`` may be nobody's argument.
 
-    A tuple, and the columns of a torch Dataset, fill the arguments in order, as ``model(*data)`` would; a mapping fills
+    A tuple, and the columns of a torch Dataset, fill the arguments in order, as ``model(*data)`` would (a column no
+    argument whose default is a value); a mapping fills
     them by name; a table with named columns does so where the model's arguments are names of its columns. Anything
     else is the first argument.
 
@@ -120,7 +121,8 @@ def as_call(data: Any, model: Callable[..., Any], read: Collection[str] = ()) ->
     if not names and open_kind not in kinds and not (isinstance(data, Mapping | tuple) and not data):
         raise ValueError("the model takes no arguments, so data cannot reach it; give it one, e.g. `def model(x):`")
     if isinstance(data, tuple):
-        call = _by_order(data, signature, names, parameters)
+        ordered = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        call = _by_order(data, ordered)
     elif named:
         data = data if isinstance(data, Mapping) else {name: data[name].to_numpy() for name in data.columns}
         call = _by_name(data, signature, names, read, open_kind in kinds)
@@ -163,9 +165,8 @@ def _sorted_out(name: str, value: Any, entries: dict[str, Any], constants: dict[
     return False
 
 
-def _by_order(
-    data: tuple[Any, ...], signature: inspect.Signature, names: list[str], parameters: list[inspect.Parameter]
-) -> Call:
+def _by_order(data: tuple[Any, ...], parameters: list[inspect.Parameter]) -> Call:
+    names = [p.name for p in parameters]
     columns = isinstance(data, Columns)
     left_out: tuple[str, ...] = ()
     if columns:  # a labelled dataset: what the model does not take is left out, and a mask is no label
@@ -189,6 +190,9 @@ def _by_order(
 
 
 def _takes(parameter: inspect.Parameter, value: Tensor) -> bool:
+    """Whether a column may be meant: one with a default other than None is a setting, and a label is no value of it."""
+    if parameter.default is not None and parameter.default is not parameter.empty:
+        return False
     return value.dtype is torch.bool if "mask" in parameter.name else "length" not in parameter.name
 
 
