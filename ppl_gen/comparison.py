@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppl_gen.atomic import as_path
+from ppl_gen.data.sources import collected
 from ppl_gen.errors import (
     is_number,
     require_device,
@@ -254,6 +255,7 @@ def compare(
     recipe = as_recipe(program)
     with listening():
         with allowed():
+            data, test = collected(data), collected(test)
             train, held = (data, test) if test is not None or not holdout else split_rows(data, holdout, program)
             task = Task(
                 recipe, train, settled(data if held is None else held), particles, draws, threads, device, dtype

@@ -24,6 +24,7 @@ from ppl_gen.errors import (
     require_whole,
 )
 from ppl_gen.handlers.adapted import adapted
+from ppl_gen.handlers.ordered import ordered
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.base import Algorithm, Run
 from ppl_gen.interrupts import allowed, hold, listening, taken
@@ -66,7 +67,8 @@ def fit(
 
     Args:
         program: a Pyro model function, a `Program`, or a `Recipe` (built once, here, under the seed).
-        data: rows: a tensor or array is the model's first positional argument, a mapping its keyword arguments.
+        data: rows: a tensor or array is the model's first argument, a tuple or a torch Dataset its arguments in order,
+            a mapping, or a data frame whose columns the model names, its arguments by name.
         algorithm: SVI(...), EM(...), CAVI(...), NUTS(...).
         seed: the only source of randomness; the same program, data, algorithm, seed and machine give
             bit-for-bit identical fits.
@@ -197,7 +199,7 @@ def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -
     with isolated(0, dtype=dtype_of(data)), same_again(program):
         built, dataset = built_from(as_recipe(program), data, None, None, None)
         made = is_auto(built.guide) or isinstance(as_class(built.guide)[0], type)  # by a fit
-        guide = None if made else built.guide
+        guide = None if made else ordered(built.guide, dataset.order)
         with Workspace(dtype=dataset.dtype, modules=modules_of(built, None)):
             built, _ = adapted(built, looked_at(dataset), dataset, vectors=False)
             return inspected(built, dataset, guide)

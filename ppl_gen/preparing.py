@@ -19,6 +19,7 @@ from ppl_gen.differentiable import why_not_differentiable
 from ppl_gen.dryrun import ProgramInfo, dry_run
 from ppl_gen.guidechecks import check_masked
 from ppl_gen.handlers.adapted import adapted
+from ppl_gen.handlers.ordered import ordered
 from ppl_gen.honoured import refuse_idle_masks
 from ppl_gen.inference.base import Algorithm, Run
 from ppl_gen.inference.enumerable import unenumerable
@@ -117,6 +118,7 @@ def checked_run(
     start: Fit | None,
     validation: Any,
 ) -> Run:
+    program = replace(program, guide=ordered(program.guide, data.order))
     program, changes = adapted(program, looked_at(data), data, vectors=algorithm.vectors)
     info = inspected(program, data)
     check_observed(info, looked_at(data))

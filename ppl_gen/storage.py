@@ -125,7 +125,7 @@ def _meta(fit: Fit) -> dict[str, Any]:
         "records": {name: [repr(float(v)) for v in values] for name, values in fit.records.items()},
         "checks": {name: [repr(float(v)) for v in values] for name, values in fit.checks.items()},
         "dtype": str(fit.data.dtype).removeprefix("torch."),
-        "positional": list(fit.data.positional),
+        "positional": list(fit.data.order),
         "data": _left_out(fit.data),
         "plate": fit.info.data_plate,
         "sites": site_table(fit.info),

@@ -225,3 +225,69 @@ def test_numbers_inside_constants_count_as_data() -> None:
 
     data = as_dataset((X, {"loc": torch.zeros(7, 5), "names": ["a"], "more": [torch.zeros(3)]}), model)
     assert data.elements == 12 + 35 + 3
+
+
+# ------------------------------------------------------------------- what is called with the data beside model and guide
+def with_penalty(x, y=None):
+    slope = pyro.param("slope", torch.tensor(0.5))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+
+def test_terms_and_offers_get_tuples_by_name() -> None:
+    """A term of y alone must not be given x, the first of the values."""
+    program = pg.Program(
+        with_penalty,
+        terms={"penalty": lambda y: 0.01 * y**2},
+        evidence=lambda y, x: dist.Normal(pyro.param("slope") * x, 1.0).log_prob(y),
+    )
+    algorithm = SVI(steps=3, lr=0.1)
+    one, two = (pg.fit(program, data, algorithm, seed=0) for data in ((X, Y), {"x": X, "y": Y}))
+    assert one.records["penalty"] == two.records["penalty"]
+    assert one.records["penalty"][0] == pytest.approx(float((0.01 * Y**2).mean()), rel=1e-5)
+    assert one.evidence((X[:3], Y[:3])).mean == two.evidence({"x": X[:3], "y": Y[:3]}).mean
+
+
+def test_a_loss_and_a_guide_may_name_their_arguments_otherwise() -> None:
+    def loss(model, guide, inputs, outputs):
+        q = pyro.poutine.trace(guide).get_trace(inputs, outputs)
+        p = pyro.poutine.trace(pyro.poutine.replay(model, trace=q)).get_trace(inputs, outputs)
+        return q.log_prob_sum() - p.log_prob_sum()
+
+    fit = pg.fit(pg.Program(line, guide_of_other_names), (X, Y), SVI(loss, steps=600, lr=0.05), seed=0)
+    assert abs(float(fit.params["loc"]) - EXACT) < 0.1  # from 0; the guide's sd is 0.1
+    assert fit.predict((X[:2],), draws=3)["y"].shape == (3, 2)
+    assert pg.check(pg.Program(line, guide_of_other_names), (X, Y)).guide_sites.keys() == {"slope"}
+
+
+def test_models_with_arguments_by_position_only() -> None:
+    def model(x, y, /):
+        slope = pyro.sample("slope", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, 0.5), obs=y)
+
+    one, two = (pg.fit(m, (X, Y), FAST, seed=0) for m in (model, line))
+    assert one.records["program_loss"] == two.records["program_loss"]
+
+
+@pytest.mark.parametrize("form", ["tuple", "dataset"])
+def test_recipes_and_comparisons_take_labelled_rows(form: str) -> None:
+    from ppl_gen.models import m2, ppca
+
+    rows = torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(60) % 2
+    data = (rows, labels) if form == "tuple" else TensorDataset(rows, labels)
+    by_name = {"x": rows, "y": labels}
+    one, two = (pg.fit(m2(classes=2), given, SVI(steps=3), seed=0) for given in (data, by_name))
+    assert one.records["program_loss"] == two.records["program_loss"]
+    few = data[:9] if form == "dataset" else (rows[:9], labels[:9])
+    held = TensorDataset(*few) if form == "dataset" else few
+    tables = [
+        pg.compare(m2(classes=2), given, {"SVI": SVI(steps=3)}, seeds=[0], test=test).table()
+        for given, test in ((data, held), (by_name, {"x": rows[:9], "y": labels[:9]}), (data, None), (by_name, None))
+    ]
+    values = [float(table["heldout"].iloc[0]) for table in tables]
+    assert values[0] == values[1] and values[2] == values[3]
+    if form == "dataset":  # whose labels a program of rows alone leaves out
+        scored = [pg.compare(ppca(latent=1), d, {"EM": EM(steps=3)}, seeds=[0]).table() for d in (data, rows)]
+        assert float(scored[0]["heldout"].iloc[0]) == float(scored[1]["heldout"].iloc[0])

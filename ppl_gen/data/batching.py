@@ -38,6 +38,7 @@ class Batch:
     rows: int | None
     total: int | None
     index: Tensor | None = None
+    order: tuple[str, ...] = ()  # of the arguments that a tuple of data filled
 
     @property
     def rescale(self) -> float:
@@ -52,6 +53,7 @@ class Dataset:
     entries: Mapping[str, Any]
     constants: Mapping[str, Any] = field(default_factory=dict)
     positional: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
     rows: int | None = None
     device: torch.device | None = None
     dtype: torch.dtype | None = None
@@ -73,7 +75,7 @@ class Dataset:
         constants = {name: self._placed(value) for name, value in held.items()}
         kwargs = {**values, **constants}
         args = tuple(kwargs.pop(name) for name in self.positional)
-        return Batch(args, kwargs, rows, self.rows if total is None else total, index)
+        return Batch(args, kwargs, rows, self.rows if total is None else total, index, self.order)
 
     def _rows(self, value: Any, index: Tensor | None) -> Any:
         if index is None:
@@ -146,8 +148,8 @@ class Dataset:
     def _chosen(self, entries: dict[str, Any], index: Tensor) -> Any:
         """What the user would have passed for these rows: labels that only a recipe reads, and `Rows`, are kept."""
         entries = {name: self._as_given(name, value) for name, value in entries.items()}
-        if self.positional:
-            values = [entries[n] if n in entries else Constant(self.constants[n]) for n in self.positional]
+        if self.order:
+            values = [entries[n] if n in entries else Constant(self.constants[n]) for n in self.order]
             return values[0] if len(values) == 1 and entries else tuple(values)
         rest = {} if not isinstance(self.original, Mapping) else dict(self.original)
         for name, value in rest.items():
@@ -252,6 +254,7 @@ def as_dataset(
         entries,
         call.constants,
         call.positional,
+        call.order,
         rows,
         device,
         dtype,

@@ -66,14 +66,16 @@ def by_step(function: Callable[[int], Any], *, final: Any) -> ByStep:
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of the model by name: what has rows, what is passed whole, and which of them are passed by order.
+    """Arguments of the model by name: what has rows, what is passed whole, and which of them are passed by position.
 
-    ``left_out``: what no argument takes; ``taken``: what was taken for a constant without being marked as one.
+    ``order``: the arguments that a tuple filled, in order; ``left_out``: what no argument takes; ``taken``: what was
+    taken for a constant without being marked as one.
     """
 
     entries: dict[str, Any]
     constants: dict[str, Any]
     positional: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     taken: dict[str, str] = field(default_factory=dict)
 
@@ -128,7 +130,7 @@ def as_call(data: Any, model: Callable[..., Any], read: Collection[str] = ()) ->
         call = _by_name(data, signature, names, read, open_kind in kinds)
     else:
         name = names[0] if names else "data"
-        call = Call({name: as_array(data, name)}, {}, (name,))
+        call = Call({name: as_array(data, name)}, {}, (name,), (name,))
     there = [*call.entries, *call.constants]
     empty = there and not call.entries and all(value is None for value in call.constants.values())
     _require_arguments(signature, set() if empty else set(there), [*there, *call.left_out])
@@ -186,7 +188,11 @@ def _by_order(data: tuple[Any, ...], parameters: list[inspect.Parameter]) -> Cal
     for name, value in zip(names, data, strict=False):
         if _sorted_out(name, value, entries, constants):
             taken[name] = type(value).__name__
-    return Call(entries, constants, tuple(names[: len(data)]), left_out, taken)
+    order = tuple(names[: len(data)])
+    # By name wherever that can be: what a program offers beside its model may take fewer arguments, or others first.
+    single = len(order) == 1 and not constants
+    positional = order if single or any(p.kind is p.POSITIONAL_ONLY for p in parameters) else ()
+    return Call(entries, constants, positional, order, left_out, taken)
 
 
 def _takes(parameter: inspect.Parameter, value: Tensor) -> bool:
@@ -219,7 +225,7 @@ def _by_name(
             f"({', '.join(names)}); give them the names of the model's arguments"
         )
     refuse_misspelt(left_out, names, given)
-    return Call(entries, constants, (), left_out, taken)
+    return Call(entries, constants, (), (), left_out, taken)
 
 
 def _require_arguments(signature: inspect.Signature, given: set[str], there: list[str]) -> None:

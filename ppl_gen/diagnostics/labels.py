@@ -125,8 +125,8 @@ def _frames(data: Dataset) -> dict[str, Any]:
     given = data.original
     if _is_pandas(given):
         return {next(iter(data.entries), "data"): given}
-    if isinstance(given, tuple) and len(given) == len(data.positional):
-        given = dict(zip(data.positional, given, strict=True))
+    if isinstance(given, tuple) and len(given) == len(data.order):
+        given = dict(zip(data.order, given, strict=True))
     parts = given.items() if isinstance(given, Mapping) else ()
     return {str(name): value for name, value in parts if _is_pandas(value)}
 

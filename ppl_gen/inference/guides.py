@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -167,4 +168,4 @@ def refuse_row_parameters(run: Run, guide: Callable[..., Any], batch: Batch) -> 
 
 
 def as_whole(batch: Batch) -> Batch:
-    return Batch(batch.args, batch.kwargs, batch.rows, batch.rows, batch.index)
+    return replace(batch, total=batch.rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
@@ -201,7 +202,8 @@ def walked(fit: Fit, row: Dataset, site: str, units: Sequence[int], values: Tens
         kept = {name: _repeated(value, count) if name in local else value for name, value in found.items()}
         kept[site] = codes.reshape(count, *found[site].shape[1:])
         inputs = {name: v if name in row.constants else _repeated(v, count) for name, v in batch.kwargs.items()}
-        many = Batch(tuple(_repeated(v, count) for v in batch.args), inputs, count, count)
+        args = tuple(_repeated(v, count) for v in batch.args)
+        many = replace(batch, args=args, kwargs=inputs, rows=count, total=count, index=None)
         followers = {known.name for known in fit.info.select(local=True, discrete=False)} - {site}
         with AtMeans():
             nodes = run(fit, many, {n: v for n, v in kept.items() if n not in followers}, replicate=True).nodes

@@ -77,6 +77,11 @@ def _named(data: Mapping[str, Any], model: Any) -> dict[str, Any]:
     return {name: value for name, value in data.items() if name in parameters}
 
 
+def _columns(data: Any) -> bool:
+    """Whether a tuple holds arrays, one for each argument, rather than numbers, one for each row."""
+    return isinstance(data, tuple) and any(isinstance(value, Tensor | np.ndarray) for value in data)
+
+
 def _has_rows(value: Any) -> bool:
     return not isinstance(value, Constant | bool | int | float | str | None) and np.ndim(value) > 0
 
@@ -86,6 +91,8 @@ def row_count(data: Any) -> int:
         sizes = {name: len(value) for name, value in data.entries.items()}
     elif isinstance(data, Mapping):
         sizes = {name: len(value) for name, value in data.items() if _has_rows(value)}
+    elif _columns(data):
+        sizes = {f"value {i}": len(value) for i, value in enumerate(data) if _has_rows(value)}
     else:
         if not hasattr(data, "__len__") or np.ndim(data) == 0:
             raise TypeError(f"data: expected a tensor, an array or a mapping of them, got {type(data).__name__}")
@@ -106,6 +113,8 @@ def _taken(data: Any, index: Tensor) -> Any:
         return Rows({name: value[index] for name, value in data.items()}, data.on_batch)
     if isinstance(data, Mapping):
         return {name: _taken(value, index) if _has_rows(value) else value for name, value in data.items()}
+    if _columns(data):
+        return type(data)(_taken(value, index) if _has_rows(value) else value for value in data)
     if isinstance(data, Tensor):
         return data[index.to(data.device)]
     return np.asarray(data)[index.numpy()]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.ordered import ordered
 from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting, started
 from ppl_gen.inference.objectives.tracing import nothing, parallel
 from ppl_gen.offers import Need
@@ -146,12 +147,13 @@ class LossFunction(Objective):
     def build(self, setting: Setting) -> Game:
         try:
             batch = setting.probe
-            inspect.signature(self.function).bind(setting.model, setting.guide, *batch.args, **batch.kwargs)
+            function = ordered(self.function, batch.order, lead=2)
+            inspect.signature(function).bind(setting.model, setting.guide, *batch.args, **batch.kwargs)
         except TypeError as error:
             raise TypeError(
                 f"objective: {self.label} is called as {self.label}(model, guide, *data), and cannot be: {error}"
             ) from None
-        return _FunctionGame(copy.deepcopy(self.function), setting, self.label)
+        return _FunctionGame(ordered(copy.deepcopy(self.function), batch.order, lead=2), setting, self.label)
 
 
 class _FunctionGame(Game):
