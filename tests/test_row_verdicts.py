@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
-from verdict_kit import falling
+from verdict_kit import as_written, falling, rows
 from verdict_locals import collapsed_fit, drawn, linear, posterior
 from verdict_shapes import normal_mean, onto_one_row, two_clusters
 
@@ -77,6 +79,32 @@ def test_what_few_draws_cannot_exclude_is_doubted():
     unsure = Moments(np.array([0.3]), np.array([1.0]), one, None, np.array([0.15]))
     assert verdict_variational(0.1, None, 0.7, weighted=known).trusted
     assert not verdict_variational(0.1, None, 0.7, weighted=unsure).trusted
+
+
+def three_hundred(shift: float, scale: float) -> pg.Fit:
+    """The exact posterior of 300 means of normal rows, but for the first of them."""
+    size, x = 300, rows(0, 30 * 300).reshape(30, 300)
+    first = torch.zeros(size).index_fill(0, torch.tensor(0), 1.0)
+
+    def program(x):
+        u = pyro.sample("u", dist.Normal(0.0, 10.0).expand([size]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(u, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        variance = 1 / (1 / 100 + len(x))
+        loc = pyro.param("loc", variance * x.sum(0) + shift * variance**0.5 * first)
+        pyro.sample("u", dist.Normal(loc, variance**0.5 * (1 + (scale - 1) * first)).to_event(1))
+
+    return as_written(program, guide, lambda _: x)(0)
+
+
+def test_one_of_many_numbers_that_is_far_off_is_seen():
+    assert three_hundred(0.0, 1.0).verdict.trusted
+    for fit in (three_hundred(1.5, 1.0), three_hundred(0.0, 3.0)):
+        assert fit.verdict.grade == "do not trust" and "of u[0] is" in fit.verdict.reason
+    some = Moments(np.linspace(-0.5, 0.5, 300) * (np.arange(300) % 16 == 0), np.ones(300), ["t"] * 300)
+    assert verdict_variational(0.1, None, 0.7, weighted=some).trusted, "a few beyond 0.35 sd, as chance has it"
 
 
 def test_a_component_with_a_row_to_itself_is_not_trusted():

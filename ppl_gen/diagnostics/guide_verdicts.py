@@ -21,7 +21,7 @@ _SHIFT, _RATIO = 0.35, 1.35
 _SHIFT_FAR, _RATIO_FAR = 1.0, 2.0
 _EFFECTIVE = 100  # draws: weighted means are then known to a tenth of an sd
 _MOST = 10  # sd or times: where so few draws carry the weights that no more can be said
-_MANY = 200  # numbers: among more of them some are off by chance, and a share is judged
+_MANY = 200  # numbers: among more of them some are off by chance, though none by far, and a share is judged
 
 
 def verdict_variational(
@@ -60,7 +60,8 @@ def verdict_variational(
     chains; k-hat between the threshold and 1; fewer than 100 effective draws; more than a tenth of the rows with such a
     mean, sd or k-hat; another place of comparable density; a loss that still moved by 4 standard errors and more than
     0.2 nats in all. Not to be trusted: a mean off by more than 1 sd, a ratio beyond 2, a k-hat of 1 or more (infinite
-    mean), NaN counting as infinite.
+    mean), NaN counting as infinite. Among more than 200 numbers some are off by chance: more than a tenth of them have
+    to be, or one by 1 sd or 2 times.
 
     Raises ValueError where nothing was looked at: a fit without random latents is a point (`verdict_point`).
 
@@ -178,14 +179,18 @@ def _moments(sources: dict[str, Moments | None], advice: str) -> list[Finding]:
 
 
 def _off(moments: Moments | None) -> list[tuple[int, float, str]]:
-    """A fault in any of few numbers, in more than a tenth of many, or in a tenth of the rows: grade, size, words."""
+    """A fault in any of few numbers, in a tenth of many, in one of many if far off, or in a tenth of the rows.
+
+    Its grade, its size and words for it.
+    """
     if moments is None:
         return []
     globals_, rows = moments.shared(), moments.of_rows()
     off = globals_.beyond(_SHIFT, _RATIO)
     found = []
-    if off.any() and (off.size <= _MANY or off.mean() > _BAD_ROWS):
-        share = f" ({off.mean():.0%} of {off.size} numbers are off)" if off.size > _MANY else ""
+    far = globals_.past(_SHIFT_FAR, _RATIO_FAR)
+    if far.any() or (off.any() and (off.size <= _MANY or off.mean() > _BAD_ROWS)):
+        share = f" ({off.sum()} of {off.size} numbers off)" if off.size > _MANY else ""
         found.append(_said(globals_, share))
     if (share_of_rows := rows.rows_beyond(_SHIFT, _RATIO)) > _BAD_ROWS:
         found.append(_said(rows, f" ({share_of_rows:.0%} of {rows.count_rows} rows are off)"))

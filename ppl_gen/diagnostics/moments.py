@@ -52,14 +52,14 @@ class Moments:
         worst = int(np.abs(np.log(np.maximum(self.ratio, 1e-12))).argmax())
         return float(self.ratio[worst]), self.names[worst]
 
-    def beyond(self, shift: float, ratio: float) -> np.ndarray:
-        """Which numbers are farther off than ``shift`` or outside of 1 / ``ratio`` to ``ratio``.
-
-        Or may be, by two standard errors, beyond what must never pass, `NEVER`.
-        """
+    def past(self, shift: float, ratio: float, errors: float = 0.0) -> np.ndarray:
+        """Which are farther off than ``shift`` or outside of 1 / ``ratio`` to ``ratio``, or may be, by ``errors``."""
         far, uneven = np.abs(self.shift), np.abs(np.log(np.maximum(self.ratio, 1e-12)))
-        may = (far + 2 * self.shift_error > NEVER[0]) | (uneven + 2 * self.ratio_error > np.log(NEVER[1]))
-        return may | (far > shift) | (uneven > np.log(ratio))
+        return (far + errors * self.shift_error > shift) | (uneven + errors * self.ratio_error > np.log(ratio))
+
+    def beyond(self, shift: float, ratio: float) -> np.ndarray:
+        """Which numbers are `past` these limits; or may be, by two standard errors, what must never pass, `NEVER`."""
+        return self.past(shift, ratio) | self.past(*NEVER, errors=2.0)
 
     def shared(self) -> Moments:
         """The numbers that belong to no row."""
