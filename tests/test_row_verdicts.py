@@ -18,6 +18,7 @@ import ppl_gen as pg
 from ppl_gen.diagnostics.lone_rows import lone_rows
 from ppl_gen.diagnostics.moments import Moments, compared
 from ppl_gen.diagnostics.row_weights import MAX_ROWS, weigh_rows
+from ppl_gen.diagnostics.row_weights import _moments as moments_of_rows
 from ppl_gen.diagnostics.verdicts import verdict_point, verdict_variational
 from ppl_gen.inference import EM, SVI
 from ppl_gen.models import gaussian_mixture
@@ -62,6 +63,17 @@ def test_collapsed_rows_show_the_closed_form():
     assert (np.abs(found.moments.shift[near] - truth[near]) < 6 * error + 0.02).all()
     assert np.median(found.moments.ratio) == pytest.approx(1 / float(tril[0, 0]), rel=0.1)
     assert np.mean(found.k < 0.7) > 0.9  # k-hat alone would trust it
+
+
+def test_a_draw_without_a_finite_place_hides_its_own_number_only():
+    """A draw at the edge of its support has no place on the unconstrained scale."""
+    u = torch.randn(1000, 3, 2, generator=torch.Generator().manual_seed(0))
+    tilted = torch.softmax(u[:, :, 1], 0).double().numpy()
+    u[7, 1, 0] = torch.inf
+    found = moments_of_rows({"z": u}, tilted, np.array([4, 5, 6]))
+    assert list(found.names) == ["z[4, 0]", "z[4, 1]", "z[5, 1]", "z[6, 0]", "z[6, 1]"]
+    assert found.rows_beyond(0.35, 1.35) == 1.0, "weights exp(u) move each second number by one sd"
+    assert np.isfinite(found.shift).all() and np.isfinite(found.shift_error).all()
 
 
 def test_nearly_equal_weights_are_no_fault():

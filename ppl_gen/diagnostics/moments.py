@@ -17,7 +17,7 @@ from ppl_gen.inference.objectives.particles import Substitute
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["Moments", "between_draws", "compared", "unconstrained", "weighted"]
+__all__ = ["Moments", "between_draws", "compared", "unconstrained", "varying", "weighted"]
 
 HEAVY = 8.0  # kurtosis of the fit's draws above which a standard deviation says little; a normal has 3, a Laplace 6
 NEVER = (0.5, 1.6)  # posterior sd, times: a fit farther off is never trusted
@@ -153,10 +153,17 @@ def _matrix(values: Mapping[str, Tensor]) -> tuple[np.ndarray, list[str]]:
     for name, value in values.items():
         flat = value.detach().double().cpu().numpy().reshape(len(value), -1)
         labels = [name + (str(list(i)) if i else "") for i in np.ndindex(tuple(value.shape[1:]))]
-        keep = np.isfinite(flat).all(0) & (flat.std(0) > 1e-9 * (1e-300 + np.abs(flat).max(0)))
+        keep = varying(flat)
         columns.append(flat[:, keep])
         names += [label for label, kept in zip(labels, keep, strict=True) if kept]
     return (np.concatenate(columns, 1) if columns else np.empty((0, 0))), names
+
+
+def varying(u: np.ndarray) -> np.ndarray:
+    """Which numbers (all axes but the first, that of draws) are finite in every draw, and not all the same."""
+    finite = np.isfinite(u).all(0)
+    u = np.where(finite, u, 0.0)
+    return finite & (u.std(0) > 1e-9 * (1e-300 + np.abs(u).max(0)))
 
 
 def unconstrained(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ppl_gen.data.batching import LARGE, Batch
-from ppl_gen.diagnostics.moments import Moments, compared
+from ppl_gen.diagnostics.moments import Moments, compared, varying
 from ppl_gen.diagnostics.psis import row_subset, smoothed_with_k
 from ppl_gen.diagnostics.weighed import affordable
 from ppl_gen.dryrun import ProgramInfo
@@ -179,10 +179,10 @@ def _moments(values: dict[str, Tensor], weights: np.ndarray, rows: np.ndarray) -
     for name, value in values.items():
         u = value[..., :NUMBERS].double().cpu().numpy()
         u = np.broadcast_to(u, (len(w), len(rows), u.shape[-1]))[:, valid]
-        if not u.size or not np.isfinite(u).all():
+        keep = varying(u)
+        if not keep.any():
             continue
-        keep = u.std(0) > 1e-9 * (1e-300 + np.abs(u).max(0))
-        numbers.append(np.stack([part[keep] for part in compared(u, w)]))
+        numbers.append(np.stack(compared(u[:, keep], np.broadcast_to(w, u.shape)[:, keep])))
         places = np.argwhere(keep)
         of.append(rows[valid][places[:, 0]])
         single = u.shape[-1] == 1
