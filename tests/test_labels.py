@@ -147,6 +147,20 @@ def test_index_and_columns_of_pandas_label_the_axes(tmp_path):
     assert saved["constant_data"]["x"].dims == ("data", "x_column") == tree["constant_data"]["x"].dims
 
 
+def test_the_labels_of_a_plate_that_was_renamed_everywhere_are_left_out():
+    """The index labels the plate; where each axis of the plate has another name, there is nothing to label."""
+
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    fit = pg.fit(model, LABELLED["y"].rename("x"), SHORT, seed=0)
+    tree = fit.to_arviz(draws=20, dims={"x": ["town"]}, coords={"town": [1, 2, 3]})
+    for name in ("posterior_predictive", "log_likelihood", "observed_data"):
+        assert tree[name]["x"].dims[-1] == "town" and list(tree[name]["town"].values) == [1, 2, 3], name
+
+
 def test_frames_whose_rows_disagree_give_no_labels():
     other = {"x": TABLE, "y": LABELLED["y"].set_axis(["a", "b", "c"])}
     tree = pg.fit(regression, other, SHORT, seed=0).to_arviz(draws=5)

@@ -76,9 +76,9 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None, coords: An
     checked_lengths(asked, shapes)
     named, given = labels_of(fit.info, fit.data, shapes, unsampled, whole.data)
     named |= asked
-    there = {dim for axes in named.values() for dim in axes} | ({pointwise[0]} if pointwise else set())
     if pointwise is not None:
         pointwise = (_renamed_plate(fit, asked, pointwise[0]), pointwise[1])
+    there = {dim for axes in named.values() for dim in axes} | ({pointwise[0]} if pointwise else set())
     labels = {dim: values for dim, values in given.items() if dim in there} | labels
     return to_tree(found, dims=named, coords=labels, attrs=attrs, unsampled=unsampled, pointwise=pointwise)
 
