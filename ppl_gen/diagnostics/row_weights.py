@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ class RowWeights:
 
 
 def weigh_rows(fit: Fit, draws: int) -> RowWeights:
-    r"""``draws`` of the locals of at most `MAX_ROWS` rows, weighed; call inside ``fit.bound()``.
+    r"""``draws`` or a few more of the locals of at most `MAX_ROWS` rows, weighed; call inside ``fit.bound()``.
 
     Given a draw :math:`\theta` of the guide's globals a row's weights are :math:`p(x_i, z | \theta) / q(z)`. They are
     normalised for each such draw: what they stand for is :math:`\int p(z | x_i, \theta) q(\theta) d\theta`.
@@ -65,7 +66,7 @@ def weigh_rows(fit: Fit, draws: int) -> RowWeights:
     sums = tuple(n for n in info.finite_latents if n not in (info.guide_sites or {}) and n not in coupling)
     vectorise = can_vectorise(fit.joint, fit.guide, info, batch, sums)
     vectorise = vectorise or can_sum_together(fit.joint, fit.guide, info, batch, sums)
-    parts = [seen.weigh(batch, draws // blocks, values, sums, vectorise) for values in known]
+    parts = [seen.weigh(batch, math.ceil(draws / blocks), values, sums, vectorise) for values in known]
     if blocks > 1:
         parts = [part - part.logsumexp(0).nan_to_num(neginf=0.0) for part in parts]
     logs, k = smoothed_with_k(torch.cat(parts).double().cpu().numpy())
