@@ -15,7 +15,7 @@ from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.averaging import ENOUGH, Average, normaliser, weighed_parameters
 from ppl_gen.diagnostics.integration import RowIntegral, row_integral
 from ppl_gen.diagnostics.missed import missed
-from ppl_gen.diagnostics.psis import pareto_k_threshold, smoothed_weights
+from ppl_gen.diagnostics.psis import pareto_k_threshold, smoothed_weights, told_apart
 from ppl_gen.diagnostics.weighed import CELLS, numbers, weighed_draws
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.finite_globals import summed_globals
@@ -240,7 +240,8 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
     if found.pareto_k is None:
         kind += ", too few to judge the guide by"
     elif not found.reliable:
-        doubt = f"k-hat {found.pareto_k:.2f} is above {pareto_k_threshold(n):.2f}, the limit for {n} draws"
+        said, limit = told_apart(found.pareto_k, pareto_k_threshold(n))
+        doubt = f"k-hat {said} is above {limit}, the limit for {n} draws"
         kind += f", k-hat {found.pareto_k:.2f}: below log p(x) by an amount unknown"
     elif doubt := missed(fit, weighed.values, smoothed_weights(weights.numpy())):
         found = replace(found, stderr=math.inf)

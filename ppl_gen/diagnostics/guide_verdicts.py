@@ -10,7 +10,7 @@ import numpy as np
 from ppl_gen.diagnostics.causes import Cause
 from ppl_gen.diagnostics.grades import Finding, Verdict, elsewhere, graded
 from ppl_gen.diagnostics.moments import NEVER, Moments
-from ppl_gen.diagnostics.psis import NEARLY_EQUAL
+from ppl_gen.diagnostics.psis import NEARLY_EQUAL, told_apart
 from ppl_gen.diagnostics.trends import moving
 
 __all__ = ["verdict_variational"]
@@ -116,7 +116,8 @@ def _told_by_globals(
         return [], []
     k = math.inf if math.isnan(k) else float(k)
     equal = effective is not None and effective[0] >= NEARLY_EQUAL * effective[1]
-    findings, good = [], [f"k-hat {k:.2f}" + (f", below {threshold:.2f}" if k <= threshold else "")]
+    said, limit = told_apart(k, threshold)
+    findings, good = [], [f"k-hat {said}" + (f", below {limit}" if k <= threshold else "")]
     if not equal:
         findings += _guide(k, threshold, advice)
     if effective is not None:
@@ -144,8 +145,9 @@ def _told_by_rows(
 def _guide(k: float, threshold: float, advice: str) -> list[Finding]:
     if k <= threshold:
         return []
+    said, limit = told_apart(k, threshold)
     found = (
-        f"the guide is a poor approximation of the posterior (k-hat {k:.2f}, expected below {threshold:.2f}); "
+        f"the guide is a poor approximation of the posterior (k-hat {said}, expected below {limit}); "
         "this need not mean that the program is wrong"
     )
     if k < 0.7:

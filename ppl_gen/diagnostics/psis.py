@@ -19,6 +19,7 @@ __all__ = [
     "row_subset",
     "smoothed_weights",
     "smoothed_with_k",
+    "told_apart",
 ]
 
 NEARLY_EQUAL = 1 / (1 + 0.35**2)
@@ -48,6 +49,16 @@ def pareto_k_threshold(draws: int) -> float:
     """
     _need_draws(draws)
     return min(1.0 - 1.0 / math.log10(draws), 0.7)
+
+
+def told_apart(k: float, limit: float) -> tuple[str, str]:
+    """k-hat and its limit as text: two digits, or as many as tell the two apart.
+
+    >>> told_apart(0.8, 0.7), told_apart(0.7004, 0.7)
+    (('0.80', '0.70'), ('0.7004', '0.7000'))
+    """
+    digits = next((n for n in range(2, 6) if f"{k:.{n}f}" != f"{limit:.{n}f}"), 6)
+    return f"{k:.{digits}f}", f"{limit:.{digits}f}"
 
 
 def pareto_k(log_ratios: Any) -> float:
