@@ -153,3 +153,22 @@ def test_normals_by_row_are_judged_row_by_row_however_many():
     trained = SVI(steps=steps, lr=0.1, schedule=falling(steps))
     assert pg.fit(pg.Program(linear(1), AutoNormal), data, trained, seed=0).verdict.trusted
     assert not pg.fit(pg.Program(linear(1), AutoNormal), data, SVI(steps=10), seed=0).verdict.trusted
+
+
+@pytest.mark.parametrize("error", [KeyError, AttributeError, ZeroDivisionError, ValueError])
+def test_a_program_that_takes_one_draw_at_a_time_is_judged_without_chains(error):
+    """Whatever a program raises where all draws go through it at once."""
+
+    def program(x):
+        t = pyro.sample("t", dist.Normal(0.0, 10.0))
+        if torch._C._functorch.is_functorch_wrapped_tensor(t):
+            raise error("one at a time")
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(t, 1.0), obs=x)
+
+    def guide(x):
+        variance = 1 / (1 / 100 + len(x))
+        pyro.sample("t", dist.Normal(pyro.param("loc", variance * x.sum()), variance**0.5))
+
+    said = as_written(program, guide, rows)(0).verdict
+    assert said.trusted and "no short chains were run" in said.reason and "one at a time" in said.reason

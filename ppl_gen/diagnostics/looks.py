@@ -10,7 +10,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.moments import Moments, between_draws
 from ppl_gen.diagnostics.psis import row_subset
-from ppl_gen.diagnostics.second_look import SecondLook, moved
+from ppl_gen.diagnostics.second_look import CELLS, FEWEST, SecondLook, moved
 from ppl_gen.diagnostics.weighed import joint_draws, numbers
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import amortised, prior_rows
@@ -22,7 +22,6 @@ __all__ = ["drift", "look_at_chains", "look_at_guide", "places_of"]
 
 LOOK_ROWS = 50  # rows from whose draws short chains begin, where rows stand for themselves
 CHAINS = 200  # short chains: a mean is then known to 0.07 sd, an sd to 5 %
-MOST = 4_000_000  # numbers of data times the fewest chains
 
 
 def look_at_chains(fit: Fit, learned: ChainPosterior) -> SecondLook | str:
@@ -36,13 +35,13 @@ def look_at_chains(fit: Fit, learned: ChainPosterior) -> SecondLook | str:
 
 def look_at_guide(fit: Fit, draws: int) -> SecondLook | str:
     """Short chains from the guide's draws: for all rows, or for some where rows stand for themselves."""
-    chains = max(32, min(CHAINS, draws // 4))
+    chains = max(FEWEST, min(CHAINS, draws // 4))
     with fit.bound():
         alone = not fit.info.select(local=False) and amortised(fit)
         data = fit.data
         if alone and (data.rows or 0) > LOOK_ROWS:
             data = data.subset(torch.as_tensor(row_subset(data.rows or 1, LOOK_ROWS)))
-        if numbers(fit, data) * 32 > MOST:
+        if numbers(fit, data) * FEWEST > CELLS:  # which `moved` says; spared are the draws
             return moved(fit, {}, data, chains=chains, dispersed=None)
         known = joint_draws(fit, 2 * chains, data.batch())
         joint = {name: torch.stack([draw[name] for draw in known]) for name in known[0]}

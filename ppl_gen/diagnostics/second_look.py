@@ -23,7 +23,7 @@ from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.short_chains import Function, State, quenched, sampled, scale_of
 from ppl_gen.diagnostics.weighed import numbers
 from ppl_gen.dryrun import ProgramInfo
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.inference.tape import RecordingRefused, record_checked
 from ppl_gen.inference.unconstrained import Unconstrained
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["SecondLook", "moved"]
 
 CELLS = 4_000_000  # numbers of data times chains that one gradient may touch
+FEWEST = 32  # chains that say something
 FREE = 400_000  # of these however short the fit; beyond, no more than its steps have touched
 GRADIENTS = 250  # of every chain
 MAX_SIZE = 2000  # unconstrained numbers of one chain
@@ -84,7 +85,7 @@ def moved(
     cells = numbers(fit, data) * _table(fit, data)
     paid = int(fit.cost.get("steps", 0)) * cells // GRADIENTS if fit.learned.kind == "variational" else CELLS
     chains = min(chains, min(CELLS, max(FREE, paid)) // cells)
-    if chains < 32:
+    if chains < FEWEST:
         return f"no short chains were run, as the data are too many for it ({cells} numbers)"
     batch = data.batch()
     try:
@@ -98,15 +99,7 @@ def moved(
         begun = points[_spread(len(points), chains)]
         function = _together(density, begun)
         return _run(fit.info, density, function, points, begun, elsewhere, relabel)
-    except (
-        IncompatibleError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        IndexError,
-        AssertionError,
-        NotImplementedError,
-    ) as e:
+    except PROGRAM_ERRORS as e:
         return f"no short chains were run, as the density could not be evaluated for many points at once ({_brief(e)})"
 
 
