@@ -10,7 +10,7 @@ from pyro import poutine
 
 from ppl_gen.diagnostics.bridge import az_summary, to_tree
 from ppl_gen.diagnostics.export import affordable_rows, latent_summary_names, posterior_groups
-from ppl_gen.diagnostics.guide_weights import all_points, guide_weights, k_hats
+from ppl_gen.diagnostics.guide_weights import all_points, guide_weights
 from ppl_gen.diagnostics.lone_rows import lone_rows
 from ppl_gen.diagnostics.looks import drift, look_at_chains, places_of
 from ppl_gen.diagnostics.missed import kept_look
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from ppl_gen.result import Fit
 
-__all__ = ["chain_table", "diagnose", "judged_chains", "k_hats", "verdict"]
+__all__ = ["chain_table", "diagnose", "judged_chains", "verdict"]
 
 DRAWS = 1000  # of the table; a verdict weighs four times as many, since k-hat scatters by 0.2 at a thousand
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.bridge import to_tree
 from ppl_gen.diagnostics.densities import densities, derived, joint_densities
+from ppl_gen.diagnostics.guide_weights import k_hats
 from ppl_gen.diagnostics.labels import labels_of, variable_shapes
 from ppl_gen.diagnostics.psis import MIN_DRAWS
 from ppl_gen.diagnostics.weighed import joint_draws
@@ -284,8 +285,6 @@ def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any], seed: int |
 
 
 def _add_k_hats(fit: Fit, count: int, attrs: dict[str, Any]) -> None:
-    from ppl_gen.diagnostics.diagnosis import k_hats  # which reads the posterior groups of this module
-
     joint, rows, _ = k_hats(fit, count)
     attrs["pareto_k"] = joint if joint is not None else float("nan")
     if rows is not None:
