@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ppl_gen.diagnostics.looks import look_at_guide
-from ppl_gen.diagnostics.moments import unconstrained
+from ppl_gen.diagnostics.moments import matrix, unconstrained
+from ppl_gen.diagnostics.short_chains import scale_of
 from ppl_gen.inference.guides import point_sites
 
 if TYPE_CHECKING:
@@ -54,10 +56,8 @@ def missed(fit: Fit, values: Mapping[str, Tensor], log_weights: np.ndarray) -> s
     if columns is None:
         return ""
     drawn, chosen = columns
-    centre, whiten = _whitened(look.draws[:, chosen])
-    inside = np.linalg.norm((drawn - centre) @ whiten, axis=1)
-    outside = np.linalg.norm((look.end[:, chosen] - centre) @ whiten, axis=1)
-    share, errors = beyond(inside, log_weights, outside, look.chains)
+    own = torch.as_tensor(look.draws[:, chosen])
+    share, errors = beyond(_distance(drawn, own), log_weights, _distance(look.end[:, chosen], own), look.chains)
     if errors <= CERTAIN:
         return ""
     return f"{share:.0%} of {look.chains} short chains went beyond what the weighted draws hold"
@@ -66,24 +66,18 @@ def missed(fit: Fit, values: Mapping[str, Tensor], log_weights: np.ndarray) -> s
 def _columns(fit: Fit, values: Mapping[str, Tensor], look: SecondLook) -> tuple[np.ndarray, list[int]] | None:
     """The numbers that draws and chains both know, on the unconstrained scale: draws x numbers, and their places."""
     with fit.bound():
-        known = unconstrained(fit, fit.data.batch(), values)
-    found: dict[str, np.ndarray] = {}
-    for name, value in known.items():
-        flat = value.detach().double().cpu().numpy().reshape(len(value), -1)
-        labels = [name + (str(list(i)) if i else "") for i in np.ndindex(tuple(value.shape[1:]))]
-        found |= {label: flat[:, j] for j, label in enumerate(labels) if np.isfinite(flat[:, j]).all()}
-    chosen = [j for j, label in enumerate(look.names) if label in found]
-    return (np.stack([found[look.names[j]] for j in chosen], 1), chosen) if chosen else None
+        found, names = matrix(unconstrained(fit, fit.data.batch(), values))
+    at = {name: j for j, name in enumerate(names)}
+    chosen = [j for j, name in enumerate(look.names) if name in at]
+    return (found[:, [at[look.names[j]] for j in chosen]], chosen) if chosen else None
 
 
-def _whitened(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The centre of draws, and the matrix after which their covariance is the unit matrix (or their variances are)."""
-    centre, sd = draws.mean(0), np.maximum(draws.std(0), 1e-12)
-    if draws.shape[1] * 5 > len(draws):
-        return centre, np.diag(1 / sd)
-    correlation = np.corrcoef(draws, rowvar=False).reshape(len(sd), len(sd))
-    shrunk = 0.95 * correlation + 0.05 * np.eye(len(sd))
-    return centre, np.linalg.inv(np.linalg.cholesky(shrunk)).T / sd[:, None]
+def _distance(u: np.ndarray, draws: Tensor) -> np.ndarray:
+    """How far from the centre of draws, in units of their spread and by their correlations where these are known."""
+    scale, apart = scale_of(draws), torch.as_tensor(u) - draws.mean(0)
+    if scale.dim() == 1:
+        return (apart / scale).norm(dim=1).cpu().numpy()
+    return torch.linalg.solve_triangular(scale, apart.T, upper=False).norm(dim=0).cpu().numpy()
 
 
 def beyond(inside: np.ndarray, log_weights: np.ndarray, outside: np.ndarray, chains: int) -> tuple[float, float]:

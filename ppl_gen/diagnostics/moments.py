@@ -17,7 +17,7 @@ from ppl_gen.inference.objectives.particles import Substitute
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["Moments", "between_draws", "compared", "unconstrained", "varying", "weighted"]
+__all__ = ["Moments", "between_draws", "compared", "matrix", "unconstrained", "varying", "weighted"]
 
 HEAVY = 8.0  # kurtosis of the fit's draws above which a standard deviation says little; a normal has 3, a Laplace 6
 NEVER = (0.5, 1.6)  # posterior sd, times: a fit farther off is never trusted
@@ -100,11 +100,11 @@ def weighted(values: Mapping[str, Tensor], log_weights: np.ndarray) -> Moments |
     >>> float(found.shift[0]), round(float(found.ratio[0]), 6)
     (0.0, 1.0)
     """
-    u, names = _matrix(values)
+    u, names = matrix(values)
     if not names:
         return None
-    w = np.exp(log_weights)
-    return Moments(*(found := compared(u, w[:, None]))[:2], names, None, *found[2:])
+    shift, ratio, *errors = compared(u, np.exp(log_weights)[:, None])
+    return Moments(shift, ratio, names, None, *errors)
 
 
 def compared(u: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -148,7 +148,8 @@ def between_draws(fit: np.ndarray, end: np.ndarray, names: Sequence[str], rows: 
     return Moments(shift, ratio, names, rows)
 
 
-def _matrix(values: Mapping[str, Tensor]) -> tuple[np.ndarray, list[str]]:
+def matrix(values: Mapping[str, Tensor]) -> tuple[np.ndarray, list[str]]:
+    """The numbers of all sites that are finite and vary, draws x numbers, and a label for each."""
     columns, names = [], []
     for name, value in values.items():
         flat = value.detach().double().cpu().numpy().reshape(len(value), -1)
