@@ -121,6 +121,35 @@ def test_both_kinds_of_parts_stand_in_the_same_plate(tmp_path: Path) -> None:
     assert torch.equal(back.posterior(draws=3, seed=2)["z"], fit.posterior(draws=3, seed=2)["z"])
 
 
+def test_parts_that_open_a_plate_of_some_rows_take_the_same_rows() -> None:
+    """q(u_i) and q(z_i) of the rows of one draw: their means are 1 - x / 2 and x / 2, flat if the rows are others."""
+
+    def two(x: Tensor) -> None:
+        with pyro.plate("data", N, subsample_size=10) as rows:
+            u = pyro.sample("u", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+            pyro.sample("y", dist.Normal(u, 1.0), obs=2.0 - x[rows])
+
+    def part(name: str, net: nn.Linear) -> Callable[[Tensor], None]:
+        def local(x: Tensor) -> None:
+            pyro.module(f"{name}_net", net)
+            with pyro.plate("data", N, subsample_size=10) as rows:
+                pyro.sample(name, dist.Normal(net(x[rows][:, None])[:, 0], 0.5**0.5))
+
+        return local
+
+    def build(_data: Any) -> pg.Program:
+        guide = AutoGuideList(two)
+        for name in ("u", "z"):
+            guide.append(part(name, nn.Linear(1, 1)))
+        return pg.Program(two, guide)
+
+    fit = pg.fit(pg.Recipe(build, name="two"), X, SVI(steps=1500, lr=0.03, schedule=slower), seed=0)
+    for name, slope in {"u_net": -0.5, "z_net": 0.5}.items():
+        assert fit.module(name).weight.item() == pytest.approx(slope, abs=0.1), name
+
+
 def test_autoguides_alone_keep_their_refusal() -> None:
     def build(_data: Any) -> pg.Program:
         guide = AutoGuideList(model)

@@ -40,16 +40,21 @@ class SharedPlates(AutoGuideList):
 
 
 class _OnePlateEach(Messenger):
-    """Shows the first opening of each plate alone to what is outside."""
+    """Shows the first opening of each plate alone to what is outside; all later ones take the rows that it took."""
 
     def __enter__(self) -> Any:
-        self.seen: set[str] = set()
+        self.rows: dict[str, Any] = {}
         return super().__enter__()
 
     def _pyro_sample(self, msg: Any) -> None:
+        if type(msg["fn"]).__name__ == "_Subsample" and msg["name"] in self.rows:
+            msg["stop"] = True
+            if msg["value"] is None:
+                msg["value"], msg["done"] = self.rows[msg["name"]], True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
         if type(msg["fn"]).__name__ == "_Subsample":
-            msg["stop"] = msg["stop"] or msg["name"] in self.seen
-            self.seen.add(msg["name"])
+            self.rows.setdefault(msg["name"], msg["value"])
 
 
 def sharing_plates(guide: Any) -> Any:
