@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import ppl_gen as pg
+from ppl_gen.data.batching import as_dataset
 from ppl_gen.errors import NonFiniteError
 from ppl_gen.inference import NUTS, SVI
+from ppl_gen.inference.impossible import impossible
 
 X = 2.2 * torch.rand(20, generator=torch.Generator().manual_seed(0))
 CHAINS = NUTS(draws=500, warmup=300, chains=2, processes=1)
@@ -52,6 +54,16 @@ def test_chains_draw_from_the_truncated_posterior() -> None:
 def test_a_bound_of_minus_infinity_is_said_in_words() -> None:
     with pytest.raises(NonFiniteError, match=r"'x' are impossible.* \(at a = 1.9.*every guide that reaches there"):
         pg.fit(width, X, SVI(steps=400, lr=0.02), seed=0)
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_entries_that_a_mask_hides_are_not_blamed(hidden: bool) -> None:
+    def model(x, seen):
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=seen):
+            pyro.sample("x", dist.Uniform(0.0, 3.0, validate_args=False), obs=x)
+
+    rows = {"x": torch.tensor([1.0, 9.0]), "seen": torch.tensor([True, not hidden])}
+    assert bool(impossible(model, None, as_dataset(rows, model).batch())) is not hidden
 
 
 def keeping(x):

@@ -36,7 +36,10 @@ def impossible(model: Callable[..., Any], guide: Callable[..., Any] | None, batc
 
 
 def _without_density(node: Any) -> bool:
-    return node["is_observed"] and bool((node["fn"].log_prob(node["value"]) == -torch.inf).any())
+    if not node["is_observed"]:
+        return False
+    impossible = node["fn"].log_prob(node["value"]) == -torch.inf
+    return bool((impossible if node["mask"] is None else impossible & torch.as_tensor(node["mask"])).any())
 
 
 def _sentence(name: str, trace: poutine.Trace) -> str:
