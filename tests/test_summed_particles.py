@@ -73,6 +73,38 @@ def test_weights_of_particles_together_are_those_of_each_and_those_written_out(f
             assert torch.allclose(found[True].rows[k], expected, atol=1e-4), k
 
 
+def lengthening(seq, lengths):
+    with pyro.plate("data", len(seq)):
+        level, state = pyro.sample("level", dist.Normal(0.0, 1.0)), 0
+        for t in pyro.markov(range(int(lengths.max()))):
+            with pyro.poutine.mask(mask=t < lengths):
+                state = pyro.sample(f"s_{t}", dist.Categorical(torch.tensor([[0.8, 0.2], [0.3, 0.7]])[state]))
+                pyro.sample(f"y_{t}", dist.Normal(level + 2.0 * state, 1.0), obs=seq[:, t])
+
+
+def levels(seq, lengths):
+    with pyro.plate("data", len(seq)):
+        pyro.sample("level", dist.Normal(pyro.param("w", torch.tensor(0.2)) * seq[:, 0], 0.7))
+
+
+def test_rows_that_lack_the_last_steps_are_summed_together_too():
+    seq, lengths = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([2, 4, 3, 2, 2, 4, 3, 2])
+    ragged = pg.fit(pg.Program(lengthening, levels), {"seq": seq, "lengths": lengths}, SVI(steps=2), seed=0)
+    short, sums = lengths < 3, tuple(ragged.info.finite_latents)
+    with ragged.bound(3):
+        batch = ragged.dataset({"seq": seq[short], "lengths": lengths[short]}).batch()
+        assert len(sums) == 4 and can_sum_together(ragged.joint, ragged.guide, ragged.info, batch, sums)
+        found = []
+        for together in (True, False):
+            pyro.set_rng_seed(5)
+            found.append(
+                local_log_weights(
+                    ragged.joint, ragged.guide, ragged.info, batch, 5, values={}, sums=sums, vectorise=together
+                ).rows
+            )
+    assert found[0].shape == (5, 4) and torch.allclose(*found, atol=1e-4)
+
+
 def test_k_hats_are_those_of_unrolled_weights(fit, monkeypatch):
     """The same random numbers give the same draws either way, so that the k-hats agree to rounding."""
     together = fit.diagnose(draws=100)

@@ -21,7 +21,6 @@ from ppl_gen.sitechecks import require_enumerable
 __all__ = ["can_sum_together", "summed_densities"]
 
 CELLS = 4_000_000  # numbers of data times values of finite sites times particles
-_REFUSALS = PROGRAM_ERRORS
 
 Values = Mapping[str, Tensor]
 
@@ -43,7 +42,7 @@ def can_sum_together(
             drawn = [{n: s["value"] for n, s in q.nodes.items() if s["type"] == "sample"} for q in traces]
             rows, prior = summed_densities(model, info, batch, drawn, {}, sums)
             alone = [_summed(model, info, batch, values, sums) for values in drawn]
-    except _REFUSALS:
+    except PROGRAM_ERRORS:
         return False
     same = (torch.allclose(rows[i], a, rtol=1e-4, atol=1e-4, equal_nan=True) for i, (a, _) in enumerate(alone))
     return all(same) and all(torch.allclose(prior[i], b, rtol=1e-4, atol=1e-4) for i, (_, b) in enumerate(alone))
@@ -79,10 +78,9 @@ def summed_densities(
 def _summed(
     model: Callable[..., Any], info: ProgramInfo, batch: Batch, values: Values, sums: tuple[str, ...]
 ) -> tuple[Tensor, Tensor]:
-    nesting = info.plate_nesting
-    p = enumerated_trace(model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=nesting)
-    if any(type(site.get("fn")).__name__ == "_Subsample" for site in p.nodes.values()):
-        raise ValueError("the program chooses rows of its own, and every particle would have others")
+    p = enumerated_trace(
+        model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=info.plate_nesting, varying=True
+    )
     plate = rows_plate(info, sums)
     rows = row_log_density(p, plate)
     return rows, torch.as_tensor(log_prior(p, plate), dtype=rows.dtype)
