@@ -33,7 +33,6 @@ from ppl_gen.inference.unlearned import Hidden
 __all__ = ["CELLS", "RowDensity"]
 
 CELLS = 4_000_000  # numbers held at once for each input of the program
-_FAILS = PROGRAM_ERRORS
 
 Values = Mapping[str, Tensor]
 
@@ -231,7 +230,7 @@ class RowDensity:
         self.together = True
         try:
             together = self.log_density(two, last)
-        except _FAILS as error:
+        except PROGRAM_ERRORS as error:
             self.why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return False
         alone = self._one(self.draws[-1], two[-1])

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Hidden", "joint", "leaves", "plausible", "predictions", "responds"]
 
-_FAILS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
 
 def predictions(model: Callable[..., Any], batch: Batch, info: ProgramInfo) -> list[str]:
     """The latent sites of a program that nothing needs to learn; none where that cannot be determined."""
@@ -146,7 +144,7 @@ def _unread(
         with _Followed():
             trace = _trace(model, batch, values)
         reads = {name: _read(node) for name, node in trace.nodes.items() if _counts(node)}
-    except _FAILS:
+    except PROGRAM_ERRORS:
         return None
     found: set[str] = set()
     while more := {n for n in names if n not in found and not any(n in reads[m] for m in reads.keys() - found - {n})}:
@@ -190,7 +188,7 @@ def responds(model: Callable[..., Any], one: Batch, two: Batch) -> bool:
     fixed = {n: node["value"] for n, node in base.nodes.items() if node["type"] == "sample" and not node["is_observed"]}
     try:
         other = _trace(model, two, fixed)
-    except _FAILS:
+    except PROGRAM_ERRORS:
         return True
     sites = [n for n, node in base.nodes.items() if _counts(node)]
     return sites != [n for n, node in other.nodes.items() if _counts(node)] or any(

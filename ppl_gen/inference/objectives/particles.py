@@ -131,11 +131,11 @@ def _same_one_by_one(
 def of_particle(site: dict[str, Any], k: int, info: ProgramInfo) -> Tensor:
     """The value of one particle, in the shape that the site has without a plate of particles."""
     value: Tensor = site["value"]
-    if type(site["fn"]).__name__ == "_Subsample":  # the indices of a plate that is opened inside another
+    if type(site["fn"]).__name__ == "_Subsample":  # which rows of a plate are taken is the same for all particles
         return value
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != "_particles"]
-    if type(site["fn"]).__name__ == "_Subsample" or not any(f.name == info.data_plate for f in frames):
-        return value  # which rows of a plate are taken is the same for all particles
+    if not any(f.name == info.data_plate for f in frames):
+        return value
     axis = value.dim() - site["fn"].event_dim - 1 - info.plate_nesting
     if axis < 0:
         return value
