@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class Program:
             raise TypeError(
                 f"guide: expected a Pyro guide, an autoguide class or None, got {type(self.guide).__name__}"
             )
-        made = getattr(self.guide, "func", None)
+        made = self.guide.func if isinstance(self.guide, partial) else None
         if isinstance(made, type) and self.guide.args:
             raise TypeError(
                 f"guide: a partial of the class {made.__name__} is called with the model; give its options by name"
@@ -123,7 +124,7 @@ class Program:
 
 
 def _name_of(guide: Any) -> str:
-    kind = getattr(guide, "func", guide)  # of a class with options
+    kind = guide.func if isinstance(guide, partial) else guide  # of a class with options
     return getattr(kind, "__name__", type(kind).__name__)
 
 

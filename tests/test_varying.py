@@ -131,5 +131,23 @@ def test_a_class_of_guides_with_options() -> None:
     draws = fit.posterior(draws=2000)
     both = torch.corrcoef(torch.stack([draws["a"], draws["b"]]))[0, 1]
     assert float(both) == pytest.approx(-24 / 25, abs=0.03) and "AutoMultivariateNormal" in fit.notes["guide"]
+    with pytest.raises(TypeError, match="give its options by name"):
+        pg.Program(sums, functools.partial(AutoMultivariateNormal, sums))
     with pytest.raises(TypeError, match="AutoMultivariateNormal does not take width"):
         pg.fit(pg.Program(sums, functools.partial(AutoMultivariateNormal, width=2)), ROWS[:, 0], SVI(steps=2))
+
+
+def test_a_guide_that_has_an_attribute_func_is_no_class_with_options() -> None:
+    class Guide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.func, self.loc = dict, torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            pyro.module("guide", self)
+            for name, loc in zip("ab", self.loc, strict=True):
+                pyro.sample(name, dist.Normal(loc, 0.1))
+
+    program = pg.Program(sums, Guide())
+    assert repr(program) == "Program(sums, guide=Guide)"
+    assert "guide$$$loc" in pg.fit(program, ROWS[:, 0], SVI(steps=2), seed=0).params

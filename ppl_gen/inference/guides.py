@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,8 +69,9 @@ def _resolved(run: Run) -> Callable[..., Any] | None:
 
 def as_class(guide: Any) -> tuple[Any, dict[str, Any]]:
     """A guide, or the class of a ``functools.partial`` of one, and its options."""
-    made = getattr(guide, "func", None)
-    return (made, dict(guide.keywords)) if isinstance(made, type) else (guide, {})
+    if isinstance(guide, partial) and isinstance(guide.func, type):
+        return guide.func, dict(guide.keywords)
+    return guide, {}
 
 
 def _made(guide: type | None, run: Run, options: Mapping[str, Any]) -> Callable[..., Any] | None:
