@@ -59,8 +59,9 @@ def worthwhile(seconds: float, rest: int, n_jobs: int) -> bool:
     >>> worthwhile(3.0, 5, 2), worthwhile(30.0, 5, 2), worthwhile(1000.0, 1, 2)
     (False, True, False)
     """
-    cores = os.cpu_count() or 1
-    processes = min(n_jobs if n_jobs > 0 else max(1, cores + 1 + n_jobs), rest)
+    from joblib import effective_n_jobs
+
+    processes = min(effective_n_jobs(n_jobs), rest)
     return processes > 1 and seconds * rest * (1 - 1 / processes) > START
 
 
