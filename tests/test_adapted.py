@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
 import ppl_gen as pg
 from ppl_gen.inference import EM, NUTS, SVI
@@ -70,13 +74,89 @@ def test_a_guide_with_other_names_has_its_plate_sized_too() -> None:
     assert fit.info.guide_sites["z"].plates == ("data",)
 
 
-def test_a_module_whose_plate_has_no_size_is_refused() -> None:
-    class Model(pyro.nn.PyroModule):
-        def forward(self, x):
-            unsized(x)
+class Written(pyro.nn.PyroModule):
+    """A module with a parameter and a buffer, whose plate has the ``size`` it says: any, or none."""
 
-    with pytest.raises(ValueError, match=r"pyro.plate\('data'\) of 'Model' has no size, .*len\(x\)"):
-        pg.fit(Model(), X, SVI(steps=2))
+    def __init__(self, size=None, shift=0.0):
+        super().__init__()
+        self.size, self.shift = size, shift
+        self.scale = pyro.nn.PyroParam(torch.tensor(1.0), constraint=dist.constraints.positive)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+        loc = pyro.sample("loc", dist.Normal(self.shift, 5.0))
+        with pyro.plate("data", self.size, None if self.size is None else len(x)):
+            pyro.sample("x", dist.Normal(loc, self.scale), obs=x)
+
+
+class Whole(Written):
+    def forward(self, x):
+        self.size = len(x)
+        super().forward(x)
+
+
+GUIDES = {
+    "class": lambda model: AutoNormal,
+    "class with options": lambda model: partial(AutoNormal, init_scale=0.2),
+    "instance": AutoNormal,
+    "list": lambda model: listed(model),
+}
+
+
+def listed(model):
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(poutine.block(model, expose=["loc"])))
+    return guide
+
+
+@pytest.mark.parametrize(
+    ("size", "guide", "batch_size"),
+    [
+        (None, "class", None),
+        (None, "list", None),
+        (1000, "class with options", 5),
+        (1000, "instance", None),
+        (12, "class", 5),
+    ],
+)
+def test_the_plate_of_a_module_has_the_rows_it_is_given(tmp_path, size, guide, batch_size) -> None:
+    """Whatever guide is made of it: as one that is written with len(x), in training, in questions, and from disk."""
+    algorithm = SVI(steps=8, lr=0.05, batch_size=batch_size)
+    programs = [pg.Program(model, GUIDES[guide](model), name="it") for model in (Written(size), Whole())]
+    one, two = (pg.fit(program, X, algorithm, seed=0) for program in programs)
+    assert one.records["program_loss"] == pytest.approx(two.records["program_loss"], rel=1e-6)
+    assert one.params.keys() == two.params.keys() and float(one.params["scale"]) != 1
+    for fit in (one, pg.load(one.save(tmp_path / "fit"), program=programs[0])):
+        for rows in (X, X[:5], torch.cat([X, X])):
+            ours, theirs = (each.evidence(rows, particles=4) for each in (fit, two))
+            assert ours.rows == len(rows) and ours.mean == pytest.approx(theirs.mean, rel=1e-6)
+        assert fit.sample(3)["x"].shape == (3,) and fit.predict(X[:4], draws=2)["x"].shape == (2, 4)
+        assert float(fit.module("model").seen) == float(two.module("model").seen)
+
+
+def test_a_module_stays_as_it_is_where_its_plate_is_given_a_size(tmp_path) -> None:
+    module = Written(1000)
+    before, kept = dict(vars(module)), {name: value.clone() for name, value in module.state_dict().items()}
+    fit = pg.fit(module, X, SVI(steps=8, lr=0.05), seed=0)
+    fit.evidence(X[:5])
+    assert type(module) is Written and vars(module) == before
+    assert all(torch.equal(value, kept[name]) for name, value in module.state_dict().items())
+    path = fit.save(tmp_path / "fit")
+    with pytest.warns(UserWarning, match="shift"):
+        pg.load(path, program=Written(1000, shift=3.0))
+
+
+def test_vectors_of_a_module_are_one_draw_under_chains() -> None:
+    class Schools(pyro.nn.PyroModule):
+        def forward(self, y):
+            vectors(y)
+
+    one, two = (pg.fit(model, SCHOOLS, CHAIN, seed=0) for model in (Schools(), vectors))
+    assert one.notes["vectors"] == two.notes["vectors"]
+    for name, value in two.posterior(draws=20).items():
+        assert torch.equal(one.posterior(draws=20)[name], value)
 
 
 def vectors(y):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -35,9 +36,6 @@ def adapted(program: Program, batch: Batch, data: Dataset, *, vectors: bool) -> 
     """``program`` with plates that have a size and, if the algorithm reads ``vectors`` so, with events for vectors.
 
     Returns the program and notes on what was changed. A program that does not run is left to the dry run to explain.
-
-    Raises:
-        ValueError: for a plate without a size where model or guide is a module, which cannot be given one.
     """
     asked: dict[str, tuple[Any, Any]] = {}
     with _sizes_asked(asked):
@@ -45,23 +43,45 @@ def adapted(program: Program, batch: Batch, data: Dataset, *, vectors: bool) -> 
     if trace is None:
         return program, {}
     notes = {}
-    modules = isinstance(program.model, nn.Module) or isinstance(program.guide, nn.Module)
     size, part = asked.get(program.data_plate, (0, None))
-    if size is None and modules:
-        raise ValueError(
-            f"pyro.plate({program.data_plate!r}) of {program.name!r} has no size, and model or guide is a module; "
-            f"write pyro.plate({program.data_plate!r}, len(x))"
-        )
-    if size is None or (part is not None and part == batch.rows and not modules):
-        size = functools.partial(_sized, plate=program.data_plate, data=data)
-        own = callable(program.guide) and not isinstance(program.guide, type)
-        guide = size(program.guide) if own else program.guide
-        program = replace(program, model=size(program.model), guide=guide)
+    if size is None or (part is not None and part == batch.rows):
+        dims = {name: data.dim(name) for name in data.entries}
+        sized = functools.partial(_sized, plate=program.data_plate, dims=dims, positional=data.positional)
+        made = isinstance(getattr(program.guide, "func", program.guide), type)  # a class is called with the model
+        guide = program.guide if made or program.guide is None else sized(program.guide)
+        program = replace(program, model=sized(program.model), guide=guide)
         trace = _trace(program.model, batch) or trace
-    if vectors and not isinstance(program.model, nn.Module) and (found := _vectors(trace)):
+    if vectors and (found := _vectors(trace)):
         notes["vectors"] = f"{', '.join(found)}: outside of every plate, read as one draw each (.to_event)"
-        program = replace(program, model=_with_events(program.model, found))
+        program = replace(program, model=_within(program.model, lambda args, kwargs: _Events(found)))
     return program, notes
+
+
+def _within(function: Callable[..., Any], context: Callable[..., AbstractContextManager[Any]]) -> Callable[..., Any]:
+    """``function`` called inside ``context(args, kwargs)``.
+
+    A module is one of its own class still, with parameters, buffers and parts in common with the one given, which stays
+    as it is; guides that hold that one call it inside of their own context.
+    """
+    if not isinstance(function, nn.Module):
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with context(args, kwargs):
+                return function(*args, **kwargs)
+
+        return call
+    kind = type(function)
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with context(args, kwargs):
+            return kind.__call__(self, *args, **kwargs)
+
+    named = {"__call__": called, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    meta: Any = type(kind)
+    made: nn.Module = object.__new__(meta(kind.__name__, (kind,), named))
+    vars(made).update(vars(function))
+    return made
 
 
 def _trace(model: Callable[..., Any], batch: Batch) -> poutine.Trace | None:
@@ -94,19 +114,18 @@ def _settling(how: Callable[..., Any]) -> Iterator[None]:
         SubsampleMessenger._subsample = outer
 
 
-def _sized(function: Callable[..., Any], *, plate: str, data: Dataset) -> Callable[..., Any]:
-    """``function`` with as many rows in ``plate``, if that has no size, as the call's arguments have."""
-    signature = inspect.signature(function)
+def _sized(
+    function: Callable[..., Any], *, plate: str, dims: Mapping[str, int], positional: Sequence[str]
+) -> Callable[..., Any]:
+    """``function`` with as many rows in ``plate``, if that has no size, as the arguments have in their ``dims``."""
+    signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def context(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
         # A guide may call its arguments otherwise than the model: those by order are the data's, in the data's order.
-        values = {**signature.bind_partial(*args, **kwargs).arguments, **dict(zip(data.positional, args, strict=False))}
-        rows = next((v.shape[data.dim(n)] for n, v in values.items() if n in data.entries and v is not None), None)
-        with _size(plate, rows):
-            return function(*args, **kwargs)
+        values = {**signature.bind_partial(*args, **kwargs).arguments, **dict(zip(positional, args, strict=False))}
+        return _size(plate, next((v.shape[dims[n]] for n, v in values.items() if n in dims and v is not None), None))
 
-    return call
+    return _within(function, context)
 
 
 @contextlib.contextmanager
@@ -143,12 +162,3 @@ class _Events(Messenger):
         dims = self.dims.get(msg["name"])
         if dims is not None and len(msg["fn"].batch_shape) >= dims:
             msg["fn"] = msg["fn"].to_event(dims)
-
-
-def _with_events(function: Callable[..., Any], dims: Mapping[str, int]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with _Events(dims):
-            return function(*args, **kwargs)
-
-    return call
