@@ -19,7 +19,8 @@ from torch import Tensor, nn
 __all__ = ["Remembered", "functions_of", "same_again"]
 
 _DEPTH = 4  # of containers and objects within each other
-_ITEMS = 10_000  # of one container, or numbers of one array: beyond that it is data, and nothing that counts calls
+_ITEMS = 10_000  # of one container, numbers of one array, objects behind one variable: beyond that it is data,
+# and nothing that counts calls; every question looks at all of it
 _CONTAINERS = (
     dict,
     list,
@@ -29,7 +30,10 @@ _CONTAINERS = (
     collections.Counter,
     collections.deque,
 )
-_PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None))
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, frozenset, type(None)})
+_FUNCTIONS = (types.FunctionType, types.MethodType, partial)
+_APART = (nn.Module, nn.Parameter, type, types.ModuleType)
+_ARRAYS = (Tensor, np.ndarray)
 _OTHERS = sys.stdlib_module_names | {"torch", "pyro", "numpy", "scipy", "pandas", "xarray", "arviz", "ppl_gen"}
 
 
@@ -49,19 +53,20 @@ class Remembered:
 
     def __init__(self, functions: Iterable[Any]) -> None:
         self._known: dict[int, Any] = {}  # by identity; held, so that no other object gets the same
-        self._kept: list[tuple[str, Callable[[], bool], Callable[[], None]]] = []
+        self._kept: list[tuple[str, Callable[..., bool], Callable[..., None], tuple[Any, ...]]] = []
+        self._left = _ITEMS
         for function in functions:
             self._function(function)
 
     def changed(self) -> list[str]:
         """Names of what is not now as it was."""
-        return sorted({name for name, same, _ in self._kept if not same()})
+        return sorted({name for name, same, _, held in self._kept if not same(*held)})
 
     def put_back(self) -> None:
         """Make all as it was, in place."""
-        for _, same, undo in self._kept:
-            if not same():
-                undo()
+        for _, same, undo, held in self._kept:
+            if not same(*held):
+                undo(*held)
 
     # ------------------------------------------------------------------------------------------ what is looked at
     def _first(self, value: Any) -> bool:
@@ -90,13 +95,13 @@ class Remembered:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             with contextlib.suppress(ValueError):  # a cell that is still empty
                 self._cell(name, cell)
-                self._value(name, cell.cell_contents, depth + 1)
+                self._variable(name, cell.cell_contents, depth + 1)
         for name, value in (function.__kwdefaults__ or {}).items():
-            self._value(name, value, depth + 1)
+            self._variable(name, value, depth + 1)
         arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
         defaults = function.__defaults__ or ()
         for name, value in zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True):
-            self._value(name, value, depth + 1)
+            self._variable(name, value, depth + 1)
         self._items(function.__name__, vars(function), depth + 1)
         if function.__module__ is None or function.__module__.split(".")[0] in _OTHERS:
             return
@@ -104,18 +109,25 @@ class Remembered:
             if name in function.__globals__:
                 value = function.__globals__[name]
                 self._entry(name, function.__globals__, name)
-                self._value(name, value, depth + 1)
+                self._variable(name, value, depth + 1)
+
+    def _variable(self, name: str, value: Any, depth: int) -> None:
+        """A value and what it holds: a large one, which is not looked at to its end, takes nothing from the next."""
+        before, self._left = self._left, _ITEMS
+        self._value(name, value, depth)
+        self._left = before
 
     def _value(self, name: str, value: Any, depth: int) -> None:
-        if isinstance(value, _PLAIN) and not isinstance(value, tuple):
+        if type(value) in _PLAIN:
             return
-        if isinstance(value, types.FunctionType | types.MethodType | partial):
+        if isinstance(value, _FUNCTIONS):
             if (getattr(value, "__module__", None) or "").split(".")[0] not in _OTHERS or depth <= 1:
                 self._function(value, depth)
             return
-        if isinstance(value, nn.Module | nn.Parameter | type | types.ModuleType) or not self._first(value):
+        if self._left <= 0 or isinstance(value, _APART) or not self._first(value):
             return
-        if isinstance(value, Tensor | np.ndarray):
+        self._left -= 1
+        if isinstance(value, _ARRAYS):
             self._array(name, value)
         elif isinstance(value, torch.Generator):
             state = value.get_state()
@@ -127,8 +139,7 @@ class Remembered:
             bits, numbers = value.bit_generator, value.bit_generator.state
             self._keep(name, lambda: bits.state == numbers, lambda: setattr(bits, "state", numbers))
         elif depth <= _DEPTH and isinstance(value, tuple):
-            for part in value[:_ITEMS]:
-                self._value(name, part, depth + 1)
+            self._parts(name, value[:_ITEMS], depth)
         elif depth <= _DEPTH and type(value) in _CONTAINERS:
             self._container(name, value, depth)
         elif depth <= _DEPTH:
@@ -142,8 +153,8 @@ class Remembered:
             self._items(name, vars(value), depth)
 
     # ----------------------------------------------------------------------------------------------- what is kept
-    def _keep(self, name: str, same: Callable[[], bool], undo: Callable[[], None]) -> None:
-        self._kept.append((name, same, undo))
+    def _keep(self, name: str, same: Callable[..., bool], undo: Callable[..., None], *held: Any) -> None:
+        self._kept.append((name, same, undo, held))
 
     def _cell(self, name: str, cell: Any) -> None:
         if not self._first(cell):
@@ -175,24 +186,23 @@ class Remembered:
             where.update(kept | made)
 
         self._keep(name, lambda: _alike(where, kept), undo)
+        look = (
+            self._variable if depth <= 1 else self._value
+        )  # attributes of a model that is an object are its variables
         for key, value in kept.items():
-            self._value(f"{name}.{key}", value, depth + 1)
+            look(f"{name}.{key}", value, depth + 1)
 
     def _container(self, name: str, value: Any, depth: int) -> None:
         if len(value) > _ITEMS:
             return
         kept = value.copy()
+        self._keep(name, _alike, _refill, value, kept)
+        self._parts(name, kept.values() if isinstance(kept, dict) else kept, depth)
 
-        def undo() -> None:
-            made = _networks(value, kept)
-            value.clear()
-            value.extend(kept) if isinstance(value, list | collections.deque) else value.update(kept)
-            if isinstance(value, dict):
-                value.update(made)
-
-        self._keep(name, lambda: _alike(value, kept), undo)
-        for part in list(kept.values()) if isinstance(kept, dict) else list(kept):
-            self._value(name, part, depth + 1)
+    def _parts(self, name: str, parts: Iterable[Any], depth: int) -> None:
+        for part in parts:
+            if self._left > 0 and type(part) not in _PLAIN:
+                self._value(name, part, depth + 1)
 
     def _array(self, name: str, value: Any) -> None:
         if isinstance(value, np.ndarray) and value.dtype != object and value.size <= _ITEMS and value.flags.writeable:
@@ -211,6 +221,14 @@ class Remembered:
 
 def _set_state(generator: torch.Generator, state: Tensor) -> None:
     generator.set_state(state)
+
+
+def _refill(container: Any, kept: Any) -> None:
+    made = _networks(container, kept)
+    container.clear()
+    container.extend(kept) if isinstance(container, list | collections.deque) else container.update(kept)
+    if isinstance(container, dict):
+        container.update(made)
 
 
 def _networks(now: Any, before: Any) -> dict[Any, Any]:

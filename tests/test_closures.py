@@ -253,3 +253,20 @@ def test_what_is_put_back_is_the_same_object():
     assert before.changed() == ["kept"]
     before.put_back()
     assert kept == {"a": [1], "s": {1}, "d": {}} and kept["a"] is lists and before.changed() == []
+
+
+def test_a_variable_of_many_objects_is_looked_at_in_part_and_hides_no_other():
+    table, seen = [[[i, j] for j in range(200)] for i in range(100)], []
+
+    def count():
+        table[0].append(len(table))
+        table[0][0][0] += 1
+        seen.append(1)
+        return len(seen)
+
+    before = Remembered([count])
+    assert len(before._known) < 11_000  # of 20_101
+    count()
+    assert before.changed() == ["seen", "table"]
+    before.put_back()
+    assert table[0][0][0] == 0 and len(table[0]) == 200 and not seen
