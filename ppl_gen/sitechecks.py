@@ -15,7 +15,6 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.last_site import LastSite
 from ppl_gen.handlers.read_sites import innermost
-from ppl_gen.improper_sites import refuse_undrawable
 from ppl_gen.mixed import MixedDtypesError, of_another_dtype, speaks_of_dtypes
 from ppl_gen.program import Program
 
@@ -153,7 +152,6 @@ class explained:
             error, ValueError | RuntimeError | TypeError | IndexError | AttributeError | AssertionError
         ):
             return
-        refuse_undrawable(error, error.__traceback__)
         text, where = str(error), self.last.said(error)
         head = f"the {self.what} of {self.program.name!r} failed on a dry run{where and f' ({where})'}: "
         if isinstance(error, AssertionError):
