@@ -16,6 +16,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.guidechecks import check_auxiliary, check_match
+from ppl_gen.handlers.read_sites import is_flat
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.idle import idle_where_masked
 from ppl_gen.possible import checked_trace
@@ -293,7 +294,7 @@ def _site(name: str, node: dict[str, Any], data_plate: str) -> Site:
         reparameterised=bool(fn.has_rsample),
         likelihood_free=isinstance(base, dist.Delta) and not deterministic,
         support=fn.support if _has_support(fn) else None,
-        improper=isinstance(base, dist.ImproperUniform) and kind == "latent",
+        improper=is_flat(fn) and kind == "latent",
         averaged=type(base).mean is not torch.distributions.Distribution.mean,
         under_mask=isinstance(node["mask"], torch.Tensor),
         masked=isinstance(node["mask"], torch.Tensor) and bool(node["mask"].any()) and not bool(node["mask"].all()),

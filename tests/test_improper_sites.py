@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from pyro.distributions.transforms import ExpTransform
 
 import ppl_gen as pg
 from ppl_gen.inference import NUTS
@@ -25,8 +26,16 @@ def flat(kind):
     return model
 
 
-def test_it_has_no_prior_draws_and_says_so():
-    model = flat(dist.ImproperUniform(constraints.real, (), ()))
+NO_DRAWS = {
+    "bare": dist.ImproperUniform(constraints.real, (), ()),
+    "masked": dist.ImproperUniform(constraints.real, (), ()).mask(True),
+    "transformed": dist.TransformedDistribution(dist.ImproperUniform(constraints.real, (), ()), [ExpTransform()]),
+}
+
+
+@pytest.mark.parametrize("kind", NO_DRAWS)
+def test_it_has_no_prior_draws_and_says_so(kind):
+    model = flat(NO_DRAWS[kind])
     assert pg.check(model, X).sites["loc"].improper
     with pytest.raises(pg.IncompatibleError, match=r"gives loc a flat \(improper\) prior, which has no draws"):
         pg.prior_predictive(model, X, draws=2)

@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-__all__ = ["ReadSites", "innermost"]
+__all__ = ["ReadSites", "innermost", "is_flat"]
 
 _INNER = ("base_dist", "component_distribution", "_component_distribution", "observation_dist")
 
@@ -61,9 +61,13 @@ def innermost(fn: Any) -> Any:
     return fn
 
 
+def is_flat(fn: Any) -> bool:
+    """Whether a distribution is flat, wrapped or transformed: it has no draws, whatever value is put in their place."""
+    return isinstance(innermost(fn), dist.ImproperUniform)
+
+
 def _undrawn(fn: Any) -> bool:
-    inner = innermost(fn)
-    return isinstance(inner, dist.ImproperUniform) and type(inner).sample is dist.ImproperUniform.sample
+    return is_flat(fn) and type(innermost(fn)).sample is dist.ImproperUniform.sample
 
 
 def _plausible(fn: Any) -> Tensor:
