@@ -22,7 +22,8 @@ def ordered(function: Any, order: Sequence[str], *, lead: int = 0) -> Any:
     >>> guide(x=1, y=2), guide(x=1)
     ((1, 2), (1, None))
     """
-    if not order or not callable(function) or isinstance(function, type | nn.Module):
+    made = isinstance(getattr(function, "func", function), type)  # a class, perhaps with options, is called otherwise
+    if not order or not callable(function) or made or isinstance(function, nn.Module):
         return function
     parameters = [p for p in inspect.signature(function).parameters.values()][lead:]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
