@@ -113,6 +113,18 @@ def test_enumerated_and_tensor_monte_carlo(elbo) -> None:
     assert abs(float(fit.params["m"]) - float(X.mean())) < 0.35  # the posterior sd is 0.11; Adam's noise beside it
 
 
+def test_tensor_monte_carlo_on_minibatches_is_said_to_be_no_bound() -> None:
+    """Its sums are over densities to the power N / B, so that its loss is another than on all rows; exact sums agree."""
+    for elbo, same in ((TraceTMC_ELBO(max_plate_nesting=1), False), (TraceEnum_ELBO(max_plate_nesting=1), True)):
+        whole, parts = (
+            pg.fit(pg.Program(mixture, guide), X, SVI(elbo, steps=60, lr=1e-6, batch_size=size), seed=0)
+            for size in (None, 10)
+        )
+        one, two = (sum(fit.records["program_loss"]) / 60 for fit in (whole, parts))
+        assert (abs(one - two) < 0.25) is same
+        assert ("N / B inside its logsumexp" in parts.notes.get("bound", "")) is not same and "bound" not in whole.notes
+
+
 def no_gradient(model, guide, *args):
     return torch.tensor(1.0)
 

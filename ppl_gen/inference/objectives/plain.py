@@ -98,7 +98,7 @@ class _PyroGame(Game):
     def __init__(self, elbo: Any, setting: Setting) -> None:
         self.elbo, self.setting = elbo, setting
         self.surrogate = hasattr(type(elbo), "differentiable_loss")
-        if setting.minibatches and isinstance(elbo, RenyiELBO | ReweightedWakeSleep):
+        if setting.minibatches and isinstance(elbo, RenyiELBO | ReweightedWakeSleep | TraceTMC_ELBO):
             self.notes = {"bound": "none: this class of Pyro's puts N / B inside its logsumexp; IWAE() does not"}
 
     def loss(self, player: str, batch: Batch) -> Loss:
