@@ -61,11 +61,12 @@ def cell(text: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    head = ("example", "program", "outcome", "what was said", "loss here", "loss in Pyro", "questions not answered")
+    numbers = ("loss here", "loss in Pyro", "parameters apart")
+    head = ("example", "program", "outcome", "what was said", *numbers, "questions not answered")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         if not row["programs"]:
-            lines.append(f"| {row['command']} | | no program trained | {cell(row['ended'])} | | | |")
+            lines.append(f"| {row['command']} | | no program trained | {cell(row['ended'])} | | | | |")
         for program in row["programs"]:
             said = next(iter(program["tried"].values()), "")
             open_ = [f"{name}: {text[:120]}" for name, text in program.get("questions", {}).items() if text]
@@ -77,11 +78,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def losses(program: dict[str, Any]) -> list[str]:
-    """Loss and spread of one evaluation, after the same steps from the same start."""
+    """Loss and spread of one evaluation after the same steps from the same start; how far the parameters are apart."""
     found = program.get("losses")
     if not found:
-        return ["", cell(program.get("losses_failed", "")[:120])]
-    return [f"{found[name]:.6g} ({found[f'{name}_sd']:.2g})" for name in ("here", "pyro")]
+        return ["", cell(program.get("losses_failed", "")[:120]), ""]
+    both = [f"{found[name]:.6g} ({found[f'{name}_sd']:.2g})" for name in ("here", "pyro")]
+    return [*both, f"{found['apart']:.2g}"]
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:

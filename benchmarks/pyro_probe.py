@@ -152,26 +152,46 @@ def probe(model: Any, guide: Any, loss: Any, args: tuple[Any, ...], kwargs: dict
 
 
 def beside_pyro(fit: Any, loss: Any, data: Any, args: Any, kwargs: Any) -> dict[str, float]:
-    """Losses (Pyro's own number, a mean of `LOSSES`) after `LONGER` steps of Adam from one start: here, and by Pyro."""
-    import copy
-
+    """After `LONGER` steps of Adam from one start, here and by Pyro: losses (Pyro's own number, a mean of `LOSSES`) and
+    the distance between the two sets of parameters, in units of how far Pyro's moved: 0 where nothing is random."""
     import ppl_gen as pg
     from ppl_gen.inference import SVI
 
     ours = pg.fit(fit.program, data, SVI(loss, steps=LONGER, lr=1e-3), start=fit, seed=1, progress=False)
-    found = {}
-    for name, start, steps in (("here", ours, 0), ("pyro", fit, LONGER)):
+    found: dict[str, float] = {}
+    continued(found, "here", ours, 0, loss, args, kwargs)
+    there = continued(found, "pyro", fit, LONGER, loss, args, kwargs)
+    moved = distance(fit.params, there)
+    return found | {"apart": distance(ours.params, there) / moved if moved else float("nan")}
+
+
+def continued(found: dict[str, float], name: str, start: Any, steps: int, loss: Any, args: Any, kwargs: Any) -> Any:
+    """The parameters after Pyro's own steps from a fit; its losses there go into `found`."""
+    import copy
+
+    import ppl_gen.result
+
+    # Questions see plates whole; Pyro trains on its own subsample of them.
+    whole, ppl_gen.result.whole_plates = ppl_gen.result.whole_plates, contextlib.nullcontext
+    try:
         with start.bound(seed=1) as workspace, torch.enable_grad():
             workspace.training = True  # as networks are when Pyro steps: dropout, statistics of the batch
             for module in workspace.modules.values():
                 module.train()
             optimiser = pyro.optim.Adam({"lr": 1e-3})
-            svi = pyro.infer.SVI(fit.program.model, start.guide, optimiser, loss=copy.deepcopy(loss))
+            svi = pyro.infer.SVI(start.program.model, start.guide, optimiser, loss=copy.deepcopy(loss))
             for _ in range(steps):
                 STEP(svi, *args, **kwargs)
+            after = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
             values = [float(svi.evaluate_loss(*args, **kwargs)) for _ in range(LOSSES)]
-        found |= {name: float(np.mean(values)), f"{name}_sd": float(np.std(values))}
-    return found
+    finally:
+        ppl_gen.result.whole_plates = whole
+    found |= {name: float(np.mean(values)), f"{name}_sd": float(np.std(values))}
+    return after
+
+
+def distance(one: Any, other: Any) -> float:
+    return sum(float((one[name] - other[name]).double().pow(2).sum()) for name in one.keys() & other.keys()) ** 0.5
 
 
 STEP = pyro.infer.SVI.step
