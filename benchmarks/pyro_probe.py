@@ -106,17 +106,21 @@ def plates_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     return {f.name: f.size for f in frames}
 
 
-def attempts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """What a user may add, least first: nothing, constants, the name of the data plate, both."""
+def attempts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], start: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What a user may add, least first: nothing, constants, where the rows are, all of it."""
     data = data_of(model, args, kwargs)
     yield "untouched", data, {}
+    if start:
+        yield "start", data, {"start": lambda: start}
     with contextlib.suppress(Exception):
         yield "constants", with_constants(data, None), {}
+    yield "data_dim", data, {"data_dim": 1}
     plates: dict[str, int] = {}
     with contextlib.suppress(Exception):
         plates = plates_of(model, args, kwargs)
     for name, size in plates.items():
         yield "data_plate", data, {"data_plate": name}
+        yield "data_plate and data_dim", data, {"data_plate": name, "data_dim": 1}
         yield "data_plate and constants", with_constants(data, size), {"data_plate": name}
 
 
@@ -128,13 +132,13 @@ def algorithm(loss: Any) -> Any:
     return SVI(loss, steps=STEPS, lr=1e-3)
 
 
-def probe(model: Any, guide: Any, loss: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def probe(model: Any, guide: Any, loss: Any, args: Any, kwargs: Any, start: Any = None) -> dict[str, Any]:
     import ppl_gen as pg
 
     found: dict[str, Any] = {"model": getattr(model, "__name__", type(model).__name__)}
     found |= {"guide": getattr(guide, "__name__", type(guide).__name__), "loss": type(loss).__name__, "tried": {}}
     fit = None
-    for what, data, settings in attempts(model, args, kwargs):
+    for what, data, settings in attempts(model, args, kwargs, start):
         program, said = asked(lambda s=settings: pg.Program(model, guide, **s))
         if not said:
             start = time.perf_counter()
@@ -224,18 +228,21 @@ def as_before() -> Iterator[None]:
 
 def watch(result: Path) -> None:
     seen: set[Any] = set()
+    busy: list[bool] = []  # ppl_gen itself calls what is watched
 
-    def once(model: Any, guide: Any, loss: Any, args: Any, kwargs: Any) -> None:
+    def once(model: Any, guide: Any, loss: Any, args: Any, kwargs: Any, start: Any = None) -> None:
         key = (getattr(model, "__qualname__", id(model)), getattr(guide, "__qualname__", type(guide)), type(loss))
-        if key in seen or len(seen) >= PROGRAMS:
+        if busy or key in seen or len(seen) >= PROGRAMS:
             return
         seen.add(key)
+        busy.append(True)
         with as_before():
-            found = probe(model, guide, loss, args, kwargs)
+            found = probe(model, guide, loss, args, kwargs, start)
+        busy.clear()
         with result.open("a") as file:
             file.write(json.dumps(found) + "\n")
 
-    step, evaluate, run = pyro.infer.SVI.step, pyro.infer.SVI.evaluate_loss, pyro.infer.MCMC.run
+    step, run = pyro.infer.SVI.step, pyro.infer.MCMC.run
 
     def watched_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(self.loss, "__self__", None)
@@ -244,10 +251,25 @@ def watch(result: Path) -> None:
 
     def watched_run(self: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(self.kernel, "model", None) is not None:
-            once(self.kernel.model, None, None, args, kwargs)
+            strategy = getattr(
+                getattr(self.kernel, "_init_strategy", None), "keywords", {}
+            )  # of init_to_value(values=)
+            once(self.kernel.model, None, None, args, kwargs, strategy.get("values"))
         return run(self, *args, **kwargs)
 
-    pyro.infer.SVI.step, pyro.infer.SVI.evaluate_loss, pyro.infer.MCMC.run = watched_step, evaluate, watched_run
+    pyro.infer.SVI.step, pyro.infer.MCMC.run = watched_step, watched_run
+    for kind in (pyro.infer.Trace_ELBO, pyro.infer.TraceEnum_ELBO, pyro.infer.TraceMeanField_ELBO):
+        kind.differentiable_loss = watched_loss(kind.differentiable_loss, once)
+
+
+def watched_loss(differentiable_loss: Any, once: Callable[..., None]) -> Any:
+    """For loops written by hand with torch's optimisers, and Gaussian processes."""
+
+    def watched(self: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        once(model, guide, self, args, kwargs)
+        return differentiable_loss(self, model, guide, *args, **kwargs)
+
+    return watched
 
 
 def code_of(notebook: Path) -> str:

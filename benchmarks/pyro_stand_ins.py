@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import types
 import urllib.error
@@ -17,6 +18,7 @@ import torch
 __all__ = ["install"]
 
 IMAGES = 600  # of MNIST
+SEMI_SUPERVISED = 14_000  # of which that example sets 10000 aside
 SEQUENCES, LENGTH, NOTES = 12, 20, 88
 
 
@@ -26,11 +28,13 @@ def install() -> None:
     _few_images()
     _polyphonic()
     _tables()
+    seed = random.seed
+    random.seed = lambda value=None: seed(int(value) if isinstance(value, np.integer) else value)  # Python 3.11 refuses
     for name in ("seaborn", "graphviz", "visdom"):  # pictures are not looked at
         if name not in sys.modules:
             sys.modules[name] = MagicMock(__spec__=None)
     wget = types.ModuleType("wget")
-    wget.download = lambda url, path: np.savetxt(path, np.random.default_rng(0).poisson(3.0, (20, 64)), delimiter=",")
+    wget.download = lambda url, path: np.savetxt(path, np.random.default_rng(0).poisson(3.0, (20, 4096)), delimiter=",")
     sys.modules["wget"] = wget
 
 
@@ -50,7 +54,8 @@ def _few_images() -> None:
     def smaller(self: Any, root: Any, *args: Any, **kwargs: Any) -> None:
         kwargs["download"] = False
         begin(self, os.environ.get("PPL_GEN_DATA", root), *args, **kwargs)
-        self.data, self.targets = self.data[:IMAGES], self.targets[:IMAGES]
+        images = SEMI_SUPERVISED if "ss_vae" in sys.argv[0] else IMAGES
+        self.data, self.targets = self.data[:images], self.targets[:images]
 
     MNIST.__init__ = smaller
     MNIST.raw_folder = property(lambda self: str(Path(self.root) / "MNIST" / "raw"))

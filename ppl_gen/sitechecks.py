@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.data.calls import may_be_data
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.last_site import LastSite
 from ppl_gen.handlers.read_sites import innermost
@@ -341,7 +342,7 @@ def require_enumerable(info: ProgramInfo, names: Sequence[str]) -> None:
 
 def check_observed(info: ProgramInfo, batch: Batch) -> None:
     """Raise ValueError if there are data and no site is observed: then they never reach the likelihood."""
-    given = bool(batch.args or batch.kwargs)  # without data, the sites are the target density
+    given = any(map(may_be_data, [*batch.args, *batch.kwargs.values()]))  # without data, the sites are the target
     if given and not info.select(kind="observed") and not info.select(kind="factor"):
         raise ValueError(
             f"no site of {info.name!r} is observed, so the data never reach the likelihood: write "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 
 import numpy as np
 import pandas
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ppl_gen as pg
 from ppl_gen.data.batching import as_dataset
+from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference import EM, NUTS, SVI
 
 X = torch.linspace(-2.0, 2.0, 12)
@@ -214,6 +216,35 @@ def test_models_without_arguments_take_an_empty_tuple() -> None:
 
     assert torch.equal(pg.fit(model, (), FAST, seed=0).posterior(draws=2)["loc"],
                        pg.fit(model, {}, FAST, seed=0).posterior(draws=2)["loc"])  # fmt: skip
+
+
+def test_settings_alone_are_no_data() -> None:
+    """A density whose arguments are numbers and settings observes nothing, and that is no mistake."""
+
+    def target(loc=1.0, settings=None):
+        pyro.sample("t", dist.Normal(loc if settings is None else settings.loc, 0.5))
+
+    def of_settings(settings):
+        pyro.sample("t", dist.Normal(settings.loc, 0.5))
+
+    chains = NUTS(draws=200, warmup=100, chains=2, processes=1)
+    warnings.simplefilter("ignore", pg.FitWarning)  # so few draws are not trusted
+    for program, values in [
+        (target, (3.0,)),
+        (target, {"settings": argparse.Namespace(loc=3.0)}),
+        (of_settings, argparse.Namespace(loc=3.0)),
+    ]:
+        fit = pg.fit(program, values, chains, seed=0)
+        assert abs(float(fit.posterior()["t"].mean()) - 3.0) < 5 * 0.5 / 40**0.5  # an effective size above 40
+        assert set(fit.to_arviz().groups()) >= {"posterior", "sample_stats"}
+        with pytest.raises(IncompatibleError, match="'(target|of_settings)' observes nothing"):
+            fit.evidence()
+    for held in (X, [1.0, 2.0], argparse.Namespace(x=X), pg.constant({"loc": [1.0]})):
+        with pytest.raises(ValueError, match="never reach the likelihood"):
+            pg.fit(lambda held, loc=0.0: pyro.sample("t", dist.Normal(loc, 0.5)), {"held": held}, FAST)
+    with pytest.raises(TypeError, match="got None; where the program is a density without data, pass an empty tuple"):
+        pg.fit(target, None, FAST)
+    assert pg.fit(lambda: pyro.sample("t", dist.Normal(0.0, 1.0)), None, FAST, seed=0).status == "finished"
 
 
 def test_numbers_inside_constants_count_as_data() -> None:

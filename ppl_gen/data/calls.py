@@ -7,6 +7,7 @@ import inspect
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from ppl_gen.data.arrays import as_array
 from ppl_gen.data.names import refuse_misspelt
 from ppl_gen.data.sources import Columns
 
-__all__ = ["ByStep", "Call", "Constant", "as_call", "by_step", "is_whole"]
+__all__ = ["ByStep", "Call", "Constant", "as_call", "by_step", "is_whole", "may_be_data"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,12 @@ def as_call(data: Any, model: Callable[..., Any], read: Collection[str] = ()) ->
     names = [p.name for p in parameters]
     kinds = {p.kind for p in signature.parameters.values()}
     data = data._asdict() if hasattr(data, "_asdict") else data
+    if data is None and not signature.parameters:
+        data = ()
+    elif data is None and all(p.default is not p.empty for p in parameters):
+        raise TypeError(
+            "data: expected rows, got None; where the program is a density without data, pass an empty tuple"
+        )
     if isinstance(data, tuple) and data and len(parameters) == 1 and all(isinstance(v, int | float) for v in data):
         data = list(data)  # rows of a model of one argument
     named = isinstance(data, Mapping) or _has_columns(data, parameters)
@@ -130,7 +137,12 @@ def as_call(data: Any, model: Callable[..., Any], read: Collection[str] = ()) ->
         call = _by_name(data, signature, names, read, open_kind in kinds)
     else:
         name = names[0] if names else "data"
-        call = Call({name: as_array(data, name)}, {}, (name,), (name,))
+        settings = isinstance(data, argparse.Namespace | types.SimpleNamespace)
+        call = (
+            Call({}, {name: data}, (name,), (name,))
+            if settings
+            else Call({name: as_array(data, name)}, {}, (name,), (name,))
+        )
     there = [*call.entries, *call.constants]
     empty = there and not call.entries and all(value is None for value in call.constants.values())
     _require_arguments(signature, set() if empty else set(there), [*there, *call.left_out])
@@ -237,3 +249,16 @@ def _require_arguments(signature: inspect.Signature, given: set[str], there: lis
             f"the model needs the argument {p.name!r}, which the data does not hold (it holds {held}); "
             f"add the entry (None if it is to be drawn), or give the argument a default such as `{p.name}=None`"
         )
+
+
+def may_be_data(value: Any) -> bool:
+    """Numbers, texts, settings and networks are what a density is made of; anything else may hold observations."""
+    if isinstance(value, argparse.Namespace | types.SimpleNamespace):
+        return may_be_data(vars(value))
+    if isinstance(value, Mapping):
+        return any(map(may_be_data, value.values()))
+    if isinstance(value, list | tuple):
+        return bool(value)
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim > 0
+    return not (value is None or isinstance(value, Number | str | nn.Module) or callable(value))

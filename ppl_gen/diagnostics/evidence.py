@@ -144,6 +144,12 @@ def _require_density(fit: Fit) -> None:
             f"the program {fit.program.name!r} has no density over its rows: the prior of {', '.join(improper)} is "
             "flat (improper), which gives p(x | z) and no p(x). Compare how well it reconstructs held-out rows instead"
         )
+    seen = any(site.kind in ("observed", "factor") for site in fit.info.sites.values())
+    if not seen and fit.program.evidence is None:
+        raise IncompatibleError(
+            f"the program {fit.program.name!r} observes nothing, so there is no evidence to compute; "
+            "fit.marginal_likelihood() integrates its density"
+        )
     if "density" in fit.info.offers or fit.program.evidence is not None:
         return
     why = (

@@ -238,7 +238,7 @@ def _add_log_likelihood(
     Returns the dimension of its rows, and their numbers among all rows (one, of a dimension "row", without a plate over
     rows); None where it has no value.
     """
-    if "density" not in fit.info.offers:
+    if "density" not in fit.info.offers or not (fit.info.select(kind="observed") or fit.info.select(kind="factor")):
         return None
     drawn = set(groups["posterior"])
     if any(not site.finite and site.name not in drawn for site in fit.info.select(local=True)):
