@@ -241,9 +241,11 @@ def data_plate(program: Program, batch: Batch, trace: poutine.Trace, fewer: Fewe
     if program.data_plate == "data" and few is not None:
         found, sizes = few
         follow = [name for name in over_rows if name in (f := vectorised(found)) and f[name].size == sizes]
-        holds = {f.name for _, node in sample_nodes(trace) if node["is_observed"] for f in node["cond_indep_stack"]}
-        if len(follow) == 1 and follow[0] in holds:
+        around = [{f.name for f in n["cond_indep_stack"]} for _, n in sample_nodes(trace) if n["is_observed"]]
+        if len(follow) == 1 and follow[0] in set().union(*around):
             return follow[0]
+        if len(over_rows) == 1 and around and all(over_rows[0] in names for names in around):  # its size is written out
+            return over_rows[0]
     if len(over_rows) > 1:
         table = "\n".join(f"  {name!r}: {_inside(trace, name)}" for name in over_rows)
         raise ValueError(

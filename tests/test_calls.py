@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from functools import partial
 
 import numpy as np
 import pandas
@@ -11,6 +12,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.transforms import block_autoregressive, iterated
+from pyro.infer.autoguide import AutoNormalizingFlow
 from torch.utils.data import DataLoader, TensorDataset
 
 import ppl_gen as pg
@@ -239,6 +242,11 @@ def test_settings_alone_are_no_data() -> None:
         assert set(fit.to_arviz().groups()) >= {"posterior", "sample_stats"}
         with pytest.raises(IncompatibleError, match="'(target|of_settings)' observes nothing"):
             fit.evidence()
+    flow = partial(AutoNormalizingFlow, init_transform_fn=partial(iterated, 1, block_autoregressive))
+    trained = pg.fit(pg.Program(target, flow), (3.0,), FAST, seed=0)
+    assert "not trained" not in trained.notes  # the check of its Jacobian calls a copy of its networks
+    exact = pg.fit(target, (3.0,), SVI(steps=400, lr=0.05), seed=0).marginal_likelihood()
+    assert abs(exact.mean) < 0.01  # a normal density; its weights within 1 % at this guide
     for held in (X, [1.0, 2.0], argparse.Namespace(x=X), pg.constant({"loc": [1.0]})):
         with pytest.raises(ValueError, match="never reach the likelihood"):
             pg.fit(lambda held, loc=0.0: pyro.sample("t", dist.Normal(loc, 0.5)), {"held": held}, FAST)

@@ -90,6 +90,7 @@ def row_evidence(
     (a point estimate has none), else with the prior. Rows are taken ``chunk`` at a time, and particles as many at a
     time as memory likes. Where few draws carry the estimate of half of the rows, a UserWarning says so.
     """
+    _require_observations(fit)
     _require_density(fit)
     for name, value in (("particles", particles), ("draws", draws), ("chunk", chunk)):
         require_whole(name, value)
@@ -144,12 +145,6 @@ def _require_density(fit: Fit) -> None:
             f"the program {fit.program.name!r} has no density over its rows: the prior of {', '.join(improper)} is "
             "flat (improper), which gives p(x | z) and no p(x). Compare how well it reconstructs held-out rows instead"
         )
-    seen = any(site.kind in ("observed", "factor") for site in fit.info.sites.values())
-    if not seen and fit.program.evidence is None:
-        raise IncompatibleError(
-            f"the program {fit.program.name!r} observes nothing, so there is no evidence to compute; "
-            "fit.marginal_likelihood() integrates its density"
-        )
     if "density" in fit.info.offers or fit.program.evidence is not None:
         return
     why = (
@@ -161,6 +156,15 @@ def _require_density(fit: Fit) -> None:
         f"the program {fit.program.name!r} has no density: {why}, so there is no evidence to compute. "
         "Compare its samples instead: fit.sample(n)."
     )
+
+
+def _require_observations(fit: Fit) -> None:
+    seen = any(site.kind in ("observed", "factor") for site in fit.info.sites.values())
+    if not seen and fit.program.evidence is None:
+        raise IncompatibleError(
+            f"the program {fit.program.name!r} observes nothing, so there is no evidence to compute; "
+            "fit.marginal_likelihood() integrates its density"
+        )
 
 
 def _at_point(fit: Fit) -> bool:

@@ -55,7 +55,7 @@ def _refuse_wrong(site: str, transform: str, trials: Sequence[tuple[float, float
 def _compared(transform: Any, size: int) -> tuple[float, float] | None:
     """What the transform says and what is right at one random point, or None where it cannot be tried."""
     try:
-        tried = copy.deepcopy(transform).double().eval()
+        tried = copy.deepcopy(transform).double().eval().requires_grad_(False)  # no network that is to be trained
         for parameter in tried.parameters():
             parameter.normal_(0.0, size**-0.5)  # matrices of about unit norm, whatever their size
         x = torch.randn(size, dtype=torch.float64)
