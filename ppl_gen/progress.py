@@ -84,6 +84,7 @@ class Shown:
 def _bar(running: Callable[[], str] | None) -> Any:
     from rich import progress
     from rich.console import Console
+    from rich.table import Column
     from rich.text import Text
 
     class Rate(progress.ProgressColumn):
@@ -94,18 +95,23 @@ def _bar(running: Callable[[], str] | None) -> Any:
         max_refresh = 0.5
 
         def render(self, task: Any) -> Text:
-            return Text(running() if running is not None else str(task.fields["text"]))
+            # Cut, and not wrapped: a bar whose height changes leaves pieces of itself on the screen.
+            text = running() if running is not None else str(task.fields["text"])
+            return Text(text, no_wrap=True, overflow="ellipsis")
 
-    columns = (
+    def whole() -> Column:
+        return Column(no_wrap=True)
+
+    # On a narrow screen the bar and the text beside it give way, not the numbers.
+    columns: list[progress.ProgressColumn] = [
         progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        Rate(),
-        progress.TimeRemainingColumn(),
-        Beside(),
-    )
-    return progress.Progress(*columns, console=Console(stderr=True))
+        progress.BarColumn(bar_width=20),
+        progress.MofNCompleteColumn(table_column=whole()),
+        progress.TimeElapsedColumn(table_column=whole()),
+    ]
+    if running is None:  # fits that run side by side end in bursts: their rate says nothing of the time that is left
+        columns += [Rate(table_column=whole()), progress.TimeRemainingColumn(table_column=whole())]
+    return progress.Progress(*columns, Beside(), console=Console(stderr=True))
 
 
 class ProgressBar:

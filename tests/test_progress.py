@@ -35,6 +35,15 @@ def test_a_bar_shows_time_and_rate(capsys):
     assert "EM" in said and "10/10" in said and "0:00:0" in said and "loss 1.0" in said
 
 
+def test_a_bar_stays_on_one_line_of_a_narrow_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with ProgressBar(True, "SVI, seed 1 (2 of 6)") as shown:
+        shown(250, 500, "program_loss 1.437  reconstruction 1.396  kl 0.04046")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1 and len(lines[0]) <= 80
+    assert "250/500" in lines[0] and lines[0].rstrip().endswith("…")
+
+
 def test_rates_are_of_steps_or_of_seconds():
     assert [rate(s) for s in (0.0, 0.5, 9.96, 12345.6)] == ["", "2.0 s each", "10.0/s", "12,346/s"]
 
@@ -77,7 +86,7 @@ def test_fits_under_way_are_those_begun_and_not_done(tmp_path):
     assert names() == ""
     for i in (0, 2):
         _begun(tmp_path / "interrupted", i).touch()
-    assert names() == "a, seed 0, c, seed 1"
+    assert names() == "a, seed 0; c, seed 1"
     done[0] = None
     assert names() == "c, seed 1"
 

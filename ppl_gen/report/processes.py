@@ -122,6 +122,8 @@ def side_by_side(
         calls = [delayed(_remote)(sys.path, flag, os.getpid(), sent, i, *packed[i]) for i in left]
         try:
             with ProgressBar(progress, "comparison", _running(flag, jobs, done)) as shown:
+                if shown is not None:
+                    shown(len(done), len(jobs), "")
                 with spawning():
                     results = pool(calls)
                 for i, content in results:
@@ -146,7 +148,7 @@ def _running(flag: Path | None, jobs: Sequence[Job], done: Mapping[int, Line]) -
         if flag is None:
             return ""
         begun = [i for i in range(len(jobs)) if i not in done and _begun(flag, i).exists()]
-        return ", ".join(f"{jobs[i][0]}, seed {jobs[i][2]}" for i in begun)
+        return "; ".join(f"{jobs[i][0]}, seed {jobs[i][2]}" for i in begun)
 
     return names
 
