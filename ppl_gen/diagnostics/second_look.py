@@ -82,7 +82,7 @@ def moved(
     ``draws``: joint draws of all latent sites that are not summed out, draws x shape; ``dispersed``: values to begin
     at elsewhere in addition (draws of the prior), None to begin nowhere else; ``data``: the rows the draws are for.
     """
-    cells = numbers(fit, data) * _table(fit, data)
+    cells = numbers(fit, data, _table(fit, data))
     paid = int(fit.cost.get("steps", 0)) * cells // GRADIENTS if fit.learned.kind == "variational" else CELLS
     chains = min(chains, min(CELLS, max(FREE, paid)) // cells)
     if chains < FEWEST:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.diagnostics.densities import joint_densities
+from ppl_gen.diagnostics.work import density_work
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.finite_globals import combinations, summed_globals
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, log_weights_in_chunks
@@ -63,11 +64,14 @@ def weighed_draws(fit: Fit, draws: int, particles: int = 1, *, more: int = 0) ->
     return WeighedDraws(values, (inside.double() - log_q).cpu())
 
 
-def numbers(fit: Fit, data: Dataset) -> int:
-    """Numbers that one density of the program reads at ``data``: passed to it, or observed in a closure's data."""
+def numbers(fit: Fit, data: Dataset, table: int = 1) -> int:
+    """Numbers that one density of the program reads at ``data``: passed to it, or observed in a closure's data.
+
+    A sum over finite sites reads them ``table`` times; arithmetic beyond that of a simple density counts too.
+    """
     observed = sum(math.prod((*s.batch_shape, *s.event_shape)) for s in fit.info.select(kind="observed"))
     share = data.rows / fit.data.rows if data.rows and fit.data.rows else 1.0
-    return max(1, data.elements, int(observed * share))
+    return max(1, data.elements * table, int(observed * share) * table, int(density_work(fit) * share))
 
 
 def affordable(fit: Fit, wanted: int, particles: int = 1) -> int:
