@@ -1,4 +1,4 @@
-"""A diffusion model of two moons: a fixed noising guide, a learnt reverse chain, the ELBO at a sampled time step."""
+"""A diffusion model of two moons: a fixed noising guide, a learned reverse chain, the ELBO at a sampled time step."""
 
 import os
 

@@ -77,7 +77,7 @@ class NonFiniteError(ArithmeticError):
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a real number; True and False are none.
+    """Whether ``value`` is a real number; True and False are not.
 
     >>> is_number(0.5), is_number(True), is_number("0.5")
     (True, False, False)

@@ -194,7 +194,7 @@ def _check_weighed(fit: Fit, names: Sequence[str], effective: Tensor) -> None:
         raise IncompatibleError(
             f"latent site(s) {', '.join(names)} of {fit.program.name!r} hold counts without a bound, which are drawn "
             f"by weighing {COUNTS} draws of the prior; for {_rows(few, -effective)} fewer than {FEW:.0f} of these "
-            "carry the weights. Write the counts with finite support, or give an amortised guide"
+            "have most of the weight. Write the counts with finite support, or give an amortised guide"
         )
 
 

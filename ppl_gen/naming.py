@@ -22,8 +22,8 @@ def check_names(sites: Mapping[str, Site], entries: Collection[str]) -> None:
     for kind, name in named:
         if name in _KEPT:
             raise ValueError(
-                f"the {kind} {name!r} bears a name that ArviZ keeps for the draws, so the fit could not be exported or "
-                f"saved; rename the {kind}"
+                f"the {kind} {name!r} has a name that ArviZ reserves for the draws, so the fit could not be exported "
+                f"or saved; rename the {kind}"
             )
         if not name.strip(" .") or "\0" in name:
             raise ValueError(f"the {kind} {name!r} has no name that a fit can be saved under; rename the {kind}")
@@ -32,7 +32,7 @@ def check_names(sites: Mapping[str, Site], entries: Collection[str]) -> None:
     for name in (*sites, *entries):
         if (other := axes.get(name.replace("/", "."))) is not None:
             raise ValueError(
-                f"the site {name!r} bears the name that an axis of {other!r} gets when the fit is exported; rename it"
+                f"the site {name!r} has the name that an axis of {other!r} gets when the fit is exported; rename it"
             )
 
 

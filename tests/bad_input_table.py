@@ -93,7 +93,7 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.check(no_plate, x)  ->  the model of 'no_plate' failed on a dry run: at site 'x': invalid log_prob shape
             pg.check(pg.Program(plate_of_another_name, data_plate="units"), x)  ->  the program 'plate_of_another_name' has no plate named 'units'
             pg.check(columns_in_the_plate, x)  ->  the model of 'columns_in_the_plate' failed on a dry run: at site 'x'
-            pg.check(keeps_a_name, x)  ->  the site 'draw' bears a name that ArviZ keeps for the draws
+            pg.check(keeps_a_name, x)  ->  the site 'draw' has a name that ArviZ reserves for the draws
             pg.fit(forty_rows, x, SVI(steps=1)).sample(3)  ->  pyro.plate('data') has 40 rows, written out
             pg.fit(forty_rows, x, SVI(steps=1)).predict(x[:3])  ->  data: the fit of 'forty_rows' cannot take these rows: pyro.plate('data') has 40 rows
             pg.fit(observes_nothing, x, SVI(steps=1))  ->  no site of 'observes_nothing' is observed

@@ -192,7 +192,7 @@ def test_zero_weights_cost_the_logarithm_of_the_alphabet() -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_batch_is_learnt_by_heart(cell) -> None:
+def test_one_batch_is_learned_by_heart(cell) -> None:
     train = pg.load_data("alice", length=60)
     rows = {name: value[20:22] for name, value in train.items()}
     recipe = char_rnn(70, cell=cell, hidden=48)
@@ -239,7 +239,7 @@ def chained() -> pg.Fit:
     return pg.fit(char_rnn(3, cell="gru", hidden=8), {"x": rows["x"], "lengths": lengths}, SVI(steps=150, lr=0.05))
 
 
-def test_new_rows_have_the_lengths_learnt_from_or_those_given(chained: pg.Fit) -> None:
+def test_new_rows_have_the_lengths_learned_from_or_those_given(chained: pg.Fit) -> None:
     drawn = chained.sample(60, seed=3)["x"]
     assert drawn.shape == (60, 8) and drawn.dtype == torch.int64
     assert (drawn[0::3, 3:] == 0).all() and (drawn[1::3, 5:] == 0).all() and drawn[2::3, 5:].any()

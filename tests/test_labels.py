@@ -107,7 +107,7 @@ def test_coords_and_dims_are_those_asked_for():
     [
         ({"dims": {"colunm": ["item"]}}, ValueError, "dims: no site or entry of the data is called 'colunm'"),
         ({"dims": {"column": ["item"]}}, ValueError, r"dims\['column'\]: expected 2 name\(s\)"),
-        ({"dims": {"column": ["a", "a"]}}, ValueError, r"dims\['column'\]: two axes bear the same name"),
+        ({"dims": {"column": ["a", "a"]}}, ValueError, r"dims\['column'\]: two axes have the same name"),
         ({"dims": {"column": "item"}}, TypeError, r"dims\['column'\]: expected a list of names"),
         ({"dims": ["item"]}, TypeError, "dims: expected a mapping"),
         ({"coords": {"item": ["a", "b"]}}, ValueError, r"coords\['item'\]: expected 3 labels"),
@@ -185,7 +185,7 @@ def test_names_of_the_draws_are_refused_when_a_program_is_checked(name):
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
-    with pytest.raises(ValueError, match=f"the site '{name}' bears a name that ArviZ keeps for the draws"):
+    with pytest.raises(ValueError, match=f"the site '{name}' has a name that ArviZ reserves for the draws"):
         pg.check(model, torch.zeros(3))
 
 

@@ -49,12 +49,12 @@ def draw_argument(x: Tensor, draw: Tensor) -> None:
 @pytest.mark.parametrize(
     ("model", "data", "said"),
     [
-        (named(["chain"], False), X, "the site 'chain' bears a name that ArviZ keeps"),
-        (named(["draw"], True), X, "the site 'draw' bears a name that ArviZ keeps"),
-        (with_plate("chain"), X, "the plate 'chain' bears a name that ArviZ keeps"),
-        (draw_argument, {"x": X, "draw": X}, "the entry 'draw' bears a name that ArviZ keeps"),
+        (named(["chain"], False), X, "the site 'chain' has a name that ArviZ reserves"),
+        (named(["draw"], True), X, "the site 'draw' has a name that ArviZ reserves"),
+        (with_plate("chain"), X, "the plate 'chain' has a name that ArviZ reserves"),
+        (draw_argument, {"x": X, "draw": X}, "the entry 'draw' has a name that ArviZ reserves"),
         (named(["a/b", "a.b"], False), X, "the sites 'a/b' and 'a.b' become one name in a file"),
-        (named(["z", "z_dim_0"], True), X, "the site 'z_dim_0' bears the name that an axis of 'z' gets"),
+        (named(["z", "z_dim_0"], True), X, "the site 'z_dim_0' has the name that an axis of 'z' gets"),
         (named([""], False), X, "the site '' has no name"),
         (named(["."], False), X, r"the site '\.' has no name"),
         (named(["a\0b"], True), X, "has no name that a fit can be saved under"),

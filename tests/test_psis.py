@@ -284,10 +284,16 @@ def test_loss_trend_edges():
             None,
             (-9.0, -0.001),
             "trust",
-            "no fault was found where the guide looks",
+            "no problem was found where the guide has mass",
         ),  # sure, but too small to matter
-        (-1.8, None, (-1.0, -0.5), "trust", "no fault was found where the guide looks"),  # large, but within the noise
-        (0.3, None, (math.nan, math.nan), "trust", "no fault was found where the guide looks"),
+        (
+            -1.8,
+            None,
+            (-1.0, -0.5),
+            "trust",
+            "no problem was found where the guide has mass",
+        ),  # large, but within the noise
+        (0.3, None, (math.nan, math.nan), "trust", "no problem was found where the guide has mass"),
         (0.68, None, None, "doubtful", "about 1400 draws"),
         (0.8, None, None, "doubtful", "need not mean that the program is wrong"),
         (1.0, None, None, "do not trust", "poor approximation"),

@@ -72,9 +72,9 @@ def test_the_width_is_that_of_the_data_and_the_fit_that_of_the_width_written_out
     found, wanted = (pg.fit(recipe(), data(), algorithm, seed=0) for recipe in (free, fixed))
     if name != "autoencoder":  # which has no prior of codes to draw rows from
         assert found.sample(2)["x"].shape == (2, COLUMNS)
-    learnt, expected = ({**fit.params, **(fit.point or {})} for fit in (found, wanted))
-    assert learnt and set(learnt) == set(expected)
-    for site, value in learnt.items():
+    learned, expected = ({**fit.params, **(fit.point or {})} for fit in (found, wanted))
+    assert learned and set(learned) == set(expected)
+    for site, value in learned.items():
         assert torch.equal(value, expected[site]), site
 
 

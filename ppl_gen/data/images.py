@@ -34,7 +34,7 @@ def torchvision_module() -> ModuleType:
     except (ImportError, RuntimeError, OSError) as error:
         found = " and ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision"))
         raise ImportError(
-            f"torchvision cannot be loaded beside this torch ({error}). Installed are {found}: the two must come as a "
+            f"torchvision cannot be loaded with this torch ({error}). Installed are {found}: the two must come as a "
             "pair, of matching releases and from the same source (a CPU-only torch needs a CPU-only torchvision). "
             "Fix it by installing both together: `pip install --force-reinstall torch torchvision`, with the same "
             "index options for both. What needs no images works without it."

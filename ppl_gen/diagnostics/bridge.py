@@ -67,7 +67,7 @@ def to_tree(
     left out.
 
     Two things that netCDF and xarray do not allow are renamed: ``/`` in names of variables becomes ``.``, and a
-    dimension that bears the name of a variable (plate ``data``, site ``data``) becomes ``{dim}_dim``. Attributes that
+    dimension that has the name of a variable (plate ``data``, site ``data``) becomes ``{dim}_dim``. Attributes that
     are no number or text are stored as JSON.
 
     Raises ValueError where a group is unknown, an array lacks its (chain, draw) axes, sizes disagree, or ``coords``
@@ -113,14 +113,14 @@ def _check_groups(groups: Mapping[str, Mapping[str, Any]]) -> None:
         for name in variables:
             if name in _SAMPLE_DIMS:
                 raise ValueError(
-                    f"{group_name}: a variable is named {name!r}, a name kept for the draws; rename the sample site"
+                    f"{group_name}: a variable is named {name!r}, a name reserved for the draws; rename the sample site"
                 )
 
 
 def _free_dim(dim: str, taken: Collection[str]) -> str:
     dim = dim.replace("/", ".")
     if dim in _SAMPLE_DIMS:
-        raise ValueError(f"dims: {dim!r} is kept for the draws; rename the plate")
+        raise ValueError(f"dims: {dim!r} is reserved for the draws; rename the plate")
     while dim in taken:
         dim += "_dim"
     return dim
@@ -144,7 +144,7 @@ def _axes(
     rest = tuple(f"{label}_dim_{i}" for i in range(len(given), event))
     axes = (*lead, *given[:event], *rest)
     if len(set(axes)) < len(axes):
-        raise ValueError(f"{group_name}[{name!r}]: two axes bear the same name: {axes}; give each its own in dims")
+        raise ValueError(f"{group_name}[{name!r}]: two axes have the same name: {axes}; give each its own in dims")
     return axes
 
 

@@ -37,7 +37,7 @@ def verdict_chains(
     Carpenter, Burkner, Bayesian Analysis 2021), any divergence (Betancourt 2017), a saturated tree, fewer than two
     chains. Not to be trusted, by limits of our own: r_hat > 1.1, an effective sample size under 50, more than 1 % of
     divergent draws, a quantity that is not finite, or none that varies. Constant quantities are otherwise left out.
-    ``close=True``: the chains began beside each other, so that their agreement shows little; ``places``: what chains
+    ``close=True``: the chains started close together, so that their agreement shows little; ``places``: what chains
     from elsewhere found, as in `verdict_variational`.
 
     Raises ValueError where the summary lacks columns or the counts are impossible.
@@ -65,7 +65,7 @@ def verdict_chains(
     elif len(varying):
         findings += _agreement(varying)
     if close and not places[1]:
-        found = "all chains began beside each other and could hardly disagree"
+        found = "all chains started close together and could hardly disagree"
         findings.append((1, found, "Leave out jitter (or start=), so that they begin dispersed"))
     if len(varying):
         findings += _sample_size(varying, max(_ESS_TOTAL, _ESS_PER_CHAIN * chains))
@@ -73,9 +73,9 @@ def verdict_chains(
         findings.append((2, "no quantity varies: the chains did not move", "Start elsewhere, or use smaller steps"))
     findings += _trouble(divergences, saturated, draws) + elsewhere(places, "all chains")
     worst, least = varying["r_hat"].max(), varying[["ess_bulk", "ess_tail"]].min().min()
-    near = "; they began beside each other and could hardly disagree" if close else ""
+    near = "; they started close together and could hardly disagree" if close else ""
     if places[1]:
-        near += f"; of {places[1]} short chains begun elsewhere none found another place"
+        near += f"; none of {places[1]} short chains started elsewhere found another mode"
     return graded(
         findings,
         f"{chains} chains agree (largest r_hat {worst:.3f}, smallest effective sample size {least:.0f}) "

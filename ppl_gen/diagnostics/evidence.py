@@ -218,7 +218,7 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
     r"""log p(all data) by importance weighting, log 1/S sum_s p(x, theta_s) / q(theta_s), weights Pareto smoothed.
 
     Where k-hat, or short chains from the guide's draws, say that these miss part of the posterior, the value lies
-    below log p(x) by an amount unknown: ``mc_stderr`` is infinite then, ``kind`` says so, and a UserWarning what to do.
+    below log p(x) by an unknown amount: ``mc_stderr`` is infinite then, ``kind`` says so, and a UserWarning what to do.
     See `normaliser` and `missed`. `JUDGED` draws are taken where these are cheap (all at once, no latents of
     rows) and more than ``draws``, unless fewer than `ENOUGH` were asked for.
 
@@ -252,14 +252,14 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
     elif not found.reliable:
         said, limit = told_apart(found.pareto_k, pareto_k_threshold(n))
         doubt = f"k-hat {said} is above {limit}, the limit for {n} draws"
-        kind += f", k-hat {found.pareto_k:.2f}: below log p(x) by an amount unknown"
+        kind += f", k-hat {found.pareto_k:.2f}: below log p(x) by an unknown amount"
     elif doubt := missed(fit, weighed.values, smoothed_weights(weights.numpy())):
         found = replace(found, stderr=math.inf)
-        kind += ", short chains left them: below log p(x) by an amount unknown"
+        kind += ", short chains left them: below log p(x) by an unknown amount"
     if doubt:
         warnings.warn(
             f"marginal_likelihood: {doubt}: the guide misses part of the posterior, so the value lies below log p(x) "
-            "by an amount unknown. Fit with a richer guide (AutoMultivariateNormal, or a flow), train it longer, or "
+            "by an unknown amount. Fit with a richer guide (AutoMultivariateNormal, or a flow), train it longer, or "
             "ask for more draws",
             UserWarning,
             stacklevel=3,

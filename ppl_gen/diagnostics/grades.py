@@ -52,6 +52,6 @@ def elsewhere(places: tuple[int, int, float, str], what: str) -> list[Finding]:
     if not found:
         return []
     far = f", {gain:.1f} nats higher" if gain > 3.0 else ""
-    text = f"{found} of {of} short chains begun elsewhere ended outside of the mass of {what}{far} ({where})"
+    text = f"{found} of {of} short chains started elsewhere ended outside the mass of {what}{far} ({where})"
     how = "Run NUTS with dispersed starts and look at R-hat; let the program offer relabel where parts are exchangeable"
     return [(2 if gain > 3.0 else 1, text + ": another mode, or parts that swapped labels", how)]

@@ -51,14 +51,14 @@ def verdict_variational(
         effective_rows: the share of effective draws in each row.
         weighted, weighted_rows: the guide's moments against its importance-weighted ones, of globals and of rows.
         moved: the guide's moments against those of ``chains`` short chains that began at its draws.
-        places: of the chains that began elsewhere, how many ended outside of the guide's mass at a comparable density,
+        places: of the chains that started elsewhere, how many ended outside the guide's mass at a comparable density,
             how many there were, the mean log density gained, and the number that shows it.
         unseen: what could not be looked at.
         cause: what is known of the run, for advice that fits.
 
     Doubtful: a mean off by more than 0.35 posterior sd, an sd ratio outside of 1 / 1.35 to 1.35, by weights or by
     chains; k-hat between the threshold and 1; fewer than 100 effective draws; more than a tenth of the rows with such a
-    mean, sd or k-hat; another place of comparable density; a loss that still moved by 4 standard errors and more than
+    mean, sd or k-hat; another mode of comparable density; a loss that still moved by 4 standard errors and more than
     0.2 nats in all. Not to be trusted: a mean off by more than 1 sd, a ratio beyond 2, a k-hat of 1 or more (infinite
     mean), NaN counting as infinite. Among more than 200 numbers some are off by chance: more than a tenth of them have
     to be, or one by 1 sd or 2 times.
@@ -66,7 +66,7 @@ def verdict_variational(
     Raises ValueError where nothing was looked at: a fit without random latents is a point (`verdict_point`).
 
     >>> print(verdict_variational(0.31, None, 0.667))
-    trust: no fault was found where the guide looks (k-hat 0.31, below 0.67).
+    trust: no problem was found where the guide has mass (k-hat 0.31, below 0.67).
     >>> print(verdict_variational(0.8, None, 0.7))
     doubtful: the guide is a poor approximation of the posterior (k-hat 0.80, expected below 0.70); \
 this need not mean that the program is wrong. Use a richer guide (full covariance, a flow) or check against NUTS.
@@ -96,10 +96,10 @@ this need not mean that the program is wrong. Use a richer guide (full covarianc
     if moved is not None:
         good.append(_close(moved, f"{chains} short chains from its draws"))
     if places[1] and not places[0]:
-        good.append(f"of {places[1]} begun elsewhere none found another place")
+        good.append(f"none of {places[1]} started elsewhere found another mode")
     if unseen:
         good.append(unseen)
-    return graded(findings, f"no fault was found where the guide looks ({'; '.join(good)})")
+    return graded(findings, f"no problem was found where the guide has mass ({'; '.join(good)})")
 
 
 def _believed(k: float | None, effective: tuple[float, int] | None) -> bool:
@@ -138,7 +138,9 @@ def _told_by_rows(
     good = [f"k-hat below {threshold:.2f} in {np.mean(k <= threshold):.0%} of {k.size} rows"]
     if weighted is not None:
         share = 1.0 - weighted.rows_beyond(_SHIFT, _RATIO)
-        good.append(f"means within {_SHIFT} sd and sds within {_RATIO} times of weighted draws in {share:.0%} of them")
+        good.append(
+            f"means within {_SHIFT} sd and sds within a factor of {_RATIO} of weighted draws in {share:.0%} of them"
+        )
     return _guide_rows(k, threshold, advice), good
 
 
@@ -160,13 +162,15 @@ def _weights(effective: float, draws: int, k: float, advice: str) -> list[Findin
     needed = min(_EFFECTIVE, draws / 4)
     if effective >= needed or k >= 1:
         return []
-    found = f"only {effective:.0f} of {draws} draws of the guide carry the weights, expected at least {needed:.0f}"
+    found = (
+        f"only {effective:.0f} of {draws} draws of the guide have most of the weight, expected at least {needed:.0f}"
+    )
     return [(1, found, advice)]
 
 
 def _close(moments: Moments, source: str) -> str:
     (shift, _), (ratio, _) = moments.farthest, moments.uneven
-    return f"means within {shift:.2f} sd and sds within {max(ratio, 1 / max(ratio, 1e-12)):.2f} times of {source}"
+    return f"means within {shift:.2f} sd and sds within a factor of {max(ratio, 1 / max(ratio, 1e-12)):.2f} of {source}"
 
 
 def _moments(sources: dict[str, Moments | None], advice: str) -> list[Finding]:

@@ -51,7 +51,9 @@ def missed(fit: Fit, values: Mapping[str, Tensor], log_weights: np.ndarray) -> s
     if isinstance(look, str):
         return ""
     if look.elsewhere:
-        return f"{look.elsewhere} of {look.dispersed} short chains begun elsewhere settled where the guide has no mass"
+        return (
+            f"{look.elsewhere} of {look.dispersed} short chains started elsewhere settled where the guide has no mass"
+        )
     columns = _columns(fit, values, look)
     if columns is None:
         return ""

@@ -231,7 +231,7 @@ def _places(
     relabel: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
     names: list[str],
 ) -> tuple[int, float, str]:
-    """How many chains that began elsewhere ended outside of the fit's mass at a comparable density."""
+    """How many chains that started elsewhere ended outside of the fit's mass at a comparable density."""
     ends, values = state.u[count:], state.value[count:]
     if relabel is not None:
         ends = _relabelled(density, ends, relabel)

@@ -29,7 +29,7 @@ def checked_dims(dims: Any, known: Collection[str]) -> dict[str, list[str]]:
         if isinstance(axes, str) or not isinstance(axes, Sequence) or not all(isinstance(axis, str) for axis in axes):
             raise TypeError(f"dims[{name!r}]: expected a list of names, one for every axis, got {axes!r}")
         if len(set(axes)) < len(axes):
-            raise ValueError(f"dims[{name!r}]: two axes bear the same name: {list(axes)}")
+            raise ValueError(f"dims[{name!r}]: two axes have the same name: {list(axes)}")
         found[name] = list(axes)
     return found
 

@@ -126,7 +126,7 @@ def _role(problem: Problem, probe: Probe, name: str) -> str:
         raise _NotDerivedError("no density of the rows depends on it")
     for key in keys:
         if key.role == "other":
-            raise _NotDerivedError(f"the density of {key.site!r} is of no known form in it")
+            raise _NotDerivedError(f"the density of {key.site!r} has no known form in it")
     if name not in probe.coordinates.slices:
         for key in keys:
             rows = probe.rows.get(key, {}).get(name)
@@ -181,7 +181,7 @@ def _table(problem: Problem, probe: Probe, name: str) -> Table:
     if problem.prior:
         prior = _inner(probe.priors[name])
         if not isinstance(prior, td.Dirichlet) or bool((prior.concentration < 1).any()):
-            raise _NotDerivedError("its prior is no Dirichlet with concentrations of at least 1")
+            raise _NotDerivedError("its prior is not a Dirichlet with concentrations of at least 1")
         extra = prior.concentration - 1
     return Table(name, parts, extra)
 

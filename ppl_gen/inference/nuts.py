@@ -242,7 +242,7 @@ def _potential(
     try:
         recording = record_checked(density.potential_and_gradient, points)
     except RecordingRefused as reason:
-        run.notes["potential"] = f"evaluated by running the program each time, as no recording of it serves: {reason}"
+        run.notes["potential"] = f"evaluated by running the program each time, as it cannot be recorded: {reason}"
         return density.potential_and_gradient, _seconds(density.potential_and_gradient, starts[0])
     return recording, _seconds(recording.load(), starts[0])
 

@@ -171,7 +171,7 @@ CATALOGUE: dict[str, Entry] = {
             "denoising_diffusion",
             lambda: denoising_diffusion(steps=4, hidden=8),
             _ring,
-            "diffusion model of vectors: a fixed chain into noise, a learnt chain back",
+            "diffusion model of vectors: a fixed chain into noise, a learned chain back",
         ),
         Entry(
             "affine_flow",

@@ -43,7 +43,7 @@ def char_rnn(
     (negative ones too) and passed as ``{"x": x, "lengths": lengths}``, which is what `ppl_gen.data.text_rows` makes.
     Train it with ``SVI(clip_norm=...)``: gradients through many steps may explode.
 
-    ``fit.sample(n)`` draws sequences of the lengths learnt from, or of ``given={"lengths": ...}`` up to the longest of
+    ``fit.sample(n)`` draws sequences of the lengths learned from, or of ``given={"lengths": ...}`` up to the longest of
     them. The network is ``network``: ``fit.module("network").generate(rows, length, temperature=0.7, prompt=codes)``
     draws at a temperature, to any length, on from a prompt.
 
@@ -52,7 +52,7 @@ def char_rnn(
         cell: "rnn": s_t = tanh(W e + U s + b); "lstm"; "gru".
         hidden: width of each layer.
         layers: layers of cells.
-        embedding: length of the learnt vectors e; None: indicators of the symbols.
+        embedding: length of the learned vectors e; None: indicators of the symbols.
 
     Returns:
         A recipe; it raises ValueError or TypeError for data that are no such sequences.

@@ -1,4 +1,4 @@
-r"""Denoising diffusion: a fixed chain that noises the rows as the guide, a learnt chain back as the model.
+r"""Denoising diffusion: a fixed chain that noises the rows as the guide, a learned chain back as the model.
 
 .. math:: p(x_T) = \mathrm{Normal}(0, I), \quad
           p(x_{t-1} \mid x_t) = \mathrm{Normal}(\mu(x_t, t), \sigma_t^2), \quad
@@ -33,7 +33,7 @@ class Denoiser(nn.Module):
 
     The network's last layer starts at zero and adds to sqrt(1 - abar_t) x_t, the best prediction for standard normal
     rows: so the untrained chain generates exactly those. The log variance of each step and feature lies on the line
-    through those of q(x_{t-1} | x_t, x_0) and of q(x_t | x_{t-1}), at a learnt place that starts at the latter (Nichol
+    through those of q(x_{t-1} | x_t, x_0) and of q(x_t | x_{t-1}), at a learned place that starts at the latter (Nichol
     and Dhariwal 2021). Called with rows and a time step, it returns mean and standard deviation.
     """
 
@@ -97,7 +97,7 @@ class Diffusion:
             pyro.sample("x", dist.Normal(middle + spread * mean, spread * scale).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """x_1, ..., x_T given the rows; nothing in it is learnt."""
+        """x_1, ..., x_T given the rows; nothing in it is learned."""
         x, middle, spread = self._on(x)
         state = (x - middle) / spread
         with pyro.plate("data", len(x)):

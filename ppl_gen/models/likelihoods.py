@@ -101,7 +101,7 @@ class BernoulliPixels(Likelihood):
 
 
 class NormalPixels(Likelihood):
-    """Real numbers with one standard deviation for all of them, learnt or fixed (in the user's units).
+    """Real numbers with one standard deviation for all of them, learned or fixed (in the user's units).
 
     Columns are shifted by their means and all divided by the one overall standard deviation, so that noise that is the
     same in every direction stays so: a linear decoder is probabilistic principal component analysis.

@@ -57,7 +57,7 @@ def ppca(
         prior: "weak": W and b Normal(0, 1), the precision exponential with mean 100, all in standardised units.
             "flat": none, and SVI gives a point estimate, the one of greatest likelihood; with a guide that is not
             "exact" this is the linear variational autoencoder.
-        guide: q(z | x) of SVI: "exact", computed from the global sites, with missing entries too; or learnt and linear
+        guide: q(z | x) of SVI: "exact", computed from the global sites, with missing entries too; or learned and linear
             in x, with a "full" covariance or a "diagonal" one (which turns the columns of W orthogonal).
         start: "random", or "principal", the closed form (see `principal_components`; a missing entry is then its
             column's mean). EM that starts at the closed form of complete rows stays there.

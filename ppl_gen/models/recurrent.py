@@ -29,7 +29,7 @@ class CharacterNetwork(nn.Module):
         cell: "rnn" (tanh), "lstm" or "gru".
         hidden: width of each layer.
         layers: layers of cells, each reading the states of the one below.
-        embedding: length of a learnt vector for each symbol; None: indicators of the symbols, V + 1 long.
+        embedding: length of a learned vector for each symbol; None: indicators of the symbols, V + 1 long.
     """
 
     table: Tensor
@@ -99,7 +99,7 @@ class CharacterNetwork(nn.Module):
 
         Args:
             rows: how many.
-            length: symbols of each; may exceed the length of the sequences learnt from.
+            length: symbols of each; may exceed the length of the sequences learned from.
             temperature: tau; 1 samples the model, less sharpens each choice, 0 takes the likeliest symbol.
             prompt: codes that all rows begin with, (time,).
             seed: of the draws; the global generators are left alone.
@@ -180,7 +180,7 @@ class AutoregressiveRows(dist.TorchDistribution):
         longest = int(self.lengths.max())
         if longest > time:
             raise ValueError(
-                f"lengths: expected at most {time}, the length of the sequences learnt from, got {longest}; "
+                f"lengths: expected at most {time}, the length of the sequences learned from, got {longest}; "
                 'fit.module("network").generate(rows, length) goes on as long as you like'
             )
         drawn = self.network.draw(shape.numel(), time)

@@ -55,7 +55,7 @@ def m1(
         latent: numbers in each code.
         hidden: widths of the hidden layers of both networks.
         likelihood: "bernoulli", "normal" or "auto"; see `vae`.
-        scale: standard deviation of the normal likelihood; None: learnt.
+        scale: standard deviation of the normal likelihood; None: learned.
         activation: between the layers.
 
     Returns:
@@ -121,7 +121,7 @@ def m2(
         latent: numbers in each z (the style).
         hidden: widths of the hidden layers of all three networks.
         likelihood: "bernoulli", "normal" or "auto"; see `vae`.
-        scale: standard deviation of the normal likelihood; None: learnt.
+        scale: standard deviation of the normal likelihood; None: learned.
         alpha: weight of the classifier's term, at least 0.
         activation: between the layers.
 

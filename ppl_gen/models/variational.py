@@ -112,7 +112,7 @@ def vae(
             density is the expectation over such draws, not a density of grey values); "normal" for real numbers;
             "categorical" for integer levels. "auto" is "normal" where a ``scale`` is given or a value lies outside of
             0 to 1, else "bernoulli".
-        scale: standard deviation of the normal likelihood in the user's units; None: one number, learnt.
+        scale: standard deviation of the normal likelihood in the user's units; None: one number, learned.
         levels: how many levels categorical pixels have.
         network: "perceptron", or "convolutional" for images.
         activation: between the layers of a perceptron: "tanh", "relu", "softplus", "elu" or "sigmoid".

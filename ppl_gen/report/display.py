@@ -62,7 +62,7 @@ def program_html(program: Program) -> str:
         "also brings": escape(", ".join(brings)) or "nothing",
         "rows in": f"the plate {escape(repr(program.data_plate))}",
     }
-    text = "What else it offers shows when it meets data: <code>pg.check(program, data)</code>."
+    text = "What else it offers is known once it has data: <code>pg.check(program, data)</code>."
     return _box(f"Program {escape(program.name)}", _facts(facts), _note(text))
 
 

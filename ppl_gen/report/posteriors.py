@@ -150,11 +150,11 @@ def posterior_words(comparison: Comparison) -> str:
     said = [text for label in dict.fromkeys(key[0] for key in others) if (text := _said(label, others))]
     points = dict.fromkeys(label for (label, _), found in others.items() if found.point)
     level = grade(base)
-    beside = f"beside {base.label}" + ("" if level == "trusted" else f" (itself {level})")
+    reference = base.label + ("" if level == "trusted" else f" (itself {level})")
     if said:
-        text = f"Posteriors differ: {beside}, {'; '.join(said)}"
+        text = f"Posteriors differ: compared with {reference}, {'; '.join(said)}"
     elif len(points) < len(dict.fromkeys(key[0] for key in others)):
-        text = f"Posteriors agree {beside} (means within {SHIFT} sd, sds within {NARROW} to {WIDE} times)"
+        text = f"Posteriors agree with {reference} (means within {SHIFT} sd, sd ratios between {NARROW} and {WIDE})"
     else:
         text = ""
     if points:

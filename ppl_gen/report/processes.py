@@ -49,7 +49,7 @@ def shared(task: Task, jobs: Sequence[Job], n_jobs: int, progress: bool | None) 
         return {0: first}, ""
     if worthwhile(seconds, len(jobs) - 1, n_jobs):
         return side_by_side(task, jobs, n_jobs, progress, parcels, {0: first}), ""
-    note = f"; one made them all: the first took {seconds:.1f} s, and starting others takes about {START:g} s"
+    note = f"; one process ran them all: the first took {seconds:.1f} s, and starting others takes about {START:g} s"
     return one_by_one(task, jobs, progress, {0: first}), note
 
 

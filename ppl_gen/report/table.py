@@ -199,7 +199,7 @@ def answer(comparison: Comparison) -> str:
         who = _listed(s.label for s in equal) if worse else f"{every} algorithms"
         rows = f"{best.rows} {'rows' if comparison.in_sample else 'held-out rows'}"
         text = f"{who} predict equally well as far as {rows} can tell ({best.mean:.4g} nats per row)"
-        text += f"; {_quickest(equal, grades)}"
+        text += f"; {_fastest(equal, grades)}"
     if worse:
         text += "; " + ", ".join(f"{s.label} is worse by {rounded(-s.difference, s.difference_se)}" for s in worse)
     if words := posterior_words(comparison):
@@ -209,16 +209,16 @@ def answer(comparison: Comparison) -> str:
     return text.replace("(-", "(\N{MINUS SIGN}") + "."
 
 
-def _quickest(equal: Sequence[Standing], grades: Mapping[str, str]) -> str:
+def _fastest(equal: Sequence[Standing], grades: Mapping[str, str]) -> str:
     """Who is recommended among equals: never a fit that is not trusted, without saying so."""
     trusted = [s for s in equal if grades[s.label] == "trusted"]
     quick = min(trusted or equal, key=lambda s: s.seconds)
     if not trusted:
-        return f"none of them is trusted, and {quick.label}{_reserve(grades[quick.label], ', ')} is the quickest"
+        return f"none of them is trusted; {quick.label}{_reserve(grades[quick.label], ', ')}, is the fastest"
     if len(trusted) == 1 and len(equal) > 1:
-        return f"{quick.label} alone of them is trusted"
-    among = "of them" if len(trusted) == len(equal) else f"of the {len(trusted)} that are trusted"
-    return f"{quick.label} is the {'quicker' if len(trusted) == 2 else 'quickest'} {among}"
+        return f"only {quick.label} is trusted"
+    among = "of them" if len(trusted) == len(equal) else f"of the {len(trusted)} trusted ones"
+    return f"{quick.label} is the {'faster' if len(trusted) == 2 else 'fastest'} {among}"
 
 
 def _reserve(level: str, before: str) -> str:

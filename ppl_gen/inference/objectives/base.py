@@ -134,7 +134,7 @@ def started(objective: Objective, setting: Setting) -> Game:
     """A fresh game of ``objective``, the terms that the program brings along added to the program's loss.
 
     Raises:
-        ValueError: for a term that does not give one number for each row, or bears the name of a part of the loss.
+        ValueError: for a term that does not give one number for each row, or has the name of a part of the loss.
     """
     game = objective.build(setting)
     return _WithTerms(game, setting) if setting.program.terms else game

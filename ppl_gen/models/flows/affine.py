@@ -1,4 +1,4 @@
-r"""The affine flow: one learnt triangular map, whose maximum likelihood is known in closed form."""
+r"""The affine flow: one learned triangular map, whose maximum likelihood is known in closed form."""
 
 from __future__ import annotations
 

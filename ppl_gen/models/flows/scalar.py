@@ -111,8 +111,8 @@ def scalar_flow(
     .. math:: z = \sigma(a \, g(x) + b) \in (0, 1), \quad \log p(x) = \log p_Z(z) + \log \frac{dz}{dx}
 
     g is a monotone rational-quadratic spline on [-bound, bound] in standard deviations and the identity beyond, a > 0
-    and b are learnt (they set the tails), and the sigmoid takes every real number into (0, 1); normal codes have none.
-    To uniform codes z is the distribution function of x: ``fit.module("flow").encode(x)`` is the learnt one, and
+    and b are learned (they set the tails), and the sigmoid takes every real number into (0, 1); normal codes have none.
+    To uniform codes z is the distribution function of x: ``fit.module("flow").encode(x)`` is the learned one, and
     ``decode`` its inverse, the quantiles. ``SVI()`` is maximum likelihood,
     ``fit.evidence()`` exact.
 
