@@ -262,6 +262,14 @@ def watch(result: Path) -> None:
         kind.differentiable_loss = watched_loss(kind.differentiable_loss, once)
 
 
+def starting(strategy: Any) -> Any:
+    """The values of `init_to_value`, or of what `init_to_generated` makes; None for other strategies."""
+    with as_before(), contextlib.suppress(Exception):
+        made = strategy.generate() if hasattr(strategy, "generate") else strategy
+        return made.keywords["values"]
+    return None
+
+
 def watched_loss(differentiable_loss: Any, once: Callable[..., None]) -> Any:
     """For loops written by hand with torch's optimisers, and Gaussian processes."""
 

@@ -43,12 +43,14 @@ def fitted(model, *data) -> pg.Fit:
 
 def test_the_work_of_a_simple_density_is_that_of_its_data() -> None:
     small, large = (fitted(straight, torch.ones(n), torch.ones(n)) for n in (500, 50_000))
-    assert density_work(small) <= 2 * 500
-    assert density_work(large) == pytest.approx(100 * density_work(small), rel=0.05)  # counted on 1000 rows
+    assert density_work(small).numbers <= 2 * 500
+    assert density_work(large).numbers == pytest.approx(
+        100 * density_work(small).numbers, rel=0.05
+    )  # counted on 1000 rows
 
 
 def test_products_count_wherever_their_numbers_are_held() -> None:
-    work = density_work(fitted(Heavy(), torch.zeros(ROWS)))
+    work = density_work(fitted(Heavy(), torch.zeros(ROWS))).numbers
     product = 2 * ROWS * WIDTH * WIDTH / FLOPS + ROWS * WIDTH / OPERATIONS
     assert work == pytest.approx(product, rel=0.05)
 
@@ -59,3 +61,27 @@ def test_a_verdict_asks_for_fewer_of_dear_densities(monkeypatch) -> None:
     monkeypatch.setattr(densities, "_enumerated", lambda *args: asked.append(1) or once(*args))
     assert "no short chains were run" in fit.verdict.reason
     assert 100 <= len(asked) < 150  # a hundred draws at least; 4000 without a bound
+
+
+class Long:
+    """Many operations on few numbers, one draw at a time."""
+
+    def __call__(self, y):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        if slope.detach() > 1e6:
+            slope = slope / 2
+        for _ in range(1500):
+            slope = slope + 0.0
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(slope, 1.0), obs=y)
+
+
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
+def test_long_programs_are_drawn_and_judged_less_often(monkeypatch, tmp_path) -> None:
+    fit = fitted(Long(), torch.zeros(4))
+    assert 1500 < density_work(fit).operations < 1700
+    asked, once = [], densities._enumerated
+    monkeypatch.setattr(densities, "_enumerated", lambda *args: asked.append(1) or once(*args))
+    assert fit.verdict.reason and 290 < len(asked) < 400  # 500 000 operations; 4000 draws without a bound
+    fit.save(tmp_path / "fit")
+    assert 290 < pg.load(tmp_path / "fit").to_arviz().posterior["slope"].size < 340

@@ -43,14 +43,19 @@ def densities(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> 
     return rows, prior
 
 
-def joint_densities(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> Tensor:
+def joint_densities(
+    fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]], *, alone: int | None = None
+) -> Tensor:
     """log p(x, draw) in nats, shape (draws,): all sites with a value counted, finite ones without summed out jointly.
 
-    As `densities`, whose rows fall apart only where no site outside the data plate is summed out.
+    As `densities`, whose rows fall apart only where no site outside the data plate is summed out. Where draws go
+    through the program one at a time, of the first ``alone`` only.
     """
-    result: Tensor = of_each(
-        lambda values: (log_joint(_enumerated(fit, batch, values), fit.info.data_plate),), draws, batch.rows or 1
-    )[0]
+
+    def one(values: dict[str, Tensor]) -> tuple[Tensor]:
+        return (log_joint(_enumerated(fit, batch, values), fit.info.data_plate),)
+
+    result: Tensor = of_each(one, draws, batch.rows or 1, alone)[0]
     return result
 
 
@@ -64,16 +69,19 @@ def _enumerated(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> poutine
 
 
 def of_each(
-    one: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], draws: Sequence[Mapping[str, Tensor]], rows: int
+    one: Callable[[dict[str, Tensor]], tuple[Tensor, ...]],
+    draws: Sequence[Mapping[str, Tensor]],
+    rows: int,
+    alone: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """``one`` at every draw, stacked."""
+    """``one`` at every draw, stacked; at the first ``alone`` where it cannot be asked of all at once."""
     if len(draws) == 1 or not draws[0]:
         return tuple(value.expand(len(draws), *value.shape) for value in one(dict(draws[0])))
     stacked = {name: torch.stack([torch.as_tensor(draw[name]) for draw in draws]) for name in draws[0]}
     checked: tuple[Tensor, ...] | None = _vectorised(one, stacked, len(draws), rows)
     if checked is not None:
         return checked
-    return tuple(torch.stack(column) for column in zip(*(one(dict(draw)) for draw in draws), strict=True))
+    return tuple(torch.stack(column) for column in zip(*(one(dict(draw)) for draw in draws[:alone]), strict=True))
 
 
 def derived(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from ppl_gen.diagnostics.bridge import to_tree
 from ppl_gen.diagnostics.densities import derived
 from ppl_gen.diagnostics.export import provenance
 from ppl_gen.diagnostics.labels import labels_of, variable_shapes
+from ppl_gen.diagnostics.work import alone
 from ppl_gen.observations import observed_rows
 from ppl_gen.posterior import ChainPosterior, PointPosterior
 from ppl_gen.predictive import amortised
@@ -89,7 +90,7 @@ def _drawn(fit: Fit) -> dict[str, Tensor]:
 
     first, size = one()
     few = isinstance(fit.learned, PointPosterior)
-    count = 1 if few else min(DRAWS, max(_FEWEST, _CELLS // max(1, size)))
+    count = 1 if few else min(alone(fit, DRAWS), max(_FEWEST, _CELLS // max(1, size)))
     draws = [first, *(one()[0] for _ in range(count - 1))]
     return {name: torch.stack([draw[name] for draw in draws]) for name in first}
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.diagnostics.densities import joint_densities
-from ppl_gen.diagnostics.work import density_work
+from ppl_gen.diagnostics.work import alone, density_work
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.finite_globals import combinations, summed_globals
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, log_weights_in_chunks
@@ -54,12 +54,15 @@ def weighed_draws(fit: Fit, draws: int, particles: int = 1, *, more: int = 0) ->
     info, batch = fit.info, fit.data.batch()
     guided = set(info.guide_sites or {})
     local = any(site.local and site.name in guided for site in info.select())
-    outside, log_q = _drawn(fit, batch, draws, ALONE // (5 if local else 1), more)
+    most = alone(fit, ALONE // (5 if local else 1))
+    outside, log_q = _drawn(fit, batch, draws, most, more)
     count = len(log_q)
     values = {site.name: outside[site.name] for site in info.select(local=False) if site.name in outside}
     if not local:
         known = [{name: value[i] for name, value in values.items()} for i in range(count)]
-        return WeighedDraws(values, (joint_densities(fit, batch, known) - log_q).double().cpu())
+        log_p = joint_densities(fit, batch, known, alone=most)
+        values = {name: value[: len(log_p)] for name, value in values.items()}
+        return WeighedDraws(values, (log_p - log_q[: len(log_p)]).double().cpu())
     inside = _integrated(fit, batch, outside, particles, count)
     return WeighedDraws(values, (inside.double() - log_q).cpu())
 
@@ -71,7 +74,7 @@ def numbers(fit: Fit, data: Dataset, table: int = 1) -> int:
     """
     observed = sum(math.prod((*s.batch_shape, *s.event_shape)) for s in fit.info.select(kind="observed"))
     share = data.rows / fit.data.rows if data.rows and fit.data.rows else 1.0
-    return max(1, data.elements * table, int(observed * share) * table, int(density_work(fit) * share))
+    return max(1, data.elements * table, int(observed * share) * table, int(density_work(fit).numbers * share))
 
 
 def affordable(fit: Fit, wanted: int, particles: int = 1) -> int:

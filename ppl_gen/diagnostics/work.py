@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -18,16 +19,31 @@ from ppl_gen.isolation import looking
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
 
-__all__ = ["density_work"]
+__all__ = ["Work", "alone", "density_work"]
 
 ROWS = 1000  # of which the work is counted, where rows can be separated
 OPERATIONS = 20  # numbers made for each number of the data, as simple densities do
 FLOPS = 200  # of products and convolutions that take as long as one number of the data
-_known: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # a fit does not change
+STEPS = 500_000  # operations that a judgement may cost where draws are taken one at a time
+_known: WeakKeyDictionary[Any, Work] = WeakKeyDictionary()  # a fit does not change
 
 
-def density_work(fit: Fit) -> int:
-    """Numbers of data on which a simple density costs as much as the program's on all of its data; 0 if unknown.
+@dataclass(frozen=True)
+class Work:
+    """``numbers`` of data on which a simple density costs as much as the program's on all of its data, and how many
+    ``operations`` it takes to draw all latents and to compute it, which is what counts for small data."""
+
+    numbers: int
+    operations: int
+
+
+def alone(fit: Fit, most: int) -> int:
+    """How many draws can be judged one at a time: ``most``, fewer of a long program, and 100 at least."""
+    return min(most, max(100, STEPS // max(1, density_work(fit).operations)))
+
+
+def density_work(fit: Fit) -> Work:
+    """What one draw of the latents and its density on all data cost; zeros where that is unknown.
 
     Counted at one draw of what was learned: what the operations of model and guide put out, and the arithmetic of
     products and convolutions. A network over the rows costs more than its data show, and so do data held in a closure.
@@ -37,7 +53,7 @@ def density_work(fit: Fit) -> int:
     return _known[fit]
 
 
-def _counted(fit: Fit) -> int:
+def _counted(fit: Fit) -> Work:
     rows = fit.data.rows
     separable = fit.info.data_plate is not None and rows is not None and rows > ROWS
     batch = fit.data.head(ROWS) if separable else fit.data.batch()
@@ -48,9 +64,9 @@ def _counted(fit: Fit) -> int:
             draw = {n: torch.as_tensor(v) for n, v in fit.learned.draw(1, batch)[0].items() if n in names}
             joint_densities(fit, batch, [draw])
     except PROGRAM_ERRORS:
-        return 0  # who asks for the density itself hears why it has none
+        return Work(0, 0)  # who asks for the density itself hears why it has none
     work = counted.numbers // OPERATIONS + counted.flops // FLOPS
-    return work * rows // ROWS if separable and rows is not None else work
+    return Work(work * rows // ROWS if separable and rows is not None else work, counted.operations)
 
 
 class _Counted(TorchDispatchMode):
@@ -58,11 +74,12 @@ class _Counted(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.numbers = self.flops = 0
+        self.numbers = self.flops = self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        self.operations += 1
         views = (r.alias_info for r in func._schema.returns)
         if not any(alias is not None and not alias.is_write for alias in views):
             self.numbers += sum(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
