@@ -14,6 +14,7 @@ from torch import Tensor
 from ppl_gen.arguments import require_function, require_instance, require_mapping, require_text
 from ppl_gen.errors import require_whole
 from ppl_gen.extensions import CAVIUpdates, EMSteps, Energy, TimeSteps
+from ppl_gen.handlers.opened import opened
 
 __all__ = ["Program", "Recipe", "as_recipe", "filtered"]
 
@@ -84,6 +85,8 @@ class Program:
             raise TypeError(
                 f"guide: expected a Pyro guide, an autoguide class or None, got {type(self.guide).__name__}"
             )
+        object.__setattr__(self, "model", opened(self.model))
+        object.__setattr__(self, "guide", opened(self.guide))
         made = self.guide.func if isinstance(self.guide, partial) else None
         if isinstance(made, type) and self.guide.args:
             raise TypeError(

@@ -24,6 +24,7 @@ from torch import nn
 
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.handlers.opened import called_through
 from ppl_gen.isolation import looking
 from ppl_gen.program import Program
 
@@ -58,11 +59,7 @@ def adapted(program: Program, batch: Batch, data: Dataset, *, vectors: bool) -> 
 
 
 def _within(function: Callable[..., Any], context: Callable[..., AbstractContextManager[Any]]) -> Callable[..., Any]:
-    """``function`` called inside ``context(args, kwargs)``.
-
-    A module is one of its own class still, with parameters, buffers and parts in common with the one given, which stays
-    as it is; guides that hold that one call it inside of their own context.
-    """
+    """``function`` called inside ``context(args, kwargs)``; a module is one of its own class still."""
     if not isinstance(function, nn.Module):
 
         @functools.wraps(function)
@@ -71,17 +68,14 @@ def _within(function: Callable[..., Any], context: Callable[..., AbstractContext
                 return function(*args, **kwargs)
 
         return call
-    kind = type(function)
+    def handler(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with context(args, kwargs):
+                return inner(*args, **kwargs)
 
-    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with context(args, kwargs):
-            return kind.__call__(self, *args, **kwargs)
+        return call
 
-    named = {"__call__": called, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    meta: Any = type(kind)
-    made: nn.Module = object.__new__(meta(kind.__name__, (kind,), named))
-    vars(made).update(vars(function))
-    return made
+    return called_through(function, handler)
 
 
 def _trace(model: Callable[..., Any], batch: Batch) -> poutine.Trace | None:
