@@ -16,7 +16,7 @@ from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.inference.row_chains import run_chains
 from ppl_gen.inference.row_density import CELLS, RowDensity
-from ppl_gen.inference.unlearned import leaves
+from ppl_gen.inference.unlearned import leaves, read_whole
 from ppl_gen.sitechecks import require_enumerable
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _enumerated(
     from ppl_gen.inference.unlearned import Hidden
 
     trace = enumerated_trace(
-        Hidden(hidden)(fit.program.model),
+        Hidden(hidden)(read_whole(fit.program.model, batch, fit.info, values)),
         batch.args,
         batch.kwargs,
         discrete=finite,
@@ -133,7 +133,8 @@ def _moved(
             "outside its data plate"
         )
     enough = [draws[s % len(draws)] for s in range(max(len(draws), PAIRS))]
-    density = RowDensity(fit.program.model, batch, fit.info, enough, moved=moved, sums=finite, hidden=hidden)
+    model = read_whole(fit.program.model, batch, fit.info, draws[0])
+    density = RowDensity(model, batch, fit.info, enough, moved=moved, sums=finite, hidden=hidden)
     if not density.together:
         raise IncompatibleError(
             f"the latent site(s) {', '.join(moved)} of {fit.program.name!r} cannot be drawn given new rows in any "
@@ -152,6 +153,11 @@ def _moved(
         raise IncompatibleError(
             f"no latents were found that explain {_rows(lost)} of the data: the density of {', '.join(moved)} given "
             f"these rows is zero wherever {fit.program.name!r} was tried"
+        )
+    if bool((far := ~chains.ends.isfinite().all(-1).all(0)).any()):
+        raise IncompatibleError(
+            f"the latent site(s) {', '.join(moved)} of {fit.program.name!r} have no posterior in {_rows(far)} of the "
+            "data: their density there does not fall off, as under a mask that hides the prior and what is observed"
         )
     poor = ~chains.settled & (effective < ENOUGH)
     if bool(poor.any()):

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import ppl_gen as pg
@@ -363,3 +364,26 @@ def test_a_mask_that_the_program_does_not_read_is_refused_and_one_it_reads_is_us
                 ask({"x": x, "mask": seen})
     fit = pg.fit(ppca(3, 1), {"x": x, "mask": seen}, SVI(steps=1), seed=0)
     assert fit.predict({"x": x, "mask": seen}, 2)["x"].shape == (2, 30, 3)
+
+
+def hidden_rows(x, mask):
+    loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def test_new_rows_that_a_mask_hides_whole_have_their_prior():
+    """A mask around latent and observed site left nothing that fell off there: chains ran away, and gave NaN.
+
+    Given loc, z is N(loc, 1) in a hidden row and N((loc + 4 x) / 5, 1/5) in another: at x = 3, m(loc) + N(0, 1/5).
+    """
+    x = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    fit = pg.fit(hidden_rows, (x, torch.ones(40, dtype=torch.bool)), SVI(steps=300, lr=0.02), seed=0)
+    found = fit.posterior((torch.tensor([3.0, 3.0, 0.5]), torch.tensor([True, False, False])), draws=800, seed=1)
+    loc, z = found["loc"], found["z"]
+    assert z.isfinite().all()
+    for row, mean, sd in ((0, (loc + 12.0) / 5, 0.2**0.5), (1, loc, 1.0), (2, loc, 1.0)):
+        off = (z[:, row] - mean) / sd  # standard normal; chains of one draw each: at least 400 are independent
+        assert abs(float(off.mean())) < 4.5 / 400**0.5
+        assert abs(float(off.std()) - 1) < 4.5 / 800**0.5

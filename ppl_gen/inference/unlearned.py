@@ -20,13 +20,14 @@ from torch.distributions import biject_to
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.idle import idle_where_masked
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.isolation import quiet
 
 if TYPE_CHECKING:
     from ppl_gen.dryrun import ProgramInfo
 
-__all__ = ["Hidden", "joint", "leaves", "plausible", "predictions", "responds"]
+__all__ = ["Hidden", "joint", "leaves", "plausible", "predictions", "read_whole", "responds"]
 
 
 def predictions(model: Callable[..., Any], batch: Batch, info: ProgramInfo) -> list[str]:
@@ -52,6 +53,18 @@ def joint(model: Callable[..., Any], info: ProgramInfo) -> Callable[..., Any]:
     guided = info.guide_sites or {}
     latent += [s.name for s in info.select() if s.idle and not (s.name in guided and guided[s.name].under_mask)]
     return _Whole(latent)(model) if latent else model
+
+
+def read_whole(
+    model: Callable[..., Any], batch: Batch, info: ProgramInfo, values: Mapping[str, Tensor]
+) -> Callable[..., Any]:
+    """``model`` with whole densities at sites that are idle under the masks of these rows, as `joint` for its own."""
+    if not any(site.under_mask for site in info.select()):
+        return model
+    with Substitute(values):
+        trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+    idle = idle_where_masked(model, batch, trace)
+    return _Whole(idle)(model) if idle else model
 
 
 class _Whole(Messenger):
