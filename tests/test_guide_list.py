@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 import ppl_gen as pg
@@ -159,3 +160,53 @@ def test_autoguides_alone_keep_their_refusal() -> None:
 
     with pytest.raises(pg.IncompatibleError, match="an autoguide holds one set of parameters per row"):
         pg.fit(pg.Recipe(build, name="model"), X, SVI(steps=2, batch_size=10), seed=0)
+
+
+def paired(x: Tensor, y: Tensor | None = None, scale: float = 1.0) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(w * x, 1.0))
+        pyro.sample("y", dist.Normal(z, scale), obs=y)
+
+
+class FewArguments(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.net(x.unsqueeze(-1)).squeeze(-1), 0.5))
+
+
+class AllArguments(FewArguments):
+    def forward(self, x: Tensor, y: Tensor | None = None, scale: float = 1.0) -> None:
+        super().forward(x)
+
+
+@pytest.mark.parametrize("batch_size", [None, 10])
+def test_a_part_takes_the_arguments_it_names_or_the_values_in_their_order(batch_size: int | None) -> None:
+    def by_all(x: Tensor, y: Tensor | None = None, scale: float = 1.0) -> None:
+        slope = pyro.param("slope", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope * x, 0.5))
+
+    def by_one(x: Tensor) -> None:
+        by_all(x)
+
+    def by_order(inputs: Tensor, outputs: Tensor, sd: float) -> None:
+        by_all(inputs, outputs, sd)
+
+    def fit(part: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        guide = AutoGuideList(paired)
+        guide.append(AutoNormal(pyro.poutine.block(paired, hide=["z"])))
+        guide.append(part() if isinstance(part, type) else part)
+        found = pg.fit(pg.Program(paired, guide), (X, 2 * X, 0.5), SVI(steps=5, batch_size=batch_size), seed=0)
+        assert found.posterior((X[:3], None, 0.5), draws=4)["z"].shape == (4, 3)
+        return found.params
+
+    for parts in ((by_all, by_one, by_order), (AllArguments, FewArguments)):
+        first, *others = [fit(part) for part in parts]
+        for other in others:
+            torch.testing.assert_close(other, first)

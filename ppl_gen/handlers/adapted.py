@@ -68,6 +68,7 @@ def _within(function: Callable[..., Any], context: Callable[..., AbstractContext
                 return function(*args, **kwargs)
 
         return call
+
     def handler(inner: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             with context(args, kwargs):

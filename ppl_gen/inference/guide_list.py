@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from pyro.infer.autoguide.guides import AutoCallable
 from pyro.poutine.messenger import Messenger
+
+from ppl_gen.handlers.opened import called_through
+from ppl_gen.handlers.ordered import ordered
+from ppl_gen.program import filtered
 
 __all__ = ["SharedPlates", "has_own_parts", "holds_rows", "sharing_plates"]
 
@@ -57,11 +63,28 @@ class _OnePlateEach(Messenger):
             self.rows.setdefault(msg["name"], msg["value"])
 
 
-def sharing_plates(guide: Any) -> Any:
-    """The same guide; a list with functions of the user's own among its parts lets these share plates."""
+def sharing_plates(guide: Any, order: Sequence[str] = ()) -> Any:
+    """The same guide; a list with functions of the user's own among its parts lets these share plates.
+
+    Each of them is called as a guide by itself would be: with those arguments of the model that it names, or, where it
+    calls them otherwise, with the values of the data in their ``order``.
+    """
     if type(guide) is AutoGuideList and has_own_parts(guide):
+        for part in torch.nn.Module.children(guide):
+            if isinstance(part, AutoCallable):
+                part._guide, part.median = _called_by_name(part._guide, order), _called_by_name(part.median, order)
         guide.__class__ = SharedPlates  # a copy for this fit, which keeps its parts and the names of their parameters
     return guide
+
+
+def _called_by_name(part: Any, order: Sequence[str]) -> Any:
+    if not isinstance(part, torch.nn.Module):
+        return filtered(ordered(part, order))
+
+    def handler(call: Callable[..., Any]) -> Callable[..., Any]:
+        return filtered(functools.wraps(part.forward)(lambda *args, **kwargs: call(*args, **kwargs)))
+
+    return called_through(part, handler)
 
 
 def has_own_parts(guide: Any) -> bool:

@@ -57,7 +57,8 @@ def _resolved(run: Run) -> Callable[..., Any] | None:
     if guide is None or (isinstance(guide, type) and issubclass(guide, _MADE_OF_A_MODEL)):
         return _made(guide, run, options)
     if isinstance(guide, AutoGuide):
-        return revived(sharing_plates(copied(guide)), poutine.block(run.joint, hide=info.finite_latents))
+        shared = sharing_plates(copied(guide), run.data.order)
+        return revived(shared, poutine.block(run.joint, hide=info.finite_latents))
     if isinstance(guide, AutoMessenger):
         return _alone(copied(guide))
     if isinstance(guide, EasyGuide):  # it remembers the rows it first saw; networks in it may be the model's too
