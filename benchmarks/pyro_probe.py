@@ -251,10 +251,7 @@ def watch(result: Path) -> None:
 
     def watched_run(self: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(self.kernel, "model", None) is not None:
-            strategy = getattr(
-                getattr(self.kernel, "_init_strategy", None), "keywords", {}
-            )  # of init_to_value(values=)
-            once(self.kernel.model, None, None, args, kwargs, strategy.get("values"))
+            once(self.kernel.model, None, None, args, kwargs, starting(getattr(self.kernel, "_init_strategy", None)))
         return run(self, *args, **kwargs)
 
     pyro.infer.SVI.step, pyro.infer.MCMC.run = watched_step, watched_run

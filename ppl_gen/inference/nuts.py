@@ -241,7 +241,8 @@ def _potential(
     points = [*starts, 2.0 * starts[0], -starts[0]]
     try:
         recording = record_checked(density.potential_and_gradient, points)
-    except RecordingRefused as reason:
+    except RecordingRefused as refused:
+        reason = str(refused).splitlines()[0]  # below it stand the shapes that Pyro adds to what goes through a program
         run.notes["potential"] = f"evaluated by running the program each time, as it cannot be recorded: {reason}"
         return density.potential_and_gradient, _seconds(density.potential_and_gradient, starts[0])
     return recording, _seconds(recording.load(), starts[0])
