@@ -31,7 +31,10 @@ def constant(value: Any) -> Constant:
 
 @dataclass(frozen=True)
 class Batch:
-    """Arguments of one call of model and guide, the number of rows they hold and of all rows."""
+    """Arguments of one call of model and guide, the number of rows they hold and of all rows.
+
+    ``model(*batch.args, **batch.kwargs)`` runs a program on it; ``index`` says which rows they are, None: all of them.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -161,7 +164,16 @@ class Dataset:
 
 
 class Batches:
-    """An endless source of batches under a generator of its own, so that data order depends on the seed alone."""
+    """An endless source of batches under a generator of its own, so that data order depends on the seed alone.
+
+    What `Iterative.source` returns: ``Batches(run.data, 100, run.seed)`` gives 100 rows at a time; a size of None gives
+    all rows.
+
+    >>> import torch
+    >>> source = Batches(as_dataset(torch.arange(5.0), lambda x: None), 2, seed=0)
+    >>> [source.next().rows for _ in range(source.per_epoch)]
+    [2, 2, 1]
+    """
 
     def __init__(self, data: Dataset, size: int | None, seed: int, stratify: str | None = None) -> None:
         self.data, self.size = data, size

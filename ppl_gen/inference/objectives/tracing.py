@@ -31,7 +31,11 @@ __all__ = [
 
 
 def traces(setting: Setting, batch: Batch) -> tuple[poutine.Trace, poutine.Trace]:
-    """Guide and replayed model on one batch, with the data plate rescaled; log densities not yet computed."""
+    """Traces of the guide and of the model at its draws, on one batch, with the data plate rescaled by N / B.
+
+    Log densities are computed when asked for: ``model.log_prob_sum()`` estimates that of all rows. Objectives are per
+    row, so divide by ``batch.total``.
+    """
     with RescalePlate(setting.info.data_plate, batch.total):
         guide = poutine.trace(setting.guide or nothing).get_trace(*batch.args, **batch.kwargs)
         model = poutine.trace(poutine.replay(setting.model, trace=guide)).get_trace(*batch.args, **batch.kwargs)
