@@ -33,3 +33,6 @@ nearby = {
 }
 print("share of the rows near the data:", nearby)
 assert quick or nearby["samples"] > 0.9 > nearby["noise"], "the noise has become moons"
+share = float(upper[torch.cdist(samples["x"], moons).argmin(-1)].float().mean())
+print("share of the samples on the upper moon:", share)
+assert quick or 0.4 < share < 0.6, "both of them"

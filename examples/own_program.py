@@ -43,6 +43,9 @@ figure.savefig("own_program.png", dpi=120)
 if not quick:
     draws = nuts.posterior()["mu"]
     assert abs(float(draws.mean()) - 4.4) < 1.0, "the posterior mean of mu that is known of eight schools"
+    tau = nuts.posterior()["tau"]
+    assert float(svi.posterior(draws=1000)["tau"].std()) < 0.9 * float(tau.std()), "the guide is too narrow in tau"
+    assert svi.verdict.grade != "trust", "and its verdict says so"
     assert abs(float(svi.posterior(draws=1000)["mu"].mean() - draws.mean())) < float(draws.std()) / 2, (
         "both agree on mu"
     )
