@@ -47,7 +47,7 @@ def offers_table() -> nodes.table:
         by = [name for name in CATALOGUE if offer in found(name).offers]
         who = "all of the catalogue" if len(by) == len(CATALOGUE) else ", ".join(f"`{name}`" for name in by) or "none"
         rows.append((offer, meaning, who))
-    return table(("offer", "what it means", "offered by"), rows)
+    return table(("offer", "what it means", "offered by"), rows, kind="stacked")
 
 
 def catalogue_table() -> nodes.table:
@@ -58,7 +58,7 @@ def catalogue_table() -> nodes.table:
 def needs_table() -> nodes.table:
     """What every algorithm needs, at its defaults."""
     rows = [(f"`{label}`", "; ".join(needs(algorithm)) or "nothing") for label, algorithm in algorithms().items()]
-    return table(("algorithm", "needs"), rows)
+    return table(("algorithm", "needs"), rows, kind="stacked")
 
 
 def fits_matrix() -> nodes.table:
