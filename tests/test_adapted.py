@@ -369,3 +369,36 @@ def test_a_plate_written_for_minibatches_has_the_rows_it_is_given(batch_size) ->
         ours, theirs = (fit.evidence(rows, particles=4) for fit in (one, two))
         assert ours.rows == len(rows) and ours.mean == pytest.approx(theirs.mean, rel=1e-6)
     assert one.sample(3)["x"].shape == (3,) and one.predict(X[:4], draws=2)["x"].shape == (2, 4)
+
+
+def restated(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("twice", dist.Delta(2 * loc * torch.ones(len(x))), obs=2 * loc * torch.ones(len(x)))
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+def named(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", len(x)):
+        pyro.deterministic("twice", 2 * loc * torch.ones(len(x)))
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("algorithm", [SVI(steps=20), NUTS(draws=20, warmup=20, chains=1)])
+def test_a_delta_that_observes_its_own_value_computed_anew_is_deterministic(algorithm):
+    """Its two statements of one value are two tensors; it was taken for an observation without a density."""
+    x = torch.linspace(0.0, 2.0, 8)
+    assert pg.check(restated, x).sites["twice"].kind == "deterministic"
+    found, expected = (pg.fit(model, x, algorithm, seed=0) for model in (restated, named))
+    torch.testing.assert_close(found.posterior(draws=10, seed=1), expected.posterior(draws=10, seed=1))
+    assert found.predict(x[:3], draws=4).keys() == expected.predict(x[:3], draws=4).keys() == {"x"}
+
+
+def test_a_delta_at_the_data_is_an_observation():
+    def exact(x):
+        pyro.sample("loc", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Delta(torch.zeros(len(x))), obs=x)
+
+    assert pg.check(exact, torch.zeros(8)).sites["x"].kind == "observed"

@@ -1,8 +1,9 @@
-"""Two ways of writing a program that Pyro runs and that say less than an algorithm asks: what is left out is filled in.
+"""Ways of writing a program that Pyro runs and that say less than an algorithm asks: what is left out is filled in.
 
 A plate without a size, ``pyro.plate("data")``, takes that of the rows it is given; so does one that is written for
 minibatches, ``pyro.plate("data", 60000, len(x))``, where the loop hands out the rows. A latent vector outside of every
-plate, ``pyro.sample("eta", Normal(zeros(8), 1))``, is one draw of eight numbers, as ``.to_event(1)`` says.
+plate, ``pyro.sample("eta", Normal(zeros(8), 1))``, is one draw of eight numbers, as ``.to_event(1)`` says. A site that observes
+its own value, computed anew, ``pyro.sample("twice", Delta(2 * z), obs=2 * z)``, is deterministic.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -25,6 +27,7 @@ from torch import nn
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.handlers.opened import called_through
+from ppl_gen.handlers.read_sites import innermost
 from ppl_gen.isolation import looking
 from ppl_gen.program import Program
 
@@ -52,6 +55,8 @@ def adapted(program: Program, batch: Batch, data: Dataset, *, vectors: bool) -> 
         guide = program.guide if made or program.guide is None else sized(program.guide)
         program = replace(program, model=sized(program.model), guide=guide)
         trace = _trace(program.model, batch) or trace
+    if names := _restated(program.model, batch, trace):
+        program = replace(program, model=_within(program.model, lambda args, kwargs: _Restated(names)))
     if vectors and (found := _vectors(trace)):
         notes["vectors"] = f"{', '.join(found)}: outside of every plate, read as one draw each (.to_event)"
         program = replace(program, model=_within(program.model, lambda args, kwargs: _Events(found)))
@@ -79,8 +84,10 @@ def _within(function: Callable[..., Any], context: Callable[..., AbstractContext
     return called_through(function, handler)
 
 
-def _trace(model: Callable[..., Any], batch: Batch) -> poutine.Trace | None:
+def _trace(model: Callable[..., Any], batch: Batch, run: int = 0) -> poutine.Trace | None:
+    """One run of the program; others, by number, draw otherwise."""
     with contextlib.suppress(*_FAILED), looking(), pyro.validation_enabled(False):
+        torch.manual_seed(run)
         trace: poutine.Trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
         return trace
     return None
@@ -146,6 +153,41 @@ def _vectors(trace: poutine.Trace) -> dict[str, int]:
             return {}
         found[name] = len(node["fn"].batch_shape)
     return found
+
+
+def _restated(model: Callable[..., Any], batch: Batch, trace: poutine.Trace) -> list[str]:
+    """Names of the observed Deltas at the value observed: equal numbers that move from run to run are no data."""
+    found = [name for name, node in trace.nodes.items() if node["type"] == "sample" and _at_its_value(node)]
+    if not found:
+        return []
+    first, second = (_trace(model, batch, run) for run in (1, 2))
+    if first is None or second is None:
+        return []
+    nodes = [(name, first.nodes.get(name), second.nodes.get(name)) for name in found]
+    return [n for n, a, b in nodes if a and b and _at_its_value(a) and _at_its_value(b) and _differ(a, b)]
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return not torch.equal(one["value"], other["value"])
+
+
+def _at_its_value(node: Any) -> bool:
+    if not node["is_observed"] or node["infer"].get("_deterministic") or not isinstance(node["value"], torch.Tensor):
+        return False
+    inner, value = innermost(node["fn"]), node["value"]
+    if not isinstance(inner, dist.Delta) or tuple(value.shape) != tuple(node["fn"].shape()):
+        return False
+    return bool(torch.equal(inner.v.expand(value.shape), value)) if inner.v.dim() <= value.dim() else False
+
+
+class _Restated(Messenger):
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names:
+            msg["infer"]["_deterministic"] = True
 
 
 class _Events(Messenger):
