@@ -158,6 +158,11 @@ class explained:
         if isinstance(error, AssertionError):
             claim = text.partition("\n")[0] or extract_tb(error.__traceback__)[-1].line
             raise ValueError(f"{head}its own assertion does not hold: {claim}") from error
+        if isinstance(error, NotImplementedError) and "does not support observe statements" in text:
+            raise NotImplementedError(
+                head + text.splitlines()[0] + "; for observed sites StableReparam (or, without skew, "
+                "SymmetricStableReparam) does, or leave the site out of the reparameterisation"
+            ) from error
         if isinstance(error, TypeError | AttributeError) and "NoneType" in text:
             raise TypeError(head + text + "; it needs what the data give as None") from error
         if any(words in text for words in ("on the same device", "device type", "expected device")):

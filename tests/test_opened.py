@@ -6,7 +6,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
-from pyro.infer.reparam import LocScaleReparam
+from pyro.infer.reparam import LatentStableReparam, LocScaleReparam
 from pyro.nn import PyroModule
 from torch import nn
 
@@ -74,3 +74,13 @@ def test_a_handler_around_a_guide():
     bare = pg.fit(pg.Program(line, guide), ROWS, SVI(steps=5), seed=0)
     inside = pg.fit(pg.Program(line, poutine.scale(scale=1.0)(guide)), ROWS, SVI(steps=5), seed=0)
     torch.testing.assert_close(inside.params, bare.params)
+
+
+def test_a_reparameterisation_that_takes_no_observations_is_named_with_those_that_do():
+    def stable(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Stable(1.5, 0.0), obs=x)
+
+    with pytest.raises(NotImplementedError, match="model of 'stable'.*'x'.*SymmetricStableReparam") as caught:
+        pg.check(poutine.reparam(stable, {"x": LatentStableReparam()}), torch.zeros(3))
+    assert "Trace Shapes" not in str(caught.value)
