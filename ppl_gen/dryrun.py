@@ -19,6 +19,7 @@ from ppl_gen.guidechecks import check_auxiliary, check_match
 from ppl_gen.handlers.read_sites import is_flat
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.idle import idle_where_masked
+from ppl_gen.onlysummed import drawn_too
 from ppl_gen.possible import checked_trace
 from ppl_gen.program import Program, filtered
 from ppl_gen.sitechecks import (
@@ -202,7 +203,7 @@ def dry_run(
     Raises:
         ValueError: for the usual plate and shape mistakes, naming the site and the edit that fixes it.
     """
-    with explained(program, batch, "model"), torch.no_grad():
+    with drawn_too(program, batch), explained(program, batch, "model"), torch.no_grad():
         trace, inside = checked_trace(program.model, batch, program.start)
     if _sites_subsampled(trace):
         with whole_plates():
