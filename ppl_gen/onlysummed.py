@@ -1,4 +1,4 @@
-"""Programs that run with their finite sites enumerated alone: an assertion on the enumerated shape, an axis squeezed off.
+"""Programs that run only with their finite sites enumerated: they assert on the shapes of that, or squeeze an axis off.
 
 A fit needs more than the sum: the table of sites, predictions and new rows are runs of the program with every site
 drawn. What such a run trips over looks like a mistake of plates or shapes, and is none.

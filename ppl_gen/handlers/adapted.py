@@ -2,8 +2,8 @@
 
 A plate without a size, ``pyro.plate("data")``, takes that of the rows it is given; so does one that is written for
 minibatches, ``pyro.plate("data", 60000, len(x))``, where the loop hands out the rows. A latent vector outside of every
-plate, ``pyro.sample("eta", Normal(zeros(8), 1))``, is one draw of eight numbers, as ``.to_event(1)`` says. A site that observes
-its own value, computed anew, ``pyro.sample("twice", Delta(2 * z), obs=2 * z)``, is deterministic.
+plate, ``pyro.sample("eta", Normal(zeros(8), 1))``, is one draw of eight numbers, as ``.to_event(1)`` says. A site that
+observes its own value, computed anew, ``pyro.sample("twice", Delta(2 * z), obs=2 * z)``, is deterministic.
 """
 
 from __future__ import annotations
