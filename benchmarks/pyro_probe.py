@@ -10,6 +10,7 @@ appended to RESULT.json, one JSON object a line. A notebook is a script of its c
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -157,11 +158,12 @@ def probe(model: Any, guide: Any, loss: Any, args: Any, kwargs: Any, start: Any 
 
 def beside_pyro(fit: Any, loss: Any, data: Any, args: Any, kwargs: Any) -> dict[str, float]:
     """After `LONGER` steps of Adam from one start, here and by Pyro: losses (Pyro's own number, a mean of `LOSSES`) and
-    the distance between the two sets of parameters, in units of how far Pyro's moved: 0 where nothing is random."""
+    the distance between the two sets of parameters, in units of how far Pyro's moved: rounding where all is well."""
     import ppl_gen as pg
     from ppl_gen.inference import SVI
 
-    ours = pg.fit(fit.program, data, SVI(loss, steps=LONGER, lr=1e-3), start=fit, seed=1, progress=False)
+    adam = functools.partial(torch.optim.Adam, lr=1e-3, eps=1e-8 / (fit.data.rows or 1))  # losses here are per row
+    ours = pg.fit(fit.program, data, SVI(loss, steps=LONGER, optimiser=adam), start=fit, seed=1, progress=False)
     found: dict[str, float] = {}
     continued(found, "here", ours, 0, loss, args, kwargs)
     there = continued(found, "pyro", fit, LONGER, loss, args, kwargs)
