@@ -111,11 +111,11 @@ def main() -> None:
             print("\n".join(table([rows[name]])[2:]), flush=True)
     if not chosen.only:
         made = (
-            "Made by `python benchmarks/pyro_examples.py FOLDER` (a checkout of Pyro). Loss here, loss in Pyro: mean and "
-            "spread of 20, after ten steps of Adam from one start, here and by Pyro's own `SVI.step`. Parameters apart: "
-            "the distance between the two over how far Pyro's moved. Losses are per row here, so that an eps of 1e-8 / N "
-            "is Pyro's 1e-8. Where a parameter has no gradient (a bias before a batch normalisation), Adam makes full "
-            "steps of rounding errors, here as there."
+            "Made by `python benchmarks/pyro_examples.py FOLDER` (a checkout of Pyro). Loss here, loss in Pyro: "
+            "mean and spread of 20, after ten steps of Adam from one start, here and by Pyro's own `SVI.step`. "
+            "Parameters apart: the distance between the two over how far Pyro's moved. Losses are per row here, "
+            "so that an eps of 1e-8 / N is Pyro's 1e-8. Where a parameter has no gradient (a bias before a "
+            "batch normalisation), Adam makes full steps of rounding errors, here as there."
         )
         lines = ["# Pyro's own examples", "", made, "", *summary([*rows.values()]), "", *table([*rows.values()])]
         (HERE / "results" / "pyro_examples.md").write_text("\n".join(lines) + "\n")
