@@ -45,7 +45,7 @@ right.invert_yaxis()
 right.locator_params(axis="x", nbins=3)
 right.set(xlabel="nats per held-out row", title="One yardstick, and the grade")
 figure.savefig("crabs.png", dpi=120)
-print(table[["algorithm", "status", "heldout", "difference", "difference_se", "verdict"]].to_string())
+print(comparison)
 gain = fits["two kinds, EM"].evidence(crabs).mean - fits["one kind"].evidence(crabs).mean
 # More parameters always fit better: what counts is a gain beyond their price, log(n) / 2n for each of the three (BIC).
 assert gain > 1.5 * math.log(len(crabs)) / len(crabs), "two kinds describe the crabs better than one"
