@@ -111,11 +111,13 @@ def main() -> None:
             print("\n".join(table([rows[name]])[2:]), flush=True)
     if not chosen.only:
         made = (
-            "Made by `python benchmarks/pyro_examples.py FOLDER` (a checkout of Pyro). Loss here, loss in Pyro: "
-            "mean and spread of 20, after ten steps of Adam from one start, here and by Pyro's own `SVI.step`. "
-            "Parameters apart: the distance between the two over how far Pyro's moved. Losses are per row here, "
-            "so that an eps of 1e-8 / N is Pyro's 1e-8. Where a parameter has no gradient (a bias before a "
-            "batch normalisation), Adam makes full steps of rounding errors, here as there."
+            "Made by `python benchmarks/pyro_examples.py FOLDER` (a checkout of Pyro). Parameters apart: the "
+            "distance between the parameters after ten steps of Adam from one start, here and by Pyro's own "
+            "`SVI.step` with the same random numbers, over how far Pyro's moved. Losses are per row here, so "
+            "that an eps of 1e-8 / N is Pyro's 1e-8. Where a parameter has no gradient (a bias before a batch "
+            "normalisation), Adam makes full steps of rounding errors, here as there. Loss here, loss in Pyro: "
+            "mean and spread of 20 evaluations at those parameters, each by other random numbers (here the "
+            "first ten repeat the steps', at which the loss is a little lower)."
         )
         lines = ["# Pyro's own examples", "", made, "", *summary([*rows.values()]), "", *table([*rows.values()])]
         (HERE / "results" / "pyro_examples.md").write_text("\n".join(lines) + "\n")
