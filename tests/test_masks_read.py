@@ -1,6 +1,8 @@
 """A mask changes the answers as it should, or is refused by name: over the whole catalogue, and in programs by hand."""
 
 import functools
+import subprocess
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -255,3 +257,13 @@ def test_masks_are_known_however_the_data_are_passed():
     fit = pg.fit(pg.Recipe(shifted, name="shifted"), {"x": x, "mask": flags}, SVI(steps=1))
     with pytest.raises(pg.IncompatibleError, match="'mask' looks like a mask, and the program 'shifted'"):
         fit.evidence({"x": x, "mask": flags})
+
+
+def test_a_read_only_array_is_looked_at_without_a_warning_of_torch():
+    """pandas hands out columns that must not be written to; torch warns of each such array it shares, once."""
+    script = (
+        "import warnings, numpy as np; from ppl_gen.data.masks import looks_like_mask; warnings.simplefilter('error');"
+        "a = np.zeros(4); a.flags.writeable = False; print(looks_like_mask('mask', a, {}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr

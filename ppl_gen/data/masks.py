@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_gen.data.arrays import shared
 from ppl_gen.data.sources import collected
 from ppl_gen.errors import IncompatibleError
 
@@ -35,7 +36,7 @@ def looks_like_mask(name: str, value: Any, entries: Mapping[str, Any]) -> bool:
     if value is None:
         return False
     try:
-        flags = torch.as_tensor(np.asarray(value)) if not isinstance(value, Tensor) else value
+        flags = shared(np.asarray(value)) if not isinstance(value, Tensor) else value
     except (TypeError, ValueError, RuntimeError):
         return False
     whole = {tuple(entry.shape) for other, entry in entries.items() if other != name and entry.ndim > 1}
