@@ -167,7 +167,7 @@ class ProgramInfo:
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         plate = (
-            f"data plate {self.data_plate!r} over {self.rows} rows"
+            f"data plate {self.data_plate!r}{'' if self.rows is None else f' over {self.rows} rows'}"
             if self.data_plate
             else "no data plate: whole data only"
         )

@@ -32,7 +32,7 @@ def rows_observed(fit: Fit, batch: Batch) -> Tensor:
     nodes = [
         trace.nodes[site.name] for site in fit.info.select(kind="observed", local=True) if site.name in trace.nodes
     ]
-    rows, dim = batch.rows or 1, fit.info.plate_dim
+    rows, dim = batch.rows or _in_plate(trace, fit.info.data_plate), fit.info.plate_dim
     found = torch.zeros(rows, dtype=torch.bool)
     for node in nodes:
         mask = entry_mask(node)
@@ -41,6 +41,12 @@ def rows_observed(fit: Fit, batch: Batch) -> Tensor:
         found |= mask.movedim(dim - node["fn"].event_dim, 0).reshape(rows, -1).any(1)
     factors = fit.info.select(kind="factor", local=True)
     return found if nodes and not factors else torch.ones(rows, dtype=torch.bool)
+
+
+def _in_plate(trace: poutine.Trace, plate: str | None) -> int:
+    """How many rows a plate has: what the data do not tell whose rows stand inside of one argument, as of a dict."""
+    frames = (frame for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ()))
+    return next((frame.size for frame in frames if frame.name == plate), 1)
 
 
 def _seen(node: Mapping[str, Any]) -> Tensor:

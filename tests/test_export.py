@@ -166,3 +166,19 @@ def test_arviz_takes_it_from_there():
     exact = float(dist.Normal(rest, math.sqrt(1 + 1 / n)).log_prob(X).sum())
     value = float(loo.elpd_loo if hasattr(loo, "elpd_loo") else loo.elpd)
     assert abs(value - exact) < 0.3  # 500 draws: a Monte Carlo error of about 0.05, a guide within 0.1 sd
+
+
+def test_rows_inside_a_dict_are_as_many_as_their_plate_has():
+    """An argument that is a dict has no rows of its own; their number was taken for one, and the export failed."""
+
+    def line(batch):
+        slope = pyro.sample("slope", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(batch["x"])):
+            pyro.sample("y", dist.Normal(slope * batch["x"], 0.5), obs=batch["y"])
+
+    x = torch.linspace(-1.0, 1.0, 7)
+    rows = ({"x": x, "y": 2 * x},)
+    fit = pg.fit(line, rows, SVI(steps=5), seed=0)
+    assert fit.to_arviz(draws=4)["log_likelihood"]["y"].shape[-1] == 7
+    assert fit.evidence(draws=4).rows == 7
+    assert "None" not in str(pg.check(line, rows)).splitlines()[0]
