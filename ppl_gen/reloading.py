@@ -52,7 +52,7 @@ def restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, dat
     if built.guide_source != meta["guide"]:
         raise ValueError(
             f"algorithm: program and algorithm make a guide of the kind {built.guide_source!r}, the fit has one of the "
-            f"kind {meta['guide']!r}; a fit that went on from another's guide (start=) does not load"
+            f"kind {meta['guide']!r}; a fit that continued from another's guide (start=) cannot be loaded"
         )
     learned: Posterior = PointPosterior(part("point/"))
     if meta["guide"] == "own" and type(built.learned) not in (PointPosterior, ChainPosterior):

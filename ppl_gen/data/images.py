@@ -70,7 +70,7 @@ def image_rows(name: str, split: str, root: str | os.PathLike[str] | None = None
     absent = [file for file in files if not (raw / file).is_file()]
     if absent:
         raise FileNotFoundError(
-            f"load_data({name!r}): no {', '.join(absent)} in {raw}. Nothing is downloaded unasked. Name the folder "
+            f"load_data({name!r}): no {', '.join(absent)} in {raw}. Nothing is downloaded by itself. Name the folder "
             f"that holds {kind}/raw/{prefix}-images-idx3-ubyte by root= or the variable PPL_GEN_DATA, or fetch the "
             f'files once: `python -c "from torchvision.datasets import {kind}; {kind}({str(folder)!r}, download=True)"`'
         )

@@ -59,8 +59,8 @@ def with_points(found: Verdict, sites: Sequence[str]) -> Verdict:
 
     >>> from ppl_gen.diagnostics.verdicts import verdict_variational
     >>> print(with_points(verdict_variational(0.31, None, 0.667), ["scale"]))
-    doubtful: the guide puts scale at one value, without any uncertainty; apart from that, no fault was found \
-where the guide looks (k-hat 0.31, below 0.67). Give it a distribution there (AutoNormal), or take the fit for an \
+    doubtful: the guide puts scale at one value, without any uncertainty; apart from that, no problem was found \
+where the guide has mass (k-hat 0.31, below 0.67). Give it a distribution there (AutoNormal), or take the fit for an \
 optimum.
     """
     if not sites:

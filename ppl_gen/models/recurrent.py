@@ -181,7 +181,7 @@ class AutoregressiveRows(dist.TorchDistribution):
         if longest > time:
             raise ValueError(
                 f"lengths: expected at most {time}, the length of the sequences learned from, got {longest}; "
-                'fit.module("network").generate(rows, length) goes on as long as you like'
+                'fit.module("network").generate(rows, length) draws as many symbols as you like'
             )
         drawn = self.network.draw(shape.numel(), time)
         return torch.where(self.active, drawn.reshape(*shape, time), 0)
