@@ -87,9 +87,12 @@ class Comparison:
         return found[0].fit
 
     def __repr__(self) -> str:
+        import shutil
+
         from ppl_gen.report.table import as_text
 
-        return as_text(self)
+        # Lines that a narrow terminal would break again are hard to read; elsewhere the text is always the same.
+        return as_text(self, max(60, min(100, shutil.get_terminal_size((100, 24)).columns)))
 
     def _repr_html_(self) -> str:
         from ppl_gen.report.display import comparison_html

@@ -153,3 +153,12 @@ def test_the_report_shows_them(tmp_path) -> None:
     assert "Sd ratio" in page and "sd ratio" in repr(comparison)
     assert "sd ratio" in comparison._repr_html_()
     assert isinstance(comparison.posteriors(), pandas.DataFrame)
+
+
+def test_sentences_fit_a_narrow_terminal(monkeypatch) -> None:
+    both = compared(chains=Drawn(), narrow=Drawn(scales=(0.2, 1.0)))
+    monkeypatch.setenv("COLUMNS", "80")
+    sentences = [line for line in str(both).splitlines() if "  " not in line.strip()]
+    assert sentences and max(map(len, sentences)) <= 80
+    monkeypatch.setenv("COLUMNS", "300")
+    assert max(map(len, str(both).splitlines())) <= 100
