@@ -156,7 +156,7 @@ def _check_location(probe: Probe, name: str, keys: list[Key]) -> None:
         raise _NotDerivedError("a location may not leave its support, as least squares could")
     for key in keys:
         if Key(key.site, "scale") not in probe.affine:
-            raise _NotDerivedError(f"the scale of {key.site!r} is of no known form")
+            raise _NotDerivedError(f"the scale of {key.site!r} has no known form")
 
 
 def _check_single(probe: Probe, name: str, keys: list[Key]) -> None:
@@ -168,7 +168,7 @@ def _check_single(probe: Probe, name: str, keys: list[Key]) -> None:
         if bool(((affine.columns[used] != 0).sum(-1) != 1).any()):
             raise _NotDerivedError(f"the {key.role} of {key.site!r} mixes it with other parameters")
         if key.role == "scale" and Key(key.site, "loc") not in probe.affine:
-            raise _NotDerivedError(f"the location of {key.site!r} is of no known form")
+            raise _NotDerivedError(f"the location of {key.site!r} has no known form")
 
 
 def _table(problem: Problem, probe: Probe, name: str) -> Table:
