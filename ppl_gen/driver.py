@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ppl_gen.closures import Remembered, functions_of, same_again
+from ppl_gen.data.batching import Dataset
 from ppl_gen.data.columns import column_notes
 from ppl_gen.data.sources import collected
 from ppl_gen.diagnostics.complaints import warn_if_bad
@@ -201,8 +202,25 @@ def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -
         made = is_auto(built.guide) or isinstance(as_class(built.guide)[0], type)  # by a fit
         guide = None if made else ordered(built.guide, dataset.order)
         with Workspace(dtype=dataset.dtype, modules=modules_of(built, None)):
-            built, _ = adapted(built, looked_at(dataset), dataset, vectors=False)
-            return inspected(built, dataset, guide)
+            plain, _ = adapted(built, looked_at(dataset), dataset, vectors=False)
+            try:
+                return inspected(plain, dataset, guide)
+            except ValueError:
+                found = None if guide is not None else _of_vectors(built, dataset)
+                if found is None:
+                    raise
+                return found
+
+
+def _of_vectors(built: Program, dataset: Dataset) -> ProgramInfo | None:
+    """What a program is to the algorithms that read vectors outside of every plate as one draw; None for others."""
+    read, notes = adapted(built, looked_at(dataset), dataset, vectors=True)
+    if "vectors" not in notes:
+        return None
+    try:
+        return replace(inspected(read, dataset, None), vectors=notes["vectors"].split(":")[0])
+    except ValueError:
+        return None
 
 
 def _checked(

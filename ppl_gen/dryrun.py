@@ -80,6 +80,7 @@ class ProgramInfo:
     rows: int | None
     offers: frozenset[str]
     unenumerable: str = ""  # why the finite latents cannot be summed out
+    vectors: str = ""  # sites outside of every plate whose batch only some algorithms read as one draw
     undifferentiable: str = ""  # why no gradient flows from draws, although the types of the sites promise it
     inside: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # where the data are possible
 
@@ -172,6 +173,8 @@ class ProgramInfo:
             else "no data plate: whole data only"
         )
         lines.append("offers: " + ", ".join(sorted(self.offers)))
+        only = "one draw each for NUTS and EM; end them in .to_event(1) for SVI and CAVI"
+        lines += [f"vectors outside of every plate: {self.vectors} ({only})"] if self.vectors else []
         lines += [f"not enumerable: {self.unenumerable}"] if self.unenumerable else []
         lines += [f"not differentiable: {self.undifferentiable}"] if self.undifferentiable else []
         return "\n".join([f"{self.name}: {plate}", *lines])

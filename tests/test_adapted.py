@@ -402,3 +402,26 @@ def test_a_delta_at_the_data_is_an_observation():
             pyro.sample("x", dist.Delta(torch.zeros(len(x))), obs=x)
 
     assert pg.check(exact, torch.zeros(8)).sites["x"].kind == "observed"
+
+
+def test_check_shows_vectors_that_only_some_algorithms_read() -> None:
+    def schools(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        theta = pyro.sample("theta", dist.Normal(mu * torch.ones(8), 1.0))
+        pyro.sample("y", dist.Normal(theta, ERRORS), obs=y)
+
+    found = pg.check(schools, torch.arange(8.0))
+    assert found.vectors == "theta, y" and found.sites["theta"].event_shape == (8,)
+    assert "vectors outside of every plate: theta, y (one draw each for NUTS and EM; end them in .to_event(1)" in str(
+        found
+    )
+    assert pg.fit(schools, torch.arange(8.0), NUTS(draws=10, warmup=10, chains=1, processes=1), seed=0).notes["vectors"]
+    with pytest.raises(ValueError, match=r"to_event\(1\)"):
+        pg.fit(schools, torch.arange(8.0), SVI(steps=2))
+
+    def wrong(y):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(5), 1.0))
+        pyro.sample("y", dist.Normal(theta.sum(), torch.ones(8)), obs=y[:3])
+
+    with pytest.raises(ValueError, match="site 'theta'"):
+        pg.check(wrong, torch.arange(8.0))
