@@ -49,6 +49,7 @@ def test_a_plate_without_a_size_takes_the_rows(batch_size) -> None:
     assert one.sample(3)["x"].shape == (3,) and one.predict(X[:4], draws=2)["x"].shape == (2, 4)
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_a_plate_without_a_size_under_a_guide_and_chains(tmp_path) -> None:
     program = pg.Program(unsized, unsized_guide)
     fit = pg.fit(program, X, SVI(steps=400, lr=0.02), seed=0)
@@ -148,6 +149,7 @@ def test_a_module_stays_as_it_is_where_its_plate_is_given_a_size(tmp_path) -> No
         pg.load(path, program=Written(1000, shift=3.0))
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_vectors_of_a_module_are_one_draw_under_chains() -> None:
     class Schools(pyro.nn.PyroModule):
         def forward(self, y):
@@ -173,6 +175,7 @@ def events(y):
     pyro.sample("y", dist.Normal(mu + tau * eta, ERRORS).to_event(1), obs=y)
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_vectors_outside_of_plates_are_one_draw_under_chains(tmp_path) -> None:
     one, two = (pg.fit(model, SCHOOLS, CHAIN, seed=0) for model in (vectors, events))
     assert "eta, y" in one.notes["vectors"] and "vectors" not in two.notes
@@ -386,6 +389,7 @@ def named(x):
 
 
 @pytest.mark.parametrize("algorithm", [SVI(steps=20), NUTS(draws=20, warmup=20, chains=1)])
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_a_delta_that_observes_its_own_value_computed_anew_is_deterministic(algorithm):
     """Its two statements of one value are two tensors; it was taken for an observation without a density."""
     x = torch.linspace(0.0, 2.0, 8)
@@ -404,6 +408,7 @@ def test_a_delta_at_the_data_is_an_observation():
     assert pg.check(exact, torch.zeros(8)).sites["x"].kind == "observed"
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_check_shows_vectors_that_only_some_algorithms_read() -> None:
     def schools(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))

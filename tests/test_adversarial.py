@@ -105,6 +105,7 @@ def _only_critic(rate):
 
 
 @pytest.mark.parametrize("theta", [1.0, -0.5])
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_parallel_lines_a_penalised_critic_estimates_w1_and_has_slope_one(theta):
     torch.manual_seed(0)
     critic = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 1))
@@ -145,6 +146,7 @@ def test_parallel_lines_js_is_log_two_at_any_distance_and_w1_is_not():
     assert distances == {0.5: 0.5, -2.0: 2.0}
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_parallel_lines_a_trained_classifier_wins_and_says_so():
     critic = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 1))
     algorithm = SVI(objective=Adversarial(critic=critic), steps=300, batch_size=64, lr=_only_critic(1e-2))

@@ -204,6 +204,7 @@ def test_fits_of_tuples_are_saved_and_loaded(values, tmp_path) -> None:
     assert loaded.evidence(particles=8).mean == fit.evidence(particles=8).mean
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_comparisons_and_chains_take_tuples() -> None:
     found = pg.compare(line, (X, Y), {"svi": SVI(steps=50)}, seeds=[0], holdout=0.25)
     assert len(found.table()) == 1

@@ -218,6 +218,7 @@ def test_bits_are_those_of_all_characters_of_the_rows() -> None:
     assert torch.allclose(-evidence.values, torch.tensor(nats).double(), atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_bits_of_another_program_of_symbols() -> None:
     rows = text_rows("abab" * 8, length=8, alphabet="ab")
     from ppl_gen.inference import EM

@@ -185,6 +185,7 @@ def test_hundreds_of_parameters_are_told_apart():
     close(fit.point["yes"], expected, 1e-10)
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_design_matrices_are_least_squares():
     """Every coefficient takes part in every location, in two classes; that of a covariate of zeros stays in place."""
     a = torch.randn(50, 3, generator=rng(0), dtype=F64)

@@ -42,6 +42,7 @@ def test_it_has_no_prior_draws_and_says_so(kind):
 
 
 @pytest.mark.parametrize("kind", [Flat(), dist.ImproperUniform(constraints.real, (), ())], ids=["flat", "improper"])
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_it_gives_the_mode_of_the_likelihood(kind):
     fit = pg.fit(flat(kind), X, NUTS(draws=200, warmup=100, chains=1), seed=0)
     # The posterior is Normal(2, 1 / sqrt(5)): the mean of 200 draws, 40 of them effective, is within 5 errors of 2.

@@ -25,6 +25,7 @@ import ppl_gen as pg
 from ppl_gen.inference import SVI
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_a_fit_leaves_modules_and_gradients_as_they_were() -> None:
     """The guard compares weights, buffers, modes, flags and gradients of every network made by `network`."""
     model, net = regression()

@@ -67,6 +67,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_chains_take_priors_in_double_precision_and_follow_constants(name: str) -> None:
     program, site, turn, dtype = PROGRAMS[name]
     fit = pg.fit(program, DATA, CHAIN, seed=0)
@@ -78,6 +79,7 @@ def test_chains_take_priors_in_double_precision_and_follow_constants(name: str) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_a_dtype_that_is_asked_for_stays(dtype) -> None:
     quick = NUTS(draws=5, warmup=5, chains=1, processes=1)
     assert pg.fit(outside(NORMAL), DATA, quick, dtype=dtype).posterior(draws=2)["w"].dtype is dtype

@@ -31,6 +31,7 @@ def count(x):
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_a_right_program_is_looked_at_where_its_data_are_possible(seed: int) -> None:
     assert "x     observed" in str(pg.check(width, X))
     fit = pg.fit(width, X, NUTS(draws=3, warmup=3, chains=1, processes=1), seed=seed)
@@ -38,6 +39,7 @@ def test_a_right_program_is_looked_at_where_its_data_are_possible(seed: int) -> 
     assert pg.check(count, torch.tensor([18.0, 16.0, 22.0, 25.0])).finite_latents == ["n"]
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_chains_draw_from_the_truncated_posterior() -> None:
     """a | x has the density a^-20 on [max x, 3]; integrated on a grid."""
     grid = torch.linspace(float(X.max()), 3.0, 100_001, dtype=torch.float64)

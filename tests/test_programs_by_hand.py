@@ -127,6 +127,7 @@ def test_an_auxiliary_site_that_the_model_has_no_density_for_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------- plates and rows
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_latents_of_rows_in_an_outer_plate_get_their_evidence():
     s = 0.7
 
@@ -165,6 +166,7 @@ def series(x):
 
 
 @pytest.mark.parametrize("algorithm", [SVI(steps=2), SHORT])
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_new_rows_of_a_program_without_a_data_plate_share_its_latents_or_are_refused(algorithm):
     fit = pg.fit(finite_outside, X, algorithm, seed=0)
     assert fit.evidence().rows == 1 and fit.evidence(X.clone()).mean == fit.evidence().mean

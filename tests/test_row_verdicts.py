@@ -111,6 +111,7 @@ def three_hundred(shift: float, scale: float) -> pg.Fit:
     return as_written(program, guide, lambda _: x)(0)
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_one_of_many_numbers_that_is_far_off_is_seen():
     assert three_hundred(0.0, 1.0).verdict.trusted
     for fit in (three_hundred(1.5, 1.0), three_hundred(0.0, 3.0)):

@@ -67,6 +67,7 @@ def test_masked_states_are_those_of_a_mask_on_the_observations(batch_size) -> No
     assert one.predict(SHORT, draws=2)["y_0"].shape == (2, len(SHORT["seq"]))
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_the_evidence_of_rows_of_any_length_is_that_of_the_forward_recursion() -> None:
     fit = pg.fit(masked, DATA, EM(steps=3), seed=0)
     for rows in (DATA, SHORT):
