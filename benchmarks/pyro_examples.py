@@ -99,14 +99,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="", help="run the commands that hold this text, and write no results")
-    parser.add_argument("--without", default="\n", help="leave out the commands that hold this text, and say so")
+    parser.add_argument("--without", nargs="*", default=[], help="leave out the commands that hold such a text; say so")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "pyro_examples.json")
     chosen = parser.parse_args()
     folder = chosen.folder.resolve()
     rows = json.loads(chosen.work.read_text()) if chosen.work.exists() else {}
     for command in commands(folder):
         name = " ".join(command)
-        if chosen.only in name and chosen.without not in name and name not in rows:
+        if chosen.only in name and not any(text in name for text in chosen.without) and name not in rows:
             rows[name] = run(folder, command)
             chosen.work.write_text(json.dumps(rows))
             print("\n".join(table([rows[name]])[2:]), flush=True)
@@ -120,8 +120,8 @@ def main() -> None:
             "mean and spread of 20 evaluations at those parameters, each by other random numbers (here the "
             "first ten repeat the steps', at which the loss is a little lower)."
         )
-        if left_out := sum(chosen.without in " ".join(command) for command in commands(folder)):
-            made += f" {left_out} commands with '{chosen.without}' were left out."
+        for text in chosen.without:
+            made += f" Left out: {sum(text in ' '.join(command) for command in commands(folder))} with {text!r}."
         lines = ["# Pyro's own examples", "", made, "", *summary([*rows.values()]), "", *table([*rows.values()])]
         (HERE / "results" / "pyro_examples.md").write_text("\n".join(lines) + "\n")
 
