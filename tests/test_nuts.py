@@ -318,8 +318,23 @@ def test_starts_lie_within_the_jitter_of_the_programs_values(double: None) -> No
     exact = starting_point(function, parts, 0.0)
     assert torch.allclose(function.values(exact)[2], start["shares"], atol=1e-12)
     assert "loc" not in function.parts_of({"loc": torch.tensor(float("inf"))})
+    assert torch.equal(function.parts_of({"shares": start["shares"][None]})["shares"], parts["shares"])
     with pytest.raises(ValueError, match=r"start: site 'shares' has shape \(3,\)"):
         function.parts_of({"shares": torch.ones(2) / 2})
+
+
+def test_the_given_values_themselves_are_tried_at_last(double: None) -> None:
+    def narrow(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.factor("window", torch.where((loc - 0.3).abs() < 1e-9, 0.0, -math.inf))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    function = density(narrow, VALUES)
+    for opposite in (None, torch.tensor([0.3])):
+        assert float(starting_point(function, {"loc": torch.tensor([0.3])}, None, opposite)) == pytest.approx(
+            0.3, abs=1e-9
+        )
 
 
 def test_continues_from_a_fit_that_found_points() -> None:

@@ -26,6 +26,7 @@ from ppl_gen.isolation import quiet
 __all__ = ["NEAR", "Unconstrained", "starting_point"]
 
 TRIES = 100
+EXACT = 10  # the last of them
 REACH, NEAR = 2.0, 0.1  # how far from 0 chains begin, as in Stan; and from given values that must not be left
 
 
@@ -64,6 +65,8 @@ class _Lifted(Messenger):
         if name not in self.values or msg["is_observed"]:
             return
         value = self.values[name]
+        while value.dim() > len(fn.shape()) and len(value) == 1:  # as a run of vectorised particles leaves it
+            value = value[0]
         if value.shape != fn.shape():
             raise ValueError(f"start: site {name!r} has shape {tuple(fn.shape())}, and the value {tuple(value.shape)}")
         self.parts[name] = biject_to(fn.support).inv(value)
@@ -222,7 +225,7 @@ def starting_point(
     ``jitter=None`` means dispersed: within 2 of the given parts; or, with ``opposite``, the start of another chain,
     between 1 and 2 from 0 in every number and with another sign than there. (A chain that begins nearer 0 begins on the
     ridge between two modes of a symmetric posterior, and may roll to either side.) Where no density is finite so far
-    away, nearer by and by.
+    away, nearer by and by, and at last at the given parts themselves.
 
     Raises:
         ValueError: if 100 tries fail; the message lists the sites at fault.
@@ -237,7 +240,8 @@ def starting_point(
             u = torch.where(opposite < 0, 1.0, -1.0) * away.abs()
         else:
             wide = (REACH if third < 2 else NEAR) if jitter is None else jitter
-            u = torch.where(told, known + wide * noise, away)
+            exact = jitter is None and attempt >= TRIES - EXACT
+            u = torch.where(told, known if exact else known + wide * noise, away)
         value, gradient = density.potential_and_gradient(u)
         if bool(value.isfinite()) and bool(gradient.isfinite().all()):
             return u
