@@ -189,6 +189,7 @@ def continued(found: dict[str, float], name: str, start: Any, steps: int, loss: 
             for _ in range(steps):
                 STEP(svi, *args, **kwargs)
             after = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+            pyro.set_rng_seed(2)  # other noise than the steps have learned from
             values = [float(svi.evaluate_loss(*args, **kwargs)) for _ in range(LOSSES)]
     finally:
         ppl_gen.result.whole_plates = whole
@@ -283,7 +284,7 @@ def code_of(notebook: Path) -> str:
     """The code cells of a notebook, without what only a notebook understands."""
     cells = [c["source"] for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
     lines = [line for cell in cells for line in ["", *"".join(cell).splitlines()]]
-    return "\n".join("" if line.lstrip().startswith(("%", "!", "?")) else line for line in lines)
+    return "\n".join(re.sub(r"^(\s*)[%!?].*", r"\1pass", line) for line in lines)
 
 
 def version_asked(script: Path) -> str:
