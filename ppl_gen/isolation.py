@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ppl_gen.errors import IncompatibleError, require_seed
+from ppl_gen.handlers.hidden import hidden_parameters
 from ppl_gen.handlers.read_sites import ReadSites
 from ppl_gen.memory import unremembered
 
@@ -177,6 +178,7 @@ class Workspace:
         self.modules: dict[str, nn.Module] = {}
         self.called: dict[int, nn.Module] = {}
         self.others: list[nn.Module] = []  # trained by players that Pyro knows nothing of
+        self.hidden: set[str] = set()  # parameters that the program keeps from inference
         self._given = dict(modules or {})
         self._state = state or ProgramState()
         self._adopted: dict[int, nn.Module] = {}
@@ -314,10 +316,18 @@ class Workspace:
 
     def collect(self, *runs: Callable[[], object]) -> dict[str, Tensor]:
         """Run the program once without changing buffers or generators, so that lazily made parameters exist."""
-        with looking():
+        self.hidden.clear()
+        with looking(), hidden_parameters(self.hidden):
             for run in runs:
                 run()
         return self.leaves()
+
+    def trainable(self, leaves: Mapping[str, Tensor], notes: dict[str, Any]) -> dict[str, Tensor]:
+        """Those of the collected ``leaves`` that gradients may move: `poutine.block` hides the others; noted."""
+        fixed = [name for name in leaves if name in self.hidden]
+        if fixed:
+            notes["kept fixed"] = f"{', '.join(fixed)}: hidden from inference by poutine.block"
+        return {name: leaf for name, leaf in leaves.items() if name not in self.hidden}
 
     def buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
         """Copies of all buffers as they are now: what a step that fails has to put back."""

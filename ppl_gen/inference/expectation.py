@@ -87,7 +87,7 @@ class Problem:
             nesting=info.plate_nesting,
             rows=batch.rows or 1,
             transforms=transforms,
-            leaves=leaves,
+            leaves=run.workspace.trainable(leaves, run.notes),
             prior=prior,
             offered=offered and run.program.em is not None and run.program.em.e_step is not None,
             sums="finite local latents" in info.offers,

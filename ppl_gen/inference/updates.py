@@ -57,7 +57,7 @@ class State:
         runs = [partial(run.program.model, *probe.args, **probe.kwargs)]
         if guide is not None:
             runs.append(partial(guide, *probe.args, **probe.kwargs))
-        leaves = run.workspace.collect(*runs)
+        leaves = run.workspace.trainable(run.workspace.collect(*runs), run.notes)
         run.workspace.others.extend(game.modules.values())
         self._check_players()
         self.leaves = {player.name: self._owned(player, leaves) for player in game.players}
@@ -65,8 +65,10 @@ class State:
         self.schedules = {n: self._schedule(o) for n, o in self.optimisers.items() if svi.schedule is not None}
         self.kept = {name: [p.detach().clone() for p in ps.values()] for name, ps in self.leaves.items()}
         if not self.leaves["program"]:
+            fixed = run.notes.get("kept fixed")
             raise IncompatibleError(
                 f"{svi.label} has nothing to learn in {run.program.name!r}: neither model nor guide has parameters"
+                + (f" but those it keeps fixed ({fixed})" if fixed else "")
             )
 
     def _check_players(self) -> None:
