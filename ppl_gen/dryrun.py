@@ -16,6 +16,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.guidechecks import check_auxiliary, check_match
+from ppl_gen.handlers.picked import Picked
 from ppl_gen.handlers.read_sites import is_flat
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.idle import idle_where_masked
@@ -277,7 +278,7 @@ def _on_fewer(program: Program, fewer: Callable[[], Batch] | None) -> Callable[[
 def _site(name: str, node: dict[str, Any], data_plate: str) -> Site:
     fn = node["fn"]
     base = fn
-    while isinstance(base, dist.Independent | dist.MaskedDistribution | ExpandedDistribution):
+    while isinstance(base, dist.Independent | dist.MaskedDistribution | ExpandedDistribution | Picked):
         base = base.base_dist  # wrappers around what the user wrote
     deterministic = bool(node["infer"].get("_deterministic"))
     kind = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"

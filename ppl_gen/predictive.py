@@ -213,6 +213,7 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
         torch.Size([5, 3])
     """
     from ppl_gen.isolation import Workspace, isolated
+    from ppl_gen.onlysummed import by_branches, drawn_too, tried
     from ppl_gen.preparing import built_from, dtype_of, modules_of
     from ppl_gen.program import as_recipe
     from ppl_gen.sitechecks import explained
@@ -223,7 +224,8 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
         modules = modules_of(built, None)
         with Workspace(dtype=dataset.dtype, training=False, modules=modules), whole_plates():
             batch = dataset.batch()
-            with explained(built, batch, "model"):
+            built, _ = by_branches(built, batch, tried(built.model, batch))
+            with drawn_too(built, batch), explained(built, batch, "model"):
                 trace = poutine.trace(built.model).get_trace(*batch.args, **batch.kwargs)
             refuse_improper(
                 built.name, {n for n, node in trace.nodes.items() if is_sample(node) and _is_flat(node["fn"])}

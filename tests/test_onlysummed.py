@@ -1,4 +1,4 @@
-"""Programs written for enumeration alone are told what they are, and not that their plates are wrong."""
+"""Programs written for enumeration alone run, or are told what they are, and not that their plates are wrong."""
 
 import pyro
 import pyro.distributions as dist
@@ -39,8 +39,20 @@ def squeezing(z):
 
 
 @pytest.mark.parametrize("loc_of", [asserting, unpacking, squeezing])
-def test_a_program_that_runs_only_enumerated_says_so(loc_of):
-    for call in (lambda: pg.check(program(loc_of), X), lambda: pg.fit(program(loc_of), X, SVI(steps=2))):
+def test_a_program_that_runs_only_enumerated_runs(loc_of):
+    site = pg.check(program(loc_of), X).sites["z"]
+    assert site.finite and site.batch_shape == (40,)
+    assert "z" in pg.fit(program(loc_of), X, SVI(steps=2)).notes["enumerated"]
+
+
+def test_a_program_that_runs_only_on_deeper_dims_says_so():
+    """It asks for more plates than it has, as with TraceEnum_ELBO(max_plate_nesting=2), and no other run gives that."""
+
+    def deeper(z):
+        assert z.shape == (2, 1, 1)
+        return LOCS[z]
+
+    for call in (lambda: pg.check(program(deeper), X), lambda: pg.fit(program(deeper), X, SVI(steps=2))):
         with pytest.raises(pg.IncompatibleError, match="runs with 'z' enumerated, and not with them drawn"):
             call()
 

@@ -26,9 +26,10 @@ from torch import nn
 
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.errors import PROGRAM_ERRORS
-from ppl_gen.handlers.opened import called_through
+from ppl_gen.handlers.opened import within
 from ppl_gen.handlers.read_sites import innermost
 from ppl_gen.isolation import looking
+from ppl_gen.onlysummed import by_branches
 from ppl_gen.program import Program
 
 __all__ = ["adapted"]
@@ -44,9 +45,11 @@ def adapted(program: Program, batch: Batch, data: Dataset, *, vectors: bool) -> 
     asked: dict[str, tuple[Any, Any]] = {}
     with _sizes_asked(asked):
         trace = _trace(program.model, batch)
+        program, notes = by_branches(program, batch, trace)
+        if notes:
+            trace = _trace(program.model, batch)
     if trace is None:
         return program, {}
-    notes = {}
     size, part = asked.get(program.data_plate, (0, None))
     if size is None or (part is not None and part == batch.rows):
         dims = {name: data.dim(name) for name in data.entries}
@@ -56,32 +59,11 @@ def adapted(program: Program, batch: Batch, data: Dataset, *, vectors: bool) -> 
         program = replace(program, model=sized(program.model), guide=guide)
         trace = _trace(program.model, batch) or trace
     if names := _restated(program.model, batch, trace):
-        program = replace(program, model=_within(program.model, lambda args, kwargs: _Restated(names)))
+        program = replace(program, model=within(program.model, lambda args, kwargs: _Restated(names)))
     if vectors and (found := _vectors(trace)):
         notes["vectors"] = f"{', '.join(found)}: outside of every plate, read as one draw each (.to_event)"
-        program = replace(program, model=_within(program.model, lambda args, kwargs: _Events(found)))
+        program = replace(program, model=within(program.model, lambda args, kwargs: _Events(found)))
     return program, notes
-
-
-def _within(function: Callable[..., Any], context: Callable[..., AbstractContextManager[Any]]) -> Callable[..., Any]:
-    """``function`` called inside ``context(args, kwargs)``; a module is one of its own class still."""
-    if not isinstance(function, nn.Module):
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with context(args, kwargs):
-                return function(*args, **kwargs)
-
-        return call
-
-    def handler(inner: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with context(args, kwargs):
-                return inner(*args, **kwargs)
-
-        return call
-
-    return called_through(function, handler)
 
 
 def _trace(model: Callable[..., Any], batch: Batch, run: int = 0) -> poutine.Trace | None:
@@ -127,7 +109,7 @@ def _sized(
         values = {**signature.bind_partial(*args, **kwargs).arguments, **dict(zip(positional, args, strict=False))}
         return _size(plate, next((v.shape[dims[n]] for n, v in values.items() if n in dims and v is not None), None))
 
-    return _within(function, context)
+    return within(function, context)
 
 
 @contextlib.contextmanager

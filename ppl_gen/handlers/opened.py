@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from pyro.contrib.easyguide import EasyGuide
@@ -17,7 +18,7 @@ from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.poutine.messenger import Messenger, _bound_partial
 from torch import nn
 
-__all__ = ["called_through", "opened"]
+__all__ = ["called_through", "opened", "within"]
 
 _OF_A_FIT = (AutoGuide, AutoMessenger, EasyGuide)  # they hold a model of their own, and a fit copies them with it
 
@@ -62,6 +63,27 @@ def called_through(module: nn.Module, handler: Callable[[Callable[..., Any]], Ca
     made: nn.Module = object.__new__(meta(kind.__name__, (kind,), named))
     vars(made).update(vars(module))
     return made
+
+
+def within(function: Callable[..., Any], context: Callable[..., AbstractContextManager[Any]]) -> Callable[..., Any]:
+    """``function`` called inside ``context(args, kwargs)``; a module is one of its own class still."""
+    if not isinstance(function, nn.Module):
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with context(args, kwargs):
+                return function(*args, **kwargs)
+
+        return call
+
+    def handler(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with context(args, kwargs):
+                return inner(*args, **kwargs)
+
+        return call
+
+    return called_through(function, handler)
 
 
 def _layers(function: Any) -> tuple[list[Messenger], Any]:
