@@ -24,7 +24,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ppl_gen.errors import IncompatibleError, require_seed
 from ppl_gen.handlers.hidden import hidden_parameters
+from ppl_gen.handlers.obs_masks import hidden_outcomes_unread
 from ppl_gen.handlers.read_sites import ReadSites
+from ppl_gen.handlers.stable import batched_stable
 from ppl_gen.memory import unremembered
 
 __all__ = ["ProgramState", "Workspace", "copied", "isolated", "looking", "quiet", "revived"]
@@ -201,6 +203,8 @@ class Workspace:
         self._stack.enter_context(store.scope({"params": plain, "constraints": constraints}))
         self._stack.enter_context(self._patched_module_statement())
         self._stack.enter_context(pyro.settings.context(module_local_params=False))
+        self._stack.enter_context(batched_stable())
+        self._stack.enter_context(hidden_outcomes_unread())
         self._stack.enter_context(ReadSites())  # first: nothing else sees a statement after it
         self._stack.enter_context(_OwnInitialValues(lambda parameter: self._own(parameter, None), self._place))
         self._stack.enter_context(warnings.catch_warnings())  # a frozen layer is meant to stay out of the store

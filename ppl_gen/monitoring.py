@@ -18,7 +18,7 @@ class Validation:
     """Evidence of held-out rows, estimated now and then during a run."""
 
     def __init__(self, data: Any, every: int | None, program: Program, train: Dataset) -> None:
-        self.data = as_dataset(collected(data), program.model, like=train)
+        self.data = as_dataset(collected(data), program.model, like=train, missing=True)
         refuse_unread_masks(self.data, self.data.left_out, program.name)
         check_columns("validation", self.data, train)
         self.every = every

@@ -19,6 +19,7 @@ from ppl_gen.honoured import refuse_idle_masks
 from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.isolation import looking
+from ppl_gen.missing import refuse_read_nan
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import global_draws
 from ppl_gen.sitechecks import check_densities
@@ -44,6 +45,9 @@ def check_rows(fit: Fit, data: Dataset) -> None:
     idle = data.read - {*data.entries, *data.constants}  # a recipe read them once, and is not asked about new rows
     refuse_unread_masks(data, (*data.left_out, *idle), fit.program.name)
     _refuse_own_latents(fit, data)
+    if data.missing:
+        with fit.bound():
+            refuse_read_nan(fit.program.model, data)
     batch = data.head(_FEW) if data.elements > LARGE else data.batch()
     try:
         with fit.bound(), looking():

@@ -24,7 +24,8 @@ from ppl_gen.honoured import refuse_idle_masks
 from ppl_gen.inference.base import Algorithm, Run
 from ppl_gen.inference.enumerable import unenumerable
 from ppl_gen.inference.unlearned import joint, predictions
-from ppl_gen.isolation import Workspace, looking
+from ppl_gen.isolation import Workspace, isolated, looking
+from ppl_gen.missing import refuse_read_nan
 from ppl_gen.naming import check_names
 from ppl_gen.offers import require
 from ppl_gen.program import Program, Recipe
@@ -53,8 +54,11 @@ def built_from(
         built = start.program if start is not None else recipe(given)
     read = start.data.read if start is not None else _read(given)
     dtype = dtype or torch.get_default_dtype()
-    rows = as_dataset(data, built.model, dtype=dtype, device=device, read=read, data_dim=built.data_dim)
+    rows = as_dataset(data, built.model, dtype=dtype, device=device, read=read, data_dim=built.data_dim, missing=True)
     refuse_unread_masks(rows, rows.left_out, built.name)
+    if rows.missing:
+        with isolated(0, dtype=rows.dtype), Workspace(dtype=rows.dtype, device=device, modules=modules_of(built, start)):
+            refuse_read_nan(built.model, rows)
     return built, rows
 
 

@@ -166,7 +166,7 @@ class Fit:
             return self.data
         from ppl_gen.newrows import check_rows
 
-        made = as_dataset(data, self.program.model, like=self.data)
+        made = as_dataset(data, self.program.model, like=self.data, missing=True)
         check_rows(self, made)
         return made
 

@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FILL", "as_array", "check_extent", "check_finite", "shared"]
+__all__ = ["FILL", "as_array", "check_extent", "check_finite", "shared", "where_missing"]
 
 #: What to do about values that are not finite.
-FILL = "drop these rows, or pass a finite filler together with a mask that the program applies (poutine.mask)"
+FILL = (
+    "drop these rows, hide them from a site by `pyro.sample(..., obs=y, obs_mask=mask)`, or pass a finite filler together "
+    "with a mask that the program applies (poutine.mask)"
+)
 
 
 def as_array(value: Any, name: str) -> Any:
@@ -84,3 +87,20 @@ def check_finite(name: str, value: Any, dtype: torch.dtype, hint: str = FILL) ->
         raise ValueError(
             f"data {name!r}: {count} value(s) are NaN or infinite{beyond}, the first at index {first}; {hint}"
         )
+
+
+def where_missing(name: str, value: Any, dtype: torch.dtype) -> str:
+    """What `check_finite` says of an entry in which nothing but NaN is wrong; empty where nothing is.
+
+    Raises:
+        ValueError: for infinity, and for what is that in ``dtype``.
+    """
+    try:
+        check_finite(name, value, dtype)
+    except ValueError as error:
+        tensor = value if isinstance(value, Tensor) else None if isinstance(value, float) else shared(value)
+        if tensor is None:
+            raise
+        check_finite(name, tensor.nan_to_num(0.0, torch.inf, -torch.inf), dtype)
+        return str(error)
+    return ""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_gen.data.arrays import check_extent, check_finite, shared
+from ppl_gen.data.arrays import check_extent, check_finite, shared, where_missing
 from ppl_gen.data.calls import ByStep, Constant, as_call, by_step
 from ppl_gen.data.rows import Rows
 from ppl_gen.data.sources import collected
@@ -66,6 +66,7 @@ class Dataset:
     read: frozenset[str] = frozenset()  # what the recipe read
     taken: Mapping[str, str] = field(default_factory=dict)  # constants that nobody marked as such, and their types
     data_dim: int = 0  # of the entries as the user holds them: here rows always come first
+    missing: Mapping[str, str] = field(default_factory=dict)  # entries with NaN that nothing may read, what to say if so
 
     def batch(self, index: Tensor | None = None, total: int | None = None, step: int | None = None) -> Batch:
         """The rows of ``index`` (all of them when None) as a call of the model, at a ``step`` of training if given."""
@@ -240,10 +241,12 @@ def as_dataset(
     read: Collection[str] = (),
     data_dim: int = 0,
     like: Dataset | None = None,
+    missing: bool = False,
 ) -> Dataset:
     """Check ``data`` against the signature of ``model`` and wrap it; a recipe has ``read`` entries of these names.
 
-    ``like``: the rows of a fit, whose dtype, device and dimension of rows these rows take.
+    ``like``: the rows of a fit, whose dtype, device and dimension of rows these rows take. ``missing``: NaN is let
+    through, for `missing.refuse_read_nan` to judge.
 
     Raises:
         TypeError: for data that is no tensor, array, mapping, Dataset or DataLoader, or holds no numbers.
@@ -260,8 +263,12 @@ def as_dataset(
     values = {**entries, **call.constants}
     if dtype is None:
         dtype = torch.float64 if any(map(is_double, values.values())) else torch.float32
+    lacking = {}
     for name, value in values.items():
-        check_finite(name, value, dtype)
+        if not missing:
+            check_finite(name, value, dtype)
+        elif said := where_missing(name, value, dtype):
+            lacking[name] = said
     return Dataset(
         entries,
         call.constants,
@@ -276,6 +283,7 @@ def as_dataset(
         frozenset(read),
         call.taken,
         data_dim,
+        lacking,
     )
 
 
@@ -296,8 +304,14 @@ def _elements(value: Any) -> int:
 
 def _equal(one: Any, two: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(two, Tensor):
-        return one is two or (one.shape == two.shape and torch.equal(one, two.to(one)))
+        return one is two or (one.shape == two.shape and _same_numbers(one, two.to(one)))
     return type(one) is type(two) and bool(one == two)
+
+
+def _same_numbers(one: Tensor, two: Tensor) -> bool:
+    """NaN, which stands for what is missing, counts as equal to itself."""
+    same = torch.equal(one, two)
+    return same or (one.is_floating_point() and bool(((one == two) | (one.isnan() & two.isnan())).all()))
 
 
 def _common_rows(entries: Mapping[str, Any]) -> int | None:

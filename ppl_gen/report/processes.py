@@ -226,7 +226,7 @@ def _received(task: Task, line: Line) -> Line:
     if line.fit is None:
         return line
     kept = line.fit.data
-    rows = as_dataset(task.train, line.fit.program.model, like=kept)
+    rows = as_dataset(task.train, line.fit.program.model, like=kept, missing=True)
     whole = replace(line.fit, data=rows)
     whole.computed.update(line.fit.computed)
     return replace(line, fit=whole)

@@ -109,7 +109,7 @@ def inspected(task: Task) -> tuple[ProgramInfo, str]:
         space = Workspace(device=place, dtype=dataset.dtype, training=False, modules=modules_of(built, None))
         with space, allowed():
             info = inspected(built, dataset)
-            held = as_dataset(task.test, built.model, read=dataset.read, data_dim=dataset.data_dim)
+            held = as_dataset(task.test, built.model, read=dataset.read, data_dim=dataset.data_dim, missing=True)
             check_columns("test", held, dataset)
             with torch.no_grad():
                 return info, _mark(built, dataset.head(64))
