@@ -12,7 +12,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.handlers.unobserved import unobserved
 
-__all__ = ["why_not_differentiable"]
+__all__ = ["leaves_below", "why_not_differentiable"]
 
 
 def why_not_differentiable(
@@ -30,7 +30,7 @@ def why_not_differentiable(
     try:
         with torch.enable_grad(), leaves:
             trace, values = carried_values(unobserved(model), batch, observed)
-            reached = _reached(values)
+            reached = leaves_below(values)
             kept = {id(leaf) for leaf in leaves.made}
             params = (node["value"] for node in trace.nodes.values() if node["type"] == "param")
             own = any(value.requires_grad for value in params)
@@ -67,7 +67,7 @@ class _Leaves(Messenger):
             msg["value"] = leaf.clone()  # a program may write into its draws, and torch not into leaves
 
 
-def _reached(values: Iterable[Tensor]) -> list[Tensor]:
+def leaves_below(values: Iterable[Tensor]) -> list[Tensor]:
     """The leaves that need a gradient from any of ``values``, registered with Pyro or not."""
     found, seen = dict[int, Tensor](), set[Any]()
     open_ends: list[Any] = []

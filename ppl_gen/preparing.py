@@ -57,7 +57,10 @@ def built_from(
     rows = as_dataset(data, built.model, dtype=dtype, device=device, read=read, data_dim=built.data_dim, missing=True)
     refuse_unread_masks(rows, rows.left_out, built.name)
     if rows.missing:
-        with isolated(0, dtype=rows.dtype), Workspace(dtype=rows.dtype, device=device, modules=modules_of(built, start)):
+        with (
+            isolated(0, dtype=rows.dtype),
+            Workspace(dtype=rows.dtype, device=device, modules=modules_of(built, start)),
+        ):
             refuse_read_nan(built.model, rows)
     return built, rows
 

@@ -37,7 +37,9 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
     fixed = {name: value for name, value in given.items() if name not in inputs}
     unknown = [name for name in fixed if name not in fit.info.sites]
     if unknown:
-        raise ValueError(f"given: no site or input named {unknown}; sites are {sorted(fit.info.sites)}")
+        whole = [name for name in unknown if name in fit.data.constants]
+        said = f"; {', '.join(whole)} is passed whole with every call, and new rows take it as it is" if whole else ""
+        raise ValueError(f"given: no site or input named {unknown}{said}; sites are {sorted(fit.info.sites)}")
     own = row_latents(fit)  # new rows get new ones
     with fit.bound(seed):
         batch = template(fit, n, inputs)
@@ -47,7 +49,11 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
         for name in set(fit.info.partly_observed) & set(values):  # a value given for a site is that of both its halves
             values |= {f"{name}_observed": values[name], f"{name}_unobserved": values[name]}
         refuse_improper(fit.program.name, {s.name for s in fit.info.select() if s.improper} - set(values))
-        with _Generating(fit, n), RowsOf(fit.info.data_plate, n, "the sample"), _InSupport(fit, set(given)):
+        with (
+            _Generating(fit, n),
+            RowsOf(fit.info.data_plate, n, "the sample", _packed(fit)),
+            _InSupport(fit, set(given)),
+        ):
             _refuse_teacher_forcing(fit, batch, values)
             trace = run(fit, batch, values | {}, replicate=True)
         nodes, halves = trace.nodes.items(), fit.info.halves
@@ -56,6 +62,21 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
             for name, node in nodes
             if (is_sample(node) or is_derived(node)) and not isinstance(node["fn"], Unit) and name not in halves
         }
+
+
+def _packed(fit: Fit) -> str:
+    """What to say of another number of rows where all rows come inside a value that is passed whole, a dict, say."""
+    if fit.data.rows is not None:
+        return ""
+    held = [name for name, value in fit.data.constants.items() if isinstance(value, Mapping | list | tuple | Tensor)]
+    if not held:
+        return ""
+    kinds = ", ".join(f"{name} ({type(fit.data.constants[name]).__name__})" for name in held)
+    return (
+        f"the rows of {fit.program.name!r} come inside {kinds}, passed whole, and cannot be repeated or left out one "
+        "by one. fit.sample makes as many as it was fitted to; for other numbers, let the model name what has rows, "
+        "as in `def model(x, y=None)`, and pass {'x': x, 'y': y} as data"
+    )
 
 
 class _Generating:

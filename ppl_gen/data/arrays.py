@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FILL", "as_array", "check_extent", "check_finite", "shared", "where_missing"]
+__all__ = ["FILL", "as_array", "check_extent", "check_finite", "equal", "shared", "where_missing"]
 
 #: What to do about values that are not finite.
 FILL = (
-    "drop these rows, hide them from a site by `pyro.sample(..., obs=y, obs_mask=mask)`, or pass a finite filler together "
-    "with a mask that the program applies (poutine.mask)"
+    "drop these rows, hide them from a site by `pyro.sample(..., obs=y, obs_mask=mask)`, or pass a finite filler "
+    "together with a mask that the program applies (poutine.mask)"
 )
 
 
@@ -104,3 +105,22 @@ def where_missing(name: str, value: Any, dtype: torch.dtype) -> str:
         check_finite(name, tensor.nan_to_num(0.0, torch.inf, -torch.inf), dtype)
         return str(error)
     return ""
+
+
+def equal(one: Any, two: Any) -> bool:
+    """Whether two entries or constants hold the same, number for number, however deep they stand in lists and dicts."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one is two or (one.shape == two.shape and _same_numbers(one, two.to(one)))
+    if type(one) is not type(two):
+        return False
+    if isinstance(one, Mapping):
+        return one.keys() == two.keys() and all(equal(value, two[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(equal, one, two))
+    return np.array_equal(one, two) if isinstance(one, np.ndarray) else bool(one == two)
+
+
+def _same_numbers(one: Tensor, two: Tensor) -> bool:
+    """NaN, which stands for what is missing, counts as equal to itself."""
+    same = torch.equal(one, two)
+    return same or (one.is_floating_point() and bool(((one == two) | (one.isnan() & two.isnan())).all()))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_gen.data.arrays import check_extent, check_finite, shared, where_missing
+from ppl_gen.data.arrays import check_extent, check_finite, equal, shared, where_missing
 from ppl_gen.data.calls import ByStep, Constant, as_call, by_step
 from ppl_gen.data.rows import Rows
 from ppl_gen.data.sources import collected
@@ -66,7 +66,9 @@ class Dataset:
     read: frozenset[str] = frozenset()  # what the recipe read
     taken: Mapping[str, str] = field(default_factory=dict)  # constants that nobody marked as such, and their types
     data_dim: int = 0  # of the entries as the user holds them: here rows always come first
-    missing: Mapping[str, str] = field(default_factory=dict)  # entries with NaN that nothing may read, what to say if so
+    missing: Mapping[str, str] = field(
+        default_factory=dict
+    )  # entries with NaN that nothing may read, what to say if so
 
     def batch(self, index: Tensor | None = None, total: int | None = None, step: int | None = None) -> Batch:
         """The rows of ``index`` (all of them when None) as a call of the model, at a ``step`` of training if given."""
@@ -134,7 +136,7 @@ class Dataset:
         mine, theirs = ({**data.entries, **data.constants} for data in (self, other))
         if self.rows != other.rows or mine.keys() != theirs.keys() or self.on_batch is not other.on_batch:
             return False
-        return all(_equal(self._placed(value), other._placed(theirs[name])) for name, value in mine.items())
+        return all(equal(self._placed(value), other._placed(theirs[name])) for name, value in mine.items())
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """All rows in order, at most ``size`` at a time; each chunk counts as the whole (no rescaling)."""
@@ -300,18 +302,6 @@ def _elements(value: Any) -> int:
     if isinstance(value, Mapping):
         return sum(map(_elements, value.values()))
     return sum(map(_elements, value)) if isinstance(value, list | tuple) else 0
-
-
-def _equal(one: Any, two: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(two, Tensor):
-        return one is two or (one.shape == two.shape and _same_numbers(one, two.to(one)))
-    return type(one) is type(two) and bool(one == two)
-
-
-def _same_numbers(one: Tensor, two: Tensor) -> bool:
-    """NaN, which stands for what is missing, counts as equal to itself."""
-    same = torch.equal(one, two)
-    return same or (one.is_floating_point() and bool(((one == two) | (one.isnan() & two.isnan())).all()))
 
 
 def _common_rows(entries: Mapping[str, Any]) -> int | None:

@@ -3,7 +3,8 @@
 A plate without a size, ``pyro.plate("data")``, takes that of the rows it is given; so does one that is written for
 minibatches, ``pyro.plate("data", 60000, len(x))``, where the loop hands out the rows. A latent vector outside of every
 plate, ``pyro.sample("eta", Normal(zeros(8), 1))``, is one draw of eight numbers, as ``.to_event(1)`` says. A site that
-observes its own value, computed anew, ``pyro.sample("twice", Delta(2 * z), obs=2 * z)``, is deterministic.
+observes its own value, computed anew, ``pyro.sample("twice", Delta(2 * z), obs=2 * z)``, is deterministic, whether that
+moves with draws or with parameters.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import nn
 
 from ppl_gen.data.batching import Batch, Dataset
+from ppl_gen.differentiable import leaves_below
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.handlers.opened import within
 from ppl_gen.handlers.read_sites import innermost
@@ -142,11 +144,41 @@ def _restated(model: Callable[..., Any], batch: Batch, trace: poutine.Trace) -> 
     found = [name for name, node in trace.nodes.items() if node["type"] == "sample" and _at_its_value(node)]
     if not found:
         return []
+    learned = set(_learned(model, batch, found))
     first, second = (_trace(model, batch, run) for run in (1, 2))
     if first is None or second is None:
-        return []
+        return sorted(learned)
     nodes = [(name, first.nodes.get(name), second.nodes.get(name)) for name in found]
-    return [n for n, a, b in nodes if a and b and _at_its_value(a) and _at_its_value(b) and _differ(a, b)]
+    both = [(name, a, b) for name, a, b in nodes if a and b and _at_its_value(a) and _at_its_value(b)]
+    return [name for name, a, b in both if name in learned or _differ(a, b)]
+
+
+def _learned(model: Callable[..., Any], batch: Batch, names: Sequence[str]) -> list[str]:
+    """Those of the Deltas whose place and value follow the parameters, and in the same way: of two parameters that
+    begin at one number, each moves by itself.
+    """
+    found = []
+    with contextlib.suppress(*_FAILED), looking(), pyro.validation_enabled(False), torch.enable_grad():
+        trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
+        for name in names:
+            value = trace.nodes[name]["value"]
+            place = innermost(trace.nodes[name]["fn"]).v.expand(value.shape)
+            if not (place.requires_grad and value.requires_grad):
+                continue
+            weights, leaves = torch.rand_like(value), leaves_below([place, value])
+            slopes = [
+                torch.autograd.grad((x * weights).sum(), leaves, allow_unused=True, retain_graph=True)
+                for x in (place, value)
+            ]
+            if all(_same_slope(a, b) for a, b in zip(*slopes, strict=True)):
+                found.append(name)
+    return found
+
+
+def _same_slope(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-8)
 
 
 def _differ(one: Any, other: Any) -> bool:

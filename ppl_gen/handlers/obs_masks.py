@@ -62,11 +62,18 @@ def _inside(fn: Any) -> Tensor:
             least = getattr(getattr(support, "base_constraint", support), "lower_bound", 0)
             value = torch.zeros(fn.event_shape) + least
         else:
-            transform = biject_to(support)
+            transform = _onto(support)
             value = transform(torch.zeros(transform.inverse_shape(fn.shape())))
     except (AttributeError, NotImplementedError):  # a distribution of the user's own
         return torch.zeros(fn.event_shape)
     return value if _varies(support) else value.reshape(-1, *fn.event_shape)[0]
+
+
+def _onto(support: Any) -> Any:
+    try:
+        return biject_to(support)
+    except NotImplementedError:  # of a mixture, whose components have one
+        return biject_to(support.base_constraint)
 
 
 def _varies(support: Any) -> bool:

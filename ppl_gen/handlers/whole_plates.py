@@ -55,12 +55,12 @@ class RowsOf(Messenger):
     """Raises ValueError on leaving unless the plate has as many rows as the data that the program was run on.
 
     A plate of another size, written out or taken from a closure, broadcasts what does not depend on the data and
-    trips over what does: its size is looked at as it is opened, and named in either case.
+    trips over what does: its size is looked at as it is opened, and named in either case. ``advice``: why so.
     """
 
-    def __init__(self, plate: str | None, rows: int | None, what: str = "the data") -> None:
+    def __init__(self, plate: str | None, rows: int | None, what: str = "the data", advice: str = "") -> None:
         super().__init__()
-        self.plate, self.rows, self.what = plate, rows, what
+        self.plate, self.rows, self.what, self.advice = plate, rows, what, advice
         self.size: int | None = None
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -71,11 +71,15 @@ class RowsOf(Messenger):
         super().__exit__(kind, error, traceback)
         if self.fits or not (error is None or isinstance(error, Exception)):
             return
-        raise ValueError(
-            f"pyro.plate({self.plate!r}) has {self.size} rows, written out in the program or taken from the rows it "
-            f"was fitted to, and {self.what} has {self.rows}; write pyro.plate({self.plate!r}, len(x)), so that other "
-            "numbers of rows fit too"
-        ) from error
+        if self.advice:
+            said = f" and {self.what} has {self.rows}: {self.advice}"
+        else:
+            said = (
+                ", written out in the program or taken from the rows it was fitted to, and "
+                f"{self.what} has {self.rows}; write pyro.plate({self.plate!r}, len(x)), so that other numbers of "
+                "rows fit too"
+            )
+        raise ValueError(f"pyro.plate({self.plate!r}) has {self.size} rows{said}") from error
 
     @property
     def fits(self) -> bool:

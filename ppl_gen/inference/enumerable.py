@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
+from ppl_gen.handlers.last_site import LastSite
 from ppl_gen.handlers.whole_plates import RowsOf, whole_plates
 from ppl_gen.inference.contraction import dims_of
 from ppl_gen.inference.enumerated import batch_shape, enumerated_trace, is_discrete, outer_plates, packed_sites, support
@@ -69,12 +70,14 @@ def _problem(
 ) -> str:
     values = _latents(drawn)
     rest = {name: value for name, value in values.items() if name not in finite}
+    last = LastSite()
     try:
-        enumerated = enumerated_trace(
-            model, batch.args, batch.kwargs, discrete=finite, values=rest, plate_nesting=info.plate_nesting
-        )
+        with last:
+            enumerated = enumerated_trace(
+                model, batch.args, batch.kwargs, discrete=finite, values=rest, plate_nesting=info.plate_nesting
+            )
     except Exception as error:
-        return _fails(_culprit(model, batch, info, finite, values), error)
+        return _fails(_culprit(model, batch, info, finite, values), error, last.where)
     for chosen in _assignments(enumerated, drawn):
         try:
             alone, again = (_at_values(model, batch, {**rest, **chosen}) for _ in range(2))
@@ -136,10 +139,14 @@ def _culprit(
     return found or list(finite)
 
 
-def _fails(names: Collection[str], error: Exception) -> str:
+def _fails(names: Collection[str], error: Exception, reached: str) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     line = _line_of_user(error)
     where = f" in `{line}`" if line else ""
+    if any(words in text for words in ("size of tensor", "Shape mismatch", "shape mismatch", "broadcast")):
+        where = f"{where} ({reached})" if "site '" not in text else where
+        text = f"shapes do not fit, {text}; an index of its own, as m.unsqueeze(-1), moves the enumerated dimension"
+    text = text.rstrip(".")
     return f"the program does not run with {', '.join(map(repr, names))} enumerated{where}: {text}. {_EDIT}"
 
 

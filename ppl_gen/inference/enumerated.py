@@ -174,6 +174,7 @@ def _pack(trace: Trace) -> None:
         if site["type"] != "sample" or site["infer"].get("_deterministic"):
             continue
         symbols = site["infer"]["_dim_to_symbol"]
+        log_prob = None
         try:
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
             scale = site["scale"]
@@ -183,7 +184,29 @@ def _pack(trace: Trace) -> None:
                 "scale": packed.pack(scale, symbols) if isinstance(scale, Tensor) else scale,
             }
         except ValueError as error:
-            raise ValueError(f"the log-prob of site '{name}' cannot be evaluated: {error}") from error
+            said = str(error)
+            if isinstance(log_prob, Tensor) and said.startswith("Invalid tensor shape"):
+                said = _misplaced(trace, site, log_prob)
+            raise ValueError(f"the log-prob of site '{name}' cannot be evaluated: {said}") from error
+
+
+def _misplaced(trace: Trace, site: Any, log_prob: Tensor) -> str:
+    """Which dims of a log-prob hold more than one number, and which of them stand for something."""
+    symbols = site["infer"]["_dim_to_symbol"]
+    names = {symbol: f"plate '{plate}'" for plate, symbol in trace.plate_to_symbol.items()}
+    for name, other in trace.nodes.items():
+        if other["type"] == "sample" and "_enumerate_symbol" in other["infer"]:
+            names[other["infer"]["_enumerate_symbol"]] = f"'{name}' enumerated"
+    shape = tuple(log_prob.shape)
+    wide = [dim for dim in range(-len(shape), 0) if shape[dim] > 1]
+    extra = [dim for dim in wide if dim not in symbols]
+    known = ", ".join(f"{dim} ({names.get(s, 'of another site')})" for dim, s in sorted(symbols.items(), reverse=True))
+    return (
+        f"it has shape {shape}, where dim {', '.join(map(str, extra))} belongs to no plate and no enumerated site; "
+        f"those are on dim {known or 'none'}. A value that was indexed or reshaped with a dim of its own, as by "
+        "m.unsqueeze(-1) or m[:, None], has moved the enumerated one to the left: index by m itself, as in "
+        "Vindex(p)[m, :]"
+    )
 
 
 def _check_plates(trace: Trace) -> None:

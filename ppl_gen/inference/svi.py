@@ -172,6 +172,12 @@ class SVI(Iterative):
 
     def outcome(self, state: State, run: Run) -> Outcome:
         run.notes.update(state.game.notes)
+        if unmoved := state.unmoved():
+            more = f" and {len(unmoved) - 5} more" if len(unmoved) > 5 else ""
+            run.notes["not moved"] = (
+                f"{', '.join(unmoved[:5])}{more}: no gradient of the loss reaches them, as behind .detach(), .item() "
+                "or a comparison"
+            )
         if ("density",) not in self.objective.needs:
             run.notes["game"] = f"{self.objective.label} does not use the density: look at samples, not at the loss"
         state.check_finite()

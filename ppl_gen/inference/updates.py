@@ -54,6 +54,7 @@ class State:
     def __init__(self, svi: SVI, run: Run, game: Game, guide: Callable[..., Any] | None, probe: Batch) -> None:
         self.svi, self.run, self.game, self.guide = svi, run, game, guide
         self.count, self.bad, self.first = 0, False, True
+        self.unreached: dict[str, dict[str, Tensor]] = {}  # by player, what had no gradient at first, as it was then
         runs = [partial(run.program.model, *probe.args, **probe.kwargs)]
         if guide is not None:
             runs.append(partial(guide, *probe.args, **probe.kwargs))
@@ -130,6 +131,9 @@ class State:
         else:
             with quiet():
                 value, parts, grads = gradients(self.game, player.name, leaves, batch)
+        if player.name not in self.unreached:
+            named = zip(self.leaves[player.name].items(), grads, strict=True)
+            self.unreached[player.name] = {n: p.detach().clone() for (n, p), grad in named if not bool(grad.any())}
         norm = torch.nn.utils.get_total_norm(grads)
         if not bool(torch.isfinite(value + norm)):
             self.bad = True
@@ -174,6 +178,14 @@ class State:
             f"the {what} of player {player.name!r} is not finite at step {self.count} (loss {float(value):g}, gradient "
             f"norm {float(norm):g}){where}. Try a smaller lr, clip_norm=, or a prior that keeps scales off zero"
         )
+
+    def unmoved(self) -> list[str]:
+        """Parameters that no gradient reached at the first step, and that stand where they began."""
+        began = (
+            (self.leaves[player][n], value) for player, kept in self.unreached.items() for n, value in kept.items()
+        )
+        names = [n for kept in self.unreached.values() for n in kept]
+        return [n for n, (leaf, value) in zip(names, began, strict=True) if torch.equal(leaf.detach(), value)]
 
     def check_finite(self) -> None:
         """What the last update did has no loss of its own yet that would show an overflow."""

@@ -41,7 +41,9 @@ def split_rows(data: Any, share: float, program: Any = None) -> tuple[Any, Any]:
     model = program.model if isinstance(program, Program) else program
     if model is not None and not isinstance(model, Recipe):
         dim = program.data_dim if isinstance(program, Program) else 0
-        checked = as_dataset(data, model, data_dim=dim, missing=True)  # what is wrong with the data is said as a fit says it
+        checked = as_dataset(
+            data, model, data_dim=dim, missing=True
+        )  # what is wrong with the data is said as a fit says it
         if isinstance(data, Mapping) and not isinstance(data, Rows):
             data = _named(data, model)
         if dim or not isinstance(data, Mapping | Tensor | np.ndarray):
