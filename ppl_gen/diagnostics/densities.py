@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.diagnostics.sizes import Largest
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.inference.enumeration import enumerated_trace, log_joint, log_prior, row_log_density
 from ppl_gen.inference.objectives.particles import Substitute
+from ppl_gen.isolation import looking
 from ppl_gen.sitechecks import require_enumerable
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["densities", "derived", "joint_densities", "of_each"]
 
 CELLS = 2_000_000  # draws x rows held at once
+HELD = 1_000_000
 
 
 def densities(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -78,7 +81,7 @@ def of_each(
     if len(draws) == 1 or not draws[0]:
         return tuple(value.expand(len(draws), *value.shape) for value in one(dict(draws[0])))
     stacked = {name: torch.stack([torch.as_tensor(draw[name]) for draw in draws]) for name in draws[0]}
-    checked: tuple[Tensor, ...] | None = _vectorised(one, stacked, len(draws), rows)
+    checked: tuple[Tensor, ...] | None = _vectorised(one, stacked, rows)
     if checked is not None:
         return checked
     return tuple(torch.stack(column) for column in zip(*(one(dict(draw)) for draw in draws[:alone]), strict=True))
@@ -101,25 +104,27 @@ def derived(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> li
 
     if len(draws) > 1:
         stacked = {name: torch.stack([torch.as_tensor(draw[name]) for draw in draws]) for name in draws[0]}
-        together = _vectorised(one, stacked, len(draws), batch.rows or 1)
+        together = _vectorised(one, stacked, batch.rows or 1)
         if together is not None:
             return [{name: value[i] for name, value in together.items()} for i in range(len(draws))]
     return [one(dict(draw)) for draw in draws]
 
 
-def _vectorised(
-    one: Callable[[dict[str, Tensor]], Any], stacked: dict[str, Tensor], count: int, rows: int
-) -> Any | None:
+def _vectorised(one: Callable[[dict[str, Tensor]], Any], stacked: dict[str, Tensor], rows: int) -> Any | None:
     """All draws at once, or None where the program does not allow it (or gives something else then)."""
+    firsts = {name: value[0] for name, value in stacked.items()}
     try:
+        with looking(), Largest() as largest:
+            alone = tree_leaves(one(firsts))
+        most = max(1, min(CELLS // rows, HELD // largest.numbers))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that an operation has no batching rule costs time, no more
-            result = torch.vmap(one, chunk_size=max(1, CELLS // rows))(stacked)
+            result = torch.vmap(one, chunk_size=most)(stacked)
     except PROGRAM_ERRORS:
         return None  # indexing by a drawn value, data-dependent Python: one draw at a time then
-    for index in (0, count - 1):
-        alone = tree_leaves(one({name: value[index] for name, value in stacked.items()}))
-        for together, single in zip(tree_leaves(result), alone, strict=True):
-            if not torch.allclose(together[index], single, rtol=1e-4, atol=1e-4, equal_nan=True):
+    last = tree_leaves(one({name: value[-1] for name, value in stacked.items()}))
+    for together, first, single in zip(tree_leaves(result), alone, last, strict=True):
+        for found, expected in ((together[0], first), (together[-1], single)):
+            if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True):
                 return None
     return result

@@ -11,6 +11,8 @@ from pyro.ops import packed
 from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
+from torch.distributions import Categorical
+from torch.distributions.utils import probs_to_logits
 
 __all__ = [
     "batch_shape",
@@ -176,6 +178,7 @@ def _pack(trace: Trace) -> None:
         symbols = site["infer"]["_dim_to_symbol"]
         log_prob = None
         try:
+            _share_logits(site["fn"])
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
             scale = site["scale"]
             site["packed"] = {
@@ -207,6 +210,22 @@ def _misplaced(trace: Trace, site: Any, log_prob: Tensor) -> str:
         "m.unsqueeze(-1) or m[:, None], has moved the enumerated one to the left: index by m itself, as in "
         "Vindex(p)[m, :]"
     )
+
+
+def _share_logits(fn: Any) -> None:
+    """A table of probabilities that a plate repeats for each of its members gets its logarithms once, not for each."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    held = vars(fn)
+    if not isinstance(fn, Categorical) or "logits" in held:
+        return
+    probs = fn.probs
+    single = probs
+    for dim, stride in enumerate(probs.stride()):
+        if stride == 0:
+            single = single.narrow(dim, 0, 1)
+    if single.numel() < probs.numel():
+        fn.logits = probs_to_logits(single).expand(probs.shape)
 
 
 def _check_plates(trace: Trace) -> None:
