@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.densities import joint_densities
+from ppl_gen.diagnostics.sizes import is_view
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.isolation import looking
 
@@ -55,8 +56,16 @@ def density_work(fit: Fit) -> Work:
 
 def _counted(fit: Fit) -> Work:
     rows = fit.data.rows
-    separable = fit.info.data_plate is not None and rows is not None and rows > ROWS
-    batch = fit.data.head(ROWS) if separable else fit.data.batch()
+    if fit.info.data_plate is not None and rows is not None and rows > ROWS:
+        few = _once(fit, fit.data.head(ROWS))
+        if few is not None:
+            return Work(few.numbers * rows // ROWS, few.operations)
+    # A guide that holds parameters of every row is asked for all of them: once, as each judged draw does.
+    return _once(fit, fit.data.batch()) or Work(0, 0)  # who asks for the density itself hears why it has none
+
+
+def _once(fit: Fit, batch: Batch) -> Work | None:
+    """Of these rows; None where they have no density, or cannot be taken out of all rows."""
     counted = _Counted()
     names = {site.name for site in fit.info.select()}
     try:
@@ -64,9 +73,8 @@ def _counted(fit: Fit) -> Work:
             draw = {n: torch.as_tensor(v) for n, v in fit.learned.draw(1, batch)[0].items() if n in names}
             joint_densities(fit, batch, [draw])
     except PROGRAM_ERRORS:
-        return Work(0, 0)  # who asks for the density itself hears why it has none
-    work = counted.numbers // OPERATIONS + counted.flops // FLOPS
-    return Work(work * rows // ROWS if separable and rows is not None else work, counted.operations)
+        return None
+    return Work(counted.numbers // OPERATIONS + counted.flops // FLOPS, counted.operations)
 
 
 class _Counted(TorchDispatchMode):
@@ -74,15 +82,17 @@ class _Counted(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        from torch.utils.flop_counter import flop_registry  # loads Triton where it is installed
+
         self.numbers = self.flops = self.operations = 0
+        self._arithmetic = flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.operations += 1
-        views = (r.alias_info for r in func._schema.returns)
-        if not any(alias is not None and not alias.is_write for alias in views):
+        if not is_view(func):
             self.numbers += sum(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
-        if func.overloadpacket in flop_registry:
-            self.flops += int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=result))
+        if func.overloadpacket in self._arithmetic:
+            self.flops += int(self._arithmetic[func.overloadpacket](*args, **kwargs, out_val=result))
         return result
