@@ -19,6 +19,7 @@ from ppl_gen.diagnostics.densities import densities, derived, joint_densities
 from ppl_gen.diagnostics.guide_weights import k_hats
 from ppl_gen.diagnostics.labels import labels_of, variable_shapes
 from ppl_gen.diagnostics.psis import MIN_DRAWS
+from ppl_gen.diagnostics.replicates import prior_together, replicated
 from ppl_gen.diagnostics.weighed import joint_draws
 from ppl_gen.diagnostics.wishes import checked_coords, checked_dims, checked_lengths
 from ppl_gen.errors import require_whole
@@ -28,7 +29,7 @@ from ppl_gen.inference.objectives.tracing import is_sample, log_density, scaled
 from ppl_gen.isolation import isolated
 from ppl_gen.observations import observed_rows, rows_observed
 from ppl_gen.posterior import ChainPosterior
-from ppl_gen.predictive import amortised, prior_rows, run
+from ppl_gen.predictive import amortised, prior_rows
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -99,7 +100,7 @@ def _add_prior(fit: Fit, batch: Batch, groups: Groups, draws: int) -> None:
     if any(site.improper for site in info.select()) or all(site.kind == "observed" for site in info.sites.values()):
         return
     count = min(draws, 500, _affordable(prior_rows(fit.program.model, batch, 1)))
-    drawn = prior_rows(fit.program.model, batch, count)
+    drawn = prior_together(fit.program.model, batch, count)
     shown = [info.shown(site.name) for site in info.select(kind="observed")]
     latent = [s.name for s in info.sites.values() if s.kind in ("latent", "deterministic") and s.name not in shown]
     groups["prior"] = {name: _array(drawn[name])[None] for name in latent if name in drawn}
@@ -207,22 +208,14 @@ def _values(fit: Fit, groups: Groups, place: tuple[int, int]) -> dict[str, Tenso
 
 
 def _add_predictive(fit: Fit, batch: Batch, groups: Groups, kept: list[tuple[int, int]]) -> None:
-    observed = [site.name for site in fit.info.select(kind="observed")]
     if fit.program.energy is not None:
         return  # a replicate is a Markov chain of its own: fit.sample runs it when it is wanted
-
-    def replicates(place: tuple[int, int] | None) -> dict[str, Tensor]:
-        values = _values(fit, groups, place) if place is not None else {}
-        trace = run(fit, batch, values, replicate=True)
-        return {fit.info.shown(n): trace.nodes[fit.info.shown(n)]["value"] for n in observed if n in trace.nodes}
-
-    limit = _affordable(replicates(kept[0] if kept else None))
+    limit = _affordable(replicated(fit, batch, [_values(fit, groups, kept[0]) if kept else {}]))
     kept = _thinned(kept, limit)
-    places: list[tuple[int, int] | None] = [*kept] or [None] * min(100, limit)
-    rows = [replicates(place) for place in places]
+    values = [_values(fit, groups, place) for place in kept] or [{}] * min(100, limit)
     groups["posterior_predictive"] = {
-        name: _array(torch.stack([row[name] for row in rows])).reshape(_chains(kept), -1, *rows[0][name].shape)
-        for name in rows[0]
+        name: _array(value).reshape(_chains(kept), -1, *value.shape[1:])
+        for name, value in replicated(fit, batch, values).items()
     }
 
 

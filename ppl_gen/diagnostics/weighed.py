@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.diagnostics.densities import joint_densities
+from ppl_gen.diagnostics.sizes import Largest
 from ppl_gen.diagnostics.work import alone, density_work
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.finite_globals import combinations, summed_globals
@@ -28,6 +29,7 @@ __all__ = ["WeighedDraws", "affordable", "joint_draws", "many", "weighed_draws"]
 
 ALONE = 1000  # draws of a program that takes one at a time only
 CELLS = 2_000_000  # numbers of data, times particles, times draws held at once
+HELD = 20_000_000  # numbers of one tensor: a table of words by topics is much larger than the data
 COST = 200_000_000  # numbers of data, times particles, times draws that a judgement may cost
 FREE = 10_000_000  # of these however short the fit; beyond, no more than half of what its steps have seen
 
@@ -179,11 +181,13 @@ def many(one: Callable[[Any], Any], inputs: Any, batch: Batch, particles: int = 
             warnings.simplefilter("ignore", UserWarning)  # that an operation has no batching rule costs time, no more
             trial = torch.vmap(one, randomness="different")(first)
             torch.set_rng_state(state)
-            alone = one(tree_map(lambda value: value[0], first))
+            with Largest() as largest:
+                alone = one(tree_map(lambda value: value[0], first))
             if not all(_near(a[0], b) for a, b in zip(tree_leaves(trial), tree_leaves(alone), strict=True)):
                 torch.set_rng_state(state)
                 return None
-            return torch.vmap(one, randomness="different", chunk_size=max(1, CELLS // max(1, cells)))(inputs)
+            most = max(1, min(CELLS // max(1, cells), HELD // largest.numbers))
+            return torch.vmap(one, randomness="different", chunk_size=most)(inputs)
     except PROGRAM_ERRORS:
         torch.set_rng_state(state)
         return None  # indexing by a drawn value, data-dependent Python: one draw at a time then
