@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from torch.distributions import biject_to
 from ppl_gen.data.batching import LARGE, Batch
 from ppl_gen.diagnostics.moments import Moments, compared, varying
 from ppl_gen.diagnostics.psis import row_subset, smoothed_with_k
-from ppl_gen.diagnostics.weighed import affordable
+from ppl_gen.diagnostics.weighed import COST, affordable
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.inference.guide_list import holds_rows
@@ -57,8 +58,7 @@ def weigh_rows(fit: Fit, draws: int) -> RowWeights:
     # An autoguide's rows cannot be taken apart: weigh all of them, keep some.
     whole = holds_rows(fit.guide) or not follows_rows(fit, some.batch())
     batch = fit.data.batch() if whole else some.batch()
-    if whole:
-        draws = affordable(fit, draws)
+    draws = affordable(fit, draws) if whole else affordable(fit, draws, rows=some, free=COST, most=sys.maxsize)
     seen = _Seen(fit, chosen if whole else None)
     blocks = GLOBALS if info.select(local=False) and draws >= 2 * GLOBALS else 1
     known = [_globals(fit) for _ in range(blocks)]

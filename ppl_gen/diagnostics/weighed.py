@@ -79,14 +79,17 @@ def numbers(fit: Fit, data: Dataset, table: int = 1) -> int:
     return max(1, data.elements * table, int(observed * share) * table, int(density_work(fit).numbers * share))
 
 
-def affordable(fit: Fit, wanted: int, particles: int = 1) -> int:
-    """How many draws can be weighed on all data for less than the fit has cost: ``wanted``, and 100 of them at least.
+def affordable(
+    fit: Fit, wanted: int, particles: int = 1, *, rows: Dataset | None = None, free: int = FREE, most: int = COST
+) -> int:
+    """How many draws can be weighed for less than the fit has cost: ``wanted``, and 100 of them at least.
 
-    A density costs less than half of a step on the same rows, which has a gradient too.
+    Weighed on all data, or on some ``rows``. A density costs less than half of a step on the same rows, which has a
+    gradient too. Numbers up to ``free`` may be read however short the fit, and never more than ``most``.
     """
-    cells = numbers(fit, fit.data) * particles
+    cells = numbers(fit, rows or fit.data) * particles
     seen = int(fit.cost.get("steps", 0)) * (numbers(fit, fit.data) // 2)
-    return max(min(wanted, max(FREE, min(COST, seen)) // cells), min(wanted, 100))
+    return max(min(wanted, max(free, min(most, seen)) // cells), min(wanted, 100))
 
 
 def joint_draws(fit: Fit, count: int, batch: Batch) -> list[dict[str, Tensor]]:
