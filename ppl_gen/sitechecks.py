@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import broadcast_shape
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.data.calls import may_be_data
@@ -67,8 +68,8 @@ def _check_log_prob_shape(node: dict[str, Any]) -> None:
     expected = [sizes.get(-k, 1) for k in range(max((-d for d in sizes), default=0), 0, -1)]
     weights = [w.shape for w in (node["mask"], node["scale"]) if isinstance(w, torch.Tensor)]
     try:
-        actual = list(torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim], *weights))
-    except RuntimeError as error:
+        actual = list(broadcast_shape(fn.batch_shape, value.shape[: value.dim() - fn.event_dim], *weights))
+    except ValueError as error:
         raise ValueError(
             f"at site {node['name']!r}: shape mismatch: the value has shape {tuple(value.shape)}, but the distribution "
             f"has batch shape {tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}"
