@@ -26,6 +26,7 @@ from ppl_gen.program import Program, filtered
 from ppl_gen.sitechecks import (
     check_plate,
     check_reparameterised,
+    check_sizes,
     data_plate,
     explained,
     sample_nodes,
@@ -220,6 +221,7 @@ def dry_run(
     frame = frames.get(plate)
     nesting = max((-f.dim for f in frames.values()), default=0)
     check_plate(batch, sites, frame, few)
+    check_sizes(batch, trace)
     check_reparameterised(sites)
     guide_sites = None
     if guide is None:

@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.distributions.util import broadcast_shape
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.data.calls import may_be_data
+from ppl_gen.data.calls import is_number, may_be_data
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.last_site import LastSite
 from ppl_gen.handlers.read_sites import innermost
@@ -29,6 +29,7 @@ __all__ = [
     "check_observed",
     "check_plate",
     "check_reparameterised",
+    "check_sizes",
     "data_plate",
     "explained",
     "require_enumerable",
@@ -78,6 +79,7 @@ def _check_log_prob_shape(node: dict[str, Any]) -> None:
     while len(actual) > len(expected) and actual[0] == 1:
         actual = actual[1:]
     padded = [1] * (len(expected) - len(actual)) + actual
+    expected = [a if e == -1 else e for a, e in zip(padded, expected, strict=False)]  # a plate without a size
     if any(a not in (1, e) for a, e in zip(padded, expected, strict=False)) or len(actual) > len(expected):
         raise ValueError(
             f"at site {node['name']!r}: invalid log_prob shape: expected {expected} (its plates), actual {actual}; "
@@ -156,6 +158,11 @@ class explained:
             return
         text, where = str(error), self.last.said(error)
         head = f"the {self.what} of {self.program.name!r} failed on a dry run{where and f' ({where})'}: "
+        if len(self.batch.args) == 1 and not self.batch.kwargs and is_number(self.batch.args[0]):
+            raise ValueError(
+                f"data {''.join(self.batch.order)!r}: expected rows along the first dimension, got a single number; "
+                f"with it as a constant, {head}{text}"
+            ) from error
         if isinstance(error, AssertionError):
             claim = text.partition("\n")[0] or extract_tb(error.__traceback__)[-1].line
             raise ValueError(f"{head}its own assertion does not hold: {claim}") from error
@@ -311,6 +318,24 @@ def check_plate(batch: Batch, sites: dict[str, Site], frame: Any, fewer: Fewer) 
             f"run over its rows: on a minibatch their likelihood would not be rescaled. Move the statement into "
             f"`with pyro.plate({frame.name!r}, len(x)):`, or rename the plate if it does not run over the rows."
         )
+
+
+def check_sizes(batch: Batch, trace: poutine.Trace) -> None:
+    """Raise ValueError where there are rows, and they may be those of a plate that does not say how many it holds."""
+    for name, frame in vectorised(trace).items() if batch.rows is not None else ():
+        inside = [n for _, n in sample_nodes(trace) if frame.size == -1 and frame in n["cond_indep_stack"]]
+        batches = [torch.broadcast_shapes(_batch(n), n["fn"].batch_shape) for n in inside]
+        held = [shape[frame.dim] for shape in batches if len(shape) >= -frame.dim]
+        if any(size > 1 for size in held):
+            raise ValueError(
+                f"pyro.plate({name!r}) has no size and holds {max(held)}: say pyro.plate({name!r}, n), or, where these "
+                f"are the rows of the data, pg.Program(model, data_plate={name!r})"
+            )
+
+
+def _batch(node: dict[str, Any]) -> torch.Size:
+    shape: torch.Size = node["value"].shape
+    return shape[: len(shape) - node["fn"].event_dim]
 
 
 def _over_rows(site: Site, rows: int | None, fewer: Fewer) -> bool:

@@ -260,6 +260,8 @@ def as_dataset(
         return replace(data, dtype=dtype or data.dtype, device=device or data.device)
     original, data = data, collected(data)
     call = as_call(data, model, read)
+    for name in call.taken.keys() & (set() if like is None else like.entries.keys()):
+        check_extent(name, torch.empty((), device="meta"))  # rows before, and now a single number
     entries = {name: _rows_first(value, data_dim) for name, value in call.entries.items()}
     rows = _common_rows(entries)
     values = {**entries, **call.constants}

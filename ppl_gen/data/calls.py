@@ -18,7 +18,7 @@ from ppl_gen.data.arrays import as_array
 from ppl_gen.data.names import refuse_misspelt
 from ppl_gen.data.sources import Columns
 
-__all__ = ["ByStep", "Call", "Constant", "as_call", "by_step", "is_whole", "may_be_data"]
+__all__ = ["ByStep", "Call", "Constant", "as_call", "by_step", "is_number", "is_whole", "may_be_data"]
 
 
 @dataclass(frozen=True)
@@ -137,16 +137,32 @@ def as_call(data: Any, model: Callable[..., Any], read: Collection[str] = ()) ->
         call = _by_name(data, signature, names, read, open_kind in kinds)
     else:
         name = names[0] if names else "data"
-        settings = isinstance(data, argparse.Namespace | types.SimpleNamespace)
-        call = (
-            Call({}, {name: data}, (name,), (name,))
-            if settings
-            else Call({name: as_array(data, name)}, {}, (name,), (name,))
-        )
+        call = _alone(name, data)
     there = [*call.entries, *call.constants]
     empty = there and not call.entries and all(value is None for value in call.constants.values())
     _require_arguments(signature, set() if empty else set(there), [*there, *call.left_out])
     return call
+
+
+def _alone(name: str, data: Any) -> Call:
+    if isinstance(data, argparse.Namespace | types.SimpleNamespace):
+        return Call({}, {name: data}, (name,), (name,))
+    if is_number(data):
+        value = as_array(data, name) if isinstance(data, Tensor | np.ndarray) else data
+        value = value.item() if isinstance(value, np.generic) else value  # distributions take Python's numbers
+        return Call({}, {name: value}, (name,), (name,), taken={name: type(data).__name__})
+    return Call({name: as_array(data, name)}, {}, (name,), (name,))
+
+
+def is_number(value: Any) -> bool:
+    """A single number or truth value, of Python, numpy or torch: it has no rows.
+
+    >>> is_number(8.5), is_number(torch.tensor(True)), is_number([8.5]), is_number("8.5")
+    (True, True, False, False)
+    """
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim == 0 and not isinstance(value, np.ma.MaskedArray)
+    return isinstance(value, bool | int | float | np.number | np.bool_)
 
 
 def _has_columns(data: Any, parameters: Sequence[inspect.Parameter]) -> bool:
