@@ -218,7 +218,8 @@ def _of_vectors(built: Program, dataset: Dataset) -> ProgramInfo | None:
     if "vectors" not in notes:
         return None
     try:
-        return replace(inspected(read, dataset, None), vectors=notes["vectors"].split(":")[0])
+        found = inspected(read, dataset, None)
+        return None if found.coupled else replace(found, vectors=notes["vectors"].split(":")[0])
     except ValueError:
         return None
 

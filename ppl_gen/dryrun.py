@@ -29,6 +29,7 @@ from ppl_gen.sitechecks import (
     check_sizes,
     data_plate,
     explained,
+    rows_outside,
     sample_nodes,
     vectorised,
 )
@@ -84,6 +85,7 @@ class ProgramInfo:
     unenumerable: str = ""  # why the finite latents cannot be summed out
     vectors: str = ""  # sites outside of every plate whose batch only some algorithms read as one draw
     undifferentiable: str = ""  # why no gradient flows from draws, although the types of the sites promise it
+    coupled: str = ""  # why a plate over the rows is not the data plate
     inside: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # where the data are possible
 
     def select(self, *, kind: str = "latent", local: bool | None = None, discrete: bool | None = None) -> list[Site]:
@@ -118,7 +120,8 @@ class ProgramInfo:
         asked = {offer for need in needs for offer in need} - self.offers
         sums = self.unenumerable if asked & {"finite local latents", "differentiable latents"} else ""
         draws = self.undifferentiable if "differentiable samples" in asked else ""
-        return "; ".join(reason for reason in (sums, draws) if reason)
+        plate = self.coupled if asked & {"data plate", "finite local latents"} else ""
+        return "; ".join(reason for reason in (sums, draws, plate) if reason)
 
     @property
     def predicted(self) -> list[str]:
@@ -178,6 +181,7 @@ class ProgramInfo:
         only = "one draw each for NUTS and EM; end them in .to_event(1) for SVI and CAVI"
         lines += [f"vectors outside of every plate: {self.vectors} ({only})"] if self.vectors else []
         lines += [f"not enumerable: {self.unenumerable}"] if self.unenumerable else []
+        lines += [f"one row: {self.coupled}"] if self.coupled else []
         lines += [f"not differentiable: {self.undifferentiable}"] if self.undifferentiable else []
         return "\n".join([f"{self.name}: {plate}", *lines])
 
@@ -220,8 +224,10 @@ def dry_run(
     sites = {name: replace(site, idle=name in idle) for name, site in sites.items()}
     frame = frames.get(plate)
     nesting = max((-f.dim for f in frames.values()), default=0)
-    check_plate(batch, sites, frame, few)
+    check_plate(batch, frame)
     check_sizes(batch, trace)
+    if coupled := rows_outside(batch, sites, frame, few):
+        plate, frame, sites = "", None, {name: replace(site, local=False) for name, site in sites.items()}
     check_reparameterised(sites)
     guide_sites = None
     if guide is None:
@@ -249,6 +255,7 @@ def dry_run(
         nesting,
         batch.rows,
         offers,
+        coupled=coupled,
         inside=inside,
     )
 

@@ -93,6 +93,8 @@ def copied(module: nn.Module, *, shared: Iterable[nn.Module] = ()) -> nn.Module:
         id(part): part for part in (*shared, *(vars(p).get("_model") for p in module.modules())) if part is not None
     }
     guides = [part for part in module.modules() if isinstance(part, AutoGuide)]
+    # Only read once it is there; its values may hang on parameters, and such tensors cannot be copied.
+    memo |= {id(part.prototype_trace): part.prototype_trace for part in guides if part.prototype_trace is not None}
     kept = [(part._model, part.master) for part in guides]
     try:
         made = copy.deepcopy(module, memo)

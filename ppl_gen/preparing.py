@@ -111,7 +111,7 @@ def looked_at(data: Dataset) -> Batch:
 def _with_plate(program: Program, info: ProgramInfo) -> tuple[Program, dict[str, str]]:
     """The program with the plate that the dry run took for that of the rows, and a note of it."""
     if info.data_plate in (None, program.data_plate):
-        return program, {}
+        return program, {"data plate": f"none: {info.coupled}"} if info.coupled else {}
     taken = f"{info.data_plate!r}, the one plate that follows the rows"
     return replace(program, data_plate=info.data_plate), {"data plate": taken}
 
@@ -128,6 +128,8 @@ def checked_run(
     program = replace(program, guide=ordered(program.guide, data.order))
     program, changes = adapted(program, looked_at(data), data, vectors=algorithm.vectors)
     info = inspected(program, data)
+    if info.coupled and "vectors" in changes:  # a row of the data each, and not one draw of a vector
+        raise ValueError(info.coupled)
     check_observed(info, looked_at(data))
     refuse_idle_masks(program, looked_at(data))
     require(algorithm.label, algorithm.needs, program.name, info.offers, why=info.lost(algorithm.needs))

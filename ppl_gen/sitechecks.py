@@ -298,8 +298,8 @@ def vectorised(trace: poutine.Trace) -> dict[str, Any]:
     return {f.name: f for _, node in sample_nodes(trace) for f in node["cond_indep_stack"] if f.vectorized}
 
 
-def check_plate(batch: Batch, sites: dict[str, Site], frame: Any, fewer: Fewer) -> None:
-    """Raise ValueError unless the data plate holds the rows, and with it every likelihood over rows."""
+def check_plate(batch: Batch, frame: Any) -> None:
+    """Raise ValueError unless the data plate holds the rows."""
     if frame is None:
         return
     if batch.rows is not None and frame.size not in (batch.rows,) and (frame.full_size or 0) != batch.rows:
@@ -310,14 +310,22 @@ def check_plate(batch: Batch, sites: dict[str, Site], frame: Any, fewer: Fewer) 
             f"pyro.plate({frame.name!r}) has size {frame.size}, but the data has {batch.rows} rows here; size it by "
             f"the data it is given, pyro.plate({frame.name!r}, len(x)), so that minibatches and new rows fit too{other}"
         )
-    outside = [site for site in sites.values() if site.kind == "observed" and not site.local]
+
+
+def rows_outside(batch: Batch, sites: dict[str, Site], frame: Any, fewer: Fewer) -> str:
+    """Why a plate over the rows is not the data plate: a likelihood that runs over them stands outside; else "".
+
+    On whole data the density is right, as that of a program without a data plate; a minibatch could not be rescaled.
+    """
+    outside = [site for site in sites.values() if site.kind == "observed" and not site.local and frame is not None]
     over_rows = [site.name for site in outside if _over_rows(site, batch.rows, fewer)]
-    if over_rows:
-        raise ValueError(
-            f"the observed site(s) {', '.join(map(repr, over_rows))} stand outside the data plate {frame.name!r} and "
-            f"run over its rows: on a minibatch their likelihood would not be rescaled. Move the statement into "
-            f"`with pyro.plate({frame.name!r}, len(x)):`, or rename the plate if it does not run over the rows."
-        )
+    if not over_rows:
+        return ""
+    return (
+        f"the observed site(s) {', '.join(map(repr, over_rows))} stand outside the data plate {frame.name!r} and run "
+        "over its rows: all data count as one row, and on a minibatch their likelihood would not be rescaled. For rows "
+        f"that are independent, move the statement into `with pyro.plate({frame.name!r}, len(x)):`"
+    )
 
 
 def check_sizes(batch: Batch, trace: poutine.Trace) -> None:

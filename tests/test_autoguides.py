@@ -11,6 +11,7 @@ import torch
 from pyro.contrib.easyguide import EasyGuide
 from pyro.distributions import transforms
 from pyro.distributions.transforms import iterated
+from pyro.infer.reparam import LocScaleReparam
 
 import ppl_gen as pg
 from ppl_gen.inference import IWAE, SVI
@@ -206,3 +207,26 @@ def test_discrete_guides_are_for_finite_sites_alone():
         pg.fit(pg.Program(model, auto.AutoDiscreteParallel), DATA, SVI(steps=2))
     with pytest.raises(TypeError, match="AutoNormalizingFlow cannot be made of a model alone"):
         pg.fit(pg.Program(model, auto.AutoNormalizingFlow), DATA, SVI(steps=2))
+
+
+def test_a_guide_in_use_whose_first_values_hang_on_parameters_is_copied():
+    """Its prototype holds tensors with a history, which torch refuses to copy; oracle: the fit of a fresh guide."""
+
+    def centred(x):
+        with pyro.poutine.reparam(config={"loc": LocScaleReparam()}):
+            loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    x = torch.randn(6, generator=torch.Generator().manual_seed(0))
+    with pyro.get_param_store().scope():
+        used, fresh = (auto.AutoNormal(centred) for _ in range(2))
+        pyro.set_rng_seed(0)
+        used(x)
+        assert any(n["value"].grad_fn is not None for n in used.prototype_trace.nodes.values() if "value" in n)
+        with torch.no_grad():
+            used.locs.loc_decentered.zero_()
+        before = used.locs.loc_decentered.clone()
+    fits = [pg.fit(pg.Program(centred, guide), x, SVI(steps=500, lr=0.02), seed=0) for guide in (used, fresh)]
+    one, two = (f.params["AutoNormal.locs.loc_decentered"] for f in fits)
+    assert abs(float(one - two)) < 0.1 and torch.equal(used.locs.loc_decentered, before)
