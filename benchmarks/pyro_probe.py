@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -185,7 +186,8 @@ def continued(found: dict[str, float], name: str, start: Any, steps: int, loss: 
             for module in workspace.modules.values():
                 module.train()
             optimiser = pyro.optim.Adam({"lr": 1e-3})
-            svi = pyro.infer.SVI(start.program.model, start.guide, optimiser, loss=copy.deepcopy(loss))
+            guide = start.guide or (lambda *args, **kwargs: None)  # where nothing is latent
+            svi = pyro.infer.SVI(start.program.model, guide, optimiser, loss=copy.deepcopy(loss))
             for _ in range(steps):
                 STEP(svi, *args, **kwargs)
             after = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
@@ -302,9 +304,10 @@ def main() -> None:
     install()
     watch(result)
     if script.suffix == ".ipynb":
-        main_module = {"__name__": "__main__", "__file__": str(script)}
-        sys.modules["__main__"].__dict__.update(main_module)
-        exec(compile(code_of(script), str(script), "exec"), sys.modules["__main__"].__dict__)
+        notebook = types.ModuleType("__main__")  # its names are not this script's: one is called `time`
+        notebook.__file__ = str(script)
+        sys.modules["__main__"] = notebook
+        exec(compile(code_of(script), str(script), "exec"), notebook.__dict__)
     else:
         runpy.run_path(str(script), run_name="__main__")
 

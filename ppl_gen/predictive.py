@@ -14,6 +14,7 @@ from ppl_gen.closures import same_again
 from ppl_gen.data.batching import LARGE, Batch
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError, require_seed, require_whole
 from ppl_gen.finite_globals import extended, summed_globals
+from ppl_gen.handlers.last_site import drawing
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.guide_list import holds_rows
@@ -112,7 +113,7 @@ def amortised(fit: Fit) -> bool:
 
 def run(fit: Fit, batch: Batch, values: Mapping[str, Tensor], *, replicate: bool = False) -> poutine.Trace:
     model = unobserved(fit.program.model) if replicate else fit.program.model
-    with Substitute(values):
+    with drawing(fit.program.name), Substitute(values):
         return poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
 
 
@@ -241,7 +242,8 @@ def prior_rows(model: Any, batch: Batch, draws: int) -> dict[str, Tensor]:
     free = unobserved(model)
     runs = []
     for _ in range(draws):
-        trace = poutine.trace(free).get_trace(*batch.args, **batch.kwargs)
+        with drawing(getattr(model, "__name__", type(model).__name__)):
+            trace = poutine.trace(free).get_trace(*batch.args, **batch.kwargs)
         runs.append(
             {
                 name: node["value"]

@@ -178,3 +178,29 @@ def test_a_subset_gives_a_recipe_what_the_user_would_have_passed() -> None:
         fit = pg.fit(pg.Recipe(build), data, SVI(steps=3, batch_size=5))
         assert fit.data.on_batch is not None and isinstance(seen[-1], Rows)
         assert torch.equal(seen[-1]["x"], images[10:20]) and seen[-1]["y"].tolist() == list(range(10, 20))
+
+
+class _Silent(dist.Normal):  # type: ignore[misc]
+    has_rsample = False
+
+    def sample(self, sample_shape: Any = ()) -> torch.Tensor:
+        raise NotImplementedError("TODO: draws")
+
+
+def test_what_cannot_be_drawn_is_refused_by_the_name_of_its_site() -> None:
+    def model(x: torch.Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("track", _Silent(loc, 1.0), obs=x)
+
+    fit = pg.fit(model, torch.zeros(4), SVI(steps=2))
+    assert fit.posterior(draws=3)["loc"].shape == (3,)
+    questions = [
+        lambda: fit.predict(draws=3),
+        lambda: fit.sample(3),
+        lambda: pg.prior_predictive(model, torch.zeros(4), draws=2),
+    ]
+    for question in questions:
+        with pytest.raises(pg.IncompatibleError, match=r"at site 'track': .* no draws \(TODO: draws\)"):
+            question()
+    assert fit.verdict.grade and "posterior" in fit.to_arviz(draws=3)

@@ -149,6 +149,7 @@ def test_a_likelihood_over_rows_outside_the_plate_is_one_of_whole_data() -> None
     assert float(fit.history["program_loss"][0]) * len(X5) == pytest.approx(-exact, abs=1e-4)
     assert "site(s) 'x' stand outside" in fit.notes["data plate"]
     assert fit.evidence(particles=5).rows == 1
+    assert fit.evidence(particles=5, chunk=2).mean == fit.evidence(particles=5).mean  # not in pieces
     assert float(fit.marginal_likelihood(draws=50).mean) == pytest.approx(exact, abs=1e-3)
     assert fit.predict(draws=3)["x"].shape == (3, 5) and fit.posterior(draws=3)["z"].shape == (3, 5)
     with pytest.raises(

@@ -96,8 +96,8 @@ def row_evidence(
         require_whole(name, value)
     with fit.bound(seed):
         first = next(iter(data.chunks(chunk)))
-        if not follows_rows(fit, first):
-            chunk, first = data.rows or chunk, data.batch()  # a plate of a size of its own: all rows, or none
+        if fit.info.data_plate is None or not follows_rows(fit, first):
+            chunk, first = data.rows or chunk, data.batch()  # no plate, or one of a size of its own: all rows, or none
         thetas, weights = _parameter_draws(fit, draws, particles)
         integral = row_integral(fit, first, thetas[0], data.rows or 1)
         average = Average(len(thetas), weights)

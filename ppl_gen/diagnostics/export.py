@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from ppl_gen.diagnostics.weighed import joint_draws
 from ppl_gen.diagnostics.wishes import checked_coords, checked_dims, checked_lengths
 from ppl_gen.errors import require_whole
 from ppl_gen.finite_globals import extended, summed_globals
+from ppl_gen.handlers.last_site import UndrawableError
 from ppl_gen.inference.guides import point_sites
 from ppl_gen.inference.objectives.tracing import is_sample, log_density, scaled
 from ppl_gen.isolation import isolated
@@ -58,11 +60,13 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None, coords: An
         batch = fit.data.batch()
         groups, attrs = posterior_groups(fit, draws)
         kept = _kept_draws(fit, groups, draws)
-        _add_predictive(fit, batch, groups, kept)
+        with contextlib.suppress(UndrawableError):
+            _add_predictive(fit, batch, groups, kept)
         pointwise = None
         if kept or not fit.info.select():
             pointwise = _add_log_likelihood(fit, batch, groups, kept, attrs)
-        _add_prior(fit, batch, groups, draws)
+        with contextlib.suppress(UndrawableError):
+            _add_prior(fit, batch, groups, draws)
         groups["observed_data"] = {name: _array(value) for name, value in observed_rows(fit, fit.data).items()}
         inputs = {name: _array(v) for name, v in _named(fit, batch).items() if name not in groups["observed_data"]}
         groups["constant_data"] = inputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from ppl_gen.diagnostics.moments import Moments, between_draws
 from ppl_gen.diagnostics.psis import row_subset
 from ppl_gen.diagnostics.second_look import CELLS, FEWEST, SecondLook, moved
 from ppl_gen.diagnostics.weighed import joint_draws, numbers
+from ppl_gen.handlers.last_site import UndrawableError
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import amortised, prior_rows
 
@@ -64,5 +66,7 @@ def _looked(fit: Fit, draws: dict[str, Tensor], data: Dataset, chains: int, *, b
     prior: dict[str, Tensor] | None = None
     if beyond:
         proper = not any(site.improper for site in fit.info.select())
-        prior = prior_rows(fit.program.model, data.batch(), chains // 4) if proper else {}
+        prior = {}
+        with contextlib.suppress(UndrawableError):
+            prior = prior_rows(fit.program.model, data.batch(), chains // 4) if proper else {}
     return moved(fit, draws, data, chains=chains, dispersed=prior, relabel=fit.program.relabel)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
 
-__all__ = ["LastSite"]
+from ppl_gen.errors import IncompatibleError
+
+__all__ = ["LastSite", "UndrawableError", "drawing"]
+
+
+class UndrawableError(IncompatibleError):
+    """A question needs draws of a site whose distribution has none."""
 
 
 class LastSite(Messenger):
@@ -43,6 +51,20 @@ class LastSite(Messenger):
         if "at site '" in str(error) or "sites named" in str(error) or _of_a_check(error.__traceback__):
             return ""
         return self.where
+
+
+@contextlib.contextmanager
+def drawing(program: str) -> Iterator[None]:
+    """Runs of a program that draw: a distribution that gives densities only is refused by the name of its site."""
+    with LastSite() as last:
+        try:
+            yield
+        except NotImplementedError as error:
+            text = (str(error).strip() or "it has no sample method").splitlines()[0]
+            raise UndrawableError(
+                f"{program!r} {last.where}: its distribution gives densities, and no draws ({text}); questions that "
+                "draw new values of this site cannot be answered"
+            ) from error
 
 
 def _of_a_check(traceback: TracebackType | None) -> bool:
