@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.data.arrays import shared
-from ppl_gen.data.batching import LARGE, Batch, Dataset, as_dataset, is_double
+from ppl_gen.data.batching import LARGE, Batch, Dataset, as_dataset, is_double, is_single
 from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.data.names import Read
 from ppl_gen.differentiable import why_not_differentiable
@@ -38,11 +38,17 @@ DRY_ROWS = 256  # rows of large data that a dry run looks at
 
 
 def dtype_of(data: Any) -> torch.dtype:
-    """The one decision about a fit's dtype: float64 where any entry holds it (a list of floats does), else float32."""
+    """The one decision about a fit's dtype: float64 where any entry holds it, else float32.
+
+    Data without arrays of floats say nothing, and a program without data holds its own: torch's default dtype decides.
+    """
     if isinstance(data, Dataset):
         return data.dtype or torch.float32
     values = list(data.values()) if isinstance(data, Mapping) else data if isinstance(data, tuple) else [data]
-    return torch.float64 if any(is_double(value) for value in values) else torch.float32
+    if any(is_double(value) for value in values):
+        return torch.float64
+    double = torch.get_default_dtype() is torch.float64 and not any(is_single(value) for value in values)
+    return torch.float64 if double else torch.float32
 
 
 def built_from(

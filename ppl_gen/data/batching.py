@@ -326,3 +326,11 @@ def is_double(value: Any) -> bool:
     if isinstance(value, Tensor | np.ndarray):
         return value.dtype in (torch.float64, np.float64)
     return str(getattr(value, "dtype", "")) == "float64"
+
+
+def is_single(value: Any) -> bool:
+    """Whether ``value`` holds floats of another precision than float64."""
+    value = value.value if isinstance(value, Constant) else value
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and value.dtype is not torch.float64
+    return not is_double(value) and str(getattr(value, "dtype", "")).startswith("float")
