@@ -110,7 +110,8 @@ def _check_support(node: dict[str, Any]) -> None:
         return
     except ValueError as error:
         text = str(error).splitlines()[0].removesuffix(", but found invalid values:")
-        raise OutsideSupportError(f"at site {node['name']!r}: {text}; observed values lie outside") from error
+        said = f"at site {node['name']!r}: {text}; observed values lie outside{_of_grey(node)}"
+        raise OutsideSupportError(said) from error
     except (KeyError, NotImplementedError, RuntimeError) as error:
         _refuse_one_way(node, error)
         dtype = node["value"].dtype
@@ -120,6 +121,17 @@ def _check_support(node: dict[str, Any]) -> None:
             f"at site {node['name']!r}: observed values are {_spoken(dtype)}, with which its distribution cannot "
             "compute; pass numbers, x.float()"
         ) from error
+
+
+def _of_grey(node: dict[str, Any]) -> str:
+    """What to do with grey values, which Pyro gives a Bernoulli without a word once its validation is off."""
+    value, kind = node["value"], type(innermost(node["fn"])).__name__
+    if "Bernoulli" not in kind or not bool(((value >= 0) & (value <= 1)).all()):
+        return ""
+    return (
+        ": make them zeros and ones, (x > 0.5).float() or torch.bernoulli(x); or take dist.ContinuousBernoulli, a "
+        f"density of grey values; or say dist.{kind}(..., validate_args=False) for the cross-entropy as it is"
+    )
 
 
 def _refuse_one_way(node: dict[str, Any], error: Exception) -> None:
