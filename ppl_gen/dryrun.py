@@ -18,6 +18,7 @@ from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.guidechecks import check_auxiliary, check_match
 from ppl_gen.handlers.picked import Picked
 from ppl_gen.handlers.read_sites import is_flat
+from ppl_gen.handlers.sites import is_deterministic, sample_nodes
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.idle import idle_where_masked
 from ppl_gen.onlysummed import drawn_too
@@ -30,7 +31,6 @@ from ppl_gen.sitechecks import (
     data_plate,
     explained,
     rows_outside,
-    sample_nodes,
     vectorised,
 )
 
@@ -289,7 +289,7 @@ def _site(name: str, node: dict[str, Any], data_plate: str) -> Site:
     base = fn
     while isinstance(base, dist.Independent | dist.MaskedDistribution | ExpandedDistribution | Picked):
         base = base.base_dist  # wrappers around what the user wrote
-    deterministic = bool(node["infer"].get("_deterministic"))
+    deterministic = is_deterministic(node)
     kind = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
     kind = "factor" if isinstance(base, dist.Unit) else kind
     frames = [f for f in sorted(node["cond_indep_stack"], key=lambda f: f.dim or 0) if f.vectorized]

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.handlers.sites import is_deterministic, sample_nodes
 from ppl_gen.isolation import quiet
-from ppl_gen.sitechecks import sample_nodes
 
 __all__ = ["idle_where_masked"]
 
@@ -27,9 +27,9 @@ TRIES = 3  # other values of the hidden entries
 
 def idle_where_masked(model: Callable[..., Any], batch: Batch, trace: poutine.Trace) -> set[str]:
     """Names of the latent sites under a mask whose hidden entries move no density that counts; all of them or none."""
-    from ppl_gen.inference.objectives.particles import Substitute
+    from ppl_gen.handlers.substitute import Substitute
 
-    nodes = {name: node for name, node in sample_nodes(trace) if not node["infer"].get("_deterministic")}
+    nodes = {name: node for name, node in sample_nodes(trace) if not is_deterministic(node)}
     latent = {name: node for name, node in nodes.items() if not node["is_observed"]}
     masked = {name: node for name, node in latent.items() if isinstance(node["mask"], Tensor)}
     if not masked:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.inference.objectives.particles import Substitute
-from ppl_gen.inference.objectives.tracing import is_sample
+from ppl_gen.handlers.sites import is_sample
+from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.inference.row_chains import run_chains
 from ppl_gen.inference.row_density import CELLS, RowDensity
 from ppl_gen.inference.unlearned import leaves, read_whole

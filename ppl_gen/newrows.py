@@ -14,10 +14,10 @@ from ppl_gen.data.batching import LARGE, Batch, Dataset
 from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.finite_globals import summed_globals
+from ppl_gen.handlers.sites import is_sample
+from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.handlers.whole_plates import RowsOf
 from ppl_gen.honoured import refuse_idle_masks
-from ppl_gen.inference.objectives.particles import Substitute
-from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.isolation import looking
 from ppl_gen.missing import refuse_read_nan
 from ppl_gen.posterior import ChainPosterior

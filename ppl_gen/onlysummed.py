@@ -21,9 +21,10 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.branches import Branches
 from ppl_gen.handlers.opened import within
+from ppl_gen.handlers.sites import is_deterministic, sample_nodes
 from ppl_gen.isolation import looking, quiet
 from ppl_gen.program import Program
-from ppl_gen.sitechecks import OutsideSupportError, check_densities, sample_nodes
+from ppl_gen.sitechecks import OutsideSupportError, check_densities
 
 __all__ = ["by_branches", "drawn_too", "tried"]
 
@@ -118,7 +119,7 @@ def _enumerated(model: Callable[..., Any], batch: Batch) -> tuple[list[str], int
 def _run(model: Callable[..., Any], batch: Batch, nesting: int) -> list[str]:
     summed = poutine.enum(config_enumerate(model), first_available_dim=-1 - nesting)
     trace = poutine.trace(summed).get_trace(*batch.args, **batch.kwargs)
-    trace.compute_log_prob(lambda name, site: not site["infer"].get("_deterministic"))
+    trace.compute_log_prob(lambda name, site: not is_deterministic(site))
     for _, site in sample_nodes(trace):
         if "log_prob" in site:
             check_site_shape(site, nesting)

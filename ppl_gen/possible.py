@@ -9,7 +9,8 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.sitechecks import OutsideSupportError, check_densities, sample_nodes
+from ppl_gen.handlers.sites import sample_nodes
+from ppl_gen.sitechecks import OutsideSupportError, check_densities
 
 __all__ = ["checked_trace"]
 
@@ -48,7 +49,7 @@ def checked_trace(
 
 
 def _once(model: Callable[..., Any], batch: Batch, values: Mapping[str, Tensor]) -> Any:
-    from ppl_gen.inference.objectives.particles import Substitute
+    from ppl_gen.handlers.substitute import Substitute
 
     with Substitute(values):
         trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)

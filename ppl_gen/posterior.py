@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.handlers.sites import is_subsample
 
 __all__ = ["BUILT_IN", "ChainPosterior", "GuidePosterior", "PointPosterior", "Posterior"]
 
@@ -81,9 +82,7 @@ class GuidePosterior(Posterior):
                     {
                         name: node["value"]
                         for name, node in trace.nodes.items()
-                        if node["type"] == "sample"
-                        and type(node["fn"]).__name__ != "_Subsample"
-                        and not node["infer"].get("is_auxiliary")
+                        if node["type"] == "sample" and not is_subsample(node) and not node["infer"].get("is_auxiliary")
                     }
                 )
         return draws

@@ -15,11 +15,11 @@ from ppl_gen.data.batching import LARGE, Batch
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError, require_seed, require_whole
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.handlers.last_site import drawing
+from ppl_gen.handlers.sites import is_deterministic, is_sample
+from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.guide_list import holds_rows
-from ppl_gen.inference.objectives.particles import Substitute
-from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.isolation import looking
 from ppl_gen.local_draws import local_draws
 from ppl_gen.observations import entry_mask
@@ -270,7 +270,7 @@ def refuse_improper(program: str, names: set[str]) -> None:
 
 
 def is_derived(node: Mapping[str, Any]) -> bool:
-    return node["type"] == "sample" and bool(node["infer"].get("_deterministic"))
+    return node["type"] == "sample" and is_deterministic(node)
 
 
 def positive(name: str, value: int) -> None:

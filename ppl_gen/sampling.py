@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
+from ppl_gen.handlers.sites import is_sample
 from ppl_gen.handlers.whole_plates import RowsOf
 from ppl_gen.inference.objectives.observed import reads_own_observation
-from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.predictive import global_draws, is_derived, positive, refuse_improper, run
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from ppl_gen.data.calls import is_number, may_be_data
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.last_site import LastSite
 from ppl_gen.handlers.read_sites import innermost
+from ppl_gen.handlers.sites import is_deterministic, sample_nodes
 from ppl_gen.mixed import MixedDtypesError, of_another_dtype, speaks_of_dtypes
 from ppl_gen.program import Program
 
@@ -33,21 +34,12 @@ __all__ = [
     "data_plate",
     "explained",
     "require_enumerable",
-    "sample_nodes",
     "vectorised",
 ]
 
 
 class OutsideSupportError(ValueError):
     """An observed value is impossible at the values of the latent sites that were drawn."""
-
-
-def sample_nodes(trace: poutine.Trace) -> list[tuple[str, dict[str, Any]]]:
-    return [
-        (name, node)
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and type(node["fn"]).__name__ != "_Subsample"
-    ]
 
 
 def check_densities(trace: poutine.Trace) -> None:
@@ -59,7 +51,7 @@ def check_densities(trace: poutine.Trace) -> None:
 def _check_log_prob_shape(node: dict[str, Any]) -> None:
     """Implicit programs have no log density to check."""
     fn, value = node["fn"], node["value"]
-    if node["infer"].get("_deterministic"):
+    if is_deterministic(node):
         return
     if isinstance(fn, dist.Delta) or "Delta" in type(getattr(fn, "base_dist", fn)).__name__:
         if tuple(fn.shape()) != tuple(value.shape):
@@ -136,7 +128,7 @@ def _of_grey(node: dict[str, Any]) -> str:
 
 def _refuse_one_way(node: dict[str, Any], error: Exception) -> None:
     """A flow that knows the density of its own last draw alone has none for a value that was observed."""
-    from ppl_gen.inference.objectives.tracing import transforms_of
+    from ppl_gen.handlers.sites import transforms_of
 
     flows = ", ".join(dict.fromkeys(type(t).__name__ for t in transforms_of(node["fn"])))
     if flows and isinstance(error, KeyError | NotImplementedError):

@@ -27,8 +27,8 @@ from pyro import poutine
 
 import ppl_gen as pg
 from ppl_gen.data.batching import Batches, as_dataset
+from ppl_gen.handlers.rescale import RescalePlate
 from ppl_gen.inference import ELBO, SVI
-from ppl_gen.inference.objectives.base import RescalePlate
 
 BATCH_SIZES = [8, 4, 3, 2, 1]  # 3 leaves an unequal last batch of 2
 

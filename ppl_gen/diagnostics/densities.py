@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.sizes import Largest
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.inference.enumeration import enumerated_trace, log_joint, log_prior, row_log_density
-from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.isolation import looking
 from ppl_gen.sitechecks import require_enumerable
 

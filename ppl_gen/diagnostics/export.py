@@ -26,8 +26,8 @@ from ppl_gen.diagnostics.wishes import checked_coords, checked_dims, checked_len
 from ppl_gen.errors import require_whole
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.handlers.last_site import UndrawableError
+from ppl_gen.handlers.sites import is_sample, log_density, scaled
 from ppl_gen.inference.guides import point_sites
-from ppl_gen.inference.objectives.tracing import is_sample, log_density, scaled
 from ppl_gen.isolation import isolated
 from ppl_gen.observations import observed_rows, rows_observed
 from ppl_gen.posterior import ChainPosterior

@@ -15,6 +15,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.densities import densities, of_each
 from ppl_gen.diagnostics.weighing import WeightQuality
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.sites import is_sample
 from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
 from ppl_gen.inference.guides import point_sites
 from ppl_gen.inference.objectives.particles import (
@@ -23,7 +24,6 @@ from ppl_gen.inference.objectives.particles import (
     log_weights_in_chunks,
     of_particle,
 )
-from ppl_gen.inference.objectives.tracing import is_sample
 from ppl_gen.inference.unlearned import leaves
 from ppl_gen.isolation import looking
 from ppl_gen.predictive import amortised, run

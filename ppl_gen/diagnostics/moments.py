@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.inference.objectives.particles import Substitute
+from ppl_gen.handlers.substitute import Substitute
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit

@@ -30,6 +30,7 @@ from ppl_gen.differentiable import leaves_below
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.handlers.opened import within
 from ppl_gen.handlers.read_sites import innermost
+from ppl_gen.handlers.sites import is_deterministic, is_subsample
 from ppl_gen.isolation import looking
 from ppl_gen.onlysummed import by_branches
 from ppl_gen.program import Program
@@ -129,7 +130,7 @@ def _vectors(trace: poutine.Trace) -> dict[str, int]:
     """Sites outside of every plate that have batch dimensions, and how many; none where a value is of another shape."""
     found = {}
     for name, node in trace.nodes.items():
-        if node["type"] != "sample" or type(node["fn"]).__name__ == "_Subsample" or not node["fn"].batch_shape:
+        if node["type"] != "sample" or is_subsample(node) or not node["fn"].batch_shape:
             continue
         if any(frame.vectorized for frame in node["cond_indep_stack"]):
             continue
@@ -186,7 +187,7 @@ def _differ(one: Any, other: Any) -> bool:
 
 
 def _at_its_value(node: Any) -> bool:
-    if not node["is_observed"] or node["infer"].get("_deterministic") or not isinstance(node["value"], torch.Tensor):
+    if not node["is_observed"] or is_deterministic(node) or not isinstance(node["value"], torch.Tensor):
         return False
     inner, value = innermost(node["fn"]), node["value"]
     if not isinstance(inner, dist.Delta) or tuple(value.shape) != tuple(node["fn"].shape()):

@@ -10,6 +10,7 @@ from typing import Any
 from pyro.poutine.messenger import Messenger
 
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.sites import is_subsample
 
 __all__ = ["LastSite", "UndrawableError", "drawing"]
 
@@ -39,11 +40,11 @@ class LastSite(Messenger):
         self.where = "before the first site"
 
     def _pyro_sample(self, msg: Any) -> None:
-        if type(msg["fn"]).__name__ != "_Subsample":
+        if not is_subsample(msg):
             self.where = f"at site {msg['name']!r}"
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if type(msg["fn"]).__name__ != "_Subsample":
+        if not is_subsample(msg):
             self.where = f"after site {msg['name']!r}, before the next"
 
     def said(self, error: BaseException) -> str:

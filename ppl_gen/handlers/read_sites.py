@@ -11,6 +11,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ppl_gen.handlers.sites import is_subsample
+
 __all__ = ["ReadSites", "innermost", "is_flat"]
 
 _INNER = ("base_dist", "component_distribution", "_component_distribution", "observation_dist")
@@ -35,7 +37,7 @@ class ReadSites(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not (msg["done"] or msg["is_observed"] or msg["value"] is not None) and _undrawn(msg["fn"]):
             msg["value"], msg["done"] = _plausible(msg["fn"]), True
-        if type(msg["fn"]).__name__ == "_Subsample" or not (msg["is_observed"] or msg["infer"].get("was_observed")):
+        if is_subsample(msg) or not (msg["is_observed"] or msg["infer"].get("was_observed")):
             return
         if _is_deterministic(msg["fn"], msg["value"]):
             msg["infer"]["_deterministic"] = True

@@ -7,6 +7,8 @@ from typing import Any
 
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 
+from ppl_gen.handlers.sites import is_deterministic
+
 __all__ = ["unobserved"]
 
 
@@ -14,7 +16,7 @@ class _Unobserved(UnconditionMessenger):
     """Pyro's own draws deterministic sites again, by which their plates are added to their shape once more."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
+        if not is_deterministic(msg):
             super()._pyro_sample(msg)
 
 

@@ -10,6 +10,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.sites import is_subsample
 
 __all__ = ["RowsOf", "whole_plates"]
 
@@ -64,7 +65,7 @@ class RowsOf(Messenger):
         self.size: int | None = None
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] == self.plate and type(msg["fn"]).__name__ == "_Subsample":
+        if msg["name"] == self.plate and is_subsample(msg):
             self.size = int(msg["fn"].size)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributions import Categorical
 from torch.distributions.utils import probs_to_logits
 
+from ppl_gen.handlers.sites import is_deterministic, is_subsample
+
 __all__ = [
     "batch_shape",
     "enumerated_trace",
@@ -37,7 +39,7 @@ class _Enumerate(EnumMessenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
-        if type(msg["fn"]).__name__ == "_Subsample":
+        if is_subsample(msg):
             if name in self.values:
                 msg["value"], msg["done"] = self.values[name], True
             return
@@ -148,7 +150,7 @@ def enumerated_trace(
         messenger = _Enumerate(discrete_sites, values, plate_nesting)
         trace: Trace = poutine.trace(messenger(model)).get_trace(*args, **(kwargs or {}))
         for name, site in list(trace.nodes.items()):
-            if site["type"] == "sample" and type(site["fn"]).__name__ == "_Subsample":
+            if site["type"] == "sample" and is_subsample(site):
                 trace.remove_node(name)
         named = discrete_sites or frozenset()
         _check_discrete(trace, named & frozenset(trace.nodes) if varying else named)
@@ -173,7 +175,7 @@ def _pack(trace: Trace) -> None:
     trace.symbolize_dims()
     nodes: Mapping[str, Any] = trace.nodes
     for name, site in nodes.items():
-        if site["type"] != "sample" or site["infer"].get("_deterministic"):
+        if site["type"] != "sample" or is_deterministic(site):
             continue
         symbols = site["infer"]["_dim_to_symbol"]
         log_prob = None

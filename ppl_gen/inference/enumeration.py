@@ -20,6 +20,7 @@ from pyro.ops import packed
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ppl_gen.handlers.sites import in_plate
 from ppl_gen.inference.contraction import Factor, Step, backward_draws, contract, dims_of, named
 from ppl_gen.inference.enumerated import (
     batch_shape,
@@ -80,7 +81,7 @@ def _local(trace: Trace, data_plate: str | None) -> dict[str, bool]:
             return True
         if data_plate is None:
             return bool(site["is_observed"])
-        return any(f.name == data_plate for f in site["cond_indep_stack"])
+        return in_plate(site, data_plate)
 
     return {name: belongs(site) for name, site in packed_sites(trace)}
 
@@ -128,7 +129,7 @@ def row_log_density(trace: Trace, data_plate: str | None = "data", *, without: C
 def _refuse_coupled_rows(trace: Trace, names: Sequence[str], data_plate: str) -> None:
     for name in names:
         site = trace.nodes[name]
-        if not any(f.name == data_plate for f in site["cond_indep_stack"]):
+        if not in_plate(site, data_plate):
             what = "is discrete" if is_discrete(site) else "depends on a discrete site"
             raise ValueError(
                 f"site '{name}' {what} and lies outside plate '{data_plate}', so that the rows are not independent and "

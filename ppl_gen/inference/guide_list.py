@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 
 from ppl_gen.handlers.opened import called_through
 from ppl_gen.handlers.ordered import ordered
+from ppl_gen.handlers.sites import is_subsample
 from ppl_gen.program import filtered
 
 __all__ = ["SharedPlates", "has_own_parts", "holds_rows", "sharing_plates"]
@@ -53,13 +54,13 @@ class _OnePlateEach(Messenger):
         return super().__enter__()
 
     def _pyro_sample(self, msg: Any) -> None:
-        if type(msg["fn"]).__name__ == "_Subsample" and msg["name"] in self.rows:
+        if is_subsample(msg) and msg["name"] in self.rows:
             msg["stop"] = True
             if msg["value"] is None:
                 msg["value"], msg["done"] = self.rows[msg["name"]], True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if type(msg["fn"]).__name__ == "_Subsample":
+        if is_subsample(msg):
             self.rows.setdefault(msg["name"], msg["value"])
 
 

@@ -25,6 +25,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.read_sites import ReadSites
+from ppl_gen.handlers.sites import is_deterministic
 from ppl_gen.inference.base import Run
 from ppl_gen.inference.guide_list import sharing_plates
 from ppl_gen.inference.laplace import Laplace
@@ -108,7 +109,7 @@ def _alone(guide: AutoMessenger) -> Callable[..., Any]:
 
 
 def _given(site: Any) -> bool:
-    return bool(site["is_observed"]) or bool(site["infer"].get("_deterministic"))
+    return bool(site["is_observed"]) or is_deterministic(site)
 
 
 def _refuse_inner_laplace(guide: Any) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.handlers.sites import sample_nodes
 from ppl_gen.isolation import looking, quiet
-from ppl_gen.sitechecks import sample_nodes
 
 __all__ = ["impossible"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
-from ppl_gen.inference.objectives.tracing import is_sample, transforms_of
+from ppl_gen.handlers.sites import is_sample, transforms_of
 from ppl_gen.isolation import looking
 
 __all__ = ["check_jacobians"]

@@ -26,8 +26,8 @@ from torch.distributions.transforms import identity_transform
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
+from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
-from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.inference.unlearned import Hidden
 
 __all__ = ["CELLS", "RowDensity"]

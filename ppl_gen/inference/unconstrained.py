@@ -20,6 +20,7 @@ from torch.distributions import biject_to
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.sites import is_subsample
 from ppl_gen.inference.enumeration import enumerated_trace, log_joint
 from ppl_gen.isolation import quiet
 
@@ -40,7 +41,7 @@ class _Placed(Messenger):
         self.log_det: Tensor | float = 0.0
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or type(msg["fn"]).__name__ == "_Subsample":
+        if msg["is_observed"] or is_subsample(msg):
             return
         name, fn = msg["name"], msg["fn"]
         if name in self.parts:

@@ -20,8 +20,9 @@ from torch.distributions import biject_to
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.handlers.sites import is_deterministic, is_subsample
+from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.idle import idle_where_masked
-from ppl_gen.inference.objectives.particles import Substitute
 from ppl_gen.isolation import quiet
 
 if TYPE_CHECKING:
@@ -166,8 +167,8 @@ def _unread(
 
 
 def _counts(node: Any) -> bool:
-    own = node["type"] == "sample" and type(node["fn"]).__name__ != "_Subsample"
-    return own and not node["infer"].get("_deterministic")
+    own = node["type"] == "sample" and not is_subsample(node)
+    return own and not is_deterministic(node)
 
 
 def _read(node: Any) -> frozenset[str]:
@@ -191,7 +192,7 @@ def _matters(model: Callable[..., Any], batch: Batch, base: poutine.Trace, name:
     return any(
         not _same(base.nodes[n], moved.nodes[n])
         for n, node in base.nodes.items()
-        if n not in skipped and node["type"] == "sample" and not node["infer"].get("_deterministic")
+        if n not in skipped and node["type"] == "sample" and not is_deterministic(node)
     )
 
 
@@ -211,7 +212,7 @@ def responds(model: Callable[..., Any], one: Batch, two: Batch) -> bool:
 
 
 def _same(one: Any, two: Any) -> bool:
-    if type(one["fn"]).__name__ == "_Subsample":
+    if is_subsample(one):
         return True
     value = one["value"]
     if one["is_observed"] and not torch.equal(torch.as_tensor(value), torch.as_tensor(two["value"])):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.inference.objectives.tracing import is_sample
+from ppl_gen.handlers.sites import is_sample, is_subsample
 from ppl_gen.local_draws import local_draws
 from ppl_gen.predictive import amortised, global_draws, run
 from ppl_gen.sampling import fixed_value, template
@@ -33,7 +33,7 @@ class AtMeans(Messenger):
     """Latent sites that nothing else gives take their mean, finite ones their likeliest value, others a draw."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or msg["done"] or type(msg["fn"]).__name__ == "_Subsample":
+        if msg["is_observed"] or msg["done"] or is_subsample(msg):
             return
         value = settled(msg["fn"])
         if value is not None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from ppl_gen.data.batching import Batch
@@ -17,7 +16,7 @@ from ppl_gen.isolation import looking
 from ppl_gen.offers import Need
 from ppl_gen.program import Program, filtered
 
-__all__ = ["Game", "Loss", "Objective", "Player", "RescalePlate", "Setting", "started"]
+__all__ = ["Game", "Loss", "Objective", "Player", "Setting", "started"]
 
 
 @dataclass(frozen=True)
@@ -180,23 +179,3 @@ def _check_term(name: str, value: Any, rows: int | None) -> None:
     if not isinstance(value, Tensor) or value.dim() != 1 or rows not in (None, len(value)):
         of = "each row" if rows is None else f"each of {rows} rows"
         raise ValueError(f"terms: {name!r} has to give one number for {of} (a tensor, nats), got {got}")
-
-
-class RescalePlate(Messenger):
-    """Multiplies the scale of every site inside the data plate by N / (rows of the whole plate as the program saw it).
-
-    Unbiased for the full-data loss with local and global latents, guide sites, nested plates, masks and enumeration.
-    """
-
-    def __init__(self, plate: str | None, total: int | None) -> None:
-        super().__init__()
-        self.plate, self.total = plate, total
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if self.plate is None or self.total is None:
-            return
-        for frame in msg["cond_indep_stack"]:
-            if frame.name == self.plate:
-                full = frame.full_size or frame.size
-                if full != self.total:
-                    msg["scale"] = msg["scale"] * (self.total / full)

@@ -14,18 +14,11 @@ from torch import Tensor
 from ppl_gen.arguments import require_choice
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_flag, require_number, require_whole
-from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting
+from ppl_gen.handlers.rescale import RescalePlate
+from ppl_gen.handlers.sites import in_plate, is_sample, log_density, own_scale, parallel, scaled
+from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting
 from ppl_gen.inference.objectives.estimators import Estimators, choose_estimators, refuse_tied_rows, rows_plate
-from ppl_gen.inference.objectives.tracing import (
-    divergence,
-    is_sample,
-    log_density,
-    own_scale,
-    parallel,
-    scaled,
-    traces,
-    weighed_alike,
-)
+from ppl_gen.inference.objectives.tracing import divergence, traces, weighed_alike
 from ppl_gen.offers import Need
 
 __all__ = ["ELBO"]
@@ -151,7 +144,7 @@ class _SampledGame(Game):
         total = torch.zeros(())
         for trace, sign in ((guide, 1.0), (model, -1.0)):
             for site in trace.nodes.values():
-                if is_sample(site) and any(f.name == self.setting.info.data_plate for f in site["cond_indep_stack"]):
+                if is_sample(site) and in_plate(site, self.setting.info.data_plate):
                     total = total + sign * self._by_row(scaled(log_density(site), site))
         return total
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.plate_messenger import PlateMessenger
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.handlers.sites import in_plate, is_sample, is_subsample, log_density, own_scale
+from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.inference.objectives.estimators import rows_plate
-from ppl_gen.inference.objectives.tracing import is_sample, log_density, own_scale
 from ppl_gen.isolation import looking
 from ppl_gen.sitechecks import require_enumerable
 
@@ -42,21 +42,8 @@ class LocalParticles(PlateMessenger):
         self.data_plate = data_plate
 
     def _process_message(self, msg: Any) -> None:
-        if any(frame.name == self.data_plate for frame in msg["cond_indep_stack"]):
+        if in_plate(msg, self.data_plate):
             super()._process_message(msg)
-
-
-class Substitute(Messenger):
-    """Latent sites take the given values and stay latent: their prior terms can be counted or left out."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"] = self.values[msg["name"]]
-            msg["done"] = True
 
 
 @dataclass(frozen=True)
@@ -131,7 +118,7 @@ def _same_one_by_one(
 def of_particle(site: dict[str, Any], k: int, info: ProgramInfo) -> Tensor:
     """The value of one particle, in the shape that the site has without a plate of particles."""
     value: Tensor = site["value"]
-    if type(site["fn"]).__name__ == "_Subsample":  # which rows of a plate are taken is the same for all particles
+    if is_subsample(site):  # which rows of a plate are taken is the same for all particles
         return value
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != "_particles"]
     if not any(f.name == info.data_plate for f in frames):
@@ -336,7 +323,7 @@ def _unplated(site: dict[str, Any], info: ProgramInfo) -> Tensor:
 
 
 def _in_plate(site: dict[str, Any], plate: str | None) -> bool:
-    return any(frame.name == plate for frame in site["cond_indep_stack"])
+    return in_plate(site, plate)
 
 
 def _by_particle(value: Tensor, info: ProgramInfo, count: int) -> Tensor:

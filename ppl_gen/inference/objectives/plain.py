@@ -18,8 +18,9 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.ordered import ordered
-from ppl_gen.inference.objectives.base import Game, Loss, Objective, RescalePlate, Setting, started
-from ppl_gen.inference.objectives.tracing import nothing, parallel
+from ppl_gen.handlers.rescale import RescalePlate
+from ppl_gen.handlers.sites import nothing, parallel
+from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting, started
 from ppl_gen.offers import Need
 
 __all__ = ["LossFunction", "PyroObjective", "as_objective", "total_loss"]
