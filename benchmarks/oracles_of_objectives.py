@@ -21,7 +21,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import dry_run
 from ppl_gen.inference import ELBO, IWAE, SVI, Adversarial
 from ppl_gen.inference.objectives.adversarial import COSTS
-from ppl_gen.inference.objectives.base import Setting
+from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.models import gaussian_mixture
 
 __all__ = [

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ppl_gen import offers
 from ppl_gen.data import load_data
 from ppl_gen.data.batching import by_step, constant
 from ppl_gen.driver import fit
 from ppl_gen.driver import inspect_program as check
 from ppl_gen.errors import FitWarning, IncompatibleError, MissingExtraError, NonFiniteError
-from ppl_gen.predictive import prior_predictive
+from ppl_gen.prior import prior_predictive
 from ppl_gen.program import Program, Recipe
 from ppl_gen.result import Fit, Status
+from ppl_gen.version import __version__
 
 if TYPE_CHECKING:
     from ppl_gen.comparison import Comparison, compare
-    from ppl_gen.storage import load
+    from ppl_gen.loading import load
 
-__version__ = "0.1.0"
 
 __all__ = [
     "Comparison",
@@ -29,6 +30,7 @@ __all__ = [
     "Program",
     "Recipe",
     "Status",
+    "__version__",
     "by_step",
     "check",
     "compare",
@@ -39,7 +41,16 @@ __all__ = [
     "prior_predictive",
 ]
 
-_LAZY = {"Comparison": "comparison", "compare": "comparison", "load": "storage"}
+
+def _zoo(offer: str) -> list[str]:
+    from ppl_gen.models.catalogue import programs_offering
+
+    return programs_offering(offer)
+
+
+offers.zoo[:] = [_zoo]
+
+_LAZY = {"Comparison": "comparison", "compare": "comparison", "load": "loading"}
 
 
 def __getattr__(name: str) -> Any:

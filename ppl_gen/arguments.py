@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = [
-    "require_axes",
-    "require_choice",
-    "require_fit",
-    "require_function",
-    "require_instance",
-    "require_mapping",
-    "require_text",
-]
+__all__ = ["require_axes", "require_choice", "require_function", "require_instance", "require_mapping", "require_text"]
 
 
 def require_choice(name: str, value: Any, choices: Iterable[str], *, optional: bool = False) -> None:
@@ -81,20 +73,6 @@ def require_instance(name: str, value: Any, kind: type) -> None:
     """
     if value is not None and not isinstance(value, kind):
         raise TypeError(f"{name}: expected {kind.__name__}(...) or None, got {type(value).__name__}")
-
-
-def require_fit(value: Any) -> None:
-    """Raise TypeError unless ``value`` is a fit with its program.
-
-    >>> require_fit("saved")
-    Traceback (most recent call last):
-    ...
-    TypeError: fit: expected a fit, of pg.fit or of pg.load with its program, got str
-    """
-    from ppl_gen.result import Fit
-
-    if not isinstance(value, Fit):
-        raise TypeError(f"fit: expected a fit, of pg.fit or of pg.load with its program, got {type(value).__name__}")
 
 
 def require_axes(value: Any) -> None:

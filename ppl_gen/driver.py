@@ -24,13 +24,14 @@ from ppl_gen.errors import (
     require_seed,
     require_whole,
 )
+from ppl_gen.finished import finished
 from ppl_gen.handlers.adapted import adapted
 from ppl_gen.handlers.ordered import ordered
 from ppl_gen.handlers.whole_plates import whole_plates
-from ppl_gen.inference.base import Algorithm, Run
+from ppl_gen.inference.base import Algorithm
+from ppl_gen.inference.run import Run
 from ppl_gen.interrupts import allowed, hold, listening, taken
 from ppl_gen.isolation import Workspace, isolated
-from ppl_gen.loop import finished
 from ppl_gen.mixed import MixedDtypesError
 from ppl_gen.monitoring import Validation
 from ppl_gen.preparing import built_from, checked_run, dtype_of, inspected, looked_at, modules_of

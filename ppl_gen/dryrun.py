@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -111,6 +111,10 @@ class ProgramInfo:
             return self
         return replace(self, undifferentiable=reason, offers=self.offers - {"differentiable samples"})
 
+    def rows_plate(self, sums: Sequence[str]) -> str | None:
+        """The plate whose rows stay apart when ``sums`` are summed out; None where a global one ties them together."""
+        return self.data_plate if all(self.sites[name].local for name in sums) else None
+
     def as_tried(self, earlier: ProgramInfo) -> ProgramInfo:
         """The same without the offers that were tried on an ``earlier`` look at the program, and did not hold."""
         return self.refusing_sums(earlier.unenumerable).refusing_gradients(earlier.undifferentiable)
@@ -186,7 +190,7 @@ class ProgramInfo:
         return "\n".join([f"{self.name}: {plate}", *lines])
 
     def _repr_html_(self) -> str:
-        from ppl_gen.report.display import info_html
+        from ppl_gen.program_display import info_html
 
         return info_html(self)
 
@@ -364,10 +368,6 @@ def _derived_offers(program: Program, sites: dict[str, Site], plate: bool, free:
         "no free parameters": not free,
         "differentiable latents": bool(latents) and all(site.finite or not site.discrete for site in latents),
         "data plate": plate,
-        "exact evidence": program.evidence is not None,
-        "energy": program.energy is not None,
-        "EM steps": program.em is not None,
-        "CAVI updates": program.cavi is not None,
-        "time steps": program.time_steps is not None,
+        **{offer: getattr(program, name) is not None for name, offer in program.offer_fields().items()},
     }
     return frozenset(name for name, held in offers.items() if held)

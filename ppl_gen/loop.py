@@ -1,23 +1,20 @@
-"""The one loop of algorithms that move step by step, and the fit that is made of what a run came to."""
+"""The one loop of algorithms that move step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ppl_gen.dryrun import ProgramInfo, dry_run
-from ppl_gen.inference.base import Algorithm, Iterative, Outcome, Run
-from ppl_gen.inference.restored import guide_source
-from ppl_gen.inference.stopping import EarlyStop, check_record
+if TYPE_CHECKING:
+    from ppl_gen.inference.base import Iterative
+from ppl_gen.inference.run import Outcome, Run
+from ppl_gen.inference.stopping import check_record
 from ppl_gen.interrupts import check, hold
-from ppl_gen.isolation import Workspace, isolated
-from ppl_gen.program import Recipe
-from ppl_gen.result import Fit, Status
 
-__all__ = ["finished", "iterate"]
+__all__ = ["iterate"]
 
 
 def iterate(algorithm: Iterative, run: Run) -> Outcome:
@@ -42,7 +39,7 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
             if step % algorithm.stop_every() == 0 and (converged := algorithm.stop({**history, **checks})) is not None:
                 break
             if run.validation is not None and run.validation.due(step, limit):
-                run.validation.record(checks, step, finished(None, None, run, algorithm.outcome(state, run), 0.0))
+                run.validation.record(checks, step, run, algorithm.outcome(state, run))
             if run.progress is not None and (step == limit or step % max(1, limit // 200) == 0):
                 run.progress(step, limit, _latest(info))
     except KeyboardInterrupt:
@@ -78,54 +75,3 @@ def _floats(values: Sequence[Any]) -> list[float]:
 
 def _latest(info: Mapping[str, Any]) -> str:
     return "  ".join(f"{name} {float(value):.4g}" for name, value in list(info.items())[:3])
-
-
-def finished(recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outcome: Outcome, seconds: float) -> Fit:
-    status, message = _status(outcome)
-    return Fit(
-        program=run.program,
-        algorithm=algorithm.label if algorithm is not None else "",
-        settings=repr(algorithm),
-        data=run.data,
-        info=_with_guide(run, outcome),
-        state=outcome.state,
-        learned=outcome.posterior,
-        guide=outcome.guide,
-        extra_modules=dict(outcome.modules),
-        module_names=dict(run.workspace.modules),
-        records={name: list(values) for name, values in outcome.history.items()},
-        checks={name: list(values) for name, values in outcome.checks.items()},
-        status=status,
-        message=message,
-        seed=run.seed,
-        cost={"seconds": seconds, **outcome.cost},
-        notes=dict(run.notes),
-        recipe=recipe,
-        guide_source=guide_source(algorithm, run, outcome),
-    )
-
-
-def _with_guide(run: Run, outcome: Outcome) -> ProgramInfo:
-    """The site table, with the sites of a guide that came into being during the run (coordinate updates)."""
-    if outcome.guide is None or run.info.guide_sites is not None:
-        return run.info
-    with Workspace(outcome.state, device=run.data.device, dtype=run.data.dtype), isolated():
-        batch = run.data.batch()
-        fewer, known = (lambda: run.data.head((batch.rows or 2) // 2)), run.info.predicted
-        info = dry_run(run.program, batch, guide=outcome.guide, fewer=fewer, predicted=known)
-        return info.as_tried(run.info)
-
-
-def _status(outcome: Outcome) -> tuple[Status, str]:
-    steps = int(outcome.cost.get("steps", 0))
-    if outcome.diverged is not None:
-        return Status.DIVERGED, outcome.diverged
-    if outcome.failed is not None:
-        return Status.FAILED, outcome.failed
-    if outcome.interrupted:
-        return Status.INTERRUPTED, outcome.message or f"interrupted after {steps} steps; what was learned is kept"
-    if isinstance(outcome.converged, EarlyStop):
-        return Status.STOPPED, str(outcome.converged)
-    if outcome.converged is not None:
-        return Status.CONVERGED, outcome.converged
-    return Status.FINISHED, outcome.message or f"ran all {steps} steps"

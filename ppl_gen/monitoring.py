@@ -7,9 +7,10 @@ from typing import Any
 from ppl_gen.data.batching import Dataset, as_dataset
 from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.data.sources import collected
+from ppl_gen.finished import finished
+from ppl_gen.inference.run import Outcome, Run
 from ppl_gen.newrows import check_columns
 from ppl_gen.program import Program
-from ppl_gen.result import Fit
 
 __all__ = ["Validation"]
 
@@ -27,8 +28,8 @@ class Validation:
         """Every so many steps (a tenth of all unless told), and at the last."""
         return step % (self.every or max(1, limit // 10)) == 0 or step == limit
 
-    def record(self, checks: dict[str, list[float]], step: int, fit: Fit) -> None:
+    def record(self, checks: dict[str, list[float]], step: int, run: Run, outcome: Outcome) -> None:
         """Append the step and the mean evidence of the fit as it stands."""
-        estimate = fit.evidence(self.data, particles=16, draws=16)
+        estimate = finished(None, None, run, outcome, 0.0).evidence(self.data, particles=16, draws=16)
         checks.setdefault("step", []).append(step)
         checks.setdefault("validation_evidence", []).append(estimate.mean)

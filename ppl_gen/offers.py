@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ppl_gen.errors import IncompatibleError
 
@@ -11,7 +11,7 @@ __all__ = ["OFFERS", "Need", "require"]
 #: One group of offers, any of which satisfies the need.
 Need = tuple[str, ...]
 
-#: Every offer and what it means. All but the last block are derived from the dry run, never declared.
+#: Every offer and what it means. The dry run derives them, but for those that fields of `Program` declare.
 OFFERS: dict[str, str] = {
     "density": "every observed site has a normalised log density",
     "latent sites": "at least one sample site is latent",
@@ -27,6 +27,10 @@ OFFERS: dict[str, str] = {
     "CAVI updates": "closed-form coordinate updates of a conjugate guide",
     "time steps": "a Markov chain of latents whose ELBO terms can be entered at any time step",
 }
+
+#: Names of the zoo's models that offer something. The zoo stands above the contract, and an error has to name examples
+#: all the same: the package puts the catalogue's own lookup in.
+zoo: list[Callable[[str], list[str]]] = []
 
 
 def require(algorithm: str, needs: Iterable[Need], program: str, offers: Iterable[str], *, why: str = "") -> None:
@@ -58,11 +62,9 @@ def require(algorithm: str, needs: Iterable[Need], program: str, offers: Iterabl
 
 
 def _who_offers(missing: list[Need], width: int) -> list[str]:
-    from ppl_gen.models.catalogue import programs_offering  # a lookup table filled by the models, read only here
-
     lines = []
     for need in missing:
-        names = sorted({name for offer in need for name in programs_offering(offer)})
+        names = sorted({name for offer in need for look_up in zoo for name in look_up(offer)})
         if names:
             lines.append(f"  {'offered by:':<{width}}" + f"{' or '.join(need)}: " + ", ".join(names))
     return lines

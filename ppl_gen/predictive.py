@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import ImproperUniform, Unit
+from pyro.distributions import Unit
 from torch import Tensor
 
-from ppl_gen.closures import same_again
 from ppl_gen.data.batching import LARGE, Batch
-from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError, require_seed, require_whole
+from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError, require_whole
 from ppl_gen.finite_globals import extended, summed_globals
 from ppl_gen.handlers.last_site import drawing
 from ppl_gen.handlers.sites import is_deterministic, is_sample
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.handlers.unobserved import unobserved
-from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.guide_list import holds_rows
 from ppl_gen.isolation import looking
 from ppl_gen.local_draws import local_draws
@@ -37,13 +35,9 @@ __all__ = [
     "positive",
     "posterior_draws",
     "predictive_draws",
-    "prior_predictive",
     "refuse_improper",
     "run",
 ]
-
-
-_HALVES = ("observed", "unobserved")  # of a site with `obs_mask`: of what is drawn, it takes one or the other
 
 
 def global_draws(fit: Fit, count: int, *, finite: bool = True) -> list[dict[str, Tensor]]:
@@ -191,52 +185,6 @@ def _is_forward(fit: Fit) -> bool:
     return silent and isinstance(fit.learned, PointPosterior)
 
 
-def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 0) -> dict[str, Tensor]:
-    """Draws of every site from the prior, the observations of ``data`` removed: draws x shape.
-
-    Args:
-        program: a model function, a `Program` or a `Recipe`.
-        data: what the model is called with: inputs, and the number of rows.
-        draws: how many.
-        seed: of all randomness here.
-
-    Raises:
-        ValueError, TypeError: as `pg.check` does, for a mistake in program or data.
-
-    Example:
-        >>> import pyro, torch, ppl_gen as pg
-        >>> import pyro.distributions as dist
-        >>> def model(x):
-        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
-        >>> pg.prior_predictive(model, torch.zeros(3), draws=5, seed=0)["x"].shape
-        torch.Size([5, 3])
-    """
-    from ppl_gen.isolation import Workspace, isolated
-    from ppl_gen.onlysummed import by_branches, drawn_too, tried
-    from ppl_gen.preparing import built_from, dtype_of, modules_of
-    from ppl_gen.program import as_recipe
-    from ppl_gen.sitechecks import explained
-
-    positive("draws", draws)
-    with isolated(require_seed(seed), dtype=dtype_of(data)), torch.no_grad(), same_again(program):
-        built, dataset = built_from(as_recipe(program), data, None, None, None)
-        modules = modules_of(built, None)
-        with Workspace(dtype=dataset.dtype, training=False, modules=modules), whole_plates():
-            batch = dataset.batch()
-            built, _ = by_branches(built, batch, tried(built.model, batch))
-            with drawn_too(built, batch), explained(built, batch, "model"):
-                trace = poutine.trace(built.model).get_trace(*batch.args, **batch.kwargs)
-            refuse_improper(
-                built.name, {n for n, node in trace.nodes.items() if is_sample(node) and _is_flat(node["fn"])}
-            )
-            found = prior_rows(built.model, batch, draws)
-            split = [name.removesuffix("_observed") for name in found if name.endswith("_observed")]
-            halves = {f"{n}_{half}" for n in split if {n, f"{n}_unobserved"} <= found.keys() for half in _HALVES}
-            return {name: value for name, value in found.items() if name not in halves}
-
-
 def prior_rows(model: Any, batch: Batch, draws: int) -> dict[str, Tensor]:
     """``draws`` runs of the model with its observations removed, stacked by site."""
     free = unobserved(model)
@@ -252,12 +200,6 @@ def prior_rows(model: Any, batch: Batch, draws: int) -> dict[str, Tensor]:
             }
         )
     return _stacked(runs)
-
-
-def _is_flat(fn: Any) -> bool:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, ImproperUniform)
 
 
 def refuse_improper(program: str, names: set[str]) -> None:

@@ -21,8 +21,9 @@ from ppl_gen.guidechecks import check_masked
 from ppl_gen.handlers.adapted import adapted
 from ppl_gen.handlers.ordered import ordered
 from ppl_gen.honoured import refuse_idle_masks
-from ppl_gen.inference.base import Algorithm, Run
+from ppl_gen.inference.base import Algorithm
 from ppl_gen.inference.enumerable import unenumerable
+from ppl_gen.inference.run import Run
 from ppl_gen.inference.unlearned import joint, predictions
 from ppl_gen.isolation import Workspace, isolated, looking
 from ppl_gen.missing import refuse_read_nan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -67,12 +67,12 @@ class Program:
     name: str = ""
     start: Callable[[], Mapping[str, Tensor]] | None = None
     relabel: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
-    evidence: Callable[..., Tensor] | None = None
+    evidence: Callable[..., Tensor] | None = field(default=None, metadata={"offer": "exact evidence"})
     local_posterior: Callable[..., Mapping[str, Any]] | None = None
-    em: EMSteps | None = None
-    cavi: CAVIUpdates | None = None
-    energy: Energy | None = None
-    time_steps: TimeSteps | None = None
+    em: EMSteps | None = field(default=None, metadata={"offer": "EM steps", "kind": EMSteps})
+    cavi: CAVIUpdates | None = field(default=None, metadata={"offer": "CAVI updates", "kind": CAVIUpdates})
+    energy: Energy | None = field(default=None, metadata={"offer": "energy", "kind": Energy})
+    time_steps: TimeSteps | None = field(default=None, metadata={"offer": "time steps", "kind": TimeSteps})
     terms: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     data_dim: int = 0
 
@@ -107,8 +107,18 @@ class Program:
         require_mapping("terms", self.terms, "a mapping from names to functions")
         for offer in ("start", "relabel", "evidence", "local_posterior"):
             require_function(offer, getattr(self, offer))
-        for offer, kind in (("em", EMSteps), ("cavi", CAVIUpdates), ("energy", Energy), ("time_steps", TimeSteps)):
-            require_instance(offer, getattr(self, offer), kind)
+        for own in fields(self):
+            if "kind" in own.metadata:
+                require_instance(own.name, getattr(self, own.name), own.metadata["kind"])
+
+    @classmethod
+    def offer_fields(cls) -> dict[str, str]:
+        """The fields that are offers where they are given, and what the vocabulary calls them.
+
+        >>> Program.offer_fields()["em"]
+        'EM steps'
+        """
+        return {own.name: own.metadata["offer"] for own in fields(cls) if "offer" in own.metadata}
 
     def __getstate__(self) -> dict[str, Any]:
         from ppl_gen.isolation import copied  # pickling makes Pyro's autoguides forget their model: a copy may
@@ -121,7 +131,7 @@ class Program:
         return f"Program({self.name}{guide})"
 
     def _repr_html_(self) -> str:
-        from ppl_gen.report.display import program_html
+        from ppl_gen.program_display import program_html
 
         return program_html(self)
 

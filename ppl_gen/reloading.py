@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ppl_gen.closures import same_again
 from ppl_gen.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
+from ppl_gen.schema import site_table
 
 if TYPE_CHECKING:
-    from ppl_gen.dryrun import ProgramInfo
     from ppl_gen.inference.base import Algorithm
     from ppl_gen.result import Fit
 
-__all__ = ["compare_draws", "restored", "site_table"]
+__all__ = ["compare_draws", "restored"]
 
 
 def restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, data: Any, given: Algorithm | None) -> Fit:
@@ -75,11 +75,6 @@ def restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, dat
         cost=meta["cost"],
         notes={**meta["notes"], **_not_loaded(modules, given)},
     )
-
-
-def site_table(info: ProgramInfo) -> dict[str, list[Any]]:
-    """What a program has to have in common with the one that was fitted, whatever its data."""
-    return {n: [s.kind, s.distribution, list(s.event_shape), list(s.plates)] for n, s in info.sites.items()}
 
 
 def _compare_algorithm(meta: Mapping[str, Any], algorithm: Algorithm | None, *, networks: bool) -> None:

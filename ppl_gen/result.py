@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ppl_gen.diagnostics.evidence import Evidence
     from ppl_gen.diagnostics.verdicts import Verdict
 
-__all__ = ["Fit", "Status"]
+__all__ = ["Fit", "Status", "require_fit"]
 
 
 class Status(enum.StrEnum):
@@ -84,7 +84,7 @@ class Fit:
         return "not diagnosed yet: fit.verdict says whether to trust it" if found is None else f"verdict: {found}"
 
     def _repr_html_(self) -> str:
-        from ppl_gen.report.display import fit_html
+        from ppl_gen.fit_display import fit_html
 
         return fit_html(self)
 
@@ -316,3 +316,17 @@ class Fit:
         from ppl_gen.storage import save_fit
 
         return save_fit(self, path)
+
+
+def require_fit(value: Any) -> None:
+    """Raise TypeError unless ``value`` is a fit with its program.
+
+    >>> require_fit("saved")
+    Traceback (most recent call last):
+    ...
+    TypeError: fit: expected a fit, of pg.fit or of pg.load with its program, got str
+    """
+    from ppl_gen.result import Fit
+
+    if not isinstance(value, Fit):
+        raise TypeError(f"fit: expected a fit, of pg.fit or of pg.load with its program, got {type(value).__name__}")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppl_gen.dryrun import ProgramInfo
+
 import json
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -15,13 +21,16 @@ from ppl_gen.atomic import is_contents
 
 __all__ = [
     "FILES",
+    "FORMAT",
     "check_diagnosis",
     "check_meta",
     "check_tensors",
     "check_tree",
+    "digest",
     "positional",
     "read_json",
     "refuse",
+    "site_table",
     "tensors_of",
 ]
 
@@ -265,3 +274,16 @@ def tensors_of(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, RuntimeError, KeyError, OSError) as error:
         refuse(file, f"it cannot be read as safetensors ({str(error)[:120]})")
     return loaded
+
+
+def site_table(info: ProgramInfo) -> dict[str, list[Any]]:
+    """What a program has to have in common with the one that was fitted, whatever its data."""
+    return {n: [s.kind, s.distribution, list(s.event_shape), list(s.plates)] for n, s in info.sites.items()}
+
+
+FORMAT = 2
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ppl_gen as pg
 from ppl_gen.data.batching import Batch, Dataset, as_dataset
 from ppl_gen.dryrun import dry_run
-from ppl_gen.inference.objectives.base import Game, Setting
+from ppl_gen.inference.objectives.game import Game, Setting
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.isolation import Workspace, isolated, quiet
 

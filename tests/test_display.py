@@ -12,9 +12,9 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import ppl_gen as pg
+from ppl_gen.fit_display import _curve
 from ppl_gen.inference import CAVI, EM, NUTS, SVI
 from ppl_gen.models import gan, gaussian_mixture
-from ppl_gen.report.display import _curve
 
 pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
 

@@ -27,7 +27,8 @@ from torch import nn
 
 import ppl_gen as pg
 from ppl_gen.inference import ELBO, SVI
-from ppl_gen.inference.objectives.base import Game, Loss, Objective, Player
+from ppl_gen.inference.objectives.base import Objective
+from ppl_gen.inference.objectives.game import Game, Loss, Player
 
 
 # ------------------------------------------------------------------------------------------ repeatable

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import ppl_gen as pg
-from ppl_gen.inference.base import Algorithm, Outcome
+from ppl_gen.diagnostics.verdicts import Verdict
+from ppl_gen.inference.base import Algorithm
+from ppl_gen.inference.run import Outcome
 from ppl_gen.posterior import ChainPosterior, PointPosterior
 from ppl_gen.report.posteriors import apart, posterior_words
 from ppl_gen.report.table import answer
@@ -65,7 +67,7 @@ def compared(grades=None, relabel=None, **algorithms):
     lines = []
     for label, algorithm in algorithms.items():
         fit = pg.fit(program, x, algorithm, seed=0)
-        verdict = f"{(grades or {}).get(label, 'trust')}: told so."
+        verdict = Verdict((grades or {}).get(label, "trust"), "told so")
         lines.append(
             Line(label, 0, str(fit.status), fit.message, fit.cost["seconds"], fit, fit.evidence(x, draws=20), verdict)
         )

@@ -18,7 +18,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import dry_run
 from ppl_gen.extensions import Energy
 from ppl_gen.inference import ELBO, IWAE, SVI, ContrastiveDivergence
-from ppl_gen.inference.objectives.base import Setting
+from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.inference.updates import gradients
 from ppl_gen.models import rbm
 from ppl_gen.models.boltzmann import BoltzmannMachine, GibbsRows

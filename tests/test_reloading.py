@@ -16,7 +16,8 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoLaplaceApproximation, A
 
 import ppl_gen as pg
 from ppl_gen.inference import SVI, Adversarial
-from ppl_gen.inference.base import Algorithm, Iterative, Outcome
+from ppl_gen.inference.base import Algorithm, Iterative
+from ppl_gen.inference.run import Outcome
 from ppl_gen.posterior import GuidePosterior, PointPosterior, Posterior
 
 X = torch.linspace(-1.0, 2.0, 12)

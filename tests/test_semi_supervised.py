@@ -15,7 +15,8 @@ from ppl_gen.data.batching import Batches, as_dataset
 from ppl_gen.diagnostics import active_units
 from ppl_gen.dryrun import dry_run
 from ppl_gen.inference import ELBO, IWAE, SVI
-from ppl_gen.inference.objectives.base import Game, Setting, started
+from ppl_gen.inference.objectives.base import started
+from ppl_gen.inference.objectives.game import Game, Setting
 from ppl_gen.isolation import Workspace, isolated
 from ppl_gen.models import m1, m1_m2, m2, vae
 

@@ -21,7 +21,7 @@ from programs import both, both_guide, conjugate, generator, regression, sine_ro
 from pyro.infer.autoguide import AutoMultivariateNormal
 
 import ppl_gen as pg
-from ppl_gen import atomic, storage
+from ppl_gen import atomic, loading, storage
 from ppl_gen.inference import CAVI, EM, NUTS, SVI, Adversarial
 from ppl_gen.models import gaussian_mixture
 from ppl_gen.posterior import ChainPosterior
@@ -379,7 +379,7 @@ def test_contents_of_others_are_swept_only_when_nobody_writes_them(tmp_path: Pat
 def test_a_folder_is_replaced_while_it_is_read(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit, program = fitted("guide")
     fit.save(tmp_path / "kept")
-    checked, calls = storage._checked_contents, []
+    checked, calls = loading._checked_contents, []
 
     def replaced_meanwhile(*args: Any) -> Path:
         if not calls:
@@ -387,7 +387,7 @@ def test_a_folder_is_replaced_while_it_is_read(kept: Path, tmp_path: Path, monke
             pg.fit(program, X, SVI(steps=5), seed=9).save(tmp_path / "kept")
         return checked(*args)
 
-    monkeypatch.setattr(storage, "_checked_contents", replaced_meanwhile)
+    monkeypatch.setattr(loading, "_checked_contents", replaced_meanwhile)
     assert pg.load(tmp_path / "kept", program=program).seed == 9
 
 

@@ -15,7 +15,8 @@ import ppl_gen as pg
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.dryrun import dry_run
 from ppl_gen.inference import ELBO, NUTS, SVI, Adversarial
-from ppl_gen.inference.objectives.base import Setting, started
+from ppl_gen.inference.objectives.base import started
+from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.isolation import Workspace, isolated
 
 pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose

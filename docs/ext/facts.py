@@ -19,7 +19,7 @@ import ppl_gen.inference as inference
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.inference import SVI, Algorithm, Objective
-from ppl_gen.inference.base import Run
+from ppl_gen.inference.run import Run
 from ppl_gen.isolation import Workspace, isolated
 from ppl_gen.models.catalogue import CATALOGUE
 from ppl_gen.offers import require

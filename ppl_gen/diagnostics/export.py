@@ -32,6 +32,7 @@ from ppl_gen.isolation import isolated
 from ppl_gen.observations import observed_rows, rows_observed
 from ppl_gen.posterior import ChainPosterior
 from ppl_gen.predictive import amortised, prior_rows
+from ppl_gen.version import __version__
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -317,11 +318,9 @@ def _reason(fit: Fit, group: str) -> str:
 
 
 def provenance(fit: Fit) -> dict[str, Any]:
-    import ppl_gen
-
     return {
         "inference_library": "ppl_gen",
-        "inference_library_version": ppl_gen.__version__,
+        "inference_library_version": __version__,
         "algorithm": fit.settings,
         "program": fit.program.name,
         "seed": fit.seed,

@@ -12,7 +12,8 @@ from torch.distributions import constraints, transform_to
 
 from ppl_gen.data.batching import Batches
 from ppl_gen.errors import require_number, require_whole
-from ppl_gen.inference.base import Info, Iterative, Outcome, Run
+from ppl_gen.inference.base import Iterative
+from ppl_gen.inference.run import Info, Outcome, Run
 from ppl_gen.isolation import ProgramState
 from ppl_gen.offers import Need
 from ppl_gen.posterior import GuidePosterior

@@ -13,10 +13,11 @@ from torch import Tensor
 from ppl_gen.arguments import require_choice
 from ppl_gen.data.batching import Batches
 from ppl_gen.errors import IncompatibleError, require_flag, require_number, require_whole
-from ppl_gen.inference.base import Info, Iterative, Outcome, Run
+from ppl_gen.inference.base import Iterative
 from ppl_gen.inference.em_starts import TRIAL_STEPS, advanced, candidates, first_values
 from ppl_gen.inference.expectation import Expectation, Problem
 from ppl_gen.inference.m_steps import Maximiser
+from ppl_gen.inference.run import Info, Outcome, Run
 from ppl_gen.isolation import isolated
 from ppl_gen.offers import Need
 from ppl_gen.posterior import PointPosterior

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch import distributions as td
 from torch.distributions import Transform
 
-from ppl_gen.inference.base import Run
 from ppl_gen.inference.expectation import Expectation, Problem
 from ppl_gen.inference.m_gradient import spread
 from ppl_gen.inference.m_probe import unwrapped
 from ppl_gen.inference.m_steps import Maximiser
+from ppl_gen.inference.run import Run
 
 __all__ = ["TRIAL_STEPS", "advanced", "candidates", "first_values"]
 

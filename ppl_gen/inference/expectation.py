@@ -17,7 +17,6 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
 
-from ppl_gen.inference.base import Run
 from ppl_gen.inference.contraction import dims_of
 from ppl_gen.inference.enumerated import (
     batch_shape,
@@ -28,6 +27,7 @@ from ppl_gen.inference.enumerated import (
     support,
 )
 from ppl_gen.inference.enumeration import expected_log_joint, factor_marginals, log_prior
+from ppl_gen.inference.run import Run
 from ppl_gen.isolation import quiet
 from ppl_gen.program import Program
 

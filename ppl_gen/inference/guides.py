@@ -26,9 +26,9 @@ from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.read_sites import ReadSites
 from ppl_gen.handlers.sites import is_deterministic
-from ppl_gen.inference.base import Run
 from ppl_gen.inference.guide_list import sharing_plates
 from ppl_gen.inference.laplace import Laplace
+from ppl_gen.inference.run import Run
 from ppl_gen.isolation import copied, looking, revived
 from ppl_gen.program import filtered
 

@@ -12,8 +12,8 @@ from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.inference.objectives.base import Setting
 from ppl_gen.inference.objectives.elbo import ELBO
+from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.isolation import looking
 
 __all__ = ["Laplace", "kept_buffers", "restored_laplace", "second_stage"]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.errors import IncompatibleError, is_number, require_flag, require_whole
-from ppl_gen.inference.base import Algorithm, Outcome, Run
+from ppl_gen.inference.base import Algorithm
 from ppl_gen.inference.chains import one_thread, run_chains, workers
 from ppl_gen.inference.nuts_kernel import Chain, Table
+from ppl_gen.inference.run import Outcome, Run
 from ppl_gen.inference.tape import Recording, RecordingRefused, record_checked
 from ppl_gen.inference.unconstrained import NEAR, Unconstrained, starting_point
 from ppl_gen.isolation import isolated

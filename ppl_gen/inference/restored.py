@@ -14,9 +14,10 @@ from torch.nn import Module
 
 from ppl_gen.data.batching import LARGE
 from ppl_gen.dryrun import dry_run
-from ppl_gen.inference.base import Algorithm, Outcome, Run
+from ppl_gen.inference.base import Algorithm
 from ppl_gen.inference.guides import resolved_guide
 from ppl_gen.inference.laplace import Laplace, restored_laplace
+from ppl_gen.inference.run import Outcome, Run
 from ppl_gen.isolation import ProgramState
 from ppl_gen.offers import Need
 from ppl_gen.posterior import BUILT_IN, GuidePosterior, PointPosterior

@@ -15,15 +15,17 @@ from ppl_gen.data.batching import Batches
 from ppl_gen.dryrun import dry_run
 from ppl_gen.errors import IncompatibleError, require_callable, require_positive, require_whole
 from ppl_gen.guidechecks import check_masked
-from ppl_gen.inference.base import Info, Iterative, Outcome, Run
+from ppl_gen.inference.base import Iterative
 from ppl_gen.inference.guide_list import has_own_parts
 from ppl_gen.inference.guides import as_whole, is_auto, refuse_row_parameters, resolved_guide
 from ppl_gen.inference.jacobians import check_jacobians
 from ppl_gen.inference.laplace import Laplace, kept_buffers, second_stage
-from ppl_gen.inference.objectives.base import Game, Setting, started
+from ppl_gen.inference.objectives.base import started
 from ppl_gen.inference.objectives.elbo import ELBO
+from ppl_gen.inference.objectives.game import Game, Setting
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.inference.outside import refuse_rows_outside
+from ppl_gen.inference.run import Info, Outcome, Run
 from ppl_gen.inference.updates import OPTIMISERS, State
 from ppl_gen.isolation import ProgramState, looking
 from ppl_gen.offers import Need

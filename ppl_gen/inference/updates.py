@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.inference.base import Run
 from ppl_gen.inference.impossible import impossible
-from ppl_gen.inference.objectives.base import Game, Player
+from ppl_gen.inference.objectives.game import Game, Player
+from ppl_gen.inference.run import Run
 from ppl_gen.isolation import ProgramState, quiet
 
 if TYPE_CHECKING:

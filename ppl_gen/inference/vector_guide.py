@@ -17,7 +17,7 @@ from torch.distributions import biject_to
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.inference.base import Run
+from ppl_gen.inference.run import Run
 from ppl_gen.inference.unconstrained import Unconstrained
 from ppl_gen.isolation import looking
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_gen.arguments import require_fit
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.predictive import latent_draws, run
-from ppl_gen.result import Fit
+from ppl_gen.result import Fit, require_fit
 
 __all__ = ["anomaly_scores", "codes", "reconstructions"]
 

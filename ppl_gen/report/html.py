@@ -14,7 +14,7 @@ from ppl_gen.report.draws import Scalar, distinct, global_scalars, replicates
 from ppl_gen.report.pictures import Picture, picture
 from ppl_gen.report.plots import colours, curves_of, draw_apart, draw_curve, draw_density, draw_heldout, draw_predictive
 from ppl_gen.report.posteriors import frame_of_posteriors, posterior_words
-from ppl_gen.report.table import answer, frame, grade, labels_of, standings, trust
+from ppl_gen.report.table import answer, frame, labels_of, standings, trust
 
 if TYPE_CHECKING:
     from ppl_gen.comparison import Comparison
@@ -119,7 +119,7 @@ def _cells(comparison: Comparison, record: dict[str, Any]) -> dict[str, str]:
         "ratio": _number(record["sd_ratio"], 2),
         "k": _number(record["pareto_k"], 2),
         "cost": seconds,
-        "grade": grade(line),
+        "grade": line.grade,
     }
 
 
@@ -142,8 +142,8 @@ def _verdict(line: Line) -> dict[str, Any]:
     return {
         "label": line.label,
         "seed": line.seed,
-        "grade": grade(line),
-        "text": _sentence(line.verdict.split(": ", 1)[-1] if grade(line) != "not diagnosed" else line.verdict),
+        "grade": line.grade,
+        "text": _sentence(line.verdict_text.split(": ", 1)[-1] if line.verdict is not None else line.undiagnosed),
         "message": line.message,
         "settings": line.fit.settings,
         "notes": notes,

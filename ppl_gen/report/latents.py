@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from ppl_gen.arguments import require_axes, require_choice, require_fit, require_mapping
+from ppl_gen.arguments import require_axes, require_choice, require_mapping
 from ppl_gen.data.arrays import as_array
 from ppl_gen.diagnostics.units import active_units, code_means, code_site
 from ppl_gen.errors import require_whole
 from ppl_gen.report.cells import draw_cells, draw_points, flattened, new_axes, titled
 from ppl_gen.report.decoding import decoded, few, levels, observed, pictured, reconstructed, walked
+from ppl_gen.result import require_fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -48,8 +48,6 @@ def reference_line(comparison: Comparison, reference: str | None = None) -> Line
     Raises:
         ValueError: if ``reference`` is no label of the comparison, left no fit, or is a point without an sd.
     """
-    from ppl_gen.report.table import grade
-
     if reference is not None:
         require_choice("reference", reference, dict.fromkeys(line.label for line in comparison.lines))
         found = [line for line in comparison.lines if line.label == reference]
@@ -65,8 +63,8 @@ def reference_line(comparison: Comparison, reference: str | None = None) -> Line
     chains = [
         line for line in comparison.lines if line.fit is not None and isinstance(line.fit.learned, ChainPosterior)
     ]
-    usable = [line for line in chains if grade(line) in _ORDER and _draws(comparison, line)]
-    return min(usable, key=lambda line: (_ORDER.index(grade(line)), _r_hat(line)), default=None)
+    usable = [line for line in chains if line.grade in _ORDER and _draws(comparison, line)]
+    return min(usable, key=lambda line: (_ORDER.index(line.grade), _r_hat(line)), default=None)
 
 
 def _r_hat(line: Line) -> float:
@@ -137,8 +135,6 @@ def apart(comparison: Comparison, reference: str | None = None) -> dict[tuple[st
 
 def posterior_words(comparison: Comparison) -> str:
     """One sentence on where posteriors differ; empty where no two fits have global numbers to compare."""
-    from ppl_gen.report.table import grade
-
     lines = [line for line in comparison.lines if _draws(comparison, line)]
     wide = [line for line in lines if any(_spread(values) > 0 for values in _draws(comparison, line).values())]
     if len(lines) < 2 or not wide:
@@ -149,7 +145,7 @@ def posterior_words(comparison: Comparison) -> str:
     others = {key: found for key, found in apart(comparison).items() if key[0] != base.label}
     said = [text for label in dict.fromkeys(key[0] for key in others) if (text := _said(label, others))]
     points = dict.fromkeys(label for (label, _), found in others.items() if found.point)
-    level = grade(base)
+    level = base.grade
     reference = base.label + ("" if level == "trusted" else f" (itself {level})")
     if said:
         text = f"Posteriors differ: compared with {reference}, {'; '.join(said)}"

@@ -25,7 +25,6 @@ __all__ = [
     "best_label",
     "brief",
     "frame",
-    "grade",
     "grades_of",
     "labels_of",
     "paired",
@@ -41,7 +40,6 @@ _BRIEF = 60  # characters of a message in a table
 _LONG = 400  # and under it
 
 _GRADES = ("trusted", "doubtful", "not trusted", "not diagnosed", "no fit")
-_TRUST = {"trust": "trusted", "doubtful": "doubtful", "do not trust": "not trusted"}
 
 
 def frame(comparison: Comparison, reference: str | None = None) -> pandas.DataFrame:
@@ -70,7 +68,7 @@ def frame(comparison: Comparison, reference: str | None = None) -> pandas.DataFr
                 "shift_sd": place.shift,
                 "sd_ratio": place.ratio,
                 "pareto_k": line.pareto_k,
-                "verdict": line.verdict,
+                "verdict": line.verdict_text,
                 "seconds": line.seconds,
                 "steps": cost.get("steps", math.nan),
                 "gradient_evaluations": cost.get("gradient_evaluations", math.nan),
@@ -248,15 +246,8 @@ def grades_of(comparison: Comparison) -> dict[str, str]:
     """The grade of each label: that of the worst of its seeds."""
     found: dict[str, str] = {}
     for line in comparison.lines:
-        found[line.label] = max(found.get(line.label, _GRADES[0]), grade(line), key=_GRADES.index)
+        found[line.label] = max(found.get(line.label, _GRADES[0]), line.grade, key=_GRADES.index)
     return found
-
-
-def grade(line: Line) -> str:
-    """How far a fit can be trusted, from the first words of its verdict."""
-    if line.fit is None:
-        return "no fit"
-    return _TRUST.get(line.verdict.split(":")[0], "not diagnosed")
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -285,11 +276,11 @@ def as_text(comparison: Comparison, width: int = 100) -> str:
                 "sd ratio": _brief(record["sd_ratio"], 2),
                 "k-hat": _brief(record["pareto_k"], 2),
                 "seconds": _brief(record["seconds"], 1),
-                "verdict": grade(line),
+                "verdict": line.grade,
             }
         )
         who = f"{line.label}, seed {line.seed}" if several else line.label
-        text = line.verdict if line.fit is not None and line.verdict else brief(line.message, _LONG)
+        text = line.verdict_text if line.fit is not None and line.verdict_text else brief(line.message, _LONG)
         said.append(textwrap.fill(f"{who}: {text}", width, subsequent_indent="    ", break_on_hyphens=False))
     columns = [name for name in rows[0] if name != "seed" or several] if rows else []
     columns = [name for name in columns if name == "algorithm" or any(row[name] != "-" for row in rows)]

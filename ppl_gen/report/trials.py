@@ -16,6 +16,7 @@ import torch
 from pyro import poutine
 
 from ppl_gen.data.batching import Batch, as_dataset
+from ppl_gen.diagnostics.verdicts import Verdict
 from ppl_gen.driver import fit as learn
 from ppl_gen.errors import FitWarning, IncompatibleError, NonFiniteError
 from ppl_gen.handlers.unobserved import unobserved
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Callback", "Job", "Line", "Task", "counted", "inspected", "line_of", "one_by_one"]
 
 Job = tuple[str, Algorithm, int]
+_TRUST = {"trust": "trusted", "doubtful": "doubtful", "do not trust": "not trusted"}
 Callback = Callable[[int, Mapping[str, Any]], None]
 
 
@@ -50,10 +52,23 @@ class Line:
     seconds: float = math.nan
     fit: Fit | None = None
     evidence: Evidence | None = None
-    verdict: str = ""
+    verdict: Verdict | None = None
     pareto_k: float = math.nan
     summary: pandas.DataFrame | None = None
     traceback: str = ""
+    undiagnosed: str = ""
+
+    @property
+    def grade(self) -> str:
+        """How far the fit can be trusted, in a word or two."""
+        if self.fit is None:
+            return "no fit"
+        return "not diagnosed" if self.verdict is None else _TRUST[self.verdict.grade]
+
+    @property
+    def verdict_text(self) -> str:
+        """The verdict in a sentence or two, or why there is none."""
+        return self.undiagnosed if self.verdict is None else str(self.verdict)
 
 
 @dataclass(frozen=True)
@@ -178,7 +193,10 @@ def line_of(
         except Exception as error:  # whatever a program may raise is a row, and the row reports it
             status, text, trail = str(Status.FAILED), f"{type(error).__name__}: {error}", traceback.format_exc()
     seconds = time.perf_counter() - began
-    return Line(label, seed, status, text, seconds, kept, verdict=f"do not trust: {status}", traceback=trail)
+    verdict = Verdict("do not trust", f"the run ended {status}") if kept is not None else None
+    return Line(
+        label, seed, status, text, seconds, kept, None, verdict, traceback=trail, undiagnosed=f"no fit: {status}"
+    )
 
 
 def _judged(task: Task, label: str, result: Fit) -> Line:
@@ -198,7 +216,7 @@ def _judged(task: Task, label: str, result: Fit) -> Line:
     except KeyboardInterrupt:
         return replace(line, status=str(Status.INTERRUPTED), message="interrupted before it was judged")
     except Exception as error:  # the row says why there is no verdict
-        verdict = f"not diagnosed: {type(error).__name__}: {error}"
-        return replace(line, verdict=verdict, traceback=traceback.format_exc())
+        why = f"not diagnosed: {type(error).__name__}: {error}"
+        return replace(line, undiagnosed=why, traceback=traceback.format_exc())
     k = float(summary.attrs.get("pareto_k", math.nan))
-    return replace(line, summary=summary, verdict=str(summary.attrs["verdict"]), pareto_k=k)
+    return replace(line, summary=summary, verdict=result.computed["verdict"], pareto_k=k)

@@ -16,7 +16,8 @@ from ppl_gen.arguments import require_choice
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_positive, require_whole
 from ppl_gen.handlers.unobserved import unobserved
-from ppl_gen.inference.objectives.base import Game, Loss, Objective, Player, Setting
+from ppl_gen.inference.objectives.base import Objective
+from ppl_gen.inference.objectives.game import Game, Loss, Player, Setting
 from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, reads_own_observation
 from ppl_gen.isolation import looking
 from ppl_gen.offers import Need

@@ -4,94 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.dryrun import ProgramInfo
+from ppl_gen.dryrun import dry_run
+from ppl_gen.inference.objectives.game import Game, Loss, Setting
 from ppl_gen.isolation import looking
-from ppl_gen.offers import Need
+from ppl_gen.offers import Need, require
 from ppl_gen.program import Program, filtered
 
-__all__ = ["Game", "Loss", "Objective", "Player", "Setting", "started"]
-
-
-@dataclass(frozen=True)
-class Player:
-    """The parameters one loss may move.
-
-    Args:
-        name: ``"program"`` is the generative program's player; losses are recorded as ``<name>_loss``.
-        updates: updates of this player per update of the program, each on a fresh batch, made before it.
-        optimiser: how to build its optimiser unless the algorithm says otherwise: ``optimiser(params) -> Optimizer``.
-        owns: which of the program's parameters it moves, by name; None: all. Ignored for players with a module.
-        after: called after each of its updates (weight clipping, say).
-    """
-
-    name: str
-    updates: int = 1
-    optimiser: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
-    owns: Callable[[str], bool] | None = None
-    after: Callable[[], None] | None = None
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A player's loss on one batch: nats per row, and named parts for the history (nothing is synchronised)."""
-
-    value: Tensor
-    parts: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What an objective is built for: the program with its guide, the dry run, and a batch to try shapes on.
-
-    >>> from dataclasses import dataclass
-    >>> import ppl_gen as pg, pyro, pyro.distributions as dist
-    >>> from ppl_gen.inference import SVI
-    >>> @dataclass(frozen=True)
-    ... class SquaredError(Objective):
-    ...     needs = (("data plate",),)
-    ...     def build(self, setting):
-    ...         class Squares(Game):
-    ...             def loss(self, player, batch):
-    ...                 return Loss((setting.model(*batch.args) - batch.args[0]).square().mean())
-    ...         return Squares()
-    >>> def model(x):
-    ...     loc = pyro.param("loc", torch.zeros(()))
-    ...     with pyro.plate("data", len(x)):
-    ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
-    ...     return loc
-    >>> fit = pg.fit(model, torch.arange(5.0), SVI(objective=SquaredError(), steps=300, lr=0.05), seed=0)
-    >>> abs(float(fit.params["loc"]) - 2.0) < 0.1
-    True
-    """
-
-    program: Program
-    model: Callable[..., Any]
-    guide: Callable[..., Any] | None
-    info: ProgramInfo
-    probe: Batch
-    minibatches: bool = False
-
-
-class Game(ABC):
-    """The fresh state of an objective in one fit: players, their extra modules, and the losses."""
-
-    #: In the order in which they move; the last one is "program".
-    players: Sequence[Player] = (Player("program"),)
-    #: Networks of players other than the program, private to the fit.
-    modules: Mapping[str, nn.Module] = {}
-    #: What was chosen from the dry run, reported in `Fit.notes`.
-    notes: Mapping[str, str] = {}
-
-    @abstractmethod
-    def loss(self, player: str, batch: Batch) -> Loss:
-        """The loss of ``player`` on ``batch``; differentiable, free of `.item()`, without effect on parameters."""
+__all__ = ["Objective", "started"]
 
 
 class Objective(ABC):
@@ -124,9 +49,30 @@ class Objective(ABC):
         Raises:
             TypeError: for games of several players, which a single optimiser cannot play.
         """
-        from ppl_gen.inference.objectives.plain import total_loss
+        batch = Batch(args, kwargs, None, None)
+        game = self._game_of(model, guide, batch)
+        if len(game.players) > 1:
+            names = ", ".join(player.name for player in game.players)
+            raise TypeError(
+                f"{self.label} is a game of several players ({names}), and pyro.infer.SVI moves one; "
+                f"use ppl_gen.inference.SVI(objective={self.label}(...))"
+            )
+        return game.loss("program", batch).value
 
-        return total_loss(self, model, guide, args, kwargs)
+    def _game_of(self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> Game:
+        """The game of a plain pair: made from a dry run at the first call, and kept for the next ones."""
+        kept: dict[Any, Game] = self.__dict__.setdefault("_games", {})
+        if (model, guide) not in kept:
+            program = Program(model, guide)
+            with looking():
+                info = dry_run(program, batch, guide=guide if self.uses_guide else None)
+            require(self.label, self.needs, program.name, info.offers)
+            kept[model, guide] = started(self, Setting(program, model, guide, info, batch))
+        return kept[model, guide]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and other processes get the specification alone."""
+        return {name: value for name, value in self.__dict__.items() if name != "_games"}
 
 
 def started(objective: Objective, setting: Setting) -> Game:

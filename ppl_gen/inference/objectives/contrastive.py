@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import require_flag, require_whole
-from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting
+from ppl_gen.inference.objectives.base import Objective
+from ppl_gen.inference.objectives.game import Game, Loss, Setting
 from ppl_gen.offers import Need
 
 __all__ = ["ContrastiveDivergence"]

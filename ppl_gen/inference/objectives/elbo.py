@@ -16,8 +16,9 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_flag, require_number, require_whole
 from ppl_gen.handlers.rescale import RescalePlate
 from ppl_gen.handlers.sites import in_plate, is_sample, log_density, own_scale, parallel, scaled
-from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting
-from ppl_gen.inference.objectives.estimators import Estimators, choose_estimators, refuse_tied_rows, rows_plate
+from ppl_gen.inference.objectives.base import Objective
+from ppl_gen.inference.objectives.estimators import Estimators, choose_estimators, refuse_tied_rows
+from ppl_gen.inference.objectives.game import Game, Loss, Setting
 from ppl_gen.inference.objectives.tracing import divergence, traces, weighed_alike
 from ppl_gen.offers import Need
 
@@ -198,7 +199,7 @@ class _SampledGame(Game):
         dims = {name: dims_of(site["packed"]["unscaled_log_prob"]) for name, site in packed_sites(trace)}
         touched = {name for name in drawn if not symbols.isdisjoint(dims.get(name, ""))}
         others = [name for name in drawn if name not in touched]
-        plate = rows_plate(info, self.estimators.model_sums)
+        plate = info.rows_plate(self.estimators.model_sums)
         rows = row_log_density(trace, plate, without=others).sum() * (batch.rescale * own_scale(trace, plate))
         return touched, rows + log_prior(trace, plate, without=others)
 

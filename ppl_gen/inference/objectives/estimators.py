@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ppl_gen.dryrun import ProgramInfo, Site
+from ppl_gen.dryrun import Site
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.inference.objectives.base import Setting
+from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.sitechecks import require_enumerable
 
-__all__ = ["Estimators", "choose_estimators", "refuse_tied_rows", "rows_plate"]
+__all__ = ["Estimators", "choose_estimators", "refuse_tied_rows"]
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,9 @@ def _has_closed_form(model_site: Site, guide_site: Site) -> bool:
     return model_site.distribution == guide_site.distribution and model_site.distribution in names
 
 
-def rows_plate(info: ProgramInfo, sums: Sequence[str]) -> str | None:
-    """The plate whose rows stay apart when ``sums`` are summed out; None where a global one ties them together."""
-    return info.data_plate if all(info.sites[name].local for name in sums) else None
-
-
 def refuse_tied_rows(setting: Setting, sums: Sequence[str]) -> None:
     """A sum over a global site would hold N / B inside its logarithm, which is neither unbiased nor a bound."""
-    if sums and setting.minibatches and rows_plate(setting.info, sums) is None:
+    if sums and setting.minibatches and setting.info.rows_plate(sums) is None:
         names = [name for name in sums if not setting.info.sites[name].local]
         raise IncompatibleError(
             f"the discrete site(s) {names} stand outside the data plate and are summed out in the model, which "

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_whole
-from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting
+from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.estimators import refuse_tied_rows
+from ppl_gen.inference.objectives.game import Game, Loss, Setting
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, local_log_weights
 from ppl_gen.offers import Need
 from ppl_gen.sitechecks import require_enumerable

@@ -16,7 +16,6 @@ from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.handlers.sites import in_plate, is_sample, is_subsample, log_density, own_scale
 from ppl_gen.handlers.substitute import Substitute
-from ppl_gen.inference.objectives.estimators import rows_plate
 from ppl_gen.isolation import looking
 from ppl_gen.sitechecks import require_enumerable
 
@@ -239,7 +238,7 @@ def _single(
     p = enumerated_trace(
         model, batch.args, batch.kwargs, discrete=sums, values=known, plate_nesting=info.plate_nesting, varying=True
     )
-    plate = rows_plate(info, sums)
+    plate = info.rows_plate(sums)
     rows, minus_q = row_log_density(p, plate), _collect(None, q, info, 1, values)
     if minus_q.rows is not None:
         rows = rows + (minus_q.rows[0] if plate is not None else minus_q.rows[0].sum())
@@ -264,7 +263,7 @@ def _summed_together(
     minus_q = [_collect(None, q, info, 1, values) for q in traces]
     if minus_q[0].rows is not None:
         inside = torch.stack([w.rows[0] for w in minus_q if w.rows is not None])
-        rows = rows + (inside if rows_plate(info, sums) is not None else inside.sum(-1, keepdim=True))
+        rows = rows + (inside if info.rows_plate(sums) is not None else inside.sum(-1, keepdim=True))
     outside = torch.stack([w.globals for w in minus_q])
     return LogWeights(rows, (prior + outside).mean(0))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,46 +19,11 @@ from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.ordered import ordered
 from ppl_gen.handlers.rescale import RescalePlate
 from ppl_gen.handlers.sites import nothing, parallel
-from ppl_gen.inference.objectives.base import Game, Loss, Objective, Setting, started
+from ppl_gen.inference.objectives.base import Objective
+from ppl_gen.inference.objectives.game import Game, Loss, Setting
 from ppl_gen.offers import Need
 
-__all__ = ["LossFunction", "PyroObjective", "as_objective", "total_loss"]
-
-#: Games of the last few pairs that were trained by `pyro.infer.SVI`; a game holds its model, so weak keys are no use.
-_GAMES: OrderedDict[Any, Game] = OrderedDict()
-_KEPT = 16
-
-
-def total_loss(
-    objective: Objective, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
-) -> Tensor:
-    """The total loss of a one-player ``objective`` (nats) for a plain model/guide pair.
-
-    The game is built from a dry run at the first call for this pair and kept for the next ones.
-    """
-    from ppl_gen.dryrun import dry_run
-    from ppl_gen.isolation import looking
-    from ppl_gen.offers import require
-    from ppl_gen.program import Program
-
-    batch = Batch(args, kwargs, None, None)
-    key = (objective, model, guide)
-    if key not in _GAMES:
-        program = Program(model, guide)
-        with looking():
-            info = dry_run(program, batch, guide=guide if objective.uses_guide else None)
-        require(objective.label, objective.needs, program.name, info.offers)
-        _GAMES[key] = started(objective, Setting(program, model, guide, info, batch))
-        while len(_GAMES) > _KEPT:
-            _GAMES.popitem(last=False)
-    game = _GAMES[key]
-    if len(game.players) > 1:
-        names = ", ".join(player.name for player in game.players)
-        raise TypeError(
-            f"{objective.label} is a game of several players ({names}), and pyro.infer.SVI moves one; "
-            f"use ppl_gen.inference.SVI(objective={objective.label}(...))"
-        )
-    return game.loss("program", batch).value
+__all__ = ["LossFunction", "PyroObjective", "as_objective"]
 
 
 @dataclass(frozen=True)

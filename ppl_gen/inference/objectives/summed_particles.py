@@ -14,7 +14,6 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.inference.enumeration import enumerated_trace, log_prior, row_log_density
-from ppl_gen.inference.objectives.estimators import rows_plate
 from ppl_gen.isolation import looking
 from ppl_gen.sitechecks import require_enumerable
 
@@ -81,6 +80,6 @@ def _summed(
     p = enumerated_trace(
         model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=info.plate_nesting, varying=True
     )
-    plate = rows_plate(info, sums)
+    plate = info.rows_plate(sums)
     rows = row_log_density(p, plate)
     return rows, torch.as_tensor(log_prior(p, plate), dtype=rows.dtype)

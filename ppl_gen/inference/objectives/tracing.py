@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence
 from ppl_gen.data.batching import Batch
 from ppl_gen.handlers.rescale import RescalePlate
 from ppl_gen.handlers.sites import nothing
-from ppl_gen.inference.objectives.base import Setting
+from ppl_gen.inference.objectives.game import Setting
 
 __all__ = ["divergence", "traces", "weighed_alike"]
 

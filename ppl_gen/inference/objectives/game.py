@@ -1,0 +1,92 @@
+"""The game that an objective becomes in one fit: its players, what each may move, and their losses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.dryrun import ProgramInfo
+from ppl_gen.program import Program
+
+__all__ = ["Game", "Loss", "Player", "Setting"]
+
+
+@dataclass(frozen=True)
+class Player:
+    """The parameters one loss may move.
+
+    Args:
+        name: ``"program"`` is the generative program's player; losses are recorded as ``<name>_loss``.
+        updates: updates of this player per update of the program, each on a fresh batch, made before it.
+        optimiser: how to build its optimiser unless the algorithm says otherwise: ``optimiser(params) -> Optimizer``.
+        owns: which of the program's parameters it moves, by name; None: all. Ignored for players with a module.
+        after: called after each of its updates (weight clipping, say).
+    """
+
+    name: str
+    updates: int = 1
+    optimiser: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
+    owns: Callable[[str], bool] | None = None
+    after: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A player's loss on one batch: nats per row, and named parts for the history (nothing is synchronised)."""
+
+    value: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an objective is built for: the program with its guide, the dry run, and a batch to try shapes on.
+
+    >>> from dataclasses import dataclass
+    >>> import ppl_gen as pg, pyro, pyro.distributions as dist
+    >>> from ppl_gen.inference import SVI, Game, Loss, Objective
+    >>> @dataclass(frozen=True)
+    ... class SquaredError(Objective):
+    ...     needs = (("data plate",),)
+    ...     def build(self, setting):
+    ...         class Squares(Game):
+    ...             def loss(self, player, batch):
+    ...                 return Loss((setting.model(*batch.args) - batch.args[0]).square().mean())
+    ...         return Squares()
+    >>> def model(x):
+    ...     loc = pyro.param("loc", torch.zeros(()))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+    ...     return loc
+    >>> fit = pg.fit(model, torch.arange(5.0), SVI(objective=SquaredError(), steps=300, lr=0.05), seed=0)
+    >>> abs(float(fit.params["loc"]) - 2.0) < 0.1
+    True
+    """
+
+    program: Program
+    model: Callable[..., Any]
+    guide: Callable[..., Any] | None
+    info: ProgramInfo
+    probe: Batch
+    minibatches: bool = False
+
+
+class Game(ABC):
+    """The fresh state of an objective in one fit: players, their extra modules, and the losses."""
+
+    #: In the order in which they move; the last one is "program".
+    players: Sequence[Player] = (Player("program"),)
+    #: Networks of players other than the program, private to the fit.
+    modules: Mapping[str, nn.Module] = {}
+    #: What was chosen from the dry run, reported in `Fit.notes`.
+    notes: Mapping[str, str] = {}
+
+    @abstractmethod
+    def loss(self, player: str, batch: Batch) -> Loss:
+        """The loss of ``player`` on ``batch``; differentiable, free of `.item()`, without effect on parameters."""
