@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.handlers.followed import Leaves
 from ppl_gen.handlers.unobserved import unobserved
 
 __all__ = ["leaves_below", "why_not_differentiable"]
@@ -24,9 +24,9 @@ def why_not_differentiable(
     `isolation.looking`. Sites without reparameterised draws count by their means, as the losses that compare draws
     take them.
     """
-    from ppl_gen.inference.objectives.observed import carried_values
+    from ppl_gen.handlers.carried import carried_values
 
-    leaves = _Leaves(latent)
+    leaves = Leaves(latent)
     try:
         with torch.enable_grad(), leaves:
             trace, values = carried_values(unobserved(model), batch, observed)
@@ -50,21 +50,6 @@ def why_not_differentiable(
             f"no gradient connects draws of {listed} with {target}, as behind numpy, .item(), .detach() or a comparison"
         )
     return f"the gradient from draws of {listed} to {target} is zero, as behind torch.round, sign or floor"
-
-
-class _Leaves(Messenger):
-    """Makes each draw of a latent site that needs no gradient yet one that asks for it."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        super().__init__()
-        self.names, self.made = set(names), list[Tensor]()
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        value = msg["value"]
-        if msg["name"] in self.names and value.is_floating_point() and not value.requires_grad:
-            leaf = value.detach().requires_grad_()
-            self.made.append(leaf)
-            msg["value"] = leaf.clone()  # a program may write into its draws, and torch not into leaves
 
 
 def leaves_below(values: Iterable[Tensor]) -> list[Tensor]:

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from pyro.infer.autoguide import AutoGuide
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+
+from ppl_gen.handlers.params import InitialValues
 
 if TYPE_CHECKING:
     from ppl_gen.result import Fit
@@ -112,20 +113,9 @@ def _close(before: Any, after: Any) -> bool:
     return a.shape == b.shape and bool(np.allclose(a, b, rtol=0.0, atol=_TOLERANCE * size, equal_nan=True))
 
 
-class _Initial(Messenger):
-    """Collects the tensors that `pyro.param` starts from: they are learned, so their values do not matter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Any] = []
-
-    def _pyro_param(self, msg: Any) -> None:
-        self.found += msg["args"][1:2]
-
-
 def _learned(fit: Fit) -> set[int]:
     """Identities of the tensors that a fit keeps, among those that its program holds."""
-    initial = _Initial()
+    initial = InitialValues()
     with fit.bound():
         batch = fit.data.head(256) if fit.info.data_plate else fit.data.batch()
         for function in (fit.program.model, fit.guide):

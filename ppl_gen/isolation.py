@@ -17,14 +17,14 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ppl_gen.errors import IncompatibleError, require_seed
-from ppl_gen.handlers.hidden import hidden_parameters
+from ppl_gen.handlers.hidden_params import hidden_parameters
 from ppl_gen.handlers.obs_masks import hidden_outcomes_unread
+from ppl_gen.handlers.params import OwnInitialValues
 from ppl_gen.handlers.read_sites import ReadSites
 from ppl_gen.handlers.stable import batched_stable
 from ppl_gen.memory import unremembered
@@ -143,25 +143,6 @@ class ProgramState:
         }
 
 
-class _OwnInitialValues(Messenger):
-    """`pyro.param` keeps the very tensor it was given; copy it, so that training does not write into a closure."""
-
-    def __init__(self, own: Callable[[nn.Parameter], None], place: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.own, self.place = own, place
-
-    def _pyro_param(self, msg: Any) -> None:
-        if len(msg["args"]) < 2:
-            return
-        name, value, *rest = msg["args"]
-        if isinstance(value, nn.Parameter):
-            self.own(value)  # a module holds it, perhaps: the object has to stay the same
-        elif isinstance(value, Tensor):
-            msg["args"] = (name, self.place(value), *rest)
-        elif callable(value):
-            msg["args"] = (name, lambda: self.place(value()), *rest)
-
-
 class Workspace:
     """A parameter store of its own, and private copies of the data behind every module a program touches.
 
@@ -208,7 +189,7 @@ class Workspace:
         self._stack.enter_context(batched_stable())
         self._stack.enter_context(hidden_outcomes_unread())
         self._stack.enter_context(ReadSites())  # first: nothing else sees a statement after it
-        self._stack.enter_context(_OwnInitialValues(lambda parameter: self._own(parameter, None), self._place))
+        self._stack.enter_context(OwnInitialValues(lambda parameter: self._own(parameter, None), self._place))
         self._stack.enter_context(warnings.catch_warnings())  # a frozen layer is meant to stay out of the store
         warnings.filterwarnings("ignore", r".* was not registered in the param store because requires_grad=False")
         if self.device is not None:

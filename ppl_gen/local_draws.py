@@ -107,8 +107,8 @@ def _require_density(fit: Fit, names: Sequence[str]) -> None:
 def _enumerated(
     fit: Fit, batch: Batch, values: Values, finite: Sequence[str], hidden: Sequence[str]
 ) -> dict[str, Tensor]:
+    from ppl_gen.handlers.hidden import Hidden
     from ppl_gen.inference.enumeration import enumerated_trace, sample_discrete
-    from ppl_gen.inference.unlearned import Hidden
 
     trace = enumerated_trace(
         Hidden(hidden)(read_whole(fit.program.model, batch, fit.info, values)),

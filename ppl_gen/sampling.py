@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from traceback import extract_tb
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.distributions import Unit
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
+from ppl_gen.handlers.in_support import InSupport
 from ppl_gen.handlers.sites import is_sample
 from ppl_gen.handlers.whole_plates import RowsOf
 from ppl_gen.inference.objectives.observed import reads_own_observation
@@ -49,11 +49,9 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
         for name in set(fit.info.partly_observed) & set(values):  # a value given for a site is that of both its halves
             values |= {f"{name}_observed": values[name], f"{name}_unobserved": values[name]}
         refuse_improper(fit.program.name, {s.name for s in fit.info.select() if s.improper} - set(values))
-        with (
-            _Generating(fit, n),
-            RowsOf(fit.info.data_plate, n, "the sample", _packed(fit)),
-            _InSupport(fit, set(given)),
-        ):
+        supports = InSupport({name: site.distribution for name, site in fit.info.sites.items() if name in given})
+        rows = RowsOf(fit.info.data_plate, n, "the sample", _packed(fit))
+        with _Generating(fit, n), rows, supports:
             _refuse_teacher_forcing(fit, batch, values)
             trace = run(fit, batch, values | {}, replicate=True)
         nodes, halves = trace.nodes.items(), fit.info.halves
@@ -99,42 +97,6 @@ class _Generating:
             f"sample: the program {self.fit.program.name!r} failed as it generated {self.n} rows without its "
             f"observations: {text}"
         ) from error
-
-
-class _OutsideError(Exception):
-    """Not a ValueError on its way: Pyro's tracer would append a table of shapes to that."""
-
-
-class _InSupport(Messenger):
-    """Refuses given values outside of the support of their site, before anything is computed from them."""
-
-    def __init__(self, fit: Fit, names: Collection[str]) -> None:
-        super().__init__()
-        self.fit, self.names = fit, names
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] not in self.names:
-            return
-        try:
-            inside = msg["fn"].support.check(msg["value"])
-        except (NotImplementedError, AttributeError):  # distributions that do not say
-            return
-        if not bool(inside.all()):
-            raise _OutsideError(
-                f"given: {msg['name']!r}: got a value outside of the support of its "
-                f"{self.fit.info.sites[msg['name']].distribution}, {msg['fn'].support}"
-            )
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        super().__exit__(kind, error, traceback)
-        if isinstance(error, _OutsideError):
-            raise ValueError(str(error)) from None
-        inputs = sorted(set(self.names) - set(self.fit.info.sites))
-        if isinstance(error, LookupError) and inputs:
-            program, names = self.fit.program.name, ", ".join(inputs)
-            raise ValueError(
-                f"given: the program {program!r} cannot be run on the values of {names}: {error}"
-            ) from error
 
 
 def template(fit: Fit, n: int, inputs: Mapping[str, Any]) -> Batch:

@@ -15,15 +15,11 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.densities import densities, of_each
 from ppl_gen.diagnostics.weighing import WeightQuality
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.local_particles import LocalParticles
 from ppl_gen.handlers.sites import is_sample
 from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
 from ppl_gen.inference.guides import point_sites
-from ppl_gen.inference.objectives.particles import (
-    LocalParticles,
-    can_vectorise,
-    log_weights_in_chunks,
-    of_particle,
-)
+from ppl_gen.inference.objectives.particles import can_vectorise, log_weights_in_chunks, of_particle
 from ppl_gen.inference.unlearned import leaves
 from ppl_gen.isolation import looking
 from ppl_gen.predictive import amortised, run

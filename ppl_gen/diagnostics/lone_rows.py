@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.handlers.substitute import Nudged
 from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def lone_rows(fit: Fit) -> list[int]:
 def _nudged(fit: Fit, batch: Batch, values: Mapping[str, Tensor], way: int, sign: float) -> Tensor | None:
     try:
         names = [site.name for site in fit.info.select(kind="observed") if site.local]
-        return _rows(fit, batch, values, _Nudge(names, way, sign * NUDGE))
+        return _rows(fit, batch, values, Nudged(names, way, sign * NUDGE))
     except ValueError:
         return None  # a row has left the support
 
@@ -72,20 +73,3 @@ def _rows(fit: Fit, batch: Batch, values: Mapping[str, Tensor], nudge: Messenger
         model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=info.plate_nesting, varying=True
     )
     return row_log_density(trace, info.data_plate, without=[]).detach()
-
-
-class _Nudge(Messenger):
-    """Moves what was observed, all numbers of a row at once, up or down by a share of the sd over rows."""
-
-    def __init__(self, names: list[str], way: int, size: float) -> None:
-        super().__init__()
-        self._names, self._way, self._size = names, way, size
-
-    def _pyro_sample(self, msg: Any) -> None:
-        value = msg["value"]
-        if msg["name"] not in self._names or not isinstance(value, Tensor) or not value.is_floating_point():
-            return  # a deterministic site counts as observed too
-        shape = value.shape[1:]
-        signs = torch.randint(2, shape, generator=torch.Generator().manual_seed(self._way)) * 2.0 - 1.0
-        scale = value.std(0) if len(value) > 1 else torch.zeros(shape)
-        msg["value"] = value + self._size * scale.to(value) * signs.to(value)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -20,6 +19,7 @@ from ppl_gen.diagnostics.psis import row_subset, smoothed_with_k
 from ppl_gen.diagnostics.weighed import COST, affordable
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.finite_globals import extended, summed_globals
+from ppl_gen.handlers.followed import Watch
 from ppl_gen.inference.guide_list import holds_rows
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, local_log_weights, sampled
 from ppl_gen.inference.objectives.summed_particles import can_sum_together
@@ -129,7 +129,7 @@ class _Seen:
 
     def _watched(self, run: Callable[..., Any], see: Callable[[Any], None]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            with _Watch(self._names, see):
+            with Watch(self._names, see):
                 return run(*args, **kwargs)
 
         return watched
@@ -152,16 +152,6 @@ class _Seen:
                 pass  # a support without a bijection, or one that moves with another site: as it is
             found[name] = value.flatten(2) if value.dim() > 2 else value[..., None]
         return found
-
-
-class _Watch(Messenger):
-    def __init__(self, names: list[str], see: Callable[[Any], None]) -> None:
-        super().__init__()
-        self._names, self._see = names, see
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] in self._names and msg["type"] == "sample":
-            self._see(msg)
 
 
 def _by_row(value: Tensor, event: int, info: ProgramInfo) -> Tensor:

@@ -21,7 +21,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import nn
 
@@ -30,6 +29,7 @@ from ppl_gen.differentiable import leaves_below
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.handlers.opened import within
 from ppl_gen.handlers.read_sites import innermost
+from ppl_gen.handlers.restated import AsEvents, Restated
 from ppl_gen.handlers.sites import is_deterministic, is_subsample
 from ppl_gen.isolation import looking
 from ppl_gen.onlysummed import by_branches
@@ -62,10 +62,10 @@ def adapted(program: Program, batch: Batch, data: Dataset, *, vectors: bool) -> 
         program = replace(program, model=sized(program.model), guide=guide)
         trace = _trace(program.model, batch) or trace
     if names := _restated(program.model, batch, trace):
-        program = replace(program, model=within(program.model, lambda args, kwargs: _Restated(names)))
+        program = replace(program, model=within(program.model, lambda args, kwargs: Restated(names)))
     if vectors and (found := _vectors(trace)):
         notes["vectors"] = f"{', '.join(found)}: outside of every plate, read as one draw each (.to_event)"
-        program = replace(program, model=within(program.model, lambda args, kwargs: _Events(found)))
+        program = replace(program, model=within(program.model, lambda args, kwargs: AsEvents(found)))
     return program, notes
 
 
@@ -193,24 +193,3 @@ def _at_its_value(node: Any) -> bool:
     if not isinstance(inner, dist.Delta) or tuple(value.shape) != tuple(node["fn"].shape()):
         return False
     return bool(torch.equal(inner.v.expand(value.shape), value)) if inner.v.dim() <= value.dim() else False
-
-
-class _Restated(Messenger):
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__()
-        self.names = frozenset(names)
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.names:
-            msg["infer"]["_deterministic"] = True
-
-
-class _Events(Messenger):
-    def __init__(self, dims: Mapping[str, int]) -> None:
-        super().__init__()
-        self.dims = dims
-
-    def _pyro_sample(self, msg: Any) -> None:
-        dims = self.dims.get(msg["name"])
-        if dims is not None and len(msg["fn"].batch_shape) >= dims:
-            msg["fn"] = msg["fn"].to_event(dims)

@@ -1,56 +1,58 @@
-"""Parameters that a program uses and keeps from inference: what `poutine.block` hides, gradients do not move."""
+"""Latent sites taken out of sight, or out from under a mask."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection
 from typing import Any
 
-from pyro.params.param_store import ParamStoreDict
+import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import biject_to
 
-__all__ = ["hidden_parameters"]
-
-
-class _Seen(Messenger):
-    """The parameters whose statements reach the caller, as Pyro's own SVI counts them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        self.names.add(msg["name"])
+__all__ = ["Hidden", "plausible"]
 
 
-@contextlib.contextmanager
-def hidden_parameters(known: set[str]) -> Iterator[None]:
-    """Add to ``known`` the parameters that are read inside and that no handler outside of the calls hears of.
+class Unmasked(Messenger):
+    """Latent halves of partly observed sites, and sites idle under a mask, unmasked: they follow their prior there.
 
-    `pyro.infer.SVI` moves the parameters that it sees; ``with poutine.block(hide_types=["param"])`` keeps what was
-    learned before. A parameter that is not read at all, of a branch that was not taken say, is not hidden.
-
-    >>> import pyro, torch
-    >>> with pyro.get_param_store().scope():
-    ...     found = set()
-    ...     with hidden_parameters(found), pyro.poutine.block(hide_types=["param"]):
-    ...         _ = pyro.param("kept", torch.zeros(2))
-    >>> found
-    {'kept'}
+    Nothing depends on them there, so that integrates to one. Under its mask the site has no density in these rows:
+    chains run away, guides learn nonsense, and finite sites count each value once.
     """
-    read: set[str] = set()
-    plain = ParamStoreDict.__getitem__
 
-    def noting(store: ParamStoreDict, name: str) -> Tensor:
-        read.add(name)
-        return plain(store, name)
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
 
-    # Handlers that hide a statement hide it from ours too: only the store hears of all.
-    ParamStoreDict.__getitem__ = noting
-    try:
-        with _Seen() as seen:
-            yield
-    finally:
-        ParamStoreDict.__getitem__ = plain
-    known |= read - seen.names
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names and not msg["is_observed"]:
+            msg["mask"] = None
+
+
+class Hidden(Messenger):
+    """Sites that nothing outside the program sees: no trace, no replay, no density; each takes one fixed value.
+
+    The value lies in the support of the site. It is no draw: a run of the program stays free of randomness here.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names and not msg["is_observed"]:
+            msg["value"], msg["done"], msg["stop"] = plausible(msg["fn"]), True, True
+
+
+def plausible(fn: Any) -> Tensor:
+    """A value inside the support of ``fn``, in its shape."""
+    if getattr(fn.support, "is_discrete", False):
+        if fn.has_enumerate_support:
+            first: Tensor = fn.enumerate_support(expand=True)[0]
+            return first
+        # Counts without a bound: nothing may be drawn here, as many draws of the rest go through the program at once.
+        least = getattr(getattr(fn.support, "base_constraint", fn.support), "lower_bound", 0)
+        return torch.zeros(fn.shape()) + least
+    transform = biject_to(fn.support)
+    value: Tensor = transform(torch.zeros(transform.inverse_shape(fn.shape())))
+    return value.expand(fn.shape())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
@@ -27,3 +28,15 @@ class RescalePlate(Messenger):
                 full = frame.full_size or frame.size
                 if full != self.total:
                     msg["scale"] = msg["scale"] * (self.total / full)
+
+
+class Weigh(Messenger):
+    """Multiplies the scale of the latent sites ``names``, or of all where it is None."""
+
+    def __init__(self, names: Collection[str] | None, factor: float) -> None:
+        super().__init__()
+        self.names, self.factor = names, factor
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and (self.names is None or msg["name"] in self.names):
+            msg["scale"] = msg["scale"] * self.factor

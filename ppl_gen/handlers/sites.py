@@ -22,6 +22,7 @@ __all__ = [
     "parallel",
     "sample_nodes",
     "scaled",
+    "support",
     "transforms_of",
 ]
 
@@ -107,3 +108,10 @@ def parallel(names: set[str], *, own: bool = False) -> Callable[[dict[str, Any]]
 def sample_nodes(trace: poutine.Trace) -> list[tuple[str, dict[str, Any]]]:
     """The sample sites of a trace by name, those that merely name a value among them."""
     return [(name, node) for name, node in trace.nodes.items() if node["type"] == "sample" and not is_subsample(node)]
+
+
+def support(site: Any) -> Tensor:
+    """The values that a discrete site was enumerated over, first dim."""
+    event = tuple(site["fn"].event_shape)
+    value: Tensor = site["value"]
+    return value.reshape(-1, *event)

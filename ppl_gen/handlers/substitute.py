@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-__all__ = ["Substitute"]
+from ppl_gen.handlers.sites import is_subsample
+
+__all__ = ["Chosen", "Substitute"]
 
 
 class Substitute(Messenger):
@@ -22,3 +26,48 @@ class Substitute(Messenger):
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
+
+
+class Median(Messenger):
+    """Global sites at the median of a few prior draws."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: dict[str, object]) -> None:
+        if msg["name"] in self.names and msg["value"] is None:
+            with torch.no_grad():
+                msg["value"] = init_to_median(msg)
+
+
+class Nudged(Messenger):
+    """Moves what was observed, all numbers of a row at once, up or down by a share of the sd over rows."""
+
+    def __init__(self, names: list[str], way: int, size: float) -> None:
+        super().__init__()
+        self._names, self._way, self._size = names, way, size
+
+    def _pyro_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if msg["name"] not in self._names or not isinstance(value, Tensor) or not value.is_floating_point():
+            return  # a deterministic site counts as observed too
+        shape = value.shape[1:]
+        signs = torch.randint(2, shape, generator=torch.Generator().manual_seed(self._way)) * 2.0 - 1.0
+        scale = value.std(0) if len(value) > 1 else torch.zeros(shape)
+        msg["value"] = value + self._size * scale.to(value) * signs.to(value)
+
+
+class Chosen(Messenger):
+    """Latent sites that nothing else gives take ``choose(fn)``, or a draw where that is None."""
+
+    def __init__(self, choose: Callable[[Any], Tensor | None]) -> None:
+        super().__init__()
+        self.choose = choose
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["done"] or is_subsample(msg):
+            return
+        value = self.choose(msg["fn"])
+        if value is not None:
+            msg["value"], msg["done"] = value, True

@@ -85,3 +85,21 @@ class RowsOf(Messenger):
     @property
     def fits(self) -> bool:
         return self.size is None or self.rows is None or self.size == self.rows
+
+
+class OnePlateEach(Messenger):
+    """Shows the first opening of each plate alone to what is outside; all later ones take the rows that it took."""
+
+    def __enter__(self) -> Any:
+        self.rows: dict[str, Any] = {}
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_subsample(msg) and msg["name"] in self.rows:
+            msg["stop"] = True
+            if msg["value"] is None:
+                msg["value"], msg["done"] = self.rows[msg["name"]], True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if is_subsample(msg):
+            self.rows.setdefault(msg["name"], msg["value"])

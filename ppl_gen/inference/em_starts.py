@@ -7,12 +7,11 @@ from collections.abc import Mapping
 
 import pyro
 import torch
-from pyro.infer.autoguide.initialization import init_to_median
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch import distributions as td
 from torch.distributions import Transform
 
+from ppl_gen.handlers.substitute import Median
 from ppl_gen.inference.expectation import Expectation, Problem
 from ppl_gen.inference.m_gradient import spread
 from ppl_gen.inference.m_probe import unwrapped
@@ -26,25 +25,12 @@ _WARM_STEPS = 5
 _JITTER = 0.1
 
 
-class _Median(Messenger):
-    """Global sites at the median of a few prior draws."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.names = names
-
-    def _pyro_sample(self, msg: dict[str, object]) -> None:
-        if msg["name"] in self.names and msg["value"] is None:
-            with torch.no_grad():
-                msg["value"] = init_to_median(msg)
-
-
 def first_values(run: Run, problem: Problem) -> dict[str, Tensor]:
     """Values of all global sites: those of a fit to continue from, the program's own, or the prior's medians."""
     given = run.starting_values()
     missing = [name for name in problem.names if name not in given]
     if missing:
-        with torch.no_grad(), _Median(tuple(missing)):
+        with torch.no_grad(), Median(tuple(missing)):
             trace = pyro.poutine.trace(problem.program.model).get_trace(*problem.args, **problem.kwargs)
         given = {**given, **{n: _jittered(problem.transforms[n], trace.nodes[n]["value"].detach()) for n in missing}}
     return {name: given[name].to(run.data.device) for name in problem.names}

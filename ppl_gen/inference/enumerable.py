@@ -20,11 +20,11 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.handlers.last_site import LastSite
-from ppl_gen.handlers.sites import is_sample
+from ppl_gen.handlers.sites import is_sample, support
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.handlers.whole_plates import RowsOf, whole_plates
 from ppl_gen.inference.contraction import dims_of
-from ppl_gen.inference.enumerated import batch_shape, enumerated_trace, is_discrete, outer_plates, packed_sites, support
+from ppl_gen.inference.enumerated import batch_shape, enumerated_trace, is_discrete, outer_plates, packed_sites
 from ppl_gen.isolation import looking, quiet
 
 __all__ = ["unenumerable"]

@@ -20,7 +20,7 @@ from pyro.ops import packed
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ppl_gen.handlers.sites import in_plate
+from ppl_gen.handlers.sites import in_plate, support
 from ppl_gen.inference.contraction import Factor, Step, backward_draws, contract, dims_of, named
 from ppl_gen.inference.enumerated import (
     batch_shape,
@@ -29,7 +29,6 @@ from ppl_gen.inference.enumerated import (
     outer_plates,
     packed_sites,
     summed_symbols,
-    support,
 )
 
 __all__ = [

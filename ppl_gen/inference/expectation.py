@@ -17,15 +17,9 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
 
+from ppl_gen.handlers.sites import support
 from ppl_gen.inference.contraction import dims_of
-from ppl_gen.inference.enumerated import (
-    batch_shape,
-    enumerated_trace,
-    is_discrete,
-    outer_plates,
-    packed_sites,
-    support,
-)
+from ppl_gen.inference.enumerated import batch_shape, enumerated_trace, is_discrete, outer_plates, packed_sites
 from ppl_gen.inference.enumeration import expected_log_joint, factor_marginals, log_prior
 from ppl_gen.inference.run import Run
 from ppl_gen.isolation import quiet

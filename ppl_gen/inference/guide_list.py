@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from pyro.infer.autoguide.guides import AutoCallable
-from pyro.poutine.messenger import Messenger
 
 from ppl_gen.handlers.opened import called_through
 from ppl_gen.handlers.ordered import ordered
-from ppl_gen.handlers.sites import is_subsample
+from ppl_gen.handlers.whole_plates import OnePlateEach
 from ppl_gen.program import filtered
 
 __all__ = ["SharedPlates", "has_own_parts", "holds_rows", "sharing_plates"]
@@ -30,7 +29,7 @@ class SharedPlates(AutoGuideList):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.prototype_trace is None:
             self._setup(*args, **kwargs)
-        with _OnePlateEach():
+        with OnePlateEach():
             return super().forward(*args, **kwargs)
 
     def _setup(self, *args: Any, **kwargs: Any) -> None:
@@ -44,24 +43,6 @@ class SharedPlates(AutoGuideList):
         for name in [*self._prototype_frames]:
             if name not in used:
                 del self._prototype_frames[name]
-
-
-class _OnePlateEach(Messenger):
-    """Shows the first opening of each plate alone to what is outside; all later ones take the rows that it took."""
-
-    def __enter__(self) -> Any:
-        self.rows: dict[str, Any] = {}
-        return super().__enter__()
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if is_subsample(msg) and msg["name"] in self.rows:
-            msg["stop"] = True
-            if msg["value"] is None:
-                msg["value"], msg["done"] = self.rows[msg["name"]], True
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if is_subsample(msg):
-            self.rows.setdefault(msg["name"], msg["value"])
 
 
 def sharing_plates(guide: Any, order: Sequence[str] = ()) -> Any:

@@ -10,15 +10,12 @@ program gives the density of every row at once; many draws of the globals go thr
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import ImproperUniform
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
@@ -26,77 +23,14 @@ from torch.distributions.transforms import identity_transform
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
+from ppl_gen.handlers.hidden import Hidden
+from ppl_gen.handlers.placed_rows import Place, RowsInverted, RowsPlaced, Somewhere, Values
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
-from ppl_gen.inference.unlearned import Hidden
 
 __all__ = ["CELLS", "RowDensity"]
 
 CELLS = 4_000_000  # numbers held at once for each input of the program
-
-Values = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a site's numbers stand: ``shape`` without constraints, ``axis`` of the rows in it, its transform."""
-
-    shape: torch.Size
-    axis: int
-    plate_dim: int
-    batch_shape: torch.Size
-    transform: Any
-    fixed: bool
-    discrete: bool
-
-    @property
-    def width(self) -> int:
-        return self.shape.numel() // self.shape[self.axis]
-
-    def flat(self, part: Tensor) -> Tensor:
-        return part.movedim(self.axis, 0).reshape(self.shape[self.axis], -1)
-
-    def whole(self, flat: Tensor) -> Tensor:
-        rest = [size for axis, size in enumerate(self.shape) if axis != self.axis]
-        return flat.reshape(self.shape[self.axis], *rest).movedim(0, self.axis)
-
-    def rows(self, log_det: Tensor) -> Tensor:
-        """A site's log determinant, summed over everything but the rows."""
-        return log_det.expand(self.batch_shape).movedim(self.plate_dim, 0).reshape(self.shape[self.axis], -1).sum(-1)
-
-    def at(self, part: Tensor, transform: Any = None) -> tuple[Tensor, Tensor]:
-        """The value at a point without constraints, and by row log |det| of the way there."""
-        if self.discrete:
-            return part, torch.zeros(self.shape[self.axis])
-        transform = transform or self.transform
-        value = transform(part)
-        return value, self.rows(transform.log_abs_det_jacobian(part, value))
-
-
-class _Placed(Messenger):
-    """Sites at T(u) with T read as the program runs, since a bound may depend on another latent site."""
-
-    def __init__(self, parts: Values, places: Mapping[str, _Place], known: Values) -> None:
-        super().__init__()
-        self.parts, self.places, self.known = parts, places, known
-        self.values: dict[str, Tensor] = {}
-        self.log_det: Tensor | float = 0.0
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name, fn = msg["name"], msg["fn"]
-        if msg["is_observed"] or type(fn).__name__ == "_Subsample":
-            return
-        if name in self.parts:
-            transform = None if self.places[name].discrete else biject_to(fn.support)
-            value, log_det = self.places[name].at(self.parts[name], transform)
-            self.values[name], self.log_det = value, self.log_det + log_det
-        elif name in self.known:
-            value = self.known[name]
-        elif getattr(fn.support, "is_discrete", False) and fn.has_enumerate_support:
-            value = fn.enumerate_support(expand=True)[0]
-        else:
-            return
-        msg["value"], msg["done"] = value, True
 
 
 def _fixed(support: Any) -> bool:
@@ -151,20 +85,20 @@ class RowDensity:
         """How many numbers each row has."""
         return sum(place.width for place in self.places.values())
 
-    def _place(self, node: Any) -> _Place:
+    def _place(self, node: Any) -> Place:
         fn, discrete = node["fn"], bool(getattr(node["fn"].support, "is_discrete", False))
         transform = identity_transform if discrete else biject_to(fn.support)
         frame = next(f for f in node["cond_indep_stack"] if f.name == self.info.data_plate)
         shape = transform.inv(node["value"]).shape
         fixed = discrete or _fixed(fn.support)
-        return _Place(shape, len(fn.batch_shape) + frame.dim, frame.dim, fn.batch_shape, transform, fixed, discrete)
+        return Place(shape, len(fn.batch_shape) + frame.dim, frame.dim, fn.batch_shape, transform, fixed, discrete)
 
     def flat(self, values: Values, draw: int) -> Tensor:
         """T^-1 of values of the sites: rows x numbers; the edge of a support is moved inside."""
         if self.fixed:
             parts = {name: place.transform.inv(values[name]) for name, place in self.places.items()}
         else:
-            lifted = _Inverted(values, self.places)
+            lifted = RowsInverted(values, self.places)
             with lifted, Substitute({**self.draws[draw], **values}):
                 self.model(*self.batch.args, **self.batch.kwargs)
             parts = lifted.parts
@@ -173,7 +107,7 @@ class RowDensity:
 
     def prior_point(self, draw: int) -> Tensor:
         """A draw of the sites from their prior: rows x numbers; somewhere in the support where a prior is flat."""
-        with Substitute(self.draws[draw]), _Somewhere():
+        with Substitute(self.draws[draw]), Somewhere():
             trace = poutine.trace(self.model).get_trace(*self.batch.args, **self.batch.kwargs)
         return self.flat({name: trace.nodes[name]["value"] for name in self.places}, draw)
 
@@ -186,7 +120,7 @@ class RowDensity:
         if self.fixed:
             found = {name: self.places[name].at(part) for name, part in parts.items()}
             return {n: value for n, (value, _) in found.items()}, torch.stack([d for _, d in found.values()]).sum(0)
-        placed = _Placed(parts, self.places, known)
+        placed = RowsPlaced(parts, self.places, known)
         with placed:
             self.model(*self.batch.args, **self.batch.kwargs)
         return placed.values, torch.as_tensor(placed.log_det)
@@ -256,31 +190,3 @@ class RowDensity:
                 "one row changes with the latents of another, so rows that were not fitted have no posterior of "
                 "their own. Fit all rows together"
             )
-
-
-class _Somewhere(Messenger):
-    """A flat prior has no draws: values around the middle of its support."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        base = msg["fn"]
-        while hasattr(base, "base_dist"):
-            base = base.base_dist
-        if isinstance(base, ImproperUniform) and not msg["is_observed"] and msg["value"] is None:
-            transform = biject_to(msg["fn"].support)
-            msg["value"] = transform(torch.randn(transform.inverse_shape(msg["fn"].shape())))
-            msg["done"] = True
-
-
-class _Inverted(Messenger):
-    """Sites at given values z, keeping T^-1(z)."""
-
-    def __init__(self, values: Values, places: Mapping[str, _Place]) -> None:
-        super().__init__()
-        self.values, self.places = values, places
-        self.parts: dict[str, Tensor] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.places and not msg["is_observed"]:
-            discrete = self.places[msg["name"]].discrete
-            transform = identity_transform if discrete else biject_to(msg["fn"].support)
-            self.parts[msg["name"]] = transform.inv(self.values[msg["name"]])

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.handlers.sites import is_subsample
+from ppl_gen.handlers.placed import Lifted, Placed
 from ppl_gen.inference.enumeration import enumerated_trace, log_joint
 from ppl_gen.isolation import quiet
 
@@ -29,49 +28,6 @@ __all__ = ["NEAR", "Unconstrained", "starting_point"]
 TRIES = 100
 EXACT = 10  # the last of them
 REACH, NEAR = 2.0, 0.1  # how far from 0 chains begin, as in Stan; and from given values that must not be left
-
-
-class _Placed(Messenger):
-    """Continuous latent sites at T(u), summing log |det dT/du|; discrete ones at one value of their support."""
-
-    def __init__(self, parts: Mapping[str, Tensor], state: int = 0) -> None:
-        super().__init__()
-        self.parts, self.state = parts, state
-        self.values: dict[str, Tensor] = {}
-        self.log_det: Tensor | float = 0.0
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or is_subsample(msg):
-            return
-        name, fn = msg["name"], msg["fn"]
-        if name in self.parts:
-            transform, part = biject_to(fn.support), self.parts[name]
-            value = self.values[name] = transform(part)
-            self.log_det = self.log_det + transform.log_abs_det_jacobian(part, value).sum()
-        else:
-            value = fn.enumerate_support(expand=True)[self.state]
-        msg["value"], msg["done"] = value, True
-
-
-class _Lifted(Messenger):
-    """Latent sites at given values z, keeping T^-1(z)."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-        self.parts: dict[str, Tensor] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name, fn = msg["name"], msg["fn"]
-        if name not in self.values or msg["is_observed"]:
-            return
-        value = self.values[name]
-        while value.dim() > len(fn.shape()) and len(value) == 1:  # as a run of vectorised particles leaves it
-            value = value[0]
-        if value.shape != fn.shape():
-            raise ValueError(f"start: site {name!r} has shape {tuple(fn.shape())}, and the value {tuple(value.shape)}")
-        self.parts[name] = biject_to(fn.support).inv(value)
-        msg["value"], msg["done"] = value, True
 
 
 class Unconstrained:
@@ -153,8 +109,8 @@ class Unconstrained:
         parts = u.split([shape.numel() for shape in self.sites.values()])
         return {name: part.reshape(shape) for (name, shape), part in zip(self.sites.items(), parts, strict=True)}
 
-    def _placed(self, u: Tensor, state: int = 0) -> _Placed:
-        placed = _Placed(self.split(u), state)
+    def _placed(self, u: Tensor, state: int = 0) -> Placed:
+        placed = Placed(self.split(u), state)
         with quiet(), placed:
             self.model(*self.batch.args, **self.batch.kwargs)
         return placed
@@ -172,7 +128,7 @@ class Unconstrained:
                 placed = self._placed(u)
                 trace = enumerated_trace(self.model, args, kwargs, values=placed.values, plate_nesting=self.nesting)
                 return -(log_joint(trace, self.data_plate) + placed.log_det)
-            placed = _Placed(self.split(u))
+            placed = Placed(self.split(u))
             with placed:
                 trace = poutine.trace(self.model).get_trace(*args, **kwargs)
             return -(trace.log_prob_sum() + placed.log_det)
@@ -191,7 +147,7 @@ class Unconstrained:
         Raises:
             ValueError: for a value whose shape is not that of its site.
         """
-        lifted = _Lifted({name: value for name, value in values.items() if name in self.sites})
+        lifted = Lifted({name: value for name, value in values.items() if name in self.sites})
         with quiet(), torch.no_grad(), lifted:
             self.model(*self.batch.args, **self.batch.kwargs)
         return {name: part for name, part in lifted.parts.items() if bool(part.isfinite().all())}
@@ -199,7 +155,7 @@ class Unconstrained:
     def trouble(self, u: Tensor) -> list[str]:
         """What is not finite at ``u``: one line per site."""
         lines = []
-        with quiet(), torch.no_grad(), _Placed(self.split(u)):
+        with quiet(), torch.no_grad(), Placed(self.split(u)):
             trace = poutine.trace(self.model).get_trace(*self.batch.args, **self.batch.kwargs)
             for name, node in trace.nodes.items():
                 if node["type"] == "sample":

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
-from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
-from pyro.poutine.messenger import Messenger
+from pyro.ops.provenance import get_provenance
 from torch import Tensor
 from torch.distributions import biject_to
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.handlers.followed import Followed
+from ppl_gen.handlers.hidden import Hidden, Unmasked
 from ppl_gen.handlers.sites import is_deterministic, is_subsample
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.idle import idle_where_masked
@@ -28,7 +29,7 @@ from ppl_gen.isolation import quiet
 if TYPE_CHECKING:
     from ppl_gen.dryrun import ProgramInfo
 
-__all__ = ["Hidden", "joint", "leaves", "plausible", "predictions", "read_whole", "responds"]
+__all__ = ["joint", "leaves", "predictions", "read_whole", "responds"]
 
 
 def predictions(model: Callable[..., Any], batch: Batch, info: ProgramInfo) -> list[str]:
@@ -53,7 +54,7 @@ def joint(model: Callable[..., Any], info: ProgramInfo) -> Callable[..., Any]:
     latent = [name for name in partly if info.sites[name].latent]
     guided = info.guide_sites or {}
     latent += [s.name for s in info.select() if s.idle and not (s.name in guided and guided[s.name].under_mask)]
-    return _Whole(latent)(model) if latent else model
+    return Unmasked(latent)(model) if latent else model
 
 
 def read_whole(
@@ -65,52 +66,7 @@ def read_whole(
     with Substitute(values):
         trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
     idle = idle_where_masked(model, batch, trace)
-    return _Whole(idle)(model) if idle else model
-
-
-class _Whole(Messenger):
-    """Latent halves of partly observed sites, and sites idle under a mask, unmasked: they follow their prior there.
-
-    Nothing depends on them there, so that integrates to one. Under its mask the site has no density in these rows:
-    chains run away, guides learn nonsense, and finite sites count each value once.
-    """
-
-    def __init__(self, names: Collection[str]) -> None:
-        super().__init__()
-        self.names = frozenset(names)
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.names and not msg["is_observed"]:
-            msg["mask"] = None
-
-
-class Hidden(Messenger):
-    """Sites that nothing outside the program sees: no trace, no replay, no density; each takes one fixed value.
-
-    The value lies in the support of the site. It is no draw: a run of the program stays free of randomness here.
-    """
-
-    def __init__(self, names: Collection[str]) -> None:
-        super().__init__()
-        self.names = frozenset(names)
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.names and not msg["is_observed"]:
-            msg["value"], msg["done"], msg["stop"] = plausible(msg["fn"]), True, True
-
-
-def plausible(fn: Any) -> Tensor:
-    """A value inside the support of ``fn``, in its shape."""
-    if getattr(fn.support, "is_discrete", False):
-        if fn.has_enumerate_support:
-            first: Tensor = fn.enumerate_support(expand=True)[0]
-            return first
-        # Counts without a bound: nothing may be drawn here, as many draws of the rest go through the program at once.
-        least = getattr(getattr(fn.support, "base_constraint", fn.support), "lower_bound", 0)
-        return torch.zeros(fn.shape()) + least
-    transform = biject_to(fn.support)
-    value: Tensor = transform(torch.zeros(transform.inverse_shape(fn.shape())))
-    return value.expand(fn.shape())
+    return Unmasked(idle)(model) if idle else model
 
 
 def leaves(
@@ -142,20 +98,12 @@ def leaves(
         found += more
 
 
-class _Followed(Messenger):
-    """Marks the value of each latent site by its name; what is computed from it bears the mark."""
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and isinstance(msg["value"], Tensor):
-            msg["value"] = ProvenanceTensor(detach_provenance(msg["value"]), frozenset({msg["name"]}))
-
-
 def _unread(
     model: Callable[..., Any], batch: Batch, names: Sequence[str], values: Mapping[str, Tensor]
 ) -> list[str] | None:
     """Those of ``names`` that no density is computed from, others of them apart; None where values are not followed."""
     try:
-        with _Followed():
+        with Followed():
             trace = _trace(model, batch, values)
         reads = {name: _read(node) for name, node in trace.nodes.items() if _counts(node)}
     except PROGRAM_ERRORS:

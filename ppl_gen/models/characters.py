@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ppl_gen.arguments import require_choice
 from ppl_gen.errors import require_whole
-from ppl_gen.models.inputs import check_width, sequences
-from ppl_gen.models.markov_steps import active_steps
+from ppl_gen.models.inputs import active_steps, check_width, sequences
 from ppl_gen.models.recurrent import CELLS, AutoregressiveRows, CharacterNetwork, check_codes
 from ppl_gen.program import Program, Recipe
 from ppl_gen.result import require_fit

@@ -13,9 +13,8 @@ from ppl_gen.data.arrays import FILL, as_array, check_extent, check_finite
 from ppl_gen.data.batching import Constant
 from ppl_gen.data.sources import Columns, collected
 from ppl_gen.errors import require_whole
-from ppl_gen.models.markov_steps import active_steps
 
-__all__ = ["check_width", "entries", "row_shape", "row_width", "sequences"]
+__all__ = ["active_steps", "check_width", "entries", "row_shape", "row_width", "sequences"]
 
 _MASK = 'leave missing entries out by a mask, True where observed: {"x": torch.nan_to_num(x), "mask": ~x.isnan()}'
 
@@ -131,3 +130,17 @@ def _check_square(name: str, array: Tensor) -> None:
             f"data {name!r}: {float(array[first]):g} at index {first} is so large that its square is infinite in "
             f"{precision}; rescale the data"
         )
+
+
+def active_steps(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Which time steps of each sequence hold data: sequences x time, true or false.
+
+    Example:
+        >>> active_steps(torch.zeros(2, 3), torch.tensor([1, 3]))
+        tensor([[ True, False, False],
+                [ True,  True,  True]])
+    """
+    steps = torch.arange(x.shape[1], device=x.device)
+    if lengths is None:
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return steps < lengths.to(x.device).unsqueeze(-1)

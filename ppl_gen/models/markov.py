@@ -18,8 +18,8 @@ from torch import Tensor
 from ppl_gen.arguments import require_choice
 from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.extensions import EMSteps
-from ppl_gen.models.inputs import sequences
-from ppl_gen.models.markov_steps import active_steps, expectations
+from ppl_gen.models.inputs import active_steps, sequences
+from ppl_gen.models.markov_steps import expectations
 from ppl_gen.models.mixture import spread_means
 from ppl_gen.models.mixture_steps import Standard, maximised, shares
 from ppl_gen.models.moments import moments

@@ -5,21 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["active_steps", "expectations"]
-
-
-def active_steps(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """Which time steps of each sequence hold data: sequences x time, true or false.
-
-    Example:
-        >>> active_steps(torch.zeros(2, 3), torch.tensor([1, 3]))
-        tensor([[ True, False, False],
-                [ True,  True,  True]])
-    """
-    steps = torch.arange(x.shape[1], device=x.device)
-    if lengths is None:
-        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    return steps < lengths.to(x.device).unsqueeze(-1)
+__all__ = ["expectations"]
 
 
 def expectations(

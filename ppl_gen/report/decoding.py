@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.handlers.sites import is_sample, is_subsample
+from ppl_gen.handlers.sites import is_sample
+from ppl_gen.handlers.substitute import Chosen
 from ppl_gen.local_draws import local_draws
 from ppl_gen.predictive import amortised, global_draws, run
 from ppl_gen.sampling import fixed_value, template
@@ -27,17 +27,6 @@ __all__ = ["decoded", "expected", "few", "guesses", "levels", "pictured", "recon
 
 MOST = 2000  # rows
 AVERAGED = 100  # draws of a latent, where its mean has no closed form
-
-
-class AtMeans(Messenger):
-    """Latent sites that nothing else gives take their mean, finite ones their likeliest value, others a draw."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or msg["done"] or is_subsample(msg):
-            return
-        value = settled(msg["fn"])
-        if value is not None:
-            msg["value"], msg["done"] = value, True
 
 
 def settled(fn: Any) -> Tensor | None:
@@ -99,7 +88,7 @@ def guesses(fit: Fit, batch: Batch) -> dict[str, Tensor]:
     """Every latent given the rows, settled; inside ``fit.bound()``."""
     names = {site.name for site in fit.info.select()}
     if amortised(fit):
-        with AtMeans():
+        with Chosen(settled):
             trace = poutine.trace(fit.guide).get_trace(*batch.args, **batch.kwargs)
         values = {n: node["value"] for n, node in trace.nodes.items() if is_sample(node) and n in names}
     else:
@@ -121,14 +110,14 @@ def reconstructed(fit: Fit, data: Dataset, rows: int) -> tuple[Tensor, Tensor]:
     with fit.bound():
         batch = data.head(rows)
         values = guesses(fit, batch)
-        with AtMeans():
+        with Chosen(settled):
             node = run(fit, batch, values).nodes[pictured(fit)]
         return node["value"].cpu(), _shown(node)
 
 
 def observed(fit: Fit, data: Dataset, rows: int) -> Tensor:
     """The first rows of the site that is drawn."""
-    with fit.bound(), AtMeans():
+    with fit.bound(), Chosen(settled):
         value: Tensor = run(fit, data.head(rows), _shared(fit)).nodes[pictured(fit)]["value"]
         return value.cpu()
 
@@ -151,7 +140,7 @@ def decoded(fit: Fit, values: Mapping[str, Tensor], given: Mapping[str, Any], ro
     """
     with fit.bound():
         batch, fixed = prepared(fit, given, rows, alike=alike)
-        with AtMeans():
+        with Chosen(settled):
             return _shown(run(fit, batch, {**_shared(fit), **fixed, **values}, replicate=True).nodes[pictured(fit)])
 
 
@@ -175,7 +164,7 @@ def _shared(fit: Fit) -> dict[str, Tensor]:
     if not fit.info.select(local=False):
         return {}
     local = {site.name for site in fit.info.select(local=True)}
-    with AtMeans():
+    with Chosen(settled):
         return {name: value for name, value in global_draws(fit, 1)[0].items() if name not in local}
 
 
@@ -205,7 +194,7 @@ def walked(fit: Fit, row: Dataset, site: str, units: Sequence[int], values: Tens
         args = tuple(_repeated(v, count) for v in batch.args)
         many = replace(batch, args=args, kwargs=inputs, rows=count, total=count, index=None)
         followers = {known.name for known in fit.info.select(local=True, discrete=False)} - {site}
-        with AtMeans():
+        with Chosen(settled):
             nodes = run(fit, many, {n: v for n, v in kept.items() if n not in followers}, replicate=True).nodes
             followers = {name for name in followers if name in nodes and _varies(nodes[name]["fn"])}
             trace = run(fit, many, {n: v for n, v in kept.items() if n not in followers}, replicate=True)
@@ -232,7 +221,7 @@ def levels(fit: Fit, site: str, scores: Tensor, means: Tensor) -> Tensor:
     with fit.bound():
         batch, _ = prepared(fit, {}, 1, alike=True)
         scores = scores.to(device=fit.data.device, dtype=fit.data.dtype)
-        with AtMeans():
+        with Chosen(settled):
             fn = _bare(run(fit, batch, _shared(fit), replicate=True).nodes[site]["fn"])
         try:
             values: Tensor = fn.icdf(torch.special.ndtr(scores))

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_gen.arguments import require_choice
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_flag, require_number, require_whole
-from ppl_gen.handlers.rescale import RescalePlate
+from ppl_gen.handlers.rescale import RescalePlate, Weigh
 from ppl_gen.handlers.sites import in_plate, is_sample, log_density, own_scale, parallel, scaled
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.estimators import Estimators, choose_estimators, refuse_tied_rows
@@ -92,23 +90,11 @@ class ELBO(Objective):
             raise IncompatibleError(f"beta={self.beta}: {why}, so no divergence is left to weigh; {edit}")
 
 
-class _Weigh(Messenger):
-    """Multiplies the scale of the latent sites ``names``, or of all where it is None."""
-
-    def __init__(self, names: Collection[str] | None, factor: float) -> None:
-        super().__init__()
-        self.names, self.factor = names, factor
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and (self.names is None or msg["name"] in self.names):
-            msg["scale"] = msg["scale"] * self.factor
-
-
 def _weighed(setting: Setting, beta: float) -> Setting:
     """Both sides of the divergence: an autoguide's log q stands at auxiliary sites, which the model does not know."""
     latent = [site.name for site in setting.info.select()]
-    guide = None if setting.guide is None else _Weigh(None, beta)(setting.guide)
-    return replace(setting, model=_Weigh(latent, beta)(setting.model), guide=guide)
+    guide = None if setting.guide is None else Weigh(None, beta)(setting.guide)
+    return replace(setting, model=Weigh(latent, beta)(setting.model), guide=guide)
 
 
 class _SampledGame(Game):

@@ -8,19 +8,18 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.plate_messenger import PlateMessenger
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.handlers.local_particles import LocalParticles
 from ppl_gen.handlers.sites import in_plate, is_sample, is_subsample, log_density, own_scale
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.isolation import looking
 from ppl_gen.sitechecks import require_enumerable
 
 __all__ = [
-    "LocalParticles",
     "LogWeights",
     "can_vectorise",
     "global_draw",
@@ -31,18 +30,6 @@ __all__ = [
 ]
 
 CELLS = 4_000_000  # numbers of one tensor, where no gradient asks for all particles together
-
-
-class LocalParticles(PlateMessenger):
-    """A plate of particles left of all others, around those sites only that stand inside the data plate."""
-
-    def __init__(self, count: int, data_plate: str, nesting: int) -> None:
-        super().__init__("_particles", count, dim=-1 - nesting)
-        self.data_plate = data_plate
-
-    def _process_message(self, msg: Any) -> None:
-        if in_plate(msg, self.data_plate):
-            super()._process_message(msg)
 
 
 @dataclass(frozen=True)
