@@ -90,7 +90,7 @@ def game_of(objective, program, x) -> Callable[[torch.Tensor], float]:
 
     def bound(rows):
         with torch.no_grad():
-            return -len(x) * float(game.loss("program", Batch((x[rows],), {}, len(rows), len(x), rows)).value)
+            return -len(x) * float(game.loss("program", Batch((x[rows],), {}, len(rows), len(x), rows), {})[0].value)
 
     return bound
 

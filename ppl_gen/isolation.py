@@ -29,7 +29,17 @@ from ppl_gen.handlers.read_sites import ReadSites
 from ppl_gen.handlers.stable import batched_stable
 from ppl_gen.memory import unremembered
 
-__all__ = ["ProgramState", "Workspace", "copied", "isolated", "looking", "quiet", "revived"]
+__all__ = [
+    "ProgramState",
+    "Workspace",
+    "copied",
+    "generators",
+    "isolated",
+    "looking",
+    "quiet",
+    "revived",
+    "set_generators",
+]
 
 _PYRO_MODULE = pyro.primitives.module
 
@@ -45,10 +55,9 @@ def isolated(seed: int | None = None, *, dtype: torch.dtype | None = None) -> It
     True
     """
     seed = None if seed is None else require_seed(seed)
-    kept = torch.get_rng_state(), np.random.get_state(), random.getstate(), torch.get_default_dtype()
+    kept, dtype_before = generators(), torch.get_default_dtype()
     validate = torch.distributions.Distribution._validate_args  # Pyro knows its own flag and overwrites torch's
     handlers = list(_PYRO_STACK)
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     try:
         with pyro.validation_enabled(True):
             if seed is not None:
@@ -59,12 +68,32 @@ def isolated(seed: int | None = None, *, dtype: torch.dtype | None = None) -> It
     finally:
         _PYRO_STACK[:] = handlers
         torch.distributions.Distribution._validate_args = validate
-        torch.set_default_dtype(kept[3])
-        torch.set_rng_state(kept[0])
-        np.random.set_state(kept[1])
-        random.setstate(kept[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        torch.set_default_dtype(dtype_before)
+        set_generators(kept)
+
+
+def generators() -> dict[str, Any]:
+    """The states of all generators that a program may draw from.
+
+    >>> kept = generators()
+    >>> first = torch.rand(3)
+    >>> set_generators(kept)
+    >>> torch.equal(first, torch.rand(3))
+    True
+    """
+    found = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.get_rng_state_all()
+    return found
+
+
+def set_generators(kept: Mapping[str, Any]) -> None:
+    """Put all generators where they stood when `generators` gave ``kept``."""
+    torch.set_rng_state(kept["torch"])
+    np.random.set_state(kept["numpy"])
+    random.setstate(kept["python"])
+    if "cuda" in kept:
+        torch.cuda.set_rng_state_all(kept["cuda"])
 
 
 @contextlib.contextmanager
@@ -320,6 +349,16 @@ class Workspace:
         """Copies of all buffers as they are now: what a step that fails has to put back."""
         modules = self._adopted.values()
         return [(m, name, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+
+    def restore(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """Put in place what a `snapshot` of the same program held: unconstrained parameters and buffers by name."""
+        leaves = self.leaves()
+        with torch.no_grad():
+            for name, value in params.items():
+                leaves[name].copy_(value)
+            for name, module in self.modules.items():
+                for key, buffer in module.named_buffers():
+                    buffer.copy_(buffers[f"{name}$$${key}"])
 
     def unregistered(self) -> list[str]:
         """Modules that were called and hold trainable parameters Pyro does not know: they would silently not train."""

@@ -103,9 +103,9 @@ def _checked_meta(folder: Path, shown: str) -> dict[str, Any]:
 
 def _checked_contents(folder: Path, meta: dict[str, Any]) -> Path:
     contents = folder / next(iter(meta["files"])).partition("/")[0]
-    for name, digest in meta["files"].items():
+    for name, kept in meta["files"].items():
         file = folder / name
-        if not file.is_file() or digest(file) != digest:
+        if not file.is_file() or digest(file) != kept:
             raise ValueError(f"path: {file} is missing or damaged; the fit cannot be trusted and is not loaded")
         if file.is_symlink() or contents.is_symlink():
             refuse(file, "it is a link to another place")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ppl_gen.inference.base import Iterative
-from ppl_gen.inference.run import Outcome, Run
+from ppl_gen.inference.run import NonFiniteStepError, Outcome, Run
 from ppl_gen.inference.stopping import check_record
 from ppl_gen.interrupts import check, hold
 
@@ -45,17 +45,26 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
     except KeyboardInterrupt:
         interrupted = True
     except FloatingPointError as error:
-        diverged = str(error)
+        diverged, done = str(error), _cut(history, error, done)
     try:
         outcome = algorithm.outcome(state, run)
     except FloatingPointError as error:  # from here on the outcome is the last finite state
-        diverged, outcome = str(error), algorithm.outcome(state, run)
+        diverged, done = str(error), _cut(history, error, done)
+        outcome = algorithm.outcome(state, run)
     outcome.converged, outcome.interrupted = converged, interrupted
     outcome.diverged = diverged or outcome.diverged
     outcome.history = {**outcome.history, **{name: _floats(values) for name, values in history.items()}}
     outcome.checks = checks
     outcome.cost = {"steps": done, **outcome.cost}
     return outcome
+
+
+def _cut(history: dict[str, list[Any]], error: FloatingPointError, done: int) -> int:
+    """The steps before the one that was not finite, which may have been noticed later; the history ends with them."""
+    steps = min(done, error.steps) if isinstance(error, NonFiniteStepError) else done
+    for values in history.values():
+        del values[steps:]
+    return steps
 
 
 def _append(history: dict[str, list[Any]], info: Mapping[str, Any], step: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from traceback import extract_tb
@@ -51,7 +51,7 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
         refuse_improper(fit.program.name, {s.name for s in fit.info.select() if s.improper} - set(values))
         supports = InSupport({name: site.distribution for name, site in fit.info.sites.items() if name in given})
         rows = RowsOf(fit.info.data_plate, n, "the sample", _packed(fit))
-        with _Generating(fit, n), rows, supports:
+        with _Generating(fit, n, given), rows, supports:
             _refuse_teacher_forcing(fit, batch, values)
             trace = run(fit, batch, values | {}, replicate=True)
         nodes, halves = trace.nodes.items(), fit.info.halves
@@ -80,8 +80,9 @@ def _packed(fit: Fit) -> str:
 class _Generating:
     """What the program itself raises as it generates is told as such: it may not be made to run without its data."""
 
-    def __init__(self, fit: Fit, n: int) -> None:
+    def __init__(self, fit: Fit, n: int, given: Collection[str]) -> None:
         self.fit, self.n = fit, n
+        self.inputs = sorted(set(given) - set(fit.info.sites))
 
     def __enter__(self) -> None:
         return None
@@ -89,6 +90,11 @@ class _Generating:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         if not isinstance(error, PROGRAM_ERRORS):
             return
+        if isinstance(error, LookupError) and self.inputs:
+            program, names = self.fit.program.name, ", ".join(self.inputs)
+            raise ValueError(
+                f"given: the program {program!r} cannot be run on the values of {names}: {error}"
+            ) from error
         last = extract_tb(error.__traceback__)[-1].filename
         if isinstance(error, IncompatibleError) or Path(last).is_relative_to(Path(__file__).parent):
             return

@@ -267,14 +267,16 @@ def playing(
 def losses(game: Game, batch: Batch, count: int) -> Tensor:
     """Independent draws of the program's loss (nats per row)."""
     with torch.no_grad(), quiet():
-        return torch.stack([game.loss("program", batch).value for _ in range(count)]).double()
+        return torch.stack([game.loss("program", batch, game.init(batch))[0].value for _ in range(count)]).double()
 
 
 def gradient(game: Game, batch: Batch) -> dict[str, Tensor]:
     """One draw of the gradient with respect to the unconstrained parameters."""
     named = dict(pyro.get_param_store().named_parameters())
     with quiet():
-        found = torch.autograd.grad(game.loss("program", batch).value, list(named.values()), allow_unused=True)
+        found = torch.autograd.grad(
+            game.loss("program", batch, game.init(batch))[0].value, list(named.values()), allow_unused=True
+        )
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
 
 

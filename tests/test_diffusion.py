@@ -176,7 +176,7 @@ def losses(chain, x, objective, count, total):
     info = dry_run(program, Batch((x,), {}, len(x), len(x)), guide=program.guide)
     game = objective.build(Setting(program, program.model, program.guide, info, batch))
     with torch.no_grad():
-        return torch.stack([game.loss("program", batch).value for _ in range(count)])
+        return torch.stack([game.loss("program", batch, game.init(batch))[0].value for _ in range(count)])
 
 
 def z_score(draws, expected):

@@ -98,17 +98,18 @@ class _Faulty(Objective):
         outer, inner = self, ELBO().build(setting)
 
         class Broken(Game):
-            count = 0
+            def init(self, batch: Any) -> Any:
+                return {"count": torch.zeros((), dtype=torch.long)}
 
-            def loss(self, player: str, batch: Any) -> Loss:
-                self.count += 1
-                found = inner.loss(player, batch)
-                if self.count != outer.when:
-                    return found
+            def loss(self, player: str, batch: Any, state: Any) -> Any:
+                state = {"count": state["count"] + 1}
+                found, _ = inner.loss(player, batch, {})
+                if int(state["count"]) != outer.when:
+                    return found, state
                 if outer.what == "loss":
-                    return Loss(found.value * math.nan, found.parts)
+                    return Loss(found.value * math.nan, found.parts), state
                 zero = (pyro.param("loc") - pyro.param("loc").detach()).abs()
-                return Loss(found.value + zero.sqrt().sqrt())  # value as before, slope 0 * infinity at zero
+                return Loss(found.value + zero.sqrt().sqrt()), state  # value as before, slope 0 * infinity at zero
 
         return Broken()
 
@@ -284,10 +285,10 @@ class _Duel(Objective):
                 Player("program", owns=lambda name: name == "a"),
             )
 
-            def loss(self, player: str, batch: Any) -> Loss:
+            def loss(self, player: str, batch: Any, state: Any) -> Any:
                 setting.model(*batch.args)
                 a, b = pyro.param("a"), pyro.param("b")
-                return Loss((b - a.detach()) ** 2 if player == "chaser" else (a - batch.args[0].mean()) ** 2)
+                return Loss((b - a.detach()) ** 2 if player == "chaser" else (a - batch.args[0].mean()) ** 2), state
 
         return Two()
 

@@ -36,6 +36,7 @@ from torch import nn
 
 import ppl_gen as pg
 from ppl_gen.inference import ELBO, SVI
+from ppl_gen.inference.updates import gradients
 from ppl_gen.models import denoising_diffusion
 
 
@@ -47,7 +48,9 @@ def test_analytic_divergence_has_the_expectation_that_draws_have() -> None:
         # E_q log N(x; theta, 1) in closed form: the density at the mean, minus half the variance for every row.
         exact = float(kl - dist.Normal(loc, 1.0).log_prob(X8).sum() + 8 * 0.5 * scale**2) / 8
         draws = losses(game, dataset.batch(), 400)
-        assert float(game.loss("program", dataset.batch()).parts["kl"]) == pytest.approx(float(kl) / 8, abs=1e-12)
+        assert float(game.loss("program", dataset.batch(), game.init(dataset.batch()))[0].parts["kl"]) == pytest.approx(
+            float(kl) / 8, abs=1e-12
+        )
     z = (draws.mean() - exact) / (draws.std() / 20)
     assert abs(z) < 4.5  # two-sided 7e-6
 
@@ -134,7 +137,7 @@ def test_a_site_summed_out_in_the_guide_gives_the_exact_elbo_and_gradient() -> N
         assert losses(game, dataset.batch(), 1).tolist() == pytest.approx([loss], abs=1e-12)
         found = gradient(game, dataset.batch())
         batches = [dataset.batch(index) for index in torch.arange(8).split(3)]
-        average = sum(len(b.index) / 8 * game.loss("program", b).value.item() for b in batches)
+        average = sum(len(b.index) / 8 * game.loss("program", b, game.init(b))[0].value.item() for b in batches)
     assert all(torch.allclose(found[name], exact[name], rtol=0, atol=1e-12) for name in exact)
     assert average == pytest.approx(loss, abs=1e-12)
 
@@ -163,11 +166,14 @@ def test_the_baseline_lowers_the_variance() -> None:
     for baseline in (True, False):
         with playing(switch, switch_guide, ELBO(enumerate=False), X8) as (game, dataset):
             torch.manual_seed(0)
-            grads = []
+            grads, state = [], game.init(dataset.batch())
+            named = dict(pyro.get_param_store().named_parameters())
             for _ in range(300):
                 if not baseline:
-                    game.baseline = dict.fromkeys(["y"], torch.zeros((), dtype=torch.float64))
-                grads.append(gradient(game, dataset.batch())["b"])
+                    state = {"y": torch.zeros((), dtype=torch.float64)}
+                step = gradients(game, "program", list(named.values()), dataset.batch(), state)
+                state = step.state
+                grads.append(dict(zip(named, step.gradients, strict=True))["b"])
             spread[baseline] = float(torch.stack(grads).std())
     assert spread[True] < 0.8 * spread[False]  # a sample sd of 300 draws is known to 4 %
 
@@ -292,7 +298,7 @@ def test_pyros_objectives_give_the_loss_and_gradient_they_give_in_pyro(name: str
     elbo = given() if isinstance(given, type) else given
     with playing(both, both_guide, given, X8) as (game, dataset):
         elbo.loss_and_grads(both, both_guide, X8)  # some of Pyro's look at the program at the first call
-        game.loss("program", dataset.batch())
+        game.loss("program", dataset.batch(), game.init(dataset.batch()))[0]
         for _, p in pyro.get_param_store().named_parameters():
             p.grad = None
         torch.manual_seed(4)
@@ -303,7 +309,7 @@ def test_pyros_objectives_give_the_loss_and_gradient_they_give_in_pyro(name: str
         for p in named.values():
             p.grad = None
         torch.manual_seed(4)
-        value = game.loss("program", dataset.batch()).value.item()
+        value = game.loss("program", dataset.batch(), game.init(dataset.batch()))[0].value.item()
         torch.manual_seed(4)
         found = gradient(game, dataset.batch())
         assert all(p.grad is None for p in named.values()), "no gradient is left lying about"
@@ -324,7 +330,7 @@ def test_pyros_objectives_and_discrete_sites() -> None:
         return None
 
     with playing(model, guide, pyro.infer.TraceEnum_ELBO(max_plate_nesting=1), X8) as (game, dataset):
-        value = game.loss("program", dataset.batch()).value.item()
+        value = game.loss("program", dataset.batch(), game.init(dataset.batch()))[0].value.item()
     assert value == pytest.approx(-float(torch.logsumexp(switch_joint(X8), -1).mean()), abs=1e-12)
     with pytest.raises(pg.IncompatibleError, match=r"Trace_ELBO cannot sum out the discrete site\(s\) \['y'\]"):
         pg.fit(pg.Program(model, guide), X8, SVI(pyro.infer.Trace_ELBO, steps=2))

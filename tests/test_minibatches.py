@@ -40,7 +40,7 @@ def epoch_average(game: Any, dataset: Any, size: int) -> tuple[float, dict[str, 
         batch, share = dataset.batch(index), len(index) / dataset.rows
         torch.manual_seed(5)
         with torch.no_grad():
-            value += share * float(game.loss("program", batch).value)
+            value += share * float(game.loss("program", batch, game.init(batch))[0].value)
         torch.manual_seed(5)
         for name, grad in gradient(game, batch).items():
             grads[name] = grads.get(name, 0.0) + share * grad

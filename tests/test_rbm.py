@@ -155,9 +155,10 @@ def z_scores(objective, x, energy=None, burn=0, repeats=200):
     draws = []
     for _ in range(repeats):
         game = objective.build(Setting(program, program.model, None, info, batch))
+        state = game.init(batch)
         for _ in range(burn):
-            game.loss("program", batch)
-        _, _, grads = gradients(game, "program", list(made.parameters()), batch)
+            _, state = game.loss("program", batch, state)
+        grads = gradients(game, "program", list(made.parameters()), batch, state).gradients
         draws.append(torch.cat([g.flatten() for g in grads]))
     draws = torch.stack(draws)
     exact = torch.cat([g.flatten() for g in exact_gradient(made, x)])
@@ -191,7 +192,7 @@ def test_the_chain_is_not_differentiated_and_the_parts_are_what_they_say():
     info = dry_run(program, batch)
     game = ContrastiveDivergence(steps=3).build(Setting(program, program.model, None, info, batch))
     torch.manual_seed(1)
-    loss = game.loss("program", batch)
+    loss = game.loss("program", batch, game.init(batch))[0]
     torch.manual_seed(1)
     once = made.gibbs(x, 1)
     ends = made.gibbs(once, 2)

@@ -127,7 +127,7 @@ def test_the_classifiers_term_is_alpha_times_the_mean_over_labelled_rows() -> No
         with torch.no_grad():
             log_q = parts["classifier"](data["x"][:6]).logits
             expected = -0.7 * float(log_q.gather(1, data["y"][:6, None]).mean())
-            loss = game.loss("program", dataset.batch())
+            loss = game.loss("program", dataset.batch(), game.init(dataset.batch()))[0]
             assert float(loss.parts["classifier"]) == pytest.approx(expected, abs=1e-12)
             plain = float(loss.value) - float(loss.parts["classifier"])
             torch.manual_seed(1)
@@ -139,7 +139,10 @@ def test_the_classifiers_term_is_alpha_times_the_mean_over_labelled_rows() -> No
             source = Batches(dataset, size, 0, stratify)
             shares = [source.next() for _ in range(source.per_epoch)]
             with torch.no_grad():
-                value = sum(len(b.index) / 20 * float(game.loss("program", b).parts["classifier"]) for b in shares)
+                value = sum(
+                    len(b.index) / 20 * float(game.loss("program", b, game.init(b))[0].parts["classifier"])
+                    for b in shares
+                )
             assert value == pytest.approx(expected, abs=1e-12), (size, stratify)
         assert "classifier" in game.notes["terms"]
 

@@ -42,16 +42,18 @@ def test_the_minibatch_loss_with_terms_is_unbiased_for_the_full_one() -> None:
         info = dry_run(program, dataset.batch(), guide=None)
         game = started(ELBO(), Setting(program, fixed, None, info, dataset.batch(), True))
         plain = started(ELBO(), Setting(pg.Program(fixed), fixed, None, info, dataset.batch(), True))
-        full = game.loss("program", dataset.batch())
+        full = game.loss("program", dataset.batch(), game.init(dataset.batch()))[0]
         expected = 0.5 * float((X8**3).mean())
         assert full.parts["cubes"].item() == pytest.approx(expected, abs=1e-12)
         assert full.parts["constant"].item() == pytest.approx(0.25, abs=1e-12)
-        without = plain.loss("program", dataset.batch()).value
+        without = plain.loss("program", dataset.batch(), plain.init(dataset.batch()))[0].value
         assert (full.value - without).item() == pytest.approx(expected + 0.25, abs=1e-12)
         (slope,) = torch.autograd.grad(full.value, list(pyro.get_param_store()._params.values()))
         for size in (1, 3, 4):
             batches = [dataset.batch(index) for index in torch.arange(8).split(size)]
-            some = [game.loss("program", batch).value * (len(batch.index) / 8) for batch in batches]
+            some = [
+                game.loss("program", batch, game.init(batch))[0].value * (len(batch.index) / 8) for batch in batches
+            ]
             assert sum(some).item() == pytest.approx(full.value.item(), abs=1e-12)
             (found,) = torch.autograd.grad(sum(some), list(pyro.get_param_store()._params.values()))
             assert found.item() == pytest.approx(slope.item(), abs=1e-12)

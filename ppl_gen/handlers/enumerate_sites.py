@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_gen.handlers.sites import is_subsample
 
-__all__ = []
+__all__ = ["EnumerateSites"]
 
 
 # Several torch kernels (CUDA's among them) refuse tensors of more dims.

@@ -9,7 +9,7 @@ from pyro.ops.provenance import ProvenanceTensor, detach_provenance
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-__all__ = []
+__all__ = ["Followed", "Leaves", "Watch"]
 
 
 class Followed(Messenger):

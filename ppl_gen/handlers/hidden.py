@@ -10,7 +10,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-__all__ = ["Hidden", "plausible"]
+__all__ = ["Hidden", "Unmasked", "plausible"]
 
 
 class Unmasked(Messenger):

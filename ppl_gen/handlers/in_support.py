@@ -7,7 +7,7 @@ from typing import Any
 
 from pyro.poutine.messenger import Messenger
 
-__all__ = []
+__all__ = ["GivenOutsideError", "InSupport"]
 
 
 class GivenOutsideError(Exception):
@@ -38,9 +38,3 @@ class InSupport(Messenger):
         super().__exit__(kind, error, traceback)
         if isinstance(error, GivenOutsideError):
             raise ValueError(str(error)) from None
-        inputs = sorted(set(self.names) - set(self.fit.info.sites))
-        if isinstance(error, LookupError) and inputs:
-            program, names = self.fit.program.name, ", ".join(inputs)
-            raise ValueError(
-                f"given: the program {program!r} cannot be run on the values of {names}: {error}"
-            ) from error

@@ -8,7 +8,7 @@ from typing import Any
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-__all__ = []
+__all__ = ["InitialValues", "OwnInitialValues"]
 
 
 class InitialValues(Messenger):

@@ -11,7 +11,7 @@ from torch.distributions import biject_to
 
 from ppl_gen.handlers.sites import is_subsample
 
-__all__ = []
+__all__ = ["Lifted", "Placed"]
 
 
 class Placed(Messenger):

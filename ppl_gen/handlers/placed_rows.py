@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
-__all__ = ["RowsInverted", "RowsPlaced", "Somewhere", "Place", "Values"]
+__all__ = ["Place", "RowsInverted", "RowsPlaced", "Somewhere", "Values"]
 
 
 Values = Mapping[str, Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyro.poutine.messenger import Messenger
 
-__all__ = ["RescalePlate"]
+__all__ = ["RescalePlate", "Weigh"]
 
 
 class RescalePlate(Messenger):

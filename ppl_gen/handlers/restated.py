@@ -7,7 +7,7 @@ from typing import Any
 
 from pyro.poutine.messenger import Messenger
 
-__all__ = []
+__all__ = ["AsEvents", "Restated"]
 
 
 class Restated(Messenger):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_gen.handlers.sites import is_subsample
 
-__all__ = ["Chosen", "Substitute"]
+__all__ = ["Chosen", "Median", "Nudged", "Substitute"]
 
 
 class Substitute(Messenger):

@@ -12,7 +12,7 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.sites import is_subsample
 
-__all__ = ["RowsOf", "whole_plates"]
+__all__ = ["OnePlateEach", "RowsOf", "whole_plates"]
 
 
 @contextlib.contextmanager

@@ -110,6 +110,18 @@ class Iterative(Algorithm):
     def outcome(self, state: Any, run: Run) -> Outcome:
         """The result at ``state``; called at the end, on an interrupt and for a validation yardstick."""
 
+    def state_dict(self, state: Any) -> dict[str, Any]:
+        """All of ``state`` that changes from step to step, copied: tensors, numbers, words, and mappings of these.
+
+        Raises:
+            NotImplementedError: for an algorithm that does not implement it: its runs cannot be moved or resumed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement state_dict(state)")
+
+    def load_state_dict(self, state: Any, saved: Mapping[str, Any]) -> Any:
+        """``state``, as `init` makes it for the same run, at what `state_dict` gave: the run goes on from there."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement load_state_dict(state, saved)")
+
     def source(self, run: Run) -> Batches:
         """Where batches come from: the whole data unless the algorithm says otherwise."""
         return Batches(run.data, None, run.seed)

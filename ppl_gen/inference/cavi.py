@@ -98,6 +98,14 @@ class CAVI(Iterative):
             )
         return _State(state.update, parameters, elbo, count), {"elbo": elbo}
 
+    def state_dict(self, state: _State) -> dict[str, Any]:
+        parameters = {name: value.clone() for name, value in state.parameters.items()}
+        return {"parameters": parameters, "elbo": state.elbo, "count": state.count}
+
+    def load_state_dict(self, state: _State, saved: Mapping[str, Any]) -> _State:
+        parameters = {name: value.clone() for name, value in saved["parameters"].items()}
+        return _State(state.update, parameters, float(saved["elbo"]), int(saved["count"]))
+
     def limit(self, run: Run) -> int:
         return self.steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -174,6 +174,20 @@ class EM(Iterative):
     def step(self, state: _State, source: Batches) -> tuple[_State, Info]:
         state.advance()
         return state, state.info()
+
+    def state_dict(self, state: _State) -> dict[str, Any]:
+        return {
+            "values": {name: value.detach().clone() for name, value in state.expectation.values.items()},
+            "params": {name: leaf.detach().clone() for name, leaf in state.problem.leaves.items()},
+            "replaced": state.replaced,
+            "failed": state.failed,
+        }
+
+    def load_state_dict(self, state: _State, saved: Mapping[str, Any]) -> _State:
+        _put_back(state.problem, [saved["params"][name] for name in state.problem.leaves])
+        state.expectation = state.problem.expect({name: value.clone() for name, value in saved["values"].items()})
+        state.replaced, state.failed = int(saved["replaced"]), str(saved["failed"])
+        return state
 
     def limit(self, run: Run) -> int:
         return self.steps

@@ -67,7 +67,7 @@ def second_stage(setting: Setting, batch: Batch) -> Laplace:
     """
     first = setting.guide
     assert isinstance(first, AutoLaplaceApproximation)
-    loss = ELBO().build(setting).loss("program", batch).value * (batch.total or 1)
+    loss = ELBO().build(setting).loss("program", batch, {})[0].value * (batch.total or 1)
     (slope,) = torch.autograd.grad(loss, first.loc, create_graph=True)
     rows = [torch.autograd.grad(part, first.loc, retain_graph=True, allow_unused=True)[0] for part in slope]
     with torch.no_grad():

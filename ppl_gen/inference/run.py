@@ -18,11 +18,19 @@ if TYPE_CHECKING:
     from ppl_gen.posterior import Posterior
     from ppl_gen.result import Fit
 
-__all__ = ["Info", "Outcome", "Run"]
+__all__ = ["Info", "NonFiniteStepError", "Outcome", "Run"]
 
 
 #: What one step reports: named scalars for the history (tensors are not synchronised until they are read).
 Info = Mapping[str, Tensor | float]
+
+
+class NonFiniteStepError(FloatingPointError):
+    """A loss, gradient or parameter that is not finite; ``steps`` were finite before it."""
+
+    def __init__(self, text: str, steps: int) -> None:
+        super().__init__(text)
+        self.steps = steps
 
 
 @dataclass

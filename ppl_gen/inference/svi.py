@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from pyro.infer.autoguide import AutoLaplaceApproximation
-from torch import Tensor
 
 from ppl_gen.data.batching import Batches
 from ppl_gen.dryrun import dry_run
@@ -165,14 +164,17 @@ class SVI(Iterative):
         return State(self, run, game, guide, probe)
 
     def step(self, state: State, source: Batches) -> tuple[State, Info]:
-        info: dict[str, Tensor | float] = {}
-        for player in state.game.players:
-            for _ in range(player.updates):
-                info.update(state.update(player, source.next()))
-        state.count += 1
-        return state, info
+        return state, state.step(source)
+
+    def state_dict(self, state: State) -> dict[str, Any]:
+        return state.state_dict()
+
+    def load_state_dict(self, state: State, saved: Mapping[str, Any]) -> State:
+        state.load_state_dict(saved)
+        return state
 
     def outcome(self, state: State, run: Run) -> Outcome:
+        state.check()
         run.notes.update(state.game.notes)
         if unmoved := state.unmoved():
             more = f" and {len(unmoved) - 5} more" if len(unmoved) > 5 else ""
@@ -182,10 +184,9 @@ class SVI(Iterative):
             )
         if ("density",) not in self.objective.needs:
             run.notes["game"] = f"{self.objective.label} does not use the density: look at samples, not at the loss"
-        state.check_finite()
-        values = state.rolled_back() if state.bad else state.run.workspace.snapshot()
+        values = state.run.workspace.snapshot()
         guide, failed = state.guide, None
-        if isinstance(guide, AutoLaplaceApproximation) and not state.bad:
+        if isinstance(guide, AutoLaplaceApproximation) and state.bad is None:
             try:
                 guide, values = _curved(guide, values, run)
             except ValueError as error:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ppl_gen.data.batching import Batch
-from ppl_gen.errors import IncompatibleError
+from ppl_gen.data.batching import Batch, Batches
+from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.inference.impossible import impossible
-from ppl_gen.inference.objectives.game import Game, Player
-from ppl_gen.inference.run import Run
-from ppl_gen.isolation import ProgramState, quiet
+from ppl_gen.inference.objectives.game import Game, GameState, Player
+from ppl_gen.inference.rollback import Mark
+from ppl_gen.inference.run import NonFiniteStepError, Run
+from ppl_gen.isolation import quiet
 
 if TYPE_CHECKING:
     from ppl_gen.inference.svi import SVI
 
-__all__ = ["OPTIMISERS", "State", "gradients"]
+__all__ = ["CHECK", "OPTIMISERS", "State", "Step", "gradients"]
 
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -30,17 +33,31 @@ OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def gradients(game: Game, player: str, leaves: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Any, list[Tensor]]:
-    """Losses and gradients of one player on one batch: the one function that a captured graph would replace.
+#: Steps between two readings of the flag that says whether all losses were finite.
+CHECK = 50
 
-    Nothing in it synchronises with the device; a leaf that the loss does not touch gets a zero gradient.
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of one player came to; nothing in it is synchronised with the device."""
+
+    value: Tensor
+    parts: Mapping[str, Tensor]
+    gradients: list[Tensor]
+    state: GameState
+
+
+def gradients(game: Game, player: str, leaves: Sequence[Tensor], batch: Batch, state: GameState) -> Step:
+    """Losses, gradients and the next state of one player on one batch: the one function that a captured graph replaces.
+
+    A leaf that the loss does not touch gets a zero gradient.
     """
-    loss = game.loss(player, batch)
+    loss, state = game.loss(player, batch, state)
     if not loss.value.requires_grad:
         raise IncompatibleError(f"the loss of player {player!r} depends on none of its parameters: nothing to learn")
     grads = torch.autograd.grad(loss.value, list(leaves), allow_unused=True)
     filled = [torch.zeros_like(p) if g is None else _laid_out(g, p) for p, g in zip(leaves, grads, strict=True)]
-    return loss.value.detach(), loss.parts, filled
+    return Step(loss.value.detach(), loss.parts, filled, {name: value.detach() for name, value in state.items()})
 
 
 def _laid_out(grad: Tensor, leaf: Tensor) -> Tensor:
@@ -49,11 +66,16 @@ def _laid_out(grad: Tensor, leaf: Tensor) -> Tensor:
 
 
 class State:
-    """Optimisers, schedules and the game of one run, with the last parameters whose loss was finite."""
+    """What changes in one run: the game's state, parameters, optimisers and schedules; and a mark to go back to.
+
+    Steps read nothing from the device. A flag there takes the number of the first step whose loss is not finite, and is
+    read once in `CHECK` steps; where it is set, the steps since the last mark are made again under full checks, so that
+    the error names the step and the run ends at the last parameters whose loss was finite.
+    """
 
     def __init__(self, svi: SVI, run: Run, game: Game, guide: Callable[..., Any] | None, probe: Batch) -> None:
         self.svi, self.run, self.game, self.guide = svi, run, game, guide
-        self.count, self.bad, self.first = 0, False, True
+        self.count, self.first = 0, True
         self.unreached: dict[str, dict[str, Tensor]] = {}  # by player, what had no gradient at first, as it was then
         runs = [partial(run.program.model, *probe.args, **probe.kwargs)]
         if guide is not None:
@@ -64,13 +86,18 @@ class State:
         self.leaves = {player.name: self._owned(player, leaves) for player in game.players}
         self.optimisers = {p.name: self._optimiser(p) for p in game.players if self.leaves[p.name]}
         self.schedules = {n: self._schedule(o) for n, o in self.optimisers.items() if svi.schedule is not None}
-        self.kept = {name: [p.detach().clone() for p in ps.values()] for name, ps in self.leaves.items()}
         if not self.leaves["program"]:
             fixed = run.notes.get("kept fixed")
             raise IncompatibleError(
                 f"{svi.label} has nothing to learn in {run.program.name!r}: neither model nor guide has parameters"
                 + (f" but those it keeps fixed ({fixed})" if fixed else "")
             )
+        self.game_state = game.init(probe)
+        device = next(iter(self.leaves["program"].values())).device
+        self.failed = torch.full((), -1, dtype=torch.long, device=device)
+        self.kept: dict[str, list[Tensor]] = {}  # parameters before the last update, while steps are checked
+        self.mark: Mark | None = None
+        self.bad: FloatingPointError | None = None
 
     def _check_players(self) -> None:
         players = [player.name for player in self.game.players]
@@ -119,33 +146,56 @@ class State:
                 group["lr"] = rate
         return built
 
-    def update(self, player: Player, batch: Batch) -> dict[str, Tensor | float]:
-        """One update of one player; parameters move only when loss and gradient are finite."""
+    def step(self, source: Batches) -> dict[str, Tensor | float]:
+        """One update of the program, after those of the other players."""
+        if self.mark is None or self.mark.is_due(self.count):
+            self.mark = Mark(self, source)
+        try:
+            info = self.round(source)
+        except NonFiniteStepError as error:
+            self.bad = error
+            raise
+        except PROGRAM_ERRORS:
+            self.check()  # what the program raises at parameters that are no numbers is not its own fault
+            raise
+        if self.count % CHECK == 0:
+            self.check()
+        return info
+
+    def round(self, source: Batches, *, checked: bool = False) -> dict[str, Tensor | float]:
+        """All players in turn; ``checked`` raises at once where a loss or a gradient is not finite."""
+        info: dict[str, Tensor | float] = {}
+        for player in self.game.players:
+            for _ in range(player.updates):
+                info.update(self._update(player, source.next(), checked))
+        self.count += 1
+        return info
+
+    def _update(self, player: Player, batch: Batch, checked: bool) -> dict[str, Tensor | float]:
         leaves = list(self.leaves[player.name].values())
         if not leaves:
             return {}
-        buffers = self.run.workspace.buffers()
+        buffers = self.run.workspace.buffers() if checked or self.first else []
         if self.first:
-            value, parts, grads = self._validated(player, leaves, batch)
-            self.first = False
+            step = self._validated(player, leaves, batch)
         else:
             with quiet():
-                value, parts, grads = gradients(self.game, player.name, leaves, batch)
+                step = gradients(self.game, player.name, leaves, batch, self.game_state)
         if player.name not in self.unreached:
-            named = zip(self.leaves[player.name].items(), grads, strict=True)
+            named = zip(self.leaves[player.name].items(), step.gradients, strict=True)
             self.unreached[player.name] = {n: p.detach().clone() for (n, p), grad in named if not bool(grad.any())}
-        norm = torch.nn.utils.get_total_norm(grads)
-        if not bool(torch.isfinite(value + norm)):
-            self.bad = True
-            for module, name, kept in buffers:
-                module._buffers[name] = kept
-            where = "" if bool(value.isfinite()) else impossible(self.run.program.model, self.guide, batch)
-            said = f"the loss is not finite at step {self.count}: {where}" if where else ""
-            raise FloatingPointError(said or self._complaint(player, value, norm))
+        if checked or self.first:
+            self._refuse(player, step, batch, buffers)
+            if checked and not self._infinite():
+                self.kept[player.name] = [p.detach().clone() for p in leaves]
+            self.first = False
+        bad = (self.failed < 0) & ~step.value.isfinite()
+        self.failed = torch.where(bad, self.count, self.failed)
+        self.game_state, grads = step.state, step.gradients
         if self.svi.clip_norm is not None:
             # Not in place: autograd may hand out one tensor as the gradient of two parameters.
+            norm = torch.nn.utils.get_total_norm(grads)
             grads = list(torch._foreach_mul(grads, (self.svi.clip_norm / (norm + 1e-6)).clamp(max=1.0)))
-        torch._foreach_copy_(self.kept[player.name], [p.detach() for p in leaves])
         for leaf, grad in zip(leaves, grads, strict=True):
             leaf.grad = grad
         self.optimisers[player.name].step()
@@ -155,20 +205,32 @@ class State:
             self.schedules[player.name].step()
         if player.after is not None:
             player.after()
-        return {f"{player.name}_loss": value, **{f"{k}": v for k, v in parts.items()}}
+        return {f"{player.name}_loss": step.value, **step.parts}
 
-    def _validated(self, player: Player, leaves: list[Tensor], batch: Batch) -> tuple[Tensor, Any, list[Tensor]]:
+    def _validated(self, player: Player, leaves: list[Tensor], batch: Batch) -> Step:
         """The first step, with Pyro's checks on: a value they refuse because it is not finite is a non-finite loss."""
         try:
-            return gradients(self.game, player.name, leaves, batch)
+            return gradients(self.game, player.name, leaves, batch, self.game_state)
         except ValueError as error:
             if "invalid values" in str(error) and ("nan" in str(error) or "inf" in str(error)):
-                self.bad = True
-                raise FloatingPointError(f"the first step is not finite: {error}") from error
+                raise self._ended(f"the first step is not finite: {error}") from error
             if where := impossible(self.run.program.model, self.guide, batch):
-                self.bad = True
-                raise FloatingPointError(f"the loss is not finite at step 0: {where}") from error
+                raise self._ended(f"the loss is not finite at step 0: {where}") from error
             raise
+
+    def _refuse(self, player: Player, step: Step, batch: Batch, buffers: list[Any]) -> None:
+        """Raise where loss or gradient are not finite, the buffers as they were before."""
+        norm = torch.nn.utils.get_total_norm(step.gradients)
+        if bool(torch.isfinite(step.value + norm)):
+            return
+        for module, name, kept in buffers:
+            module._buffers[name] = kept
+        where = "" if bool(step.value.isfinite()) else impossible(self.run.program.model, self.guide, batch)
+        said = f"the loss is not finite at step {self.count}: {where}" if where else ""
+        raise self._ended(said or self._complaint(player, step.value, norm))
+
+    def _ended(self, text: str) -> NonFiniteStepError:
+        return NonFiniteStepError(text, self.count)
 
     def _complaint(self, player: Player, value: Tensor, norm: Tensor) -> str:
         bad = [n for n, p in self.leaves[player.name].items() if not bool(p.isfinite().all())]
@@ -187,22 +249,56 @@ class State:
         names = [n for kept in self.unreached.values() for n in kept]
         return [n for n, (leaf, value) in zip(names, began, strict=True) if torch.equal(leaf.detach(), value)]
 
-    def check_finite(self) -> None:
-        """What the last update did has no loss of its own yet that would show an overflow."""
-        bad = [n for ps in self.leaves.values() for n, p in ps.items() if not bool(p.isfinite().all())]
-        if bad and not self.bad:
-            self.bad = True
-            raise FloatingPointError(
-                f"the update of step {self.count} made {', '.join(bad)} infinite or NaN. Try a smaller lr or clip_norm="
-            )
+    def check(self) -> None:
+        """Read the flag. Where a loss was not finite, or a parameter is not, go back to what was, and raise."""
+        if self.bad is not None or self.mark is None:
+            return
+        failed = int(self.failed)
+        if failed < 0 and not self._infinite():
+            return
+        self.bad = self.mark.failure(self, failed)
+        raise self.bad
 
-    def rolled_back(self) -> ProgramState:
-        """The parameters before the update that led to a non-finite loss."""
+    def _infinite(self) -> list[str]:
+        """The names of parameters that are not finite."""
+        every = {name: p.detach() for leaves in self.leaves.values() for name, p in leaves.items()}
+        norms = torch._foreach_norm(list(every.values())) if every else []
+        if not norms or bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
+            return []
+        return [name for name, p in every.items() if not bool(p.isfinite().all())]
+
+    def put_back(self) -> None:
+        """The parameters before the last update of each player, where steps were checked."""
         with torch.no_grad():
             for name, values in self.kept.items():
                 for leaf, value in zip(self.leaves[name].values(), values, strict=True):
                     leaf.copy_(value)
-        return self.run.workspace.snapshot()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes from step to step, copied."""
+        program = self.run.workspace.snapshot()
+        return {
+            "count": self.count,
+            "params": dict(program.unconstrained),
+            "buffers": dict(program.buffers),
+            "modules": {name: copy.deepcopy(m.state_dict()) for name, m in self.game.modules.items()},
+            "optimisers": {name: copy.deepcopy(o.state_dict()) for name, o in self.optimisers.items()},
+            "schedules": {name: copy.deepcopy(s.state_dict()) for name, s in self.schedules.items()},
+            "game": {name: value.clone() for name, value in self.game_state.items()},
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on where the state of the same run stood that gave ``saved``."""
+        self.count, self.mark, self.bad = int(saved["count"]), None, None
+        self.failed = torch.full_like(self.failed, -1)
+        self.run.workspace.restore(saved["params"], saved["buffers"])
+        for name, module in self.game.modules.items():
+            module.load_state_dict(saved["modules"][name])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(copy.deepcopy(saved["optimisers"][name]))
+        for name, schedule in self.schedules.items():
+            schedule.load_state_dict(copy.deepcopy(saved["schedules"][name]))
+        self.game_state = {name: value.clone() for name, value in saved["game"].items()}
 
 
 def _fusable(params: Sequence[Tensor]) -> bool:

@@ -17,7 +17,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_positive, require_whole
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.inference.objectives.base import Objective
-from ppl_gen.inference.objectives.game import Game, Loss, Player, Setting
+from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
 from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, reads_own_observation
 from ppl_gen.isolation import looking
 from ppl_gen.offers import Need
@@ -199,8 +199,8 @@ class _AdversarialGame(Game):
         made = f"perceptron on {columns} standardised column(s) (default)" if objective.critic is None else "as given"
         self.notes = {"critic": f"{made}; constraint: {objective.constraint}", "gradients": self.rows.notes()}
 
-    def loss(self, player: str, batch: Batch) -> Loss:
-        return self._critic_loss(batch) if player == "critic" else self._program_loss(batch)
+    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
+        return self._critic_loss(batch) if player == "critic" else self._program_loss(batch), state
 
     def _critic_loss(self, batch: Batch) -> Loss:
         with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import dry_run
-from ppl_gen.inference.objectives.game import Game, Loss, Setting
+from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
 from ppl_gen.isolation import looking
 from ppl_gen.offers import Need, require
 from ppl_gen.program import Program, filtered
@@ -50,24 +50,27 @@ class Objective(ABC):
             TypeError: for games of several players, which a single optimiser cannot play.
         """
         batch = Batch(args, kwargs, None, None)
-        game = self._game_of(model, guide, batch)
+        game, state = self._game_of(model, guide, batch)
         if len(game.players) > 1:
             names = ", ".join(player.name for player in game.players)
             raise TypeError(
                 f"{self.label} is a game of several players ({names}), and pyro.infer.SVI moves one; "
                 f"use ppl_gen.inference.SVI(objective={self.label}(...))"
             )
-        return game.loss("program", batch).value
+        loss, state = game.loss("program", batch, state)
+        self.__dict__["_games"][model, guide] = game, state
+        return loss.value
 
-    def _game_of(self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> Game:
-        """The game of a plain pair: made from a dry run at the first call, and kept for the next ones."""
-        kept: dict[Any, Game] = self.__dict__.setdefault("_games", {})
+    def _game_of(self, model: Callable[..., Any], guide: Callable[..., Any], batch: Batch) -> tuple[Game, GameState]:
+        """The game of a plain pair and its state: made from a dry run at the first call, and kept for the next ones."""
+        kept: dict[Any, tuple[Game, GameState]] = self.__dict__.setdefault("_games", {})
         if (model, guide) not in kept:
             program = Program(model, guide)
             with looking():
                 info = dry_run(program, batch, guide=guide if self.uses_guide else None)
             require(self.label, self.needs, program.name, info.offers)
-            kept[model, guide] = started(self, Setting(program, model, guide, info, batch))
+            game = started(self, Setting(program, model, guide, info, batch))
+            kept[model, guide] = game, game.init(batch)
         return kept[model, guide]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,6 +94,7 @@ class _WithTerms(Game):
     def __init__(self, game: Game, setting: Setting) -> None:
         self.game, self.terms = game, {name: filtered(term) for name, term in setting.program.terms.items()}
         self.players, self.modules = game.players, game.modules
+        self.notes = {**game.notes, "terms": f"added to the loss: {', '.join(self.terms)}"}
         for name, term in self.terms.items():
             self._refuse_name(name, [f"{player.name}_loss" for player in game.players])
             with looking():
@@ -102,21 +106,20 @@ class _WithTerms(Game):
                 f"terms: {name!r} is what the history calls a part of the loss; give the term another name"
             )
 
-    @property
-    def notes(self) -> Mapping[str, str]:  # type: ignore[override]  # games add to their notes while they run
-        return {**self.game.notes, "terms": f"added to the loss: {', '.join(self.terms)}"}
+    def init(self, batch: Batch) -> GameState:
+        return self.game.init(batch)
 
-    def loss(self, player: str, batch: Batch) -> Loss:
-        loss = self.game.loss(player, batch)
+    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
+        loss, state = self.game.loss(player, batch, state)
         if player != "program":
-            return loss
+            return loss, state
         added = {}
         for name, term in self.terms.items():
             self._refuse_name(name, loss.parts)
             rows = term(*batch.args, **batch.kwargs)
             added[name] = rows.sum() * (batch.rescale / (batch.total or 1))
         total = loss.value + torch.stack(list(added.values())).sum()
-        return Loss(total, {**loss.parts, **{name: value.detach() for name, value in added.items()}})
+        return Loss(total, {**loss.parts, **{name: value.detach() for name, value in added.items()}}), state
 
 
 def _check_term(name: str, value: Any, rows: int | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import require_flag, require_whole
 from ppl_gen.inference.objectives.base import Objective
-from ppl_gen.inference.objectives.game import Game, Loss, Setting
+from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
 from ppl_gen.offers import Need
 
 __all__ = ["ContrastiveDivergence"]
@@ -77,12 +77,11 @@ class ContrastiveDivergence(Objective):
 
 
 class _ContrastiveGame(Game):
-    """One player; the persistent chains are the game's own state."""
+    """One player; its state are the persistent chains."""
 
     def __init__(self, setting: Setting, objective: ContrastiveDivergence) -> None:
         assert setting.program.energy is not None
         self.energy, self.setting, self.objective = setting.program.energy, setting, objective
-        self.chain: Tensor | None = None
         site = setting.info.sites.get(self.energy.site)
         if site is None or site.kind != "observed":
             observed = [s.name for s in setting.info.select(kind="observed")]
@@ -93,15 +92,25 @@ class _ContrastiveGame(Game):
         how = "persistent" if objective.persistent else "started at the rows of each batch"
         self.notes = {"chain": f"{objective.steps} Gibbs sweep(s) per update, {how}"}
 
-    def loss(self, player: str, batch: Batch) -> Loss:
+    def init(self, batch: Batch) -> GameState:
+        if not self.objective.persistent:
+            return {}
+        x = self._observed(batch)
+        return {"chains": x[torch.arange(self.objective.chains or len(x), device=x.device) % len(x)]}
+
+    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
         x = self._observed(batch)
         with torch.no_grad():
             once = self.energy.gibbs(x, 1)
-            made = self._moved(x) if self.objective.persistent else self._further(once)
+            if self.objective.persistent:
+                made = self.energy.gibbs(state["chains"], self.objective.steps)
+                state = {"chains": made}
+            else:
+                made = self._further(once)
         data, chain = self.energy.free_energy(x).mean(), self.energy.free_energy(made).mean()
         error = (once - x).square().flatten(1).sum(1).mean()
         parts = {"free_energy": data.detach(), "chain_free_energy": chain.detach(), "reconstruction_error": error}
-        return Loss(data - chain, parts)
+        return Loss(data - chain, parts), state
 
     def _observed(self, batch: Batch) -> Tensor:
         """The rows as the program sees them: it may have cast or reshaped what it was given."""
@@ -111,10 +120,3 @@ class _ContrastiveGame(Game):
 
     def _further(self, once: Tensor) -> Tensor:
         return self.energy.gibbs(once, self.objective.steps - 1) if self.objective.steps > 1 else once
-
-    def _moved(self, x: Tensor) -> Tensor:
-        if self.chain is None:
-            count = self.objective.chains or len(x)
-            self.chain = x[torch.arange(count, device=x.device) % len(x)]
-        self.chain = self.energy.gibbs(self.chain, self.objective.steps)
-        return self.chain

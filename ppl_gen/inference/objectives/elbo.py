@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -16,7 +17,7 @@ from ppl_gen.handlers.rescale import RescalePlate, Weigh
 from ppl_gen.handlers.sites import in_plate, is_sample, log_density, own_scale, parallel, scaled
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.estimators import Estimators, choose_estimators, refuse_tied_rows
-from ppl_gen.inference.objectives.game import Game, Loss, Setting
+from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
 from ppl_gen.inference.objectives.tracing import divergence, traces, weighed_alike
 from ppl_gen.offers import Need
 
@@ -103,28 +104,39 @@ class _SampledGame(Game):
     def __init__(self, setting: Setting, estimators: Estimators, particles: int) -> None:
         self.setting, self.estimators, self.particles = setting, estimators, particles
         self.notes = estimators.notes()
-        self.baseline: dict[str, Tensor] = {}
 
-    def loss(self, player: str, batch: Batch) -> Loss:
-        if self.estimators.score and not self.baseline:
-            with torch.no_grad():  # a baseline made of the very cost it is taken from would bias the first step
-                self._particle(batch)
-        drawn = [self._particle(batch) for _ in range(self.particles)]
+    def init(self, batch: Batch) -> GameState:
+        """The baseline of each score-function site: a mean cost.
+
+        Of a draw of its own: a baseline made of the very cost it is taken from would bias the first step.
+        """
+        if not self.estimators.score:
+            return {}
+        with torch.no_grad():
+            return self._particle(batch, {})[1]
+
+    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
+        drawn = []
+        for _ in range(self.particles):
+            found, state = self._particle(batch, state)
+            drawn.append(found)
         surrogate, reconstruction, kl = (torch.stack(column).mean() for column in zip(*drawn, strict=True))
-        return Loss(surrogate, {"reconstruction": reconstruction.detach(), "kl": kl.detach()})
+        return Loss(surrogate, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}), state
 
-    def _particle(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _particle(self, batch: Batch, baseline: GameState) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+        """Surrogate, reconstruction and divergence of one draw, each per row; and the baselines after it."""
         guide, model = traces(self.setting, batch)
         rows = batch.total or 1
         touched, likelihood = self._log_likelihood(guide, model, batch)
         kl, reconstruction = self._kl(guide, model, touched), -likelihood
         loss = (reconstruction + kl) / rows
-        surrogate = loss
+        surrogate, after = loss, dict[str, Tensor]()
         for name in self.estimators.score:
             local = self.setting.info.sites[name].local and not self.estimators.model_sums
             cost = self._row_costs(guide, model) / rows if local else loss.detach()
-            surrogate = surrogate + self._score_term(name, guide, cost.detach())
-        return surrogate, reconstruction / rows, kl / rows
+            term, after[name] = self._score_term(guide.nodes[name], cost.detach(), baseline.get(name))
+            surrogate = surrogate + term
+        return (surrogate, reconstruction / rows, kl / rows), after
 
     def _row_costs(self, guide: poutine.Trace, model: poutine.Trace) -> Tensor:
         """The part of the loss that each row contributes: all that a site of that row can influence."""
@@ -189,14 +201,12 @@ class _SampledGame(Game):
         rows = row_log_density(trace, plate, without=others).sum() * (batch.rescale * own_scale(trace, plate))
         return touched, rows + log_prior(trace, plate, without=others)
 
-    def _score_term(self, name: str, guide: poutine.Trace, cost: Tensor) -> Tensor:
-        """(cost - baseline) grad log q: its value is zero, its gradient is the score-function estimate."""
-        site = guide.nodes[name]
-        mean = self.baseline.get(name, cost.mean())
-        self.baseline[name] = 0.9 * mean + 0.1 * cost.mean()
+    def _score_term(self, site: dict[str, Any], cost: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(cost - baseline) grad log q, of value zero and with the score-function gradient; and the next baseline."""
+        mean = cost.mean() if mean is None else mean
         log_q = log_density(site)
         log_q = self._by_row(log_q) if cost.dim() else log_q.sum()
-        return ((cost - mean) * (log_q - log_q.detach())).sum()
+        return ((cost - mean) * (log_q - log_q.detach())).sum(), 0.9 * mean + 0.1 * cost.mean()
 
 
 class _EnumeratedGuideGame(Game):
@@ -210,7 +220,7 @@ class _EnumeratedGuideGame(Game):
         self.model = poutine.infer_config(setting.model, parallel(sums))
         self.guide = poutine.infer_config(setting.guide, parallel(sums))
 
-    def loss(self, player: str, batch: Batch) -> Loss:
+    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
         from pyro.infer.traceenum_elbo import TraceEnum_ELBO, _compute_dice_elbo
 
         total = torch.zeros(())
@@ -219,7 +229,7 @@ class _EnumeratedGuideGame(Game):
             for _ in range(self.particles):
                 for model, guide in elbo._get_traces(self.model, self.guide, batch.args, batch.kwargs):
                     total = total - _compute_dice_elbo(model, guide) / self.particles
-        return Loss(total / (batch.total or 1))
+        return Loss(total / (batch.total or 1)), state
 
 
 class _TimeStepGame(Game):
@@ -234,14 +244,14 @@ class _TimeStepGame(Game):
         self.chain, self.particles, self.setting = setting.program.time_steps, particles, setting
         self.notes = {"gradients": f"one of {self.chain.steps} time steps sampled per row"}
 
-    def loss(self, player: str, batch: Batch) -> Loss:
+    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
         terms = []
         for _ in range(self.particles):
             t = self._time_steps(batch.rows or 1)
             terms.append(self.chain.term(t, *batch.args, **batch.kwargs).mean() * self.chain.steps)
         constant = self.chain.constant(*batch.args, **batch.kwargs).mean()
         kl = torch.stack(terms).mean()
-        return Loss(kl + constant, {"chain": kl.detach(), "constant": constant.detach()})
+        return Loss(kl + constant, {"chain": kl.detach(), "constant": constant.detach()}), state
 
     def _time_steps(self, rows: int) -> Tensor:
         even = (torch.arange(rows) + torch.rand(rows)) / rows

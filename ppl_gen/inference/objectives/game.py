@@ -14,7 +14,11 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.program import Program
 
-__all__ = ["Game", "Loss", "Player", "Setting"]
+__all__ = ["GameState", "Game", "Loss", "Player", "Setting"]
+
+
+#: What a game carries from step to step: tensors by name.
+GameState = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Setting:
     ...     needs = (("data plate",),)
     ...     def build(self, setting):
     ...         class Squares(Game):
-    ...             def loss(self, player, batch):
-    ...                 return Loss((setting.model(*batch.args) - batch.args[0]).square().mean())
+    ...             def loss(self, player, batch, state):
+    ...                 return Loss((setting.model(*batch.args) - batch.args[0]).square().mean()), state
     ...         return Squares()
     >>> def model(x):
     ...     loc = pyro.param("loc", torch.zeros(()))
@@ -78,7 +82,11 @@ class Setting:
 
 
 class Game(ABC):
-    """The fresh state of an objective in one fit: players, their extra modules, and the losses."""
+    """What an objective becomes in one fit: players, their extra modules, and the losses.
+
+    It holds what is fixed for the run. What changes from step to step is a value, the state: named tensors that `init`
+    makes and every `loss` takes and returns, so that a step can be captured, repeated and resumed.
+    """
 
     #: In the order in which they move; the last one is "program".
     players: Sequence[Player] = (Player("program"),)
@@ -87,6 +95,14 @@ class Game(ABC):
     #: What was chosen from the dry run, reported in `Fit.notes`.
     notes: Mapping[str, str] = {}
 
+    def init(self, batch: Batch) -> GameState:
+        """The state before the first step (chains, baselines), found on a batch like those to come; none by default."""
+        return {}
+
     @abstractmethod
-    def loss(self, player: str, batch: Batch) -> Loss:
-        """The loss of ``player`` on ``batch``; differentiable, free of `.item()`, without effect on parameters."""
+    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
+        """The loss of ``player`` on ``batch``, and the state after it.
+
+        Differentiable, free of `.item()`, and pure: it changes neither parameters, nor ``state``, nor the game itself.
+        A second call with equal parameters, state and random numbers gives equal losses, gradients and next states.
+        """

@@ -14,7 +14,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.estimators import refuse_tied_rows
-from ppl_gen.inference.objectives.game import Game, Loss, Setting
+from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
 from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, local_log_weights
 from ppl_gen.offers import Need
 from ppl_gen.sitechecks import require_enumerable
@@ -92,27 +92,25 @@ class _ImportanceGame(Game):
         # A guide that maps one joint vector onto all sites (full rank, a flow) has no locals that could be drawn alone.
         self.local = any(s.local and not s.likelihood_free for s in (info.guide_sites or {}).values())
         self.globals = [site.name for site in info.select(local=False) if site.name in guided]
-        self.vectorise: bool | None = None
+        self.vectorise = self.local and can_vectorise(setting.model, setting.guide, info, setting.probe, self.sums)
         inside = "per row, plate scale outside" if self.local else "joint over the global latents"
         if not self.local and setting.minibatches:
             inside = "none: global latents on minibatches are averaged (the ELBO with K particles)"
         self.notes = {"logsumexp": inside}
+        if self.local:
+            self.notes["particles"] = "vectorised" if self.vectorise else "unrolled"
         if self.sums:
             self.notes["gradients"] = f"summed out in the model: {', '.join(self.sums)}"
 
-    def loss(self, player: str, batch: Batch) -> Loss:
+    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
         bound = self._per_row(batch) if self.local else self._joint(batch)
-        return Loss(-bound / (batch.total or 1))
+        return Loss(-bound / (batch.total or 1)), state
 
     def _per_row(self, batch: Batch) -> Tensor:
-        model, guide, info = self.setting.model, self.setting.guide, self.setting.info
-        if self.vectorise is None:
-            self.vectorise = can_vectorise(model, guide, info, batch, self.sums)
-            self.notes = {**self.notes, "particles": "vectorised" if self.vectorise else "unrolled"}
         values: dict[str, Tensor] = {}
         log_q = torch.zeros(())
         if self.globals:
-            values, log_q = global_draw(guide, batch, info)
+            values, log_q = global_draw(self.setting.guide, batch, self.setting.info)
         weights, outside, scale = self._weights(batch, values)
         rows = torch.logsumexp(weights, 0) - math.log(self.particles)
         return rows.sum() * (batch.rescale * scale) + outside - log_q
@@ -130,7 +128,7 @@ class _ImportanceGame(Game):
                 count,
                 values=values,
                 sums=self.sums,
-                vectorise=bool(self.vectorise),
+                vectorise=self.vectorise,
             )
             assert weights.rows is not None
             return weights.rows, weights.globals, weights.scale, weights.subsample

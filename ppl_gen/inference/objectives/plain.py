@@ -20,7 +20,7 @@ from ppl_gen.handlers.ordered import ordered
 from ppl_gen.handlers.rescale import RescalePlate
 from ppl_gen.handlers.sites import nothing, parallel
 from ppl_gen.inference.objectives.base import Objective
-from ppl_gen.inference.objectives.game import Game, Loss, Setting
+from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
 from ppl_gen.offers import Need
 
 __all__ = ["LossFunction", "PyroObjective", "as_objective"]
@@ -66,14 +66,14 @@ class _PyroGame(Game):
         if setting.minibatches and isinstance(elbo, RenyiELBO | ReweightedWakeSleep | TraceTMC_ELBO):
             self.notes = {"bound": "none: this class of Pyro's puts N / B inside its logsumexp; IWAE() does not"}
 
-    def loss(self, player: str, batch: Batch) -> Loss:
+    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
         model, guide, plate = self.setting.model, self.setting.guide or nothing, self.setting.info.data_plate
         rows = batch.total or 1
         with RescalePlate(plate, batch.total):
             if self.surrogate:
                 value = self.elbo.differentiable_loss(model, guide, *batch.args, **batch.kwargs)
-                return Loss(torch.as_tensor(value) / rows)
-            return Loss(self._through_grads(model, guide, batch) / rows)
+                return Loss(torch.as_tensor(value) / rows), state
+            return Loss(self._through_grads(model, guide, batch) / rows), state
 
     def _through_grads(self, model: Any, guide: Any, batch: Batch) -> Tensor:
         """Pyro writes into ``.grad``; a linear function with exactly these gradients carries them into autograd."""
@@ -125,7 +125,7 @@ class _FunctionGame(Game):
     def __init__(self, function: Callable[..., Any], setting: Setting, label: str) -> None:
         self.function, self.setting, self.label = function, setting, label
 
-    def loss(self, player: str, batch: Batch) -> Loss:
+    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
         with RescalePlate(self.setting.info.data_plate, batch.total):
             value = self.function(self.setting.model, self.setting.guide or nothing, *batch.args, **batch.kwargs)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
@@ -134,7 +134,7 @@ class _FunctionGame(Game):
                 f"objective: {self.label}(model, guide, *data) has to return one number as a tensor with gradients, "
                 f"got {got}; of Pyro's ELBOs that is elbo.differentiable_loss, or the ELBO itself"
             )
-        return Loss(value.reshape(()) / (batch.total or 1))
+        return Loss(value.reshape(()) / (batch.total or 1)), state
 
 
 def as_objective(objective: Any) -> Objective:
