@@ -14,7 +14,7 @@ from ppl_gen.atomic import as_path
 from ppl_gen.fingerprint import differences, fingerprint
 from ppl_gen.reloading import compare_draws, restored
 from ppl_gen.saved import SavedFit
-from ppl_gen.schema import FORMAT, check_meta, check_tensors, read_json, refuse, tensors_of
+from ppl_gen.schema import FORMAT, check_meta, check_tensors, digest, read_json, refuse, tensors_of
 
 if TYPE_CHECKING:
     from ppl_gen.inference.base import Algorithm

@@ -26,13 +26,13 @@ def test_chunks_give_the_value_and_gradient_of_all_particles_together(kind: str,
     found = []
     for objective in (IWAE(particles=6), IWAE(particles=6, chunk=chunk)):
         with playing(model, guide, objective, X16) as (game, dataset):
-            game.vectorise = False if kind == "unrolled" else None
+            assert game.notes["particles"] == "vectorised"
+            game.vectorise = kind != "unrolled"
             for batch in (dataset.batch(), dataset.batch(torch.arange(16).flip(0))):
                 torch.manual_seed(8)
                 value = float(losses(game, batch, 1))
                 torch.manual_seed(8)
                 found.append((value, gradient(game, batch)))
-            assert game.notes.get("particles") == (None if kind == "unrolled" else "vectorised")
     for (value, grads), (other, others) in zip(found[:2], found[2:], strict=True):
         assert value == pytest.approx(other, abs=1e-10)
         assert all(torch.allclose(grads[n], others[n], rtol=0, atol=1e-10) and bool(grads[n] != 0) for n in grads)
@@ -94,7 +94,6 @@ def test_memory_is_that_of_one_chunk() -> None:
     most = {}
     for particles, chunk in ((4, None), (40, None), (40, 4)):
         with playing(model, guide, IWAE(particles=particles, chunk=chunk), X16.repeat(4)) as (game, dataset):
-            losses(game, dataset.batch(), 1)  # the look at whether particles can be vectorised
             with _Peak() as peak:
                 gradient(game, dataset.batch())
         most[particles, chunk] = peak.most
