@@ -14,12 +14,11 @@ from typing import Any
 
 from pyro import poutine
 from pyro.infer import config_enumerate
-from pyro.poutine.messenger import Messenger
 from pyro.util import check_site_shape
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
-from ppl_gen.handlers.branches import Branches
+from ppl_gen.handlers.branches import Branches, PlateNesting
 from ppl_gen.handlers.opened import within
 from ppl_gen.handlers.sites import is_deterministic, sample_nodes
 from ppl_gen.isolation import looking, quiet
@@ -107,7 +106,7 @@ def _enumerated(model: Callable[..., Any], batch: Batch) -> tuple[list[str], int
     No names where it does not.
     """
     with looking(), quiet():
-        opened = _Deepest()
+        opened = PlateNesting()
         with contextlib.suppress(*PROGRAM_ERRORS), opened:
             model(*batch.args, **batch.kwargs)
         for nesting in range(opened.nesting, opened.nesting + BEYOND + 1):
@@ -125,13 +124,3 @@ def _run(model: Callable[..., Any], batch: Batch, nesting: int) -> list[str]:
             check_site_shape(site, nesting)
     trace.pack_tensors()  # which finds axes that belong neither to a plate nor to an enumerated site
     return [name for name, site in sample_nodes(trace) if "_enumerate_dim" in site["infer"]]
-
-
-class _Deepest(Messenger):
-    """How many plates stand inside of each other, as far as a run comes."""
-
-    nesting = 0
-
-    def _pyro_sample(self, msg: Any) -> None:
-        dims = [-frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized]
-        self.nesting = max([self.nesting, *dims])

@@ -17,6 +17,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
@@ -201,3 +202,13 @@ def _summed_outside(name: str) -> bool:
         if isinstance(handler, EnumMessenger):
             return True
     return False
+
+
+class PlateNesting(Messenger):
+    """How many plates stand inside of each other, as far as a run comes."""
+
+    nesting = 0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        dims = [-frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized]
+        self.nesting = max([self.nesting, *dims])
