@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import LARGE, Batch, Dataset
 from ppl_gen.errors import PROGRAM_ERRORS
-from ppl_gen.inference.objectives.tracing import is_sample
+from ppl_gen.handlers.sites import is_sample
 from ppl_gen.isolation import looking, quiet
 
 __all__ = ["refuse_read_nan"]

@@ -24,7 +24,7 @@ from torch import Tensor
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.picked import Pick, Picked
 
-__all__ = ["Branches"]
+__all__ = ["Branches", "PlateNesting"]
 
 
 class Branches(EnumMessenger):
