@@ -50,7 +50,7 @@ def _reader(model: Callable[..., Any], batch: Batch) -> str:
     """The first site with NaN in its distribution, value, mask or scale; sites that only name a value read nothing."""
     trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
     for name, node in trace.nodes.items():
-        if not is_sample(node) or node["infer"].get("_deterministic"):
+        if not is_sample(node):
             continue
         parts = [*_tensors(node["fn"]), node["value"], node["mask"], node["scale"]]
         if any(isinstance(p, Tensor) and p.is_floating_point() and bool(p.isnan().any()) for p in parts):

@@ -20,6 +20,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.placed import Lifted, Placed
+from ppl_gen.handlers.sites import is_subsample
 from ppl_gen.inference.enumeration import enumerated_trace, log_joint
 from ppl_gen.isolation import quiet
 
@@ -85,7 +86,7 @@ class Unconstrained:
 
     def _add(self, name: str, node: Any) -> None:
         fn = node["fn"]
-        if type(fn).__name__ == "_Subsample":
+        if is_subsample(node):
             return
         if getattr(fn.support, "is_discrete", False):
             self.sums = True

@@ -261,7 +261,7 @@ def _inside_vmap() -> bool:
 
 
 def _subsamples(trace: poutine.Trace) -> dict[str, Tensor]:
-    return {n: s["value"] for n, s in trace.nodes.items() if type(s.get("fn")).__name__ == "_Subsample"}
+    return {n: s["value"] for n, s in trace.nodes.items() if s["type"] == "sample" and is_subsample(s)}
 
 
 def _substituted(model: Callable[..., Any], values: Mapping[str, Tensor]) -> Callable[..., Any]:
