@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
-__all__ = ["GROUPS", "az_summary", "group", "group_names", "read_tree", "to_tree", "write_tree"]
+__all__ = ["GROUPS", "az_psis", "az_summary", "group", "group_names", "read_tree", "to_tree", "write_tree"]
 
 _SAMPLE_DIMS = ("chain", "draw")
 _DATA_GROUPS = ("observed_data", "constant_data")
@@ -238,6 +238,25 @@ def group(tree: Any, name: str) -> xarray.Dataset | None:
         return None
     found: xarray.Dataset = tree[name] if _legacy() else tree.children[name].to_dataset()
     return found
+
+
+def az_psis(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """ArviZ's Pareto smoothed importance sampling of every row: normalised log weights and k-hat.
+
+    ``log_ratios`` has shape (rows, draws), the weights the same, k-hat has shape (rows,). ArviZ 1.x takes
+    log-likelihoods, that is minus the log ratios. Ties and infinities are the caller's: see `ppl_gen.diagnostics.psis`.
+
+    >>> weights, k = az_psis(np.random.default_rng(0).normal(size=(2, 100)))
+    >>> weights.shape, k.shape
+    ((2, 100), (2,))
+    """
+    ratios = np.array(log_ratios, dtype=np.float64)
+    with np.errstate(all="ignore"):
+        if _legacy():
+            weights, k = _arviz().psislw(ratios)
+        else:
+            weights, k = importlib.import_module("arviz_stats.base").array_stats.psislw(-ratios)
+    return np.asarray(weights), np.asarray(k, dtype=np.float64)
 
 
 def az_summary(tree: Any, var_names: Sequence[str] | None = None, *, chains: bool) -> pandas.DataFrame:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ppl_gen.diagnostics.pareto import MIN_TAIL, pareto_smoothed, tail_size
+from ppl_gen.diagnostics.bridge import az_psis
 
 __all__ = [
     "MIN_DRAWS",
@@ -29,6 +29,7 @@ differences: by Cauchy and Schwarz a mean is off by at most sqrt(draws / effecti
 MIN_DRAWS = 25
 """Fewest draws with which k-hat is computed: the tail is a fifth of the draws and needs five of them."""
 
+_MIN_TAIL = 5
 _UNDERFLOW = math.log(np.finfo(np.float64).tiny)  # log weights this far below the largest count as zero
 
 
@@ -67,7 +68,7 @@ def pareto_k(log_ratios: Any) -> float:
     ratios have :math:`1/k` finite moments; compare with `pareto_k_threshold`. A high value says that the guide is a
     poor approximation of the posterior; it says nothing about whether the program is right.
 
-    What the fit of a tail cannot judge is settled first:
+    What ArviZ's fit cannot judge is settled first:
 
     * **Ties in the tail** (an exact guide, whose ratios are all equal; discrete latents; rounding). With fewer than
       five distinct values above the cut-off no tail can be fitted, and
@@ -208,17 +209,17 @@ def _smooth(ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth_valid(shifted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same where the largest log ratio of each row is 0: a fitted tail, or the rules of `pareto_k` without one."""
+    """The same where the largest log ratio of each row is 0: ArviZ's fit, or the rules of `pareto_k` without one."""
     draws = shifted.shape[1]
     log_mean = np.log(np.exp(shifted).mean(axis=1))
     logs = shifted - log_mean[:, None] - math.log(draws)
     k = np.maximum(-log_mean, 0.0) / math.log(draws)
     tail = _tail(shifted)
     vanished = np.isfinite(tail) & (tail < _UNDERFLOW)
-    k[vanished.any(axis=1) | ((shifted > _UNDERFLOW).sum(axis=1) < MIN_TAIL)] = np.inf
-    fitted = np.flatnonzero((np.diff(np.exp(tail), axis=1) > 0).sum(axis=1) >= MIN_TAIL)
+    k[vanished.any(axis=1) | ((shifted > _UNDERFLOW).sum(axis=1) < _MIN_TAIL)] = np.inf
+    fitted = np.flatnonzero((np.diff(np.exp(tail), axis=1) > 0).sum(axis=1) >= _MIN_TAIL)
     if fitted.size:
-        smoothed, shape = pareto_smoothed(shifted[fitted])
+        smoothed, shape = az_psis(shifted[fitted])
         done = np.isfinite(shape) & ~np.isnan(smoothed).any(axis=1)
         logs[fitted[done]], k[fitted[done]] = smoothed[done], shape[done]
     return logs, k
@@ -227,5 +228,5 @@ def _smooth_valid(shifted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _tail(shifted: np.ndarray) -> np.ndarray:
     """The cut-off and the min(S / 5, 3 sqrt(S)) draws above it, ascending, for each row."""
     draws = shifted.shape[1]
-    size = tail_size(draws) + 1
+    size = math.ceil(min(draws / 5, 3 * math.sqrt(draws))) + 1
     return np.sort(np.partition(shifted, draws - size, axis=1)[:, -size:], axis=1)
