@@ -19,7 +19,7 @@ from oracles_of_objectives import (
 )
 from versions import table, write
 
-from ppl_gen.isolation import isolated
+from ppl_gen.workspace.isolation import isolated
 
 ORACLES = (
     crabs_by_em,

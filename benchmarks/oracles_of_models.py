@@ -18,8 +18,8 @@ from scipy.stats import multivariate_t
 import ppl_gen as pg
 from ppl_gen.inference import CAVI, EM
 from ppl_gen.models import gaussian_mixture, hidden_markov
-from ppl_gen.models.boltzmann import BoltzmannMachine
-from ppl_gen.models.noising import noise_schedule
+from ppl_gen.models.diffusion.noising import noise_schedule
+from ppl_gen.models.energy.rbm import BoltzmannMachine
 
 __all__ = ["boltzmann", "cavi", "crabs_by_em", "em_against_scikit_learn", "markov", "mixture_rows", "noising"]
 

@@ -18,11 +18,11 @@ from torch import nn
 
 import ppl_gen as pg
 from ppl_gen.data.batching import Batch
-from ppl_gen.dryrun import dry_run
 from ppl_gen.inference import ELBO, IWAE, SVI, Adversarial
 from ppl_gen.inference.objectives.adversarial import COSTS
 from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.models import gaussian_mixture
+from ppl_gen.program.dry_run import dry_run
 
 __all__ = [
     "bounds_on_minibatches",

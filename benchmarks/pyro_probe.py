@@ -100,7 +100,7 @@ def with_constants(data: Any, plate: int | None) -> Any:
 
 
 def plates_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-    from ppl_gen.isolation import isolated
+    from ppl_gen.workspace.isolation import isolated
 
     with isolated(0), torch.no_grad():
         trace = pyro.poutine.trace(model).get_trace(*args, **kwargs)
@@ -176,10 +176,10 @@ def continued(found: dict[str, float], name: str, start: Any, steps: int, loss: 
     """The parameters after Pyro's own steps from a fit; its losses there go into `found`."""
     import copy
 
-    import ppl_gen.result
+    import ppl_gen.fits.result
 
     # Questions see plates whole; Pyro trains on its own subsample of them.
-    whole, ppl_gen.result.whole_plates = ppl_gen.result.whole_plates, contextlib.nullcontext
+    whole, ppl_gen.fits.result.whole_plates = ppl_gen.fits.result.whole_plates, contextlib.nullcontext
     try:
         with start.bound(seed=1) as workspace, torch.enable_grad():
             workspace.training = True  # as networks are when Pyro steps: dropout, statistics of the batch
@@ -194,7 +194,7 @@ def continued(found: dict[str, float], name: str, start: Any, steps: int, loss: 
             pyro.set_rng_seed(2)  # other noise than the steps have learned from
             values = [float(svi.evaluate_loss(*args, **kwargs)) for _ in range(LOSSES)]
     finally:
-        ppl_gen.result.whole_plates = whole
+        ppl_gen.fits.result.whole_plates = whole
     found |= {name: float(np.mean(values)), f"{name}_sd": float(np.std(values))}
     return after
 

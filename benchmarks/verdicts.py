@@ -15,7 +15,7 @@ from pathlib import Path
 
 from joblib.externals.loky import ProcessPoolExecutor
 
-from ppl_gen.workers import initializer
+from ppl_gen.runtime.workers import initializer
 
 TOP = Path(__file__).resolve().parent.parent
 GRADES = ("trust", "doubtful", "do not trust")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ppl_gen import offers
 from ppl_gen.data import load_data
 from ppl_gen.data.batching import by_step, constant
-from ppl_gen.driver import fit
-from ppl_gen.driver import inspect_program as check
 from ppl_gen.errors import FitWarning, IncompatibleError, MissingExtraError, NonFiniteError
-from ppl_gen.prior import prior_predictive
-from ppl_gen.program import Program, Recipe
-from ppl_gen.result import Fit, Status
+from ppl_gen.fits.driver import fit
+from ppl_gen.fits.driver import inspect_program as check
+from ppl_gen.fits.prior import prior_predictive
+from ppl_gen.fits.result import Fit, Status
+from ppl_gen.program import offers
+from ppl_gen.program.program import Program, Recipe
 from ppl_gen.version import __version__
 
 if TYPE_CHECKING:
-    from ppl_gen.comparison import Comparison, compare
-    from ppl_gen.loading import load
+    from ppl_gen.comparison.compare import Comparison, compare
+    from ppl_gen.fits.loading import load
 
 
 __all__ = [
@@ -50,7 +50,7 @@ def _zoo(offer: str) -> list[str]:
 
 offers.zoo[:] = [_zoo]
 
-_LAZY = {"Comparison": "comparison", "compare": "comparison", "load": "loading"}
+_LAZY = {"Comparison": "comparison.compare", "compare": "comparison.compare", "load": "fits.loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ppl_gen.interrupts import allowed, listening
+from ppl_gen.runtime.interrupts import allowed, listening
 
 if TYPE_CHECKING:
     import typer
 
-    from ppl_gen.comparison import Comparison
+    from ppl_gen.comparison.compare import Comparison
     from ppl_gen.inference import Algorithm
-    from ppl_gen.program import Program
+    from ppl_gen.program.program import Program
 
 __all__ = ["algorithm_of", "data_of", "main", "program_of"]
 
@@ -181,7 +181,7 @@ def list_() -> None:
     """Programs, algorithms and data sets, with what they offer and need."""
     from ppl_gen.data.datasets import _NAMES
     from ppl_gen.models.catalogue import CATALOGUE, programs_offering
-    from ppl_gen.offers import OFFERS
+    from ppl_gen.program.offers import OFFERS
 
     offers = {offer: programs_offering(offer) for offer in OFFERS}
     _listed("Programs", {name: (entry.about, _offered(name, offers)) for name, entry in CATALOGUE.items()})
@@ -241,7 +241,7 @@ def program_of(text: str) -> Any:
 
 
 def _from_file(path: Path, rest: str) -> Any:
-    from ppl_gen.program import Program, Recipe
+    from ppl_gen.program.program import Program, Recipe
 
     name, _, options = rest.partition(":")
     if not path.is_file():

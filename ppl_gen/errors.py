@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = [
     "PROGRAM_ERRORS",

@@ -1,13 +1,13 @@
 """What an algorithm or an objective of one's own is made of, beside what `ppl_gen.inference` exports to derive from."""
 
 from ppl_gen.data.batching import Batch, Batches
+from ppl_gen.fitting.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
+from ppl_gen.fitting.run import Outcome, Run
+from ppl_gen.inference.guides.vector_guide import guide_from_vector
 from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.inference.objectives.observed import ObservedRows
 from ppl_gen.inference.objectives.tracing import traces
-from ppl_gen.inference.run import Outcome, Run
 from ppl_gen.inference.unconstrained import Unconstrained
-from ppl_gen.inference.vector_guide import guide_from_vector
-from ppl_gen.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
 
 __all__ = [
     "Batch",

@@ -27,8 +27,8 @@ from torch import Tensor
 import ppl_gen as pg
 from ppl_gen import data as data_module
 from ppl_gen import inference, models, report
+from ppl_gen.fits.saved import SavedFit
 from ppl_gen.inference import SVI, Adversarial, ContrastiveDivergence
-from ppl_gen.saved import SavedFit
 
 __all__ = ["EXEMPT", "Call", "Target", "accepts_numpy", "calls", "judge", "public", "targets"]
 

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 
-from ppl_gen.inference.enumeration import enumerated_trace
+from ppl_gen.enumeration.marginals import enumerated_trace
 
 
 def rng(seed=0):

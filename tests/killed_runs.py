@@ -16,11 +16,11 @@ import sys, time, pyro, torch, ppl_gen as pg
 from dataclasses import dataclass
 import pyro.distributions as dist
 from ppl_gen.inference import EM, NUTS, SVI
-from ppl_gen.inference.base import Iterative
-from ppl_gen.inference.run import Outcome
+from ppl_gen.fitting.algorithm import Iterative
+from ppl_gen.fitting.run import Outcome
 from ppl_gen.models import gaussian_mixture
-from ppl_gen.posterior import PointPosterior
-from ppl_gen.report import processes
+from ppl_gen.fitting.posterior import PointPosterior
+from ppl_gen.comparison import processes
 
 processes.START = 0.0  # always in processes of their own
 

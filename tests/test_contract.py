@@ -15,7 +15,7 @@ import torch
 import ppl_gen as pg
 from ppl_gen.inference import CAVI, ELBO, EM, IWAE, NUTS, SVI, Adversarial, Algorithm, ContrastiveDivergence
 from ppl_gen.models.catalogue import CATALOGUE
-from ppl_gen.offers import OFFERS
+from ppl_gen.program.offers import OFFERS
 
 pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
 

@@ -10,7 +10,7 @@ from facts import CATALOGUE, algorithms, found, matrix, missing, needs
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from ppl_gen.offers import OFFERS
+from ppl_gen.program.offers import OFFERS
 
 Cell = str | nodes.Node
 

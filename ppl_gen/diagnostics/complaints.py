@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from ppl_gen.errors import FitWarning
-from ppl_gen.posterior import ChainPosterior
+from ppl_gen.fitting.posterior import ChainPosterior
 
 if TYPE_CHECKING:
     from ppl_gen.diagnostics.verdicts import Verdict
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["complaint", "warn_if_bad", "warn_of_weights"]
 
@@ -60,7 +60,7 @@ def complaint(fit: Fit) -> str:
 
 
 def _chains(fit: Fit, learned: ChainPosterior) -> str:
-    from ppl_gen.diagnostics.bridge import az_summary, to_tree
+    from ppl_gen.bridge import az_summary, to_tree
     from ppl_gen.diagnostics.verdicts import verdict_chains
 
     draws = _looked_at(fit, learned)

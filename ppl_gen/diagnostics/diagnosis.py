@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pyro import poutine
 
-from ppl_gen.diagnostics.bridge import az_summary, to_tree
+from ppl_gen.bridge import az_summary, to_tree
 from ppl_gen.diagnostics.export import affordable_rows, latent_summary_names, posterior_groups
 from ppl_gen.diagnostics.guide_weights import all_points, guide_weights
 from ppl_gen.diagnostics.lone_rows import lone_rows
@@ -25,14 +25,14 @@ from ppl_gen.diagnostics.verdicts import (
     with_points,
 )
 from ppl_gen.errors import PROGRAM_ERRORS, require_whole
-from ppl_gen.inference.guides import point_sites
-from ppl_gen.isolation import looking
-from ppl_gen.posterior import ChainPosterior
+from ppl_gen.fitting.posterior import ChainPosterior
+from ppl_gen.inference.guides.resolved import point_sites
+from ppl_gen.workspace.isolation import looking
 
 if TYPE_CHECKING:
     import pandas
 
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["chain_table", "diagnose", "judged_chains", "verdict"]
 

@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_gen.bridge import to_tree
 from ppl_gen.data.batching import LARGE, Batch
-from ppl_gen.diagnostics.bridge import to_tree
-from ppl_gen.diagnostics.densities import derived
 from ppl_gen.diagnostics.export import provenance
 from ppl_gen.diagnostics.labels import labels_of, variable_shapes
-from ppl_gen.diagnostics.work import alone
-from ppl_gen.observations import observed_rows
-from ppl_gen.posterior import ChainPosterior, PointPosterior
-from ppl_gen.predictive import amortised
+from ppl_gen.draws.observations import observed_rows
+from ppl_gen.draws.predictive import amortised
+from ppl_gen.fitting.posterior import ChainPosterior, PointPosterior
+from ppl_gen.weights.densities import derived
+from ppl_gen.weights.work import alone
 
 if TYPE_CHECKING:
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["DRAWS", "ROWS", "excerpt"]
 

@@ -14,28 +14,28 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppl_gen.bridge import to_tree
 from ppl_gen.data.batching import Batch
-from ppl_gen.diagnostics.bridge import to_tree
-from ppl_gen.diagnostics.densities import densities, derived, joint_densities
 from ppl_gen.diagnostics.guide_weights import k_hats
 from ppl_gen.diagnostics.labels import labels_of, variable_shapes
-from ppl_gen.diagnostics.psis import MIN_DRAWS
-from ppl_gen.diagnostics.replicates import prior_together, replicated
-from ppl_gen.diagnostics.weighed import joint_draws
 from ppl_gen.diagnostics.wishes import checked_coords, checked_dims, checked_lengths
+from ppl_gen.draws.observations import observed_rows, rows_observed
+from ppl_gen.draws.predictive import amortised, prior_rows
+from ppl_gen.draws.replicates import prior_together, replicated
+from ppl_gen.enumeration.finite_globals import extended, summed_globals
 from ppl_gen.errors import require_whole
-from ppl_gen.finite_globals import extended, summed_globals
+from ppl_gen.fitting.posterior import ChainPosterior
 from ppl_gen.handlers.last_site import UndrawableError
 from ppl_gen.handlers.sites import is_sample, log_density, scaled
-from ppl_gen.inference.guides import point_sites
-from ppl_gen.isolation import isolated
-from ppl_gen.observations import observed_rows, rows_observed
-from ppl_gen.posterior import ChainPosterior
-from ppl_gen.predictive import amortised, prior_rows
+from ppl_gen.inference.guides.resolved import point_sites
 from ppl_gen.version import __version__
+from ppl_gen.weights.densities import densities, derived, joint_densities
+from ppl_gen.weights.psis import MIN_DRAWS
+from ppl_gen.weights.weighed import joint_draws
+from ppl_gen.workspace.isolation import isolated
 
 if TYPE_CHECKING:
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["affordable_rows", "latent_summary_names", "posterior_groups", "provenance", "to_arviz"]
 

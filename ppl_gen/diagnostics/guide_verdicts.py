@@ -10,8 +10,8 @@ import numpy as np
 from ppl_gen.diagnostics.causes import Cause
 from ppl_gen.diagnostics.grades import Finding, Verdict, elsewhere, graded
 from ppl_gen.diagnostics.moments import NEVER, Moments
-from ppl_gen.diagnostics.psis import NEARLY_EQUAL, told_apart
 from ppl_gen.diagnostics.trends import moving
+from ppl_gen.weights.psis import NEARLY_EQUAL, told_apart
 
 __all__ = ["verdict_variational"]
 

@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_gen.diagnostics.densities import derived
 from ppl_gen.diagnostics.moments import Moments, unconstrained, weighted
-from ppl_gen.diagnostics.psis import (
+from ppl_gen.diagnostics.row_weights import weigh_rows
+from ppl_gen.inference.guides.resolved import point_sites
+from ppl_gen.weights.densities import derived
+from ppl_gen.weights.psis import (
     MIN_DRAWS,
     effective_sample_size,
     pareto_k,
     pareto_k_threshold,
     smoothed_weights,
 )
-from ppl_gen.diagnostics.row_weights import weigh_rows
-from ppl_gen.diagnostics.weighed import WeighedDraws, affordable, weighed_draws
-from ppl_gen.inference.guides import point_sites
+from ppl_gen.weights.weighed import WeighedDraws, affordable, weighed_draws
 
 if TYPE_CHECKING:
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["GuideWeights", "all_points", "guide_weights", "k_hats"]
 

@@ -10,12 +10,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.enumeration.marginals import enumerated_trace, row_log_density
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.handlers.substitute import Nudged
-from ppl_gen.inference.enumeration import enumerated_trace, row_log_density
 
 if TYPE_CHECKING:
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["lone_rows"]
 

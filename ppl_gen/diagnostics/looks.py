@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.moments import Moments, between_draws
-from ppl_gen.diagnostics.psis import row_subset
 from ppl_gen.diagnostics.second_look import CELLS, FEWEST, SecondLook, moved
-from ppl_gen.diagnostics.weighed import joint_draws, numbers
+from ppl_gen.draws.predictive import amortised, prior_rows
+from ppl_gen.fitting.posterior import ChainPosterior
 from ppl_gen.handlers.last_site import UndrawableError
-from ppl_gen.posterior import ChainPosterior
-from ppl_gen.predictive import amortised, prior_rows
+from ppl_gen.weights.psis import row_subset
+from ppl_gen.weights.weighed import joint_draws, numbers
 
 if TYPE_CHECKING:
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["drift", "look_at_chains", "look_at_guide", "places_of"]
 

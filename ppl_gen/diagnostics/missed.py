@@ -18,11 +18,11 @@ from torch import Tensor
 from ppl_gen.diagnostics.looks import look_at_guide
 from ppl_gen.diagnostics.moments import matrix, unconstrained
 from ppl_gen.diagnostics.short_chains import scale_of
-from ppl_gen.inference.guides import point_sites
+from ppl_gen.inference.guides.resolved import point_sites
 
 if TYPE_CHECKING:
     from ppl_gen.diagnostics.second_look import SecondLook
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["beyond", "kept_look", "missed"]
 

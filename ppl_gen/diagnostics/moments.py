@@ -15,7 +15,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.handlers.substitute import Substitute
 
 if TYPE_CHECKING:
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["Moments", "between_draws", "compared", "matrix", "unconstrained", "varying", "weighted"]
 
@@ -92,7 +92,7 @@ def weighted(values: Mapping[str, Tensor], log_weights: np.ndarray) -> Moments |
     r"""Draws' own moments against their importance-weighted ones, :math:`\sum_s w_s u_s`.
 
     ``values``: numbers, draws x shape of the site, on an unconstrained scale; ``log_weights``: as
-    `ppl_gen.diagnostics.psis.smoothed_weights` gives them. None without any number that varies.
+    `ppl_gen.weights.psis.smoothed_weights` gives them. None without any number that varies.
 
     >>> import torch
     >>> u = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -15,18 +15,18 @@ from torch.distributions import biject_to
 
 from ppl_gen.data.batching import LARGE, Batch
 from ppl_gen.diagnostics.moments import Moments, compared, varying
-from ppl_gen.diagnostics.psis import row_subset, smoothed_with_k
-from ppl_gen.diagnostics.weighed import COST, affordable
-from ppl_gen.dryrun import ProgramInfo
-from ppl_gen.finite_globals import extended, summed_globals
+from ppl_gen.draws.new_data import follows_rows
+from ppl_gen.enumeration.finite_globals import extended, summed_globals
 from ppl_gen.handlers.followed import Watch
-from ppl_gen.inference.guide_list import holds_rows
-from ppl_gen.inference.objectives.particles import can_vectorise, global_draw, local_log_weights, sampled
-from ppl_gen.inference.objectives.summed_particles import can_sum_together
-from ppl_gen.newrows import follows_rows
+from ppl_gen.inference.guides.guide_list import holds_rows
+from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.weights.particles import can_vectorise, global_draw, local_log_weights, sampled
+from ppl_gen.weights.psis import row_subset, smoothed_with_k
+from ppl_gen.weights.summed_particles import can_sum_together
+from ppl_gen.weights.weighed import COST, affordable
 
 if TYPE_CHECKING:
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["RowWeights", "weigh_rows"]
 

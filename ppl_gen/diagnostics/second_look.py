@@ -19,16 +19,16 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppl_gen.capture.recording import RecordingRefused, record_checked
 from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.short_chains import Function, State, quenched, sampled, scale_of
-from ppl_gen.diagnostics.weighed import numbers
-from ppl_gen.dryrun import ProgramInfo
 from ppl_gen.errors import PROGRAM_ERRORS
-from ppl_gen.inference.tape import RecordingRefused, record_checked
 from ppl_gen.inference.unconstrained import Unconstrained
+from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.weights.weighed import numbers
 
 if TYPE_CHECKING:
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["SecondLook", "moved"]
 

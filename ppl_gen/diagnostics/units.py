@@ -9,12 +9,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ppl_gen.draws.predictive import amortised, global_draws
 from ppl_gen.errors import IncompatibleError, require_positive
-from ppl_gen.isolation import looking
-from ppl_gen.predictive import amortised, global_draws
+from ppl_gen.workspace.isolation import looking
 
 if TYPE_CHECKING:
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["ActiveUnits", "active_units", "code_means", "code_site"]
 

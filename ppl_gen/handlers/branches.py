@@ -18,11 +18,11 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.picked import Pick, Picked
+from ppl_gen.handlers.private import HANDLERS
 
 __all__ = ["Branches", "PlateNesting"]
 
@@ -194,7 +194,7 @@ def _fits(shape: Any, pick: Pick, plates: Any) -> bool:
 def _summed_outside(name: str) -> bool:
     """Whether a handler around the program enumerates sites, and hears of this one."""
     asked = {"type": "sample", "name": name, "is_observed": False, "infer": {}, "fn": None, "value": None}
-    for handler in reversed(_PYRO_STACK):
+    for handler in reversed(HANDLERS):
         if isinstance(handler, BlockMessenger):
             with contextlib.suppress(*PROGRAM_ERRORS):  # a function of the user's own may ask for more
                 if handler.hide_fn(asked):

@@ -15,8 +15,10 @@ from typing import Any
 from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.effect import AutoMessenger
-from pyro.poutine.messenger import Messenger, _bound_partial
+from pyro.poutine.messenger import Messenger
 from torch import nn
+
+from ppl_gen.handlers.private import BoundHandler
 
 __all__ = ["called_through", "opened", "within"]
 
@@ -90,7 +92,7 @@ def _layers(function: Any) -> tuple[list[Messenger], Any]:
     """The handlers around a model, the innermost first, and the model."""
     layers: list[Messenger] = []
     while True:
-        if isinstance(function, _bound_partial):
+        if isinstance(function, BoundHandler):
             function = function.func
         elif _is_bound(function):
             layers, function = [function.args[0], *layers], function.args[1]

@@ -1,16 +1,16 @@
 """Inference algorithms and objectives, one per file."""
 
-from ppl_gen.inference.base import Algorithm, Iterative
+from ppl_gen.fitting.algorithm import Algorithm, Iterative
+from ppl_gen.fitting.stopping import Patience, Plateau
 from ppl_gen.inference.cavi import CAVI
-from ppl_gen.inference.em import EM
-from ppl_gen.inference.nuts import NUTS
+from ppl_gen.inference.em.em import EM
+from ppl_gen.inference.mcmc.nuts import NUTS
 from ppl_gen.inference.objectives.adversarial import Adversarial
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.contrastive import ContrastiveDivergence
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Game, Loss, Player
 from ppl_gen.inference.objectives.iwae import IWAE
-from ppl_gen.inference.stopping import Patience, Plateau
 from ppl_gen.inference.svi import SVI
 
 __all__ = [

@@ -12,11 +12,11 @@ from torch.distributions import constraints, transform_to
 
 from ppl_gen.data.batching import Batches
 from ppl_gen.errors import require_number, require_whole
-from ppl_gen.inference.base import Iterative
-from ppl_gen.inference.run import Info, Outcome, Run
-from ppl_gen.isolation import ProgramState
-from ppl_gen.offers import Need
-from ppl_gen.posterior import GuidePosterior
+from ppl_gen.fitting.algorithm import Iterative
+from ppl_gen.fitting.posterior import GuidePosterior
+from ppl_gen.fitting.run import Info, Outcome, Run
+from ppl_gen.program.offers import Need
+from ppl_gen.workspace.isolation import ProgramState
 
 __all__ = ["CAVI"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.handlers.sites import sample_nodes
-from ppl_gen.isolation import looking, quiet
+from ppl_gen.workspace.isolation import looking, quiet
 
 __all__ = ["impossible"]
 

@@ -9,9 +9,9 @@ from pyro import poutine
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.fitting.run import Run
 from ppl_gen.handlers.substitute import Substitute
-from ppl_gen.inference.run import Run
-from ppl_gen.isolation import looking, quiet
+from ppl_gen.workspace.isolation import looking, quiet
 
 __all__ = ["refuse_rows_outside"]
 

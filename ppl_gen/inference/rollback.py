@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from ppl_gen.data.batching import Batches
 from ppl_gen.errors import PROGRAM_ERRORS
-from ppl_gen.inference.run import NonFiniteStepError
-from ppl_gen.isolation import generators, set_generators
+from ppl_gen.fitting.run import NonFiniteStepError
+from ppl_gen.workspace.isolation import generators, set_generators
 
 if TYPE_CHECKING:
     from ppl_gen.inference.updates import State

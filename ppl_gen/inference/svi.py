@@ -11,24 +11,24 @@ import torch
 from pyro.infer.autoguide import AutoLaplaceApproximation
 
 from ppl_gen.data.batching import Batches
-from ppl_gen.dryrun import dry_run
 from ppl_gen.errors import IncompatibleError, require_callable, require_positive, require_whole
-from ppl_gen.guidechecks import check_masked
-from ppl_gen.inference.base import Iterative
-from ppl_gen.inference.guide_list import has_own_parts
-from ppl_gen.inference.guides import as_whole, is_auto, refuse_row_parameters, resolved_guide
-from ppl_gen.inference.jacobians import check_jacobians
-from ppl_gen.inference.laplace import Laplace, kept_buffers, second_stage
+from ppl_gen.fitting.algorithm import Iterative
+from ppl_gen.fitting.posterior import GuidePosterior, PointPosterior
+from ppl_gen.fitting.run import Info, Outcome, Run
+from ppl_gen.inference.guides.guide_list import has_own_parts
+from ppl_gen.inference.guides.jacobians import check_jacobians
+from ppl_gen.inference.guides.laplace import Laplace, kept_buffers, second_stage
+from ppl_gen.inference.guides.resolved import as_whole, is_auto, refuse_row_parameters, resolved_guide
 from ppl_gen.inference.objectives.base import started
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Game, Setting
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.inference.outside import refuse_rows_outside
-from ppl_gen.inference.run import Info, Outcome, Run
 from ppl_gen.inference.updates import OPTIMISERS, State
-from ppl_gen.isolation import ProgramState, looking
-from ppl_gen.offers import Need
-from ppl_gen.posterior import GuidePosterior, PointPosterior
+from ppl_gen.program.dry_run import dry_run
+from ppl_gen.program.guide_checks import check_masked
+from ppl_gen.program.offers import Need
+from ppl_gen.workspace.isolation import ProgramState, looking
 
 __all__ = ["SVI"]
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.dryrun import ProgramInfo
+from ppl_gen.enumeration.marginals import enumerated_trace, log_joint
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.placed import Lifted, Placed
 from ppl_gen.handlers.sites import is_subsample
-from ppl_gen.inference.enumeration import enumerated_trace, log_joint
-from ppl_gen.isolation import quiet
+from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.workspace.isolation import quiet
 
 __all__ = ["NEAR", "Unconstrained", "starting_point"]
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch, Batches
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
+from ppl_gen.fitting.run import NonFiniteStepError, Run
 from ppl_gen.inference.impossible import impossible
 from ppl_gen.inference.objectives.game import Game, GameState, Player
 from ppl_gen.inference.rollback import Mark
-from ppl_gen.inference.run import NonFiniteStepError, Run
-from ppl_gen.isolation import quiet
+from ppl_gen.workspace.isolation import quiet
 
 if TYPE_CHECKING:
     from ppl_gen.inference.svi import SVI

@@ -1,17 +1,17 @@
 """The zoo: functions that return recipes, one family per file."""
 
-from ppl_gen.models.autoencoding import autoencoder
-from ppl_gen.models.boltzmann import rbm
-from ppl_gen.models.characters import bits_per_character, char_rnn
-from ppl_gen.models.coding import anomaly_scores, codes, reconstructions
-from ppl_gen.models.diffusion import denoising_diffusion
+from ppl_gen.models.adversarial.gan import gan
+from ppl_gen.models.autoencoders.autoencoder import autoencoder
+from ppl_gen.models.diffusion.denoising import denoising_diffusion
+from ppl_gen.models.energy.rbm import rbm
 from ppl_gen.models.flows import affine_flow, iaf, maf, real_nvp, scalar_flow, spline_flow
-from ppl_gen.models.implicit import gan
-from ppl_gen.models.linear import PrincipalComponents, factor_analysis, ppca, principal_components
-from ppl_gen.models.markov import hidden_markov
-from ppl_gen.models.mixture import gaussian_mixture
-from ppl_gen.models.semi_supervised import m1, m1_m2, m2
-from ppl_gen.models.variational import vae
+from ppl_gen.models.latent_codes import anomaly_scores, codes, reconstructions
+from ppl_gen.models.linear.components import PrincipalComponents, factor_analysis, ppca, principal_components
+from ppl_gen.models.mixture.gaussian import gaussian_mixture
+from ppl_gen.models.sequences.char_rnn import bits_per_character, char_rnn
+from ppl_gen.models.sequences.hidden_markov import hidden_markov
+from ppl_gen.models.variational.semi_supervised import m1, m1_m2, m2
+from ppl_gen.models.variational.vae import vae
 
 __all__ = [
     "PrincipalComponents",

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_gen.models.autoencoding import autoencoder
-from ppl_gen.models.boltzmann import rbm
-from ppl_gen.models.characters import char_rnn
-from ppl_gen.models.diffusion import denoising_diffusion
+from ppl_gen.models.adversarial.gan import gan
+from ppl_gen.models.autoencoders.autoencoder import autoencoder
+from ppl_gen.models.diffusion.denoising import denoising_diffusion
+from ppl_gen.models.energy.rbm import rbm
 from ppl_gen.models.flows import affine_flow, iaf, maf, real_nvp, scalar_flow, spline_flow
-from ppl_gen.models.implicit import gan
-from ppl_gen.models.linear import factor_analysis, ppca
-from ppl_gen.models.markov import hidden_markov
-from ppl_gen.models.mixture import gaussian_mixture
-from ppl_gen.models.semi_supervised import m1, m1_m2, m2
-from ppl_gen.models.variational import vae
-from ppl_gen.program import Recipe
+from ppl_gen.models.linear.components import factor_analysis, ppca
+from ppl_gen.models.mixture.gaussian import gaussian_mixture
+from ppl_gen.models.sequences.char_rnn import char_rnn
+from ppl_gen.models.sequences.hidden_markov import hidden_markov
+from ppl_gen.models.variational.semi_supervised import m1, m1_m2, m2
+from ppl_gen.models.variational.vae import vae
+from ppl_gen.program.program import Recipe
 
 __all__ = ["CATALOGUE", "Entry", "programs_offering"]
 
@@ -77,7 +77,7 @@ def _some_labelled() -> dict[str, Tensor]:
 @functools.cache
 def _first_stage() -> Any:
     """A fit of `m1` for `m1_m2` to stand on."""
-    from ppl_gen.driver import fit
+    from ppl_gen.fits.driver import fit
     from ppl_gen.inference import SVI
 
     return fit(m1(latent=2, hidden=(8,)), _bars(), SVI(steps=5), seed=0, progress=False)

@@ -6,10 +6,10 @@ import math
 from html import escape
 from typing import TYPE_CHECKING
 
-from ppl_gen.notebook import box, grid, mark, number
+from ppl_gen.runtime.notebook import box, grid, mark, number
 
 if TYPE_CHECKING:
-    from ppl_gen.comparison import Comparison
+    from ppl_gen.comparison.compare import Comparison
 
 __all__ = ["comparison_html"]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import LARGE, Dataset
-from ppl_gen.observations import observed_rows
-from ppl_gen.predictive import deterministic, global_draws
+from ppl_gen.draws.observations import observed_rows
+from ppl_gen.draws.predictive import deterministic, global_draws
 
 if TYPE_CHECKING:
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["Replicates", "Scalar", "curve_of", "distinct", "global_scalars", "replicates"]
 

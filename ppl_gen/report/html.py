@@ -8,18 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppl_gen.atomic import replace_file
-from ppl_gen.report.coded import coded
+from ppl_gen.report.code_section import coded
 from ppl_gen.report.draws import Scalar, distinct, global_scalars, replicates
-from ppl_gen.report.pictures import Picture, picture
+from ppl_gen.report.figures import Picture, picture
 from ppl_gen.report.plots import colours, curves_of, draw_apart, draw_curve, draw_density, draw_heldout, draw_predictive
 from ppl_gen.report.posteriors import frame_of_posteriors, posterior_words
 from ppl_gen.report.table import answer, frame, labels_of, standings, trust
+from ppl_gen.runtime.atomic import replace_file
 
 if TYPE_CHECKING:
-    from ppl_gen.comparison import Comparison
-    from ppl_gen.report.trials import Line
-    from ppl_gen.result import Fit
+    from ppl_gen.comparison.compare import Comparison
+    from ppl_gen.comparison.runner import Line
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["page", "write"]
 

@@ -19,16 +19,16 @@ from ppl_gen.arguments import require_axes, require_choice, require_mapping
 from ppl_gen.data.arrays import as_array
 from ppl_gen.diagnostics.units import active_units, code_means, code_site
 from ppl_gen.errors import require_whole
-from ppl_gen.report.cells import draw_cells, draw_points, flattened, new_axes, titled
-from ppl_gen.report.decoding import decoded, few, levels, observed, pictured, reconstructed, walked
-from ppl_gen.result import require_fit
+from ppl_gen.fits.result import require_fit
+from ppl_gen.report.image_grid import draw_cells, draw_points, flattened, new_axes, titled
+from ppl_gen.report.reconstruct import decoded, few, levels, observed, pictured, reconstructed, walked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from ppl_gen.data.batching import Dataset
-    from ppl_gen.result import Fit
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["plot_codes", "plot_manifold", "plot_reconstructions", "plot_samples", "plot_traversal"]
 

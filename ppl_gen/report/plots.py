@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ppl_gen.comparison import Comparison
+    from ppl_gen.comparison.compare import Comparison
 
 __all__ = [
     "colours",

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ppl_gen.arguments import require_choice
-from ppl_gen.posterior import ChainPosterior
+from ppl_gen.fitting.posterior import ChainPosterior
 
 if TYPE_CHECKING:
     import pandas
 
-    from ppl_gen.comparison import Comparison
-    from ppl_gen.report.trials import Line
+    from ppl_gen.comparison.compare import Comparison
+    from ppl_gen.comparison.runner import Line
 
 __all__ = ["Apart", "apart", "frame_of_posteriors", "posterior_words", "reference_line"]
 

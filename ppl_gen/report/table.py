@@ -14,9 +14,9 @@ from ppl_gen.report.posteriors import Apart, apart, posterior_words
 if TYPE_CHECKING:
     import pandas
 
-    from ppl_gen.comparison import Comparison
-    from ppl_gen.diagnostics.evidence import Evidence
-    from ppl_gen.report.trials import Line
+    from ppl_gen.comparison.compare import Comparison
+    from ppl_gen.comparison.runner import Line
+    from ppl_gen.evidence.estimates import Evidence
 
 __all__ = [
     "Standing",

@@ -19,8 +19,8 @@ from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
 from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, reads_own_observation
-from ppl_gen.isolation import looking
-from ppl_gen.offers import Need
+from ppl_gen.program.offers import Need
+from ppl_gen.workspace.isolation import looking
 
 __all__ = ["COSTS", "Adversarial", "Costs", "gradient_penalty"]
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.dryrun import dry_run
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
-from ppl_gen.isolation import looking
-from ppl_gen.offers import Need, require
-from ppl_gen.program import Program, filtered
+from ppl_gen.program.dry_run import dry_run
+from ppl_gen.program.offers import Need, require
+from ppl_gen.program.program import Program, filtered
+from ppl_gen.workspace.isolation import looking
 
 __all__ = ["Objective", "started"]
 

@@ -13,7 +13,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import require_flag, require_whole
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
-from ppl_gen.offers import Need
+from ppl_gen.program.offers import Need
 
 __all__ = ["ContrastiveDivergence"]
 

@@ -19,7 +19,7 @@ from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.estimators import Estimators, choose_estimators, refuse_tied_rows
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
 from ppl_gen.inference.objectives.tracing import divergence, traces, weighed_alike
-from ppl_gen.offers import Need
+from ppl_gen.program.offers import Need
 
 __all__ = ["ELBO"]
 
@@ -179,9 +179,9 @@ class _SampledGame(Game):
 
     def _summed(self, guide: poutine.Trace, batch: Batch) -> tuple[set[str], Tensor]:
         """The guide's sites whose priors depend on discrete sites; the log density of these, the data and factors."""
-        from ppl_gen.inference.contraction import dims_of
-        from ppl_gen.inference.enumerated import packed_sites, summed_symbols
-        from ppl_gen.inference.enumeration import enumerated_trace, log_prior, row_log_density
+        from ppl_gen.enumeration.contraction import dims_of
+        from ppl_gen.enumeration.enumerated_trace import packed_sites, summed_symbols
+        from ppl_gen.enumeration.marginals import enumerated_trace, log_prior, row_log_density
 
         info = self.setting.info
         trace = enumerated_trace(
@@ -221,14 +221,16 @@ class _EnumeratedGuideGame(Game):
         self.guide = poutine.infer_config(setting.guide, parallel(sums))
 
     def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
-        from pyro.infer.traceenum_elbo import TraceEnum_ELBO, _compute_dice_elbo
+        from pyro.infer import TraceEnum_ELBO
+
+        from ppl_gen.handlers.private import dice_elbo
 
         total = torch.zeros(())
         elbo = TraceEnum_ELBO(max_plate_nesting=self.setting.info.plate_nesting)
         with RescalePlate(self.setting.info.data_plate, batch.total):
             for _ in range(self.particles):
                 for model, guide in elbo._get_traces(self.model, self.guide, batch.args, batch.kwargs):
-                    total = total - _compute_dice_elbo(model, guide) / self.particles
+                    total = total - dice_elbo(model, guide) / self.particles
         return Loss(total / (batch.total or 1)), state
 
 

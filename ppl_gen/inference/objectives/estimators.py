@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ppl_gen.dryrun import Site
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.objectives.game import Setting
-from ppl_gen.sitechecks import require_enumerable
+from ppl_gen.program.checks import require_enumerable
+from ppl_gen.program.dry_run import Site
 
 __all__ = ["Estimators", "choose_estimators", "refuse_tied_rows"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.dryrun import ProgramInfo
-from ppl_gen.program import Program
+from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.program import Program
 
 __all__ = ["GameState", "Game", "Loss", "Player", "Setting"]
 

@@ -12,11 +12,11 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.dryrun import ProgramInfo, Site
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.carried import _base, _Carrier
 from ppl_gen.handlers.unobserved import unobserved
-from ppl_gen.isolation import looking
+from ppl_gen.program.dry_run import ProgramInfo, Site
+from ppl_gen.workspace.isolation import looking
 
 __all__ = ["ObservedRows", "compared_sites", "reads_own_observation"]
 

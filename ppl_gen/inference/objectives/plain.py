@@ -21,7 +21,7 @@ from ppl_gen.handlers.rescale import RescalePlate
 from ppl_gen.handlers.sites import nothing, parallel
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
-from ppl_gen.offers import Need
+from ppl_gen.program.offers import Need
 
 __all__ = ["LossFunction", "PyroObjective", "as_objective"]
 

@@ -6,9 +6,9 @@ import torch
 from pyro.distributions.transforms import LowerCholeskyAffine
 from torch import Tensor, nn
 
+from ppl_gen.data.inputs import check_width
 from ppl_gen.models.flows.base import Layer, flow_recipe, through
-from ppl_gen.models.inputs import check_width
-from ppl_gen.program import Recipe
+from ppl_gen.program.program import Recipe
 
 __all__ = ["affine_flow"]
 

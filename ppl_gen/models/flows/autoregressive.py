@@ -12,7 +12,7 @@ from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 
 from ppl_gen.models.flows.base import Layer, checked_sizes, flow_recipe, through
-from ppl_gen.program import Recipe
+from ppl_gen.program.program import Recipe
 
 __all__ = ["iaf", "maf"]
 

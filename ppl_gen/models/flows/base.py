@@ -15,9 +15,9 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import Transform
 
+from ppl_gen.data.inputs import check_width, entries, row_width
 from ppl_gen.errors import require_whole
-from ppl_gen.models.inputs import check_width, entries, row_width
-from ppl_gen.program import Program, Recipe
+from ppl_gen.program.program import Program, Recipe
 
 __all__ = ["Flow", "Layer", "checked_sizes", "flow_recipe", "through"]
 

@@ -10,7 +10,7 @@ from pyro.nn import DenseNN
 from torch import Tensor, nn
 
 from ppl_gen.models.flows.base import Layer, checked_sizes, flow_recipe, through
-from ppl_gen.program import Recipe
+from ppl_gen.program.program import Recipe
 
 __all__ = ["coupling_orders", "real_nvp"]
 

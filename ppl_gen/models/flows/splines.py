@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.models.flows.base import Layer, checked_sizes, flow_recipe
 from ppl_gen.models.flows.coupling import coupling_orders
-from ppl_gen.program import Recipe
+from ppl_gen.program.program import Recipe
 
 __all__ = ["IDENTITY", "checked_spline", "rational_quadratic", "spline_flow"]
 

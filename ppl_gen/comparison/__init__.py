@@ -1,0 +1,1 @@
+"""Algorithms on one program, judged on the same held-out rows."""

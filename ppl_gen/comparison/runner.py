@@ -1,0 +1,222 @@
+"""What a comparison runs: one line per fit."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro import poutine
+
+from ppl_gen.data.batching import Batch, as_dataset
+from ppl_gen.diagnostics.verdicts import Verdict
+from ppl_gen.draws.new_data import check_columns
+from ppl_gen.errors import FitWarning, IncompatibleError, NonFiniteError
+from ppl_gen.fits.driver import fit as learn
+from ppl_gen.fits.result import Fit, Status
+from ppl_gen.fitting.algorithm import Algorithm
+from ppl_gen.handlers.unobserved import unobserved
+from ppl_gen.program.program import Program, Recipe, filtered
+from ppl_gen.runtime.interrupts import allowed, taken
+from ppl_gen.runtime.progress import called
+from ppl_gen.workspace.isolation import isolated
+
+if TYPE_CHECKING:
+    import pandas
+
+    from ppl_gen.evidence.estimates import Evidence
+    from ppl_gen.program.dry_run import ProgramInfo
+
+__all__ = ["Callback", "Job", "Line", "Task", "counted", "inspected", "line_of", "one_by_one"]
+
+Job = tuple[str, Algorithm, int]
+_TRUST = {"trust": "trusted", "doubtful": "doubtful", "do not trust": "not trusted"}
+Callback = Callable[[int, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One algorithm under one seed: its fit where there is one, and what the yardsticks say of it."""
+
+    label: str
+    seed: int
+    status: str
+    message: str
+    seconds: float = math.nan
+    fit: Fit | None = None
+    evidence: Evidence | None = None
+    verdict: Verdict | None = None
+    pareto_k: float = math.nan
+    summary: pandas.DataFrame | None = None
+    traceback: str = ""
+    undiagnosed: str = ""
+
+    @property
+    def grade(self) -> str:
+        """How far the fit can be trusted, in a word or two."""
+        if self.fit is None:
+            return "no fit"
+        return "not diagnosed" if self.verdict is None else _TRUST[self.verdict.grade]
+
+    @property
+    def verdict_text(self) -> str:
+        """The verdict in a sentence or two, or why there is none."""
+        return self.undiagnosed if self.verdict is None else str(self.verdict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all fits of a comparison share; ``mark`` tells whether another process holds the same program."""
+
+    recipe: Recipe
+    train: Any
+    test: Any
+    particles: int = 100
+    draws: int = 500
+    threads: int = 1
+    device: str | torch.device | None = None
+    dtype: torch.dtype | None = None
+    mark: str = ""
+
+
+@contextlib.contextmanager
+def counted(threads: int) -> Iterator[None]:
+    """Torch on so many threads inside: the last bits of a sum depend on how it was shared out.
+
+    >>> before = torch.get_num_threads()
+    >>> with counted(1):
+    ...     torch.get_num_threads()
+    1
+    >>> torch.get_num_threads() == before
+    True
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def inspected(task: Task) -> tuple[ProgramInfo, str]:
+    """Dry-run the program on the training rows and check the held-out ones; with a mark of what it draws on a few.
+
+    The mark is the hash of one run of model and guide under a fixed seed: a process that imported a module of networks
+    again holds other weights, and draws something else.
+
+    Raises:
+        ValueError, TypeError: as `pg.check` does, or where the held-out rows are unlike the training rows.
+    """
+    from ppl_gen.fits.preparing import built_from, dtype_of, inspected, modules_of
+    from ppl_gen.workspace.isolation import Workspace
+
+    place = None if task.device is None else torch.device(task.device)
+    with counted(task.threads), isolated(0, dtype=task.dtype or dtype_of(task.train)):
+        with allowed():
+            built, dataset = built_from(task.recipe, task.train, task.dtype, place, None)
+        space = Workspace(device=place, dtype=dataset.dtype, training=False, modules=modules_of(built, None))
+        with space, allowed():
+            info = inspected(built, dataset)
+            held = as_dataset(task.test, built.model, read=dataset.read, data_dim=dataset.data_dim, missing=True)
+            check_columns("test", held, dataset)
+            with torch.no_grad():
+                return info, _mark(built, dataset.head(64))
+
+
+def _mark(program: Program, batch: Batch) -> str:
+    digest = hashlib.sha256()
+    guide = program.guide if _is_plain_guide(program.guide) else None
+    for part in (unobserved(program.model), guide and filtered(guide)):
+        if part is not None:
+            trace = poutine.trace(part).get_trace(*batch.args, **batch.kwargs)
+            for name in sorted(trace.nodes):
+                value = trace.nodes[name].get("value")
+                if isinstance(value, torch.Tensor):
+                    digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _is_plain_guide(guide: Any) -> bool:
+    from pyro.infer.autoguide import AutoGuide
+
+    return guide is not None and not isinstance(guide, type | AutoGuide)
+
+
+def one_by_one(
+    task: Task, jobs: Sequence[Job], progress: bool | None, known: Mapping[int, Line] | None = None
+) -> dict[int, Line]:
+    """The lines by the place of their job, all but the ``known`` made here; an interrupted one is the last."""
+    done: dict[int, Line] = dict(known or {})
+    with contextlib.suppress(KeyboardInterrupt):
+        for i, (label, algorithm, seed) in enumerate(jobs):
+            if i in done:
+                continue
+            with called(f"{label}, seed {seed} ({i + 1} of {len(jobs)})"):
+                done[i] = line_of(task, label, algorithm, seed, progress)
+            if taken() or done[i].status == Status.INTERRUPTED:
+                break
+    return done
+
+
+def line_of(
+    task: Task, label: str, algorithm: Algorithm, seed: int, progress: bool | None, callbacks: Sequence[Callback] = ()
+) -> Line:
+    """One fit and its yardsticks; whatever goes wrong is what the line says."""
+    began = time.perf_counter()
+    kept, text, trail = None, "", ""
+    with counted(task.threads):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FitWarning)  # the row has a verdict
+                result = learn(
+                    task.recipe,
+                    task.train,
+                    algorithm,
+                    seed=seed,
+                    device=task.device,
+                    dtype=task.dtype,
+                    progress=progress,
+                    callbacks=callbacks,
+                )
+                return _judged(task, label, result)
+        except IncompatibleError as error:
+            status, text = "incompatible", str(error)
+        except NonFiniteError as error:
+            status, text, kept = str(Status.DIVERGED), str(error), error.fit
+        except Exception as error:  # whatever a program may raise is a row, and the row reports it
+            status, text, trail = str(Status.FAILED), f"{type(error).__name__}: {error}", traceback.format_exc()
+    seconds = time.perf_counter() - began
+    verdict = Verdict("do not trust", f"the run ended {status}") if kept is not None else None
+    return Line(
+        label, seed, status, text, seconds, kept, None, verdict, traceback=trail, undiagnosed=f"no fit: {status}"
+    )
+
+
+def _judged(task: Task, label: str, result: Fit) -> Line:
+    line = Line(label, result.seed, str(result.status), result.message, float(result.cost["seconds"]), result)
+    try:
+        with allowed():
+            line = replace(line, evidence=result.evidence(task.test, particles=task.particles, draws=task.draws))
+    except KeyboardInterrupt:
+        return replace(line, status=str(Status.INTERRUPTED), message="interrupted before it was judged")
+    except IncompatibleError as error:  # a program without a density has no held-out value: the row says so
+        line = replace(line, message=f"{line.message}; no held-out value: {error}")
+    except Exception as error:  # the row says why there is no value
+        line = replace(line, message=f"{line.message}; no held-out value: {error}", traceback=traceback.format_exc())
+    try:
+        with allowed():
+            summary = result.diagnose()
+    except KeyboardInterrupt:
+        return replace(line, status=str(Status.INTERRUPTED), message="interrupted before it was judged")
+    except Exception as error:  # the row says why there is no verdict
+        why = f"not diagnosed: {type(error).__name__}: {error}"
+        return replace(line, undiagnosed=why, traceback=traceback.format_exc())
+    k = float(summary.attrs.get("pareto_k", math.nan))
+    return replace(line, summary=summary, verdict=result.computed["verdict"], pareto_k=k)

@@ -1,0 +1,1 @@
+"""What is drawn of a fit: posteriors of given rows, predictions, new rows."""

@@ -1,0 +1,167 @@
+"""New rows from a fit: inputs and sites at values of one's own, everything else drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from traceback import extract_tb
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.distributions import Unit
+from torch import Tensor
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.draws.predictive import global_draws, is_derived, positive, refuse_improper, run
+from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
+from ppl_gen.handlers.in_support import InSupport
+from ppl_gen.handlers.sites import is_sample
+from ppl_gen.handlers.whole_plates import RowsOf
+from ppl_gen.inference.objectives.observed import reads_own_observation
+
+if TYPE_CHECKING:
+    from ppl_gen.fits.result import Fit
+
+__all__ = ["fixed_value", "sample_rows", "template"]
+
+
+def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) -> dict[str, Tensor]:
+    """See `Fit.sample`."""
+    from ppl_gen.draws.new_data import row_latents
+
+    positive("n", n)
+    if not isinstance(given, Mapping):
+        raise TypeError(f'given: expected a mapping of sites or inputs, such as {{"y": 3}}, got {type(given).__name__}')
+    inputs = {name: value for name, value in given.items() if name in fit.data.entries}
+    fixed = {name: value for name, value in given.items() if name not in inputs}
+    unknown = [name for name in fixed if name not in fit.info.sites]
+    if unknown:
+        whole = [name for name in unknown if name in fit.data.constants]
+        said = f"; {', '.join(whole)} is passed whole with every call, and new rows take it as it is" if whole else ""
+        raise ValueError(f"given: no site or input named {unknown}{said}; sites are {sorted(fit.info.sites)}")
+    own = row_latents(fit)  # new rows get new ones
+    with fit.bound(seed):
+        batch = template(fit, n, inputs)
+        shared = global_draws(fit, 1)[0] if fit.info.select(local=False) else {}
+        values = {name: value for name, value in shared.items() if name not in own}
+        values.update({name: fixed_value(fit, name, value, n) for name, value in {**fixed, **inputs}.items()})
+        for name in set(fit.info.partly_observed) & set(values):  # a value given for a site is that of both its halves
+            values |= {f"{name}_observed": values[name], f"{name}_unobserved": values[name]}
+        refuse_improper(fit.program.name, {s.name for s in fit.info.select() if s.improper} - set(values))
+        supports = InSupport({name: site.distribution for name, site in fit.info.sites.items() if name in given})
+        rows = RowsOf(fit.info.data_plate, n, "the sample", _packed(fit))
+        with _Generating(fit, n, given), rows, supports:
+            _refuse_teacher_forcing(fit, batch, values)
+            trace = run(fit, batch, values | {}, replicate=True)
+        nodes, halves = trace.nodes.items(), fit.info.halves
+        return {
+            name: node["value"].detach()
+            for name, node in nodes
+            if (is_sample(node) or is_derived(node)) and not isinstance(node["fn"], Unit) and name not in halves
+        }
+
+
+def _packed(fit: Fit) -> str:
+    """What to say of another number of rows where all rows come inside a value that is passed whole, a dict, say."""
+    if fit.data.rows is not None:
+        return ""
+    held = [name for name, value in fit.data.constants.items() if isinstance(value, Mapping | list | tuple | Tensor)]
+    if not held:
+        return ""
+    kinds = ", ".join(f"{name} ({type(fit.data.constants[name]).__name__})" for name in held)
+    return (
+        f"the rows of {fit.program.name!r} come inside {kinds}, passed whole, and cannot be repeated or left out one "
+        "by one. fit.sample makes as many as it was fitted to; for other numbers, let the model name what has rows, "
+        "as in `def model(x, y=None)`, and pass {'x': x, 'y': y} as data"
+    )
+
+
+class _Generating:
+    """What the program itself raises as it generates is told as such: it may not be made to run without its data."""
+
+    def __init__(self, fit: Fit, n: int, given: Collection[str]) -> None:
+        self.fit, self.n = fit, n
+        self.inputs = sorted(set(given) - set(fit.info.sites))
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, PROGRAM_ERRORS):
+            return
+        if isinstance(error, LookupError) and self.inputs:
+            program, names = self.fit.program.name, ", ".join(self.inputs)
+            raise ValueError(
+                f"given: the program {program!r} cannot be run on the values of {names}: {error}"
+            ) from error
+        last = extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, IncompatibleError) or Path(last).is_relative_to(Path(__file__).parents[1]):
+            return
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"sample: the program {self.fit.program.name!r} failed as it generated {self.n} rows without its "
+            f"observations: {text}"
+        ) from error
+
+
+def template(fit: Fit, n: int, inputs: Mapping[str, Any]) -> Batch:
+    batch = fit.data.template(n)
+    args, kwargs = list(batch.args), dict(batch.kwargs)
+    for name, value in inputs.items():
+        place = fit.data.positional.index(name) if name in fit.data.positional else None
+        old = kwargs[name] if place is None else args[place]
+        new = _spread(name, _given_numbers(name, value).to(old), tuple(old.shape))
+        if place is not None:
+            args[place] = new
+        else:
+            kwargs[name] = new
+    return replace(batch, args=tuple(args), kwargs=kwargs)
+
+
+def fixed_value(fit: Fit, name: str, value: Any, n: int) -> Tensor:
+    site = fit.info.sites.get(name)
+    tensor = _given_numbers(name, value).to(fit.data.device)
+    if site is not None and not site.discrete:
+        tensor = tensor.to(fit.data.dtype)
+    if site is None:
+        return tensor
+    if not site.local:
+        return _spread(name, tensor, (*site.batch_shape, *site.event_shape), whole=True)
+    rows = [n] if site.batch_shape else []
+    return _spread(name, tensor, (*rows, *site.event_shape), whole=len(site.batch_shape) <= 1)
+
+
+def _given_numbers(name: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"given: {name!r}: expected numbers, got {type(value).__name__}") from error
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"given: {name!r}: expected finite numbers, got NaN or infinity")
+    return tensor
+
+
+def _spread(name: str, value: Tensor, shape: tuple[int, ...], *, whole: bool = False) -> Tensor:
+    """One value for all rows, or one for each; raises ValueError for another number of them (or another shape)."""
+    try:
+        spread = value.expand(shape) if value.dim() < len(shape) else value
+    except RuntimeError:
+        spread = value
+    if spread.shape[:1] != shape[:1] or (whole and spread.shape != shape):
+        raise ValueError(f"given: {name!r} has shape {tuple(value.shape)}, expected {shape} or one value for all rows")
+    return spread
+
+
+def _refuse_teacher_forcing(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> None:
+    """A program that reads x in order to make x cannot generate by forgetting its observation: say so."""
+    if fit.program.energy is not None:
+        return
+    observed = [site.name for site in fit.info.select(kind="observed")]
+    found = reads_own_observation(lambda b: run(fit, b, values, replicate=True), batch, observed)
+    reads = [name for name in found if name not in values]
+    if reads:
+        raise IncompatibleError(
+            f"the program {fit.program.name!r} reads its own observation of {', '.join(reads)} to generate it, so "
+            "removing the observation does not make new rows; generate step by step inside the model when it is None"
+        )

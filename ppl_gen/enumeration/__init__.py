@@ -1,0 +1,1 @@
+"""Exact sums over finite latent sites: contraction, marginals, draws."""

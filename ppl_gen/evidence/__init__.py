@@ -1,0 +1,1 @@
+"""Evidence: log p(x), by row and of all the data, whatever learned the program."""

@@ -1,0 +1,1 @@
+"""`fit()`, the `Fit` that it returns, and a fit on disk."""

@@ -1,0 +1,289 @@
+"""What the files of a saved fit have to hold: each is read once, checked here, and refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppl_gen.program.dry_run import ProgramInfo
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ppl_gen.runtime.atomic import is_contents
+
+__all__ = [
+    "FILES",
+    "FORMAT",
+    "check_diagnosis",
+    "check_meta",
+    "check_tensors",
+    "check_tree",
+    "digest",
+    "positional",
+    "read_json",
+    "refuse",
+    "site_table",
+    "tensors_of",
+]
+
+FILES = ("tensors.safetensors", "draws.nc", "diagnosis.json")  # the last one may lack
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_KINDS = ("chains", "point", "variational")
+_PREFIXES = ("param", "buffer", "point", "draws", "stats", "data", "constant", "module")
+_LARGEST = 2**53
+
+
+def refuse(file: Path, what: str) -> NoReturn:
+    """Raise the ValueError of a file whose contents are wrong."""
+    raise ValueError(f"path: {file} is not a file of a saved fit as this version writes it: {what}; it is not loaded")
+
+
+def read_json(file: Path, text: str) -> Any:
+    """JSON without NaN and infinity, not nested without end."""
+
+    def no_number(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not a JSON number")
+
+    try:
+        return json.loads(text, parse_constant=no_number)
+    except (ValueError, RecursionError) as error:
+        refuse(file, f"it is no JSON ({error})")
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _numeral(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and len(value) < 40 and isinstance(float(value), float)
+    except ValueError:
+        return False
+
+
+def _list(inside: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(inside, value))
+
+
+def _table(inside: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(inside, value.values()))
+
+
+def _columns(inside: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        return _table(_list(inside))(value) and len({len(column) for column in value.values()}) < 2
+
+    return check
+
+
+def _site(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and value[0] in ("latent", "predicted", "observed", "deterministic", "factor")
+        and _text(value[1])
+        and _list(lambda size: isinstance(size, int) and size >= 0)(value[2])
+        and _list(_text)(value[3])
+    )
+
+
+def _seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
+
+
+def _cost(value: Any) -> bool:
+    return _number(value) and 0 <= value < _LARGEST
+
+
+def _fingerprint(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _text(value.get("python"))
+        and _table(lambda e: isinstance(e, list) and len(e) in _LENGTHS.get(e[0] if e else None, ()))(
+            value.get("entries")
+        )
+        and all(_entry(entry) for entry in value["entries"].values())
+    )
+
+
+_LENGTHS: dict[Any, tuple[int, ...]] = {"code": (3,), "number": (2,), "value": (2,), "tensor": (4,)}
+
+
+def _entry(entry: list[Any]) -> bool:
+    if entry[0] == "tensor":
+        return _text(entry[1]) and _list(_seed)(entry[2]) and (_text(entry[3]) or _list(_number)(entry[3]))
+    if entry[0] == "number":
+        return _number(entry[1]) or _text(entry[1])
+    return all(part is None or _text(part) for part in entry[1:])
+
+
+def _optional(inside: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or inside(value)
+
+
+def _one_of(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: (value is None or isinstance(value, str)) and value in values
+
+
+_STATUS = ("converged", "finished", "stopped", "interrupted", "diverged", "failed")
+
+#: Every field of fit.json: what it has to be, in words and as a check.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "version": ("text", _text),
+    "program": ("text", _text),
+    "algorithm": ("text", _text),
+    "settings": ("text", _text),
+    "kind": (f"one of {', '.join(_KINDS)}", _one_of(*_KINDS)),
+    "status": (f"one of {', '.join(_STATUS)}", _one_of(*_STATUS)),
+    "message": ("text", _text),
+    "seed": ("a whole number of at least 0 and below 2**32", _seed),
+    "cost": ("numbers of at least 0 by name", _table(_cost)),
+    "notes": ("texts by name", _table(_text)),
+    "records": ("columns of numerals, equally long, by name", _columns(_numeral)),
+    "checks": ("columns of numerals, equally long, by name", _columns(_numeral)),
+    "dtype": (f"one of {', '.join(_DTYPES)}", _one_of(*_DTYPES)),
+    "positional": ("names, text or null", lambda v: v is None or _text(v) or _list(_text)(v)),
+    "data": ("text or null", _optional(_text)),
+    "plate": ("text or null", _optional(_text)),
+    "sites": ("[kind, distribution, event shape, plates] by name of site", _table(_site)),
+    "constants": (
+        "numbers and texts by name",
+        _table(lambda v: v is None or isinstance(v, bool | str) or _number(v)),
+    ),
+    "guide": ("svi, cavi, own, lost or null", _one_of("svi", "cavi", "own", "lost", None)),
+    "fingerprint": ("a Python and entries by name", _fingerprint),
+    "files": ("hashes by name of file", _table(lambda v: _text(v) and len(v) == 64)),
+}
+
+
+def check_meta(file: Path, meta: Any) -> dict[str, Any]:
+    """The fields of fit.json; raises ValueError naming the first that is missing or not what it has to be."""
+    if not isinstance(meta, dict):
+        refuse(file, "expected fields by name")
+    for name, (expected, good) in _FIELDS.items():
+        if name not in meta:
+            refuse(file, f"the field {name!r} is missing")
+        if not good(meta[name]):
+            refuse(file, f"the field {name!r} has to be {expected}, got {repr(meta[name])[:80]}")
+    if meta["checks"] and not all(float(v).is_integer() for v in meta["checks"].get("step", ["nan"])):
+        refuse(file, "the field 'checks' lacks a column 'step' of whole numbers")
+    folders = {name.partition("/")[0] for name in meta["files"]}
+    inside = {name.partition("/")[2] for name in meta["files"]}
+    if len(folders) != 1 or not is_contents(next(iter(folders))) or not set(FILES[:2]) <= inside <= set(FILES):
+        refuse(file, f"the field 'files' names {sorted(meta['files'])}")
+    return meta
+
+
+def check_tensors(file: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Names, numbers and rows of the tensors; whether they belong to the program is asked where it runs."""
+    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in _PREFIXES}
+    for name, value in tensors.items():
+        prefix, _, rest = name.partition("/")
+        if prefix not in parts or not rest:
+            refuse(file, f"a tensor is named {name!r}")
+        parts[prefix][rest] = value
+        if prefix in ("param", "point", "draws") and value.is_floating_point() and bool(value.isnan().any()):
+            refuse(file, f"{name!r} holds NaN")
+        if prefix == "param" and not (value.is_floating_point() or value.is_complex()):
+            refuse(file, f"{name!r} is of dtype {value.dtype}, expected {meta['dtype']}")
+    _check_draws(file, meta, parts["draws"])
+    for prefix in ("point", "draws"):
+        for name, value in parts[prefix].items():
+            event = tuple(meta["sites"].get(name, [None, None, ()])[2])
+            if prefix == "draws" and meta["sites"].get(name, ["observed"])[0] == "observed":
+                refuse(file, f"'{prefix}/{name}' is not a latent site of the program")
+            if tuple(value.shape[value.dim() - len(event) :]) != event:
+                refuse(file, f"'{prefix}/{name}' has shape {tuple(value.shape)}, the site events of shape {event}")
+    there = {*parts["data"], *parts["constant"], *meta["constants"]}
+    if meta["data"] is None and (named := positional(meta)) and there != set(named):
+        refuse(file, f"the data {sorted(there)} are not the model's argument(s) {', '.join(map(repr, named))}")
+
+
+def positional(meta: Mapping[str, Any]) -> list[str]:
+    """The arguments that the data fill in order; one of them was written as text, and none as null, before."""
+    named = meta["positional"]
+    return [named] if isinstance(named, str) else list(named or ())
+
+
+def _check_draws(file: Path, meta: Mapping[str, Any], draws: Mapping[str, Tensor]) -> None:
+    if (meta["kind"] == "chains") != bool(draws):
+        refuse(file, f"a fit of kind {meta['kind']!r} with draws of {sorted(draws) or 'no site'}")
+    sizes = {tuple(value.shape[:2]) for value in draws.values()}
+    if draws and (len(sizes) != 1 or len(size := next(iter(sizes))) != 2 or not size[0] * size[1]):
+        refuse(file, f"the sites have chains and draws of {sorted(sizes)}")
+
+
+def check_tree(file: Path, meta: Mapping[str, Any], read: Callable[[Path], Any]) -> Any:
+    """The draws that are read without a program: a netCDF file whose posterior is of the sites of the program."""
+    from ppl_gen.bridge import GROUPS, group, group_names
+
+    try:
+        tree = read(file)
+        names = group_names(tree)
+        posterior = group(tree, "posterior") if "posterior" in names else None
+    except ImportError:
+        raise
+    except Exception as error:  # whatever the libraries underneath say of a file of another kind
+        refuse(file, f"it cannot be read as netCDF ({type(error).__name__}: {str(error)[:120]})")
+    if unknown := sorted(set(names) - set(GROUPS)):
+        refuse(file, f"it has groups {unknown}")
+    known = {name.replace("/", ".") for name in meta["sites"]}
+    for name, value in () if posterior is None else posterior.data_vars.items():
+        if name not in known:
+            refuse(file, f"its posterior holds {name!r}, which is not a site of the program")
+        if value.dims[:2] != ("chain", "draw") or value.dtype.kind not in "fiub":
+            refuse(file, f"its posterior holds {name!r} over {value.dims}, of dtype {value.dtype}")
+    if meta["kind"] == "chains" and posterior is None:
+        refuse(file, "it holds no posterior, and the fit is one of chains")
+    return tree
+
+
+def check_diagnosis(file: Path, value: Any) -> Any:
+    """The table as `pandas.DataFrame.to_json(orient="split")` writes it, and its attributes."""
+    frame, attrs = (value.get("frame"), value.get("attrs")) if isinstance(value, dict) else (None, None)
+    if not isinstance(frame, dict) or not isinstance(attrs, dict) or not _text(attrs.get("verdict")):
+        refuse(file, "expected a frame and attrs with a verdict")
+    columns, index, data = frame.get("columns"), frame.get("index"), frame.get("data")
+    if not (isinstance(columns, list) and _list(_text)(columns) and isinstance(index, list) and isinstance(data, list)):
+        refuse(file, "the frame has to hold columns, index and data")
+    numbers = _list(lambda cell: cell is None or _number(cell) or _text(cell))
+    if len(data) != len(index) or not all(numbers(row) and len(row) == len(columns) for row in data):
+        refuse(file, f"the frame has {len(columns)} columns and {len(index)} rows, and data of another size")
+    return value
+
+
+def tensors_of(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        loaded: dict[str, torch.Tensor] = load_file(file)
+    except (SafetensorError, ValueError, RuntimeError, KeyError, OSError) as error:
+        refuse(file, f"it cannot be read as safetensors ({str(error)[:120]})")
+    return loaded
+
+
+def site_table(info: ProgramInfo) -> dict[str, list[Any]]:
+    """What a program has to have in common with the one that was fitted, whatever its data."""
+    return {n: [s.kind, s.distribution, list(s.event_shape), list(s.plates)] for n, s in info.sites.items()}
+
+
+FORMAT = 2
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""The contract between the driver and an algorithm: runs, outcomes, posteriors, and the one loop."""

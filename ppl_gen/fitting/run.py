@@ -1,0 +1,120 @@
+"""What one run of an algorithm works with, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ppl_gen.data.batching import Dataset
+from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.program import Program
+from ppl_gen.workspace.isolation import ProgramState, Workspace
+
+if TYPE_CHECKING:
+    from ppl_gen.fits.result import Fit
+    from ppl_gen.fitting.posterior import Posterior
+
+__all__ = ["Info", "NonFiniteStepError", "Outcome", "Run"]
+
+
+#: What one step reports: named scalars for the history (tensors are not synchronised until they are read).
+Info = Mapping[str, Tensor | float]
+
+
+class NonFiniteStepError(FloatingPointError):
+    """A loss, gradient or parameter that is not finite; ``steps`` were finite before it."""
+
+    def __init__(self, text: str, steps: int) -> None:
+        super().__init__(text)
+        self.steps = steps
+
+
+@dataclass
+class Run:
+    """Everything one fit works with. Made by the driver; algorithms read it and write `notes`.
+
+    ``joint`` is the model to be learned, ``data.batch()`` all rows as its arguments, ``info`` the table of its sites.
+    ``workspace`` holds Pyro's parameters: ``workspace.collect(call, ...)`` makes those of calls of model and guide and
+    gives them by name, ``workspace.snapshot()`` is the state for the `Outcome`. ``progress(done, total, text)``, if it
+    is not None, moves the bar. Randomness and parameter store are the run's own.
+
+    >>> from dataclasses import dataclass
+    >>> import ppl_gen as pg, pyro, pyro.distributions as dist
+    >>> from ppl_gen.inference import Algorithm
+    >>> from ppl_gen.extending import PointPosterior
+    >>> @dataclass(frozen=True)
+    ... class AtTheMean(Algorithm):
+    ...     needs = (("data plate",),)
+    ...     def run(self, run):
+    ...         run.notes["rows"] = str(run.data.rows)
+    ...         return Outcome(PointPosterior({"loc": run.data.batch().args[0].mean()}))
+    >>> def model(x):
+    ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+    >>> fit = pg.fit(model, torch.arange(5.0), AtTheMean())
+    >>> fit.notes["rows"], float(fit.point["loc"])
+    ('5', 2.0)
+    """
+
+    program: Program
+    data: Dataset
+    info: ProgramInfo
+    workspace: Workspace
+    seed: int
+    start: Fit | None = None
+    progress: Callable[[int, int, str], None] | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+    guide: Callable[..., Any] | None = None
+    resolved: Callable[..., Any] | None = None  # the guide that a program alone leads to
+    hooks: Sequence[Callable[[int, Info], None]] = ()
+    validation: Any = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype or torch.get_default_dtype()
+
+    @property
+    def joint(self) -> Callable[..., Any]:
+        """The program's model as a density of what is to be learned."""
+        from ppl_gen.program.unlearned import joint
+
+        return joint(self.program.model, self.info)
+
+    def starting_values(self) -> dict[str, Tensor]:
+        """Plausible values of latent sites: those of the fit to continue from, else the program's own."""
+        if self.start is not None and self.start.point is not None:
+            return {name: value.clone() for name, value in self.start.point.items()}
+        if self.program.start is None:
+            return {name: value.clone() for name, value in self.info.inside.items()}
+        return {name: torch.as_tensor(value, dtype=self.dtype) for name, value in self.program.start().items()}
+
+
+@dataclass
+class Outcome:
+    """What an algorithm hands back to the driver, which makes the `Fit` of it.
+
+    ``posterior``: what was learned. ``state``: parameters, from ``run.workspace.snapshot()``; ``guide``: the guide at
+    them, where there is one. ``converged``, ``diverged``, ``failed``: the sentence that says so, where it is so;
+    ``message``: what else there is to say. ``history``: name -> one number per step. ``cost``: counts, such as "steps".
+
+    >>> from ppl_gen.extending import PointPosterior
+    >>> Outcome(PointPosterior({"loc": torch.zeros(())}), converged="it is the mean", cost={"steps": 1}).message
+    """
+
+    posterior: Posterior
+    state: ProgramState = field(default_factory=ProgramState)
+    modules: Mapping[str, torch.nn.Module] = field(default_factory=dict)
+    converged: str | None = None
+    message: str | None = None
+    failed: str | None = None
+    diverged: str | None = None
+    interrupted: bool = False
+    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    checks: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+    guide: Callable[..., Any] | None = None

@@ -1,0 +1,150 @@
+"""Several Markov chains, one after another or side by side in worker processes, with the same draws either way.
+
+A chain is a function of its plan alone: its own seed, one thread, a potential that it loads itself. Each writes its
+draws into a table as it goes (a memory-mapped file where it runs in a worker), so that progress is seen from outside
+and an interrupted run keeps what was drawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ppl_gen.capture.recording import Recording
+from ppl_gen.handlers.whole_plates import whole_plates
+from ppl_gen.inference.mcmc.kernel import Chain, Table, sample_chain
+from ppl_gen.runtime.interrupts import check, hold
+from ppl_gen.runtime.workers import initializer, scratch, spawning, unworried
+from ppl_gen.workspace.isolation import Workspace, isolated, quiet
+
+__all__ = ["one_thread", "run_chains", "workers"]
+
+_POLL = 0.2  # seconds between two looks at the workers
+_IDLE = 60  # seconds that workers stay for the next fit
+_WORTHWHILE = 6.0  # seconds: starting a worker costs about three, most of it importing torch and Pyro
+
+Report = Callable[[Sequence[Table]], None]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Chains share the cores, and sums split over threads would round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(chain: Chain, table: Table, tick: Callable[[], None]) -> None:
+    with one_thread(), isolated(chain.seed, dtype=chain.dtype), quiet(), whole_plates():
+        potential = chain.potential
+        sample_chain(chain, potential.load() if isinstance(potential, Recording) else potential, table, tick)
+
+
+def _work(content: bytes, path: str) -> None:
+    """What a worker does: one chain into one file."""
+    try:
+        chain: Chain = pickle.loads(content)
+    except Exception as error:
+        raise _CannotTravel(f"{type(error).__name__}: {error}") from error
+    with Workspace(device=chain.device, dtype=chain.dtype, modules=dict(chain.modules)):
+        _run(chain, Table.of(chain, Path(path), "r+"), lambda: None)
+
+
+def workers(chains: int, seconds: float, device: torch.device | None) -> int:
+    """How many processes to use when the user leaves it open; the draws do not depend on it."""
+    if chains == 1 or seconds < _WORTHWHILE or (device is not None and device.type != "cpu"):
+        return 1
+    from joblib import cpu_count
+    from joblib.parallel import get_active_backend
+
+    nested = get_active_backend()[0].nesting_level or multiprocessing.current_process().daemon
+    return 1 if nested else min(chains, cpu_count())
+
+
+def run_chains(chains: Sequence[Chain], processes: int, report: Report) -> tuple[list[Table], bool, str | None]:
+    """Run all chains; ``report(tables)`` is called as they grow.
+
+    Returns the tables, whether Ctrl-C, SIGTERM or a KeyboardInterrupt of ``report`` ended the run, and why it ran in
+    this process although more were asked for (None if it did not).
+    """
+    hold()  # from here on a signal ends the run between two iterations, and what was drawn is kept
+    why = None
+    if processes > 1:
+        try:
+            return *_side_by_side(chains, processes, report), None
+        except _CannotTravel as error:
+            why = f"the program cannot be sent to another process: {error}"
+    return *_here(chains, report), why
+
+
+class _CannotTravel(Exception):
+    """A chain could not be pickled in this process, or unpickled in another."""
+
+
+def _here(chains: Sequence[Chain], report: Report) -> tuple[list[Table], bool]:
+    tables = [Table.of(chain) for chain in chains]
+
+    def tick() -> None:
+        report(tables)
+        check()
+
+    try:
+        for chain, table in zip(chains, tables, strict=True):
+            _run(chain, table, tick)
+    except KeyboardInterrupt:
+        return tables, True
+    return tables, False
+
+
+def _side_by_side(chains: Sequence[Chain], processes: int, report: Report) -> tuple[list[Table], bool]:
+    # loky starts fresh interpreters that do not import the user's script, so that no __main__ guard is needed; forking
+    # a process whose torch has used threads can hang.
+    from joblib.externals.loky import get_reusable_executor
+    from joblib.externals.loky.backend.reduction import dumps
+
+    try:
+        contents = [bytes(dumps(chain)) for chain in chains]
+    except Exception as error:
+        raise _CannotTravel(f"{type(error).__name__}: {error}") from error
+    with scratch() as folder, unworried():
+        paths = [folder / f"chain{i}" for i in range(len(chains))]
+        tables = [Table.of(chain, path) for chain, path in zip(chains, paths, strict=True)]
+        executor = get_reusable_executor(max_workers=processes, timeout=_IDLE, **initializer())
+        interrupted = False
+        try:
+            with spawning():
+                futures = [executor.submit(_work, c, str(p)) for c, p in zip(contents, paths, strict=True)]
+            _wait(futures, tables, report)
+        except BaseException as error:
+            executor.shutdown(wait=True, kill_workers=True)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            interrupted = True
+        return [Table(np.array(table.rows)) for table in tables], interrupted  # copies, as the files go
+
+
+def _wait(futures: Sequence[Future[None]], tables: Sequence[Table], report: Report) -> None:
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    pending = set(futures)
+    while pending:
+        finished, pending = wait(pending, timeout=_POLL, return_when="FIRST_COMPLETED")
+        for future in finished:
+            error = future.exception()
+            if isinstance(error, TerminatedWorkerError):
+                raise RuntimeError(
+                    "a worker process that ran a chain exited unexpectedly, perhaps for lack of memory; try processes=1"
+                ) from error
+            future.result()
+        report(tables)
+        check()

@@ -1,0 +1,1 @@
+"""Programs that make rows and know no density."""

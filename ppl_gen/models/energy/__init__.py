@@ -1,0 +1,1 @@
+"""Programs with an energy in place of a density."""

@@ -1,0 +1,1 @@
+"""Sequences: hidden Markov models and recurrent networks."""

@@ -1,0 +1,1 @@
+"""Variational autoencoders, with and without labels."""

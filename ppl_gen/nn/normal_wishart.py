@@ -1,0 +1,145 @@
+r"""Gaussian components with full covariances under the normal-inverse-Wishart prior, in closed form.
+
+.. math:: \Sigma_k \sim \mathrm{InverseWishart}(\nu, \varsigma^2 I), \qquad
+          \mu_k \mid \Sigma_k \sim \mathrm{Normal}(0, \Sigma_k / \kappa)
+
+in standardised units: each column of the data has mean 0 and variance 1 there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.ops.indexing import Vindex
+from torch import Tensor
+from torch.distributions import constraints, kl_divergence
+
+from ppl_gen.nn.moments import Moments
+from ppl_gen.nn.wishart import InverseWishartCholesky, multidigamma
+
+__all__ = ["NormalWishart"]
+
+
+@dataclass(frozen=True)
+class NormalWishart:
+    """Components with full covariances; the arguments mean what they mean in `NormalGamma`.
+
+    The program samples the lower Cholesky factor of each covariance. ``floor`` bounds the eigenvalues from below.
+    """
+
+    components: int
+    event: tuple[int, ...]
+    strength: float
+    degrees: float
+    spread: float
+    floor: float
+
+    full = True
+    axes = {"loc_standard": -2, "loc": -2, "scale_tril_standard": -3, "covariance": -3}
+    constraints = {
+        "loc_mean": constraints.real,
+        "loc_strength": constraints.positive,
+        "covariance_degrees": constraints.positive,
+        "covariance_scatter_tril": constraints.lower_cholesky,
+    }
+
+    @property
+    def size(self) -> int:
+        """d."""
+        return self.event[0]
+
+    def _prior(self, like: Tensor) -> InverseWishartCholesky:
+        unit = torch.eye(self.size, dtype=like.dtype, device=like.device) * math.sqrt(self.spread)
+        return InverseWishartCholesky(self.degrees, unit).expand((self.components,))
+
+    def sample(self, like: Tensor) -> dict[str, Tensor]:
+        """The prior statements; ``like`` gives dtype and device."""
+        factor = pyro.sample("scale_tril_standard", self._prior(like).to_event(1))
+        return self._located(factor, like.new_zeros(self.components, *self.event), factor / math.sqrt(self.strength))
+
+    def guide(self) -> None:
+        """The normal-inverse-Wishart posterior at the parameters that the store holds."""
+        degrees, scatter = pyro.param("covariance_degrees"), pyro.param("covariance_scatter_tril")
+        factor = pyro.sample("scale_tril_standard", InverseWishartCholesky(degrees, scatter).to_event(1))
+        scale = factor * pyro.param("loc_strength").rsqrt()[:, None, None]
+        self._located(factor, pyro.param("loc_mean"), scale)
+
+    def _located(self, factor: Tensor, mean: Tensor, scale_tril: Tensor) -> dict[str, Tensor]:
+        normal = dist.MultivariateNormal(mean, scale_tril=scale_tril).to_event(1)
+        return {"scale_tril_standard": factor, "loc_standard": pyro.sample("loc_standard", normal)}
+
+    def expose(self, values: Mapping[str, Tensor], middle: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Location and Cholesky factor in the user's units; location and covariance become deterministic sites."""
+        loc = pyro.deterministic("loc", middle + unit * values["loc_standard"], event_dim=2)
+        factor = unit.unsqueeze(-1) * values["scale_tril_standard"]
+        pyro.deterministic("covariance", factor @ factor.mT, event_dim=3)
+        return loc, factor
+
+    def observation(self, located: tuple[Tensor, Tensor], assignment: Tensor) -> dist.TorchDistribution:
+        """The distribution of a row, given its component."""
+        loc, factor = located
+        scale_tril = Vindex(factor)[..., assignment, :, :]
+        return dist.MultivariateNormal(Vindex(loc)[..., assignment, :], scale_tril=scale_tril)
+
+    def start(self, means: Tensor) -> dict[str, Tensor]:
+        """Values with these means (K x d) and the variances of the data."""
+        unit = torch.eye(self.size, dtype=means.dtype, device=means.device)
+        return {"loc_standard": means, "scale_tril_standard": unit.repeat(self.components, 1, 1)}
+
+    def maximise(self, groups: Moments, prior: bool) -> dict[str, Tensor]:
+        """Values of largest likelihood, or of largest posterior density, for rows so grouped."""
+        counts = groups.counts
+        if not prior:
+            values, vectors = torch.linalg.eigh(groups.scatter / counts[:, None, None])
+            covariance = groups.scatter / counts[:, None, None]
+            if bool((values < self.floor).any()):  # the nearest covariance in likelihood that respects the floor
+                covariance = (vectors * values.clamp_min(self.floor).unsqueeze(-2)) @ vectors.mT
+            return {"loc_standard": groups.means, "scale_tril_standard": torch.linalg.cholesky(covariance)}
+        # In the factor's own coordinates the density is a product over the diagonal of (scatter factor) / (factor).
+        order = torch.arange(1, self.size + 1, device=counts.device)
+        exponents = self.degrees + 1 + counts.unsqueeze(-1) + order
+        factor = torch.linalg.cholesky(self._scatter(groups)) * exponents.rsqrt().unsqueeze(-2)
+        means = (counts / (counts + self.strength)).unsqueeze(-1) * groups.means
+        return {"loc_standard": means, "scale_tril_standard": factor}
+
+    def _scatter(self, groups: Moments) -> Tensor:
+        means, weight = groups.means, self.strength * groups.counts / (self.strength + groups.counts)
+        unit = torch.eye(self.size, dtype=means.dtype, device=means.device)
+        outer = means.unsqueeze(-1) * means.unsqueeze(-2)
+        return self.spread * unit + groups.scatter + weight[:, None, None] * outer
+
+    def update(self, groups: Moments) -> dict[str, Tensor]:
+        """Parameters of the normal-inverse-Wishart posterior for rows so grouped."""
+        strength = self.strength + groups.counts
+        return {
+            "loc_mean": (groups.counts / strength).unsqueeze(-1) * groups.means,
+            "loc_strength": strength,
+            "covariance_degrees": self.degrees + groups.counts,
+            "covariance_scatter_tril": torch.linalg.cholesky(self._scatter(groups)),
+        }
+
+    def expected_log_density(self, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+        """E[log Normal(row | mu_k, Sigma_k)] under the posterior: N x K."""
+        degrees, factor = parameters["covariance_degrees"], parameters["covariance_scatter_tril"]
+        log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_precision = multidigamma(degrees / 2, self.size) + self.size * math.log(2) - 2 * log_det
+        centred = ((rows - mean).T for mean in parameters["loc_mean"])
+        solved = (torch.linalg.solve_triangular(f, c, upper=False) for f, c in zip(factor, centred, strict=True))
+        distance = degrees * torch.stack([s.square().sum(0) for s in solved], -1)
+        constant = self.size * (math.log(2 * math.pi) + 1 / parameters["loc_strength"])
+        return (log_precision - constant - distance) / 2
+
+    def divergence(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """KL(posterior || prior), summed over components."""
+        degrees, factor = parameters["covariance_degrees"], parameters["covariance_scatter_tril"]
+        own = InverseWishartCholesky(degrees, factor, validate_args=False)
+        solved = torch.linalg.solve_triangular(factor, parameters["loc_mean"].unsqueeze(-1), upper=False)
+        ratio = self.strength / parameters["loc_strength"]
+        pulled = self.strength * degrees * solved.square().sum((-1, -2))
+        means = (pulled + self.size * (ratio - 1 - ratio.log())).sum() / 2
+        return kl_divergence(own, self._prior(factor)).sum() + means

@@ -1,0 +1,1 @@
+"""Importance weights of particles and of draws, and their quality."""

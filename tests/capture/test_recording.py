@@ -1,0 +1,110 @@
+"""Recording and replay: the same numbers as the function, or a refusal that names the operation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ppl_gen.capture.recording import RecordingRefused, record, record_checked
+
+X = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
+ELSEWHERE = torch.tensor([1.7, 0.4, -0.6], dtype=torch.float64)
+
+
+def with_gradient(function):
+    def both(x):
+        x = x.detach().requires_grad_()
+        value = function(x)
+        return value.detach(), torch.autograd.grad(value, x)[0]
+
+    return both
+
+
+def _in_place(x):
+    table = torch.zeros(3, 2, dtype=x.dtype)
+    table[:, 0] = x.exp()
+    table[1] += 2.0
+    return (table.cumsum(0) * x[0]).masked_fill(x[:, None] < 0, 0.5).sum()
+
+
+def _linear_algebra(x):
+    matrix = torch.outer(x, x) + torch.eye(3, dtype=x.dtype) * 4.0
+    return torch.linalg.cholesky(matrix).diagonal().log().sum() + torch.logsumexp(matrix[[0, 2]], (0, 1))
+
+
+def _network(x):
+    return NETWORK(x).square().sum()
+
+
+NETWORK = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+FUNCTIONS = {
+    "in place": _in_place,
+    "linear algebra": _linear_algebra,
+    "network": _network,
+    "closed over": lambda x: (x * ELSEWHERE.log1p().nan_to_num()).sigmoid().prod(),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_replay_gives_value_and_gradient_at_other_points(name: str) -> None:
+    function = with_gradient(FUNCTIONS[name])
+    replay = record(function, X).load()
+    for point in (X, ELSEWHERE, 3 * X, X):  # repeatedly: the second call is optimised by TorchScript
+        for ours, theirs in zip(replay(point), function(point), strict=True):
+            # The same operations in the same order: a few roundings of fused ones at most.
+            assert torch.allclose(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_function_may_give_what_does_not_depend_on_the_argument() -> None:
+    constant = torch.arange(2.0)
+    replay = record(lambda x: (x, constant, x[:1]), X).load()
+    first, second, third = replay(ELSEWHERE)
+    assert torch.equal(first, ELSEWHERE) and torch.equal(second, constant) and torch.equal(third, ELSEWHERE[:1])
+
+
+OUTSIDE = torch.zeros(3, dtype=torch.float64)
+
+REFUSED = {
+    "item": (lambda x: (x * x[0].item(),), "reads a number"),
+    "if": (lambda x: (x if x.sum() > 0 else -x,), "reads a number"),
+    "random": (lambda x: (x + torch.randn(3, dtype=x.dtype),), "random"),
+    "mask": (lambda x: (x[x > 0],), "shape"),
+    "nonzero": (lambda x: (x.nonzero(),), "shape"),
+    "outside": (lambda x: (OUTSIDE.copy_(x) + 1,), "made outside"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_what_a_replay_would_get_wrong(name: str) -> None:
+    function, reason = REFUSED[name]
+    before = OUTSIDE.clone()
+    with pytest.raises(RecordingRefused, match=reason):
+        record(function, X)
+    assert torch.equal(OUTSIDE, before), "a refusal comes before the write"
+
+
+def test_numbers_read_through_numpy_are_noticed_at_another_point() -> None:
+    def frozen(x):
+        return (x * float(np.asarray(x.detach())[0]),)
+
+    record(frozen, X)  # nothing to see at one point
+    with pytest.raises(RecordingRefused, match="other numbers"):
+        record_checked(frozen, [X, ELSEWHERE])
+    with pytest.raises(RecordingRefused, match="other numbers"):
+        count = iter(range(100))
+        record_checked(lambda x: (x + next(count),), [X])
+
+
+def test_recording_does_not_import_the_compiler() -> None:
+    code = (
+        "import sys, torch, ppl_gen; from ppl_gen.capture.recording import record; "
+        "record(lambda x: (x.exp(),), torch.zeros(2)).load()(torch.ones(2)); "
+        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
