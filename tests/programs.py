@@ -19,7 +19,7 @@ from ppl_gen.data.batching import Batch, Dataset, as_dataset
 from ppl_gen.inference.objectives.game import Game, Setting
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.program.dry_run import dry_run
-from ppl_gen.workspace.isolation import Workspace, isolated, quiet
+from ppl_gen.workspace.isolation import Workspace, isolated, validation_off
 
 #: Networks made by `network`, with the weights they were made with: the guard in conftest compares them after a test.
 REGISTRY: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -266,14 +266,14 @@ def playing(
 
 def losses(game: Game, batch: Batch, count: int) -> Tensor:
     """Independent draws of the program's loss (nats per row)."""
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), validation_off():
         return torch.stack([game.loss("program", batch, game.init(batch))[0].value for _ in range(count)]).double()
 
 
 def gradient(game: Game, batch: Batch) -> dict[str, Tensor]:
     """One draw of the gradient with respect to the unconstrained parameters."""
     named = dict(pyro.get_param_store().named_parameters())
-    with quiet():
+    with validation_off():
         found = torch.autograd.grad(
             game.loss("program", batch, game.init(batch))[0].value, list(named.values()), allow_unused=True
         )

@@ -13,7 +13,7 @@ import torch
 
 from ppl_gen.comparison.processes import shared
 from ppl_gen.comparison.runner import Line, Task, inspected, one_by_one
-from ppl_gen.comparison.split import settled, split_rows
+from ppl_gen.comparison.split import frozen_draws, split_rows
 from ppl_gen.data.sources import collected
 from ppl_gen.errors import (
     is_number,
@@ -261,7 +261,7 @@ def compare(
             data, test = collected(data), collected(test)
             train, held = (data, test) if test is not None or not holdout else split_rows(data, holdout, program)
             task = Task(
-                recipe, train, settled(data if held is None else held), particles, draws, threads, device, dtype
+                recipe, train, frozen_draws(data if held is None else held), particles, draws, threads, device, dtype
             )
         info, mark = inspected(task)
         if info.data_plate is None and held is not None and test is None:

@@ -23,7 +23,7 @@ from ppl_gen.fits.driver import fit as learn
 from ppl_gen.fits.result import Fit, Status
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.handlers.unobserved import unobserved
-from ppl_gen.program.program import Program, Recipe, filtered
+from ppl_gen.program.program import Program, Recipe, with_known_kwargs
 from ppl_gen.runtime.interrupts import allowed, taken
 from ppl_gen.runtime.progress import called
 from ppl_gen.workspace.isolation import isolated
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ppl_gen.evidence.estimates import Evidence
     from ppl_gen.program.dry_run import ProgramInfo
 
-__all__ = ["Callback", "Job", "Line", "Task", "counted", "inspected", "line_of", "one_by_one"]
+__all__ = ["Callback", "Job", "Line", "Task", "inspected", "line_of", "one_by_one", "torch_threads"]
 
 Job = tuple[str, Algorithm, int]
 _TRUST = {"trust": "trusted", "doubtful": "doubtful", "do not trust": "not trusted"}
@@ -87,7 +87,7 @@ class Task:
 
 
 @contextlib.contextmanager
-def counted(threads: int) -> Iterator[None]:
+def torch_threads(threads: int) -> Iterator[None]:
     """Torch on so many threads inside: the last bits of a sum depend on how it was shared out.
 
     >>> before = torch.get_num_threads()
@@ -118,7 +118,7 @@ def inspected(task: Task) -> tuple[ProgramInfo, str]:
     from ppl_gen.workspace.isolation import Workspace
 
     place = None if task.device is None else torch.device(task.device)
-    with counted(task.threads), isolated(0, dtype=task.dtype or dtype_of(task.train)):
+    with torch_threads(task.threads), isolated(0, dtype=task.dtype or dtype_of(task.train)):
         with allowed():
             built, dataset = built_from(task.recipe, task.train, task.dtype, place, None)
         space = Workspace(device=place, dtype=dataset.dtype, training=False, modules=modules_of(built, None))
@@ -133,7 +133,7 @@ def inspected(task: Task) -> tuple[ProgramInfo, str]:
 def _mark(program: Program, batch: Batch) -> str:
     digest = hashlib.sha256()
     guide = program.guide if _is_plain_guide(program.guide) else None
-    for part in (unobserved(program.model), guide and filtered(guide)):
+    for part in (unobserved(program.model), guide and with_known_kwargs(guide)):
         if part is not None:
             trace = poutine.trace(part).get_trace(*batch.args, **batch.kwargs)
             for name in sorted(trace.nodes):
@@ -171,7 +171,7 @@ def line_of(
     """One fit and its yardsticks; whatever goes wrong is what the line says."""
     began = time.perf_counter()
     kept, text, trail = None, "", ""
-    with counted(task.threads):
+    with torch_threads(task.threads):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FitWarning)  # the row has a verdict

@@ -16,7 +16,7 @@ from ppl_gen.data.sources import collected
 from ppl_gen.program.program import Program, Recipe
 from ppl_gen.workspace.isolation import isolated
 
-__all__ = ["SPLIT_SEED", "settled", "split_rows"]
+__all__ = ["SPLIT_SEED", "frozen_draws", "split_rows"]
 
 SPLIT_SEED = 0  # of the one split that all algorithms and seeds share
 
@@ -59,7 +59,7 @@ def split_rows(data: Any, share: float, program: Any = None) -> tuple[Any, Any]:
     return _taken(data, order[held:].sort().values), _taken(data, order[:held].sort().values)
 
 
-def settled(data: Any) -> Any:
+def frozen_draws(data: Any) -> Any:
     """``data`` as a yardstick: what is redrawn for every batch is drawn once, the same for every fit.
 
     >>> rows = Rows({"x": torch.full((4, 1), 0.5)}, on_batch=lambda batch: {"x": torch.bernoulli(batch["x"])})

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-__all__ = ["image_rows", "image_root", "torchvision_module"]
+__all__ = ["image_root", "image_rows", "torchvision_module"]
 
 #: torchvision's class (also the name of its folder) of each data set.
 _CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}

@@ -27,7 +27,7 @@ from ppl_gen.diagnostics.verdicts import (
 from ppl_gen.errors import PROGRAM_ERRORS, require_whole
 from ppl_gen.fitting.posterior import ChainPosterior
 from ppl_gen.inference.guides.resolved import point_sites
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 if TYPE_CHECKING:
     import pandas
@@ -190,7 +190,7 @@ def _rows_alone(fit: Fit) -> bool:
     few = fit.data.template(2)
     with fit.bound():
         try:
-            with looking():
+            with without_side_effects():
                 trace = poutine.trace(fit.program.model).get_trace(*few.args, **few.kwargs)
         except PROGRAM_ERRORS:
             return False

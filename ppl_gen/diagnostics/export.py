@@ -42,7 +42,7 @@ __all__ = ["affordable_rows", "latent_summary_names", "posterior_groups", "prove
 Groups = dict[str, dict[str, np.ndarray]]
 
 _SPELT = 3  # observed sites whose names all stand in that of their joint log likelihood
-CELLS = 20_000_000  # numbers of latent draws held at once: 160 MB
+MAX_ELEMENTS = 20_000_000  # numbers of latent draws held at once: 160 MB
 
 
 def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None, coords: Any = None, dims: Any = None) -> Any:
@@ -124,7 +124,7 @@ def affordable_rows(fit: Fit, draws: int) -> Fit:
     few = fit.data.template(2)
     drawn = prior_rows(fit.program.model, few, 1)
     cells = sum(value.numel() for value in drawn.values()) // 2
-    most = max(25, CELLS // max(1, draws * cells))
+    most = max(25, MAX_ELEMENTS // max(1, draws * cells))
     return fit if rows <= most else replace(fit, data=fit.data.subset(torch.arange(most, device="cpu")))
 
 
@@ -175,7 +175,7 @@ def _affordable_draws(fit: Fit, draws: int, together: bool = False) -> list[dict
     batch = fit.data.batch()
     first = fit.learned.draw(1, batch)
     size = sum(torch.as_tensor(value).numel() for draw in first for value in draw.values())
-    count = min(draws, max(MIN_DRAWS, CELLS // max(1, size)))
+    count = min(draws, max(MIN_DRAWS, MAX_ELEMENTS // max(1, size)))
     if together:
         return joint_draws(fit, count, batch)
     return [*first, *(fit.learned.draw(count - 1, batch) if count > 1 else [])]
@@ -183,7 +183,7 @@ def _affordable_draws(fit: Fit, draws: int, together: bool = False) -> list[dict
 
 def _affordable(draw: Mapping[str, Tensor]) -> int:
     """How many draws of this size stay within `CELLS` numbers, and one at least."""
-    return max(1, CELLS // max(1, sum(value.numel() for value in draw.values())))
+    return max(1, MAX_ELEMENTS // max(1, sum(value.numel() for value in draw.values())))
 
 
 def _thinned(kept: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:

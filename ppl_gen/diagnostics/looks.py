@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.moments import Moments, between_draws
-from ppl_gen.diagnostics.second_look import CELLS, FEWEST, SecondLook, moved
+from ppl_gen.diagnostics.second_look import FEWEST, MAX_ELEMENTS, SecondLook, moved
 from ppl_gen.draws.predictive import amortised, prior_rows
 from ppl_gen.fitting.posterior import ChainPosterior
 from ppl_gen.handlers.last_site import UndrawableError
@@ -43,7 +43,7 @@ def look_at_guide(fit: Fit, draws: int) -> SecondLook | str:
         data = fit.data
         if alone and (data.rows or 0) > LOOK_ROWS:
             data = data.subset(torch.as_tensor(row_subset(data.rows or 1, LOOK_ROWS)))
-        if numbers(fit, data) * FEWEST > CELLS:  # which `moved` says; spared are the draws
+        if numbers(fit, data) * FEWEST > MAX_ELEMENTS:  # which `moved` says; spared are the draws
             return moved(fit, {}, data, chains=chains, dispersed=None)
         known = joint_draws(fit, 2 * chains, data.batch())
         joint = {name: torch.stack([draw[name] for draw in known]) for name in known[0]}

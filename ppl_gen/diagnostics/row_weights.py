@@ -33,7 +33,7 @@ __all__ = ["RowWeights", "weigh_rows"]
 MAX_ROWS = 200  # rows that are looked at: the share of bad ones is then known to 0.035
 NUMBERS = 50  # of each site and row whose moments are compared
 GLOBALS = 10  # draws of the globals given which rows are weighed: a row's posterior is an average over them
-CELLS = 4_000_000  # numbers of data times draws held at once
+MAX_ELEMENTS = 4_000_000  # numbers of data times draws held at once
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _Seen:
         """Log weights, draws x rows kept, as many at a time as `CELLS` allows."""
         model, guide = self._watched(self._fit.joint, self._see_model), self._watched(self._fit.guide, self._see_guide)
         cells = sum(v.numel() for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor))
-        most, parts = max(1, CELLS // max(1, cells)) if together else 1, []
+        most, parts = max(1, MAX_ELEMENTS // max(1, cells)) if together else 1, []
         while draws > 0:
             count = min(most, draws)
             found = local_log_weights(

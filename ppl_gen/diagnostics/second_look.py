@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SecondLook", "moved"]
 
-CELLS = 4_000_000  # numbers of data times chains that one gradient may touch
+MAX_ELEMENTS = 4_000_000  # numbers of data times chains that one gradient may touch
 FEWEST = 32  # chains that say something
 FREE = 400_000  # of these however short the fit; beyond, no more than its steps have touched
 GRADIENTS = 250  # of every chain
@@ -83,8 +83,8 @@ def moved(
     at elsewhere in addition (draws of the prior), None to begin nowhere else; ``data``: the rows the draws are for.
     """
     cells = numbers(fit, data, _table(fit, data))
-    paid = int(fit.cost.get("steps", 0)) * cells // GRADIENTS if fit.learned.kind == "variational" else CELLS
-    chains = min(chains, min(CELLS, max(FREE, paid)) // cells)
+    paid = int(fit.cost.get("steps", 0)) * cells // GRADIENTS if fit.learned.kind == "variational" else MAX_ELEMENTS
+    chains = min(chains, min(MAX_ELEMENTS, max(FREE, paid)) // cells)
     if chains < FEWEST:
         return f"no short chains were run, as the data are too many for it ({cells} numbers)"
     batch = data.batch()

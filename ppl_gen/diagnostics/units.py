@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppl_gen.draws.predictive import amortised, global_draws
 from ppl_gen.errors import IncompatibleError, require_positive
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
@@ -121,7 +121,7 @@ def code_means(fit: Fit, data: Any = None, *, site: str | None = None) -> Tensor
             if exact is not None:
                 fn = exact(shared, *batch.args, **batch.kwargs)[name]
             else:
-                with looking():
+                with without_side_effects():
                     fn = poutine.trace(fit.guide).get_trace(*batch.args, **batch.kwargs).nodes[name]["fn"]
             parts.append(_mean(name, fn).expand(fn.shape()).cpu())
     return torch.cat(parts)

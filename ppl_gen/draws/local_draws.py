@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.draws.row_chains import run_chains
-from ppl_gen.draws.row_density import CELLS, RowDensity
+from ppl_gen.draws.row_density import MAX_ELEMENTS, RowDensity
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.sites import is_sample
 from ppl_gen.handlers.substitute import Substitute
@@ -183,7 +183,7 @@ def _started(density: RowDensity, target: Tensor, most: int) -> tuple[Tensor, Te
     log_q = density.log_density(pool, own, prior=True)
     size = min(most // 4, max(8, WORK // (len(target) * density.cells)))
     points, effective = [], []
-    for chains in target.split(max(1, CELLS // (size * density.cells))):
+    for chains in target.split(max(1, MAX_ELEMENTS // (size * density.cells))):
         chosen = torch.rand(len(chains), len(pool)).argsort(1)[:, :size]  # others for each chain: no two begin as one
         each = chosen.flatten()
         log_w = density.log_density(pool[each], chains.repeat_interleave(size)) - log_q[each]

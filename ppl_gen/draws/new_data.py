@@ -22,7 +22,7 @@ from ppl_gen.handlers.whole_plates import RowsOf
 from ppl_gen.program.checks import check_densities
 from ppl_gen.program.honoured import refuse_idle_masks
 from ppl_gen.program.missing import refuse_read_nan
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
@@ -50,7 +50,7 @@ def check_rows(fit: Fit, data: Dataset) -> None:
             refuse_read_nan(fit.program.model, data)
     batch = data.head(_FEW) if data.elements > LARGE else data.batch()
     try:
-        with fit.bound(), looking():
+        with fit.bound(), without_side_effects():
             values = global_draws(fit, 1)[0] if fit.info.select(local=False) else {}
             with pyro.validation_enabled(True), RowsOf(fit.info.data_plate, batch.rows), Substitute(values):
                 trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
@@ -71,7 +71,7 @@ def follows_rows(fit: Fit, batch: Batch) -> bool:
     """Whether the data plate has as many rows as ``batch``, whatever number the fit was made on; in ``fit.bound()``."""
     looked = RowsOf(fit.info.data_plate, batch.rows)
     with contextlib.suppress(*PROGRAM_ERRORS):
-        with looking(), looked:
+        with without_side_effects(), looked:
             fit.program.model(*batch.args, **batch.kwargs)
     return looked.fits
 
@@ -88,7 +88,7 @@ def row_latents(fit: Fit) -> list[str]:
         few = fit.data.head(rows // 2)
         found = []
         with contextlib.suppress(*PROGRAM_ERRORS):
-            with fit.bound(), looking():
+            with fit.bound(), without_side_effects():
                 nodes = poutine.trace(fit.program.model).get_trace(*few.args, **few.kwargs).nodes
             whole = {site.name: (*site.batch_shape, *site.event_shape) for site in fit.info.select()}
             found = [n for n, shape in whole.items() if n not in nodes or tuple(nodes[n]["value"].shape) != shape]

@@ -21,7 +21,7 @@ from ppl_gen.handlers.sites import is_deterministic, is_sample
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.inference.guides.guide_list import holds_rows
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
@@ -97,7 +97,7 @@ def amortised(fit: Fit) -> bool:
         return False
     few = fit.data.template(3 if fit.data.rows != 3 else 4)
     try:
-        with looking():
+        with without_side_effects():
             trace = poutine.trace(fit.guide).get_trace(*few.args, **few.kwargs)
     except PROGRAM_ERRORS:
         return False

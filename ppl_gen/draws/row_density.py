@@ -28,9 +28,9 @@ from ppl_gen.handlers.placed_rows import Place, RowsInverted, RowsPlaced, Somewh
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.program.dry_run import ProgramInfo
 
-__all__ = ["CELLS", "RowDensity"]
+__all__ = ["MAX_ELEMENTS", "RowDensity"]
 
-CELLS = 4_000_000  # numbers held at once for each input of the program
+MAX_ELEMENTS = 4_000_000  # numbers held at once for each input of the program
 
 
 def _fixed(support: Any) -> bool:
@@ -155,7 +155,7 @@ class RowDensity:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # an operation without a batching rule costs time, no more
             known = {name: value[draws] for name, value in self.known.items()}
-            found: Tensor = torch.vmap(one, chunk_size=max(1, CELLS // self.cells))(known, u)
+            found: Tensor = torch.vmap(one, chunk_size=max(1, MAX_ELEMENTS // self.cells))(known, u)
         return found
 
     def _goes_together(self, u: Tensor) -> bool:

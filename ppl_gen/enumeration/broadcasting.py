@@ -25,7 +25,7 @@ from ppl_gen.handlers.sites import is_sample, support
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.handlers.whole_plates import RowsOf, whole_plates
 from ppl_gen.program.dry_run import ProgramInfo
-from ppl_gen.workspace.isolation import looking, quiet
+from ppl_gen.workspace.isolation import validation_off, without_side_effects
 
 __all__ = ["unenumerable"]
 
@@ -47,7 +47,7 @@ def unenumerable(model: Callable[..., Any], batch: Batch, few: Callable[[int], B
     finite = info.finite_latents
     if not finite:
         return ""
-    with looking(), quiet(), whole_plates():
+    with without_side_effects(), validation_off(), whole_plates():
         looked = few(ROWS) if (batch.rows or 0) > ROWS else batch
         drawn = _drawn(model, looked, info.data_plate)
         if drawn is None:

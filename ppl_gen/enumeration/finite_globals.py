@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["combinations", "extended", "summed_globals"]
 
-CELLS = 4_000_000  # numbers of one table, over all draws that are looked at together
+MAX_ELEMENTS = 4_000_000  # numbers of one table, over all draws that are looked at together
 MOST = 1024  # combinations of values, where each needs a run of its own
 
 
@@ -99,7 +99,7 @@ def _vectorised(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that an operation has no batching rule costs time, no more
-            values, totals = torch.vmap(one, randomness="different", chunk_size=max(1, CELLS // size))(stacked)
+            values, totals = torch.vmap(one, randomness="different", chunk_size=max(1, MAX_ELEMENTS // size))(stacked)
     except PROGRAM_ERRORS:
         return None  # indexing by a drawn value, Python that depends on data: one draw at a time then
     alone = torch.stack([total for total, _ in ends])

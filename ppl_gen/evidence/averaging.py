@@ -20,7 +20,7 @@ from ppl_gen.weights.psis import (
     pareto_k_threshold,
     smoothed_weights,
 )
-from ppl_gen.weights.weighed import ALONE, CELLS, numbers, weighed_draws
+from ppl_gen.weights.weighed import ALONE, MAX_ELEMENTS, numbers, weighed_draws
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
@@ -96,7 +96,7 @@ def weighed_parameters(fit: Fit, draws: int, particles: int) -> tuple[list[dict[
     local = any(site.local and site.name in guided for site in info.select())
     sums = bool(summed_globals(fit, guided))
     cells = numbers(fit, fit.data) * draws * (particles if local else 1)
-    if draws < MIN_DRAWS or cells > CELLS or (local and sums):
+    if draws < MIN_DRAWS or cells > MAX_ELEMENTS or (local and sums):
         return None
     if draws > ALONE // (5 if local else 1) or not any(not s.local and s.name in guided for s in info.select()):
         return None

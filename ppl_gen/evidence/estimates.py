@@ -22,7 +22,7 @@ from ppl_gen.evidence.integration import RowIntegral, row_integral
 from ppl_gen.fitting.posterior import PointPosterior
 from ppl_gen.inference.guides.resolved import point_sites
 from ppl_gen.weights.psis import pareto_k_threshold, smoothed_weights, told_apart
-from ppl_gen.weights.weighed import CELLS, numbers, weighed_draws
+from ppl_gen.weights.weighed import MAX_ELEMENTS, numbers, weighed_draws
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
@@ -241,7 +241,11 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
             "to propose from: the marginal likelihood integrates over it. Give it a distribution (AutoNormal, "
             "AutoMultivariateNormal) and fit again"
         )
-    more = min(JUDGED, CELLS // numbers(fit, fit.data)) if draws >= ENOUGH and not fit.info.select(local=True) else 0
+    more = (
+        min(JUDGED, MAX_ELEMENTS // numbers(fit, fit.data))
+        if draws >= ENOUGH and not fit.info.select(local=True)
+        else 0
+    )
     with fit.bound(seed):
         weighed = weighed_draws(fit, draws, particles, more=more)
     weights = weighed.log_weights

@@ -22,7 +22,7 @@ from ppl_gen.program.unlearned import leaves
 from ppl_gen.weights.densities import densities, of_each
 from ppl_gen.weights.particles import can_vectorise, log_weights_in_chunks, of_particle
 from ppl_gen.weights.weight_quality import WeightQuality
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
@@ -105,7 +105,7 @@ def row_integral(fit: Fit, batch: Batch, theta: Mapping[str, Tensor], rows: int)
         IncompatibleError: for what was not measured in a program without a data plate, where something depends on it.
     """
     offered = fit.program.evidence is not None
-    with looking():
+    with without_side_effects():
         trace = run(fit, batch, theta)
         sites = [site.name for site in fit.info.sites.values() if site.kind in ("observed", "factor")]
         there = [name for name in sites if name in trace.nodes]

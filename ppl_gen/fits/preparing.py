@@ -31,7 +31,7 @@ from ppl_gen.program.naming import check_names
 from ppl_gen.program.offers import require
 from ppl_gen.program.program import Program, Recipe
 from ppl_gen.program.unlearned import joint, predictions
-from ppl_gen.workspace.isolation import Workspace, isolated, looking
+from ppl_gen.workspace.isolation import Workspace, isolated, without_side_effects
 
 __all__ = ["built_from", "checked_run", "dtype_of", "inspected", "looked_at", "modules_of"]
 
@@ -96,7 +96,7 @@ def modules_of(program: Program, start: Fit | None) -> dict[str, nn.Module]:
 
 def inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInfo:
     batch = looked_at(data)
-    with looking():
+    with without_side_effects():
         look = partial(dry_run, program, batch, fewer=lambda: data.head((batch.rows or 2) // 2))
         info = look()
         if predicted := predictions(program.model, batch, info):

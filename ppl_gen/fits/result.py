@@ -21,7 +21,7 @@ from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.program.dry_run import ProgramInfo
 from ppl_gen.program.program import Program, Recipe
 from ppl_gen.workspace.closures import same_again
-from ppl_gen.workspace.isolation import ProgramState, Workspace, copied, isolated, quiet
+from ppl_gen.workspace.isolation import ProgramState, Workspace, copied, isolated, validation_off
 from ppl_gen.workspace.memory import unremembered
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Fit:
             isolated(self.seed if seed is None else seed, dtype=self.data.dtype),
             Workspace(self.state, device=self.data.device, dtype=self.data.dtype, training=False, modules=modules) as w,
             whole_plates(),
-            quiet(),
+            validation_off(),
             torch.no_grad(),
             unremembered(),
             same_again(self.program, self.guide),

@@ -1,4 +1,4 @@
-"""Names of Pyro's modules that are not public, imported in one place; `tests/handlers/test_canaries.py` watches each."""
+"""Names of Pyro that are not public, imported in one place; `tests/handlers/test_canaries.py` watches each."""
 
 from pyro.infer.traceenum_elbo import _compute_dice_elbo as dice_elbo
 from pyro.poutine.messenger import _bound_partial as BoundHandler

@@ -12,7 +12,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.handlers.sites import sample_nodes
-from ppl_gen.workspace.isolation import looking, quiet
+from ppl_gen.workspace.isolation import validation_off, without_side_effects
 
 __all__ = ["impossible"]
 
@@ -21,7 +21,7 @@ TRIES = 50  # draws of the guide
 
 def impossible(model: Callable[..., Any], guide: Callable[..., Any] | None, batch: Batch) -> str:
     """What is to be said of an observed site without density at some draw of the guide; empty where none is found."""
-    with looking(), quiet():
+    with without_side_effects(), validation_off():
         for _ in range(TRIES if guide is not None else 1):
             try:
                 drawn = None if guide is None else poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)

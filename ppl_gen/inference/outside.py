@@ -11,7 +11,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.fitting.run import Run
 from ppl_gen.handlers.substitute import Substitute
-from ppl_gen.workspace.isolation import looking, quiet
+from ppl_gen.workspace.isolation import validation_off, without_side_effects
 
 __all__ = ["refuse_rows_outside"]
 
@@ -29,7 +29,7 @@ def refuse_rows_outside(run: Run, size: int) -> None:
     # Not in the order of the data, which may repeat itself from batch to batch.
     rows = torch.randperm(run.data.rows, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     shared = [site.name for site in run.info.select(local=False)]
-    with looking(), quiet():
+    with without_side_effects(), validation_off():
         first = _nodes(run, run.data.batch(rows[:size]), {})
         values = {name: first[name]["value"] for name in shared if name in first}
         others = [_nodes(run, run.data.batch(index), values) for index in (rows[-size:], rows[: 2 * size])]

@@ -28,7 +28,7 @@ from ppl_gen.inference.updates import OPTIMISERS, State
 from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.guide_checks import check_masked
 from ppl_gen.program.offers import Need
-from ppl_gen.workspace.isolation import ProgramState, looking
+from ppl_gen.workspace.isolation import ProgramState, without_side_effects
 
 __all__ = ["SVI"]
 
@@ -148,7 +148,7 @@ class SVI(Iterative):
         whole = self.source(run).next() if self.batch_size is not None else run.data.batch()
         probe = as_whole(whole)
         if guide is not None:
-            with looking():
+            with without_side_effects():
                 fewer, known = (lambda: run.data.head((probe.rows or 2) // 2)), run.info.predicted
                 info = dry_run(run.program, probe, guide=guide, fewer=fewer, predicted=known)
                 run.info = info.as_tried(run.info)
@@ -207,7 +207,7 @@ def _curved(guide: AutoLaplaceApproximation, values: ProgramState, run: Run) -> 
     """The second stage of a Laplace approximation, its numbers beside those that were learned."""
     batch = run.data.batch()
     made = second_stage(Setting(run.program, run.joint, guide, run.info, batch), batch)
-    with looking():
+    with without_side_effects():
         run.info = dry_run(run.program, batch, guide=made, predicted=run.info.predicted)
     run.notes["second stage"] = "a normal at the optimum, its covariance the inverse Hessian of -log p(x, z)"
     return made, replace(values, buffers={**values.buffers, **kept_buffers(made)})

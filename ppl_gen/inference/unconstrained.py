@@ -22,7 +22,7 @@ from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.placed import Lifted, Placed
 from ppl_gen.handlers.sites import is_subsample
 from ppl_gen.program.dry_run import ProgramInfo
-from ppl_gen.workspace.isolation import quiet
+from ppl_gen.workspace.isolation import validation_off
 
 __all__ = ["NEAR", "Unconstrained", "starting_point"]
 
@@ -70,7 +70,7 @@ class Unconstrained:
         self.nesting, self.data_plate = info.plate_nesting, info.data_plate
         self.sites: dict[str, torch.Size] = {}
         self.sums = False
-        with quiet(), torch.no_grad():
+        with validation_off(), torch.no_grad():
             trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
             for name, node in trace.nodes.items():
                 if node["type"] == "sample" and not node["is_observed"]:
@@ -112,7 +112,7 @@ class Unconstrained:
 
     def _placed(self, u: Tensor, state: int = 0) -> Placed:
         placed = Placed(self.split(u), state)
-        with quiet(), placed:
+        with validation_off(), placed:
             self.model(*self.batch.args, **self.batch.kwargs)
         return placed
 
@@ -124,7 +124,7 @@ class Unconstrained:
     def potential(self, u: Tensor) -> Tensor:
         """U(u), a scalar."""
         args, kwargs = self.batch.args, self.batch.kwargs
-        with quiet():
+        with validation_off():
             if self.sums:
                 placed = self._placed(u)
                 trace = enumerated_trace(self.model, args, kwargs, values=placed.values, plate_nesting=self.nesting)
@@ -149,14 +149,14 @@ class Unconstrained:
             ValueError: for a value whose shape is not that of its site.
         """
         lifted = Lifted({name: value for name, value in values.items() if name in self.sites})
-        with quiet(), torch.no_grad(), lifted:
+        with validation_off(), torch.no_grad(), lifted:
             self.model(*self.batch.args, **self.batch.kwargs)
         return {name: part for name, part in lifted.parts.items() if bool(part.isfinite().all())}
 
     def trouble(self, u: Tensor) -> list[str]:
         """What is not finite at ``u``: one line per site."""
         lines = []
-        with quiet(), torch.no_grad(), Placed(self.split(u)):
+        with validation_off(), torch.no_grad(), Placed(self.split(u)):
             trace = poutine.trace(self.model).get_trace(*self.batch.args, **self.batch.kwargs)
             for name, node in trace.nodes.items():
                 if node["type"] == "sample":

@@ -17,7 +17,7 @@ from ppl_gen.fitting.run import NonFiniteStepError, Run
 from ppl_gen.inference.impossible import impossible
 from ppl_gen.inference.objectives.game import Game, GameState, Player
 from ppl_gen.inference.rollback import Mark
-from ppl_gen.workspace.isolation import quiet
+from ppl_gen.workspace.isolation import validation_off
 
 if TYPE_CHECKING:
     from ppl_gen.inference.svi import SVI
@@ -179,7 +179,7 @@ class State:
         if self.first:
             step = self._validated(player, leaves, batch)
         else:
-            with quiet():
+            with validation_off():
                 step = gradients(self.game, player.name, leaves, batch, self.game_state)
         if player.name not in self.unreached:
             named = zip(self.leaves[player.name].items(), step.gradients, strict=True)

@@ -166,7 +166,7 @@ class NormalGamma:
         distance = torch.stack([(rows - m).square() @ p for m, p in zip(mean, precision, strict=True)], -1)
         return (log_precision - self.size * math.log(2 * math.pi) - self.size / strength - distance) / 2
 
-    def divergence(self, parameters: Mapping[str, Tensor]) -> Tensor:
+    def kl(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """KL(posterior || prior), summed over components."""
         mean, strength, shape, rate = self._parameters(parameters)
         own = torch.distributions.Gamma(shape, rate)

@@ -134,7 +134,7 @@ class NormalWishart:
         constant = self.size * (math.log(2 * math.pi) + 1 / parameters["loc_strength"])
         return (log_precision - constant - distance) / 2
 
-    def divergence(self, parameters: Mapping[str, Tensor]) -> Tensor:
+    def kl(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """KL(posterior || prior), summed over components."""
         degrees, factor = parameters["covariance_degrees"], parameters["covariance_scatter_tril"]
         own = InverseWishartCholesky(degrees, factor, validate_args=False)

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy, embedding
 
 from ppl_gen.errors import is_number, require_whole
 
-__all__ = ["CELLS", "AutoregressiveRows", "CharacterNetwork", "check_codes"]
+__all__ = ["RNN_CELLS", "AutoregressiveRows", "CharacterNetwork", "check_codes"]
 
-CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+RNN_CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
 
 class CharacterNetwork(nn.Module):
@@ -41,7 +41,7 @@ class CharacterNetwork(nn.Module):
             self.register_buffer("table", torch.eye(symbols + 1))
         else:
             self.table = nn.Parameter(torch.randn(symbols + 1, embedding))
-        self.cell = CELLS[cell](self.table.shape[1], hidden, layers, batch_first=True)
+        self.cell = RNN_CELLS[cell](self.table.shape[1], hidden, layers, batch_first=True)
         self.output = nn.Linear(hidden, symbols)
         if cell == "lstm":
             for layer in range(layers):  # its two biases are added up; the gates' order: input, forget, cell, output

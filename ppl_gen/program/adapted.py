@@ -33,7 +33,7 @@ from ppl_gen.handlers.sites import is_deterministic, is_subsample
 from ppl_gen.program.differentiable import leaves_below
 from ppl_gen.program.only_summed import by_branches
 from ppl_gen.program.program import Program
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["adapted"]
 
@@ -71,7 +71,7 @@ def adapted(program: Program, batch: Batch, data: Dataset, *, vectors: bool) -> 
 
 def _trace(model: Callable[..., Any], batch: Batch, run: int = 0) -> poutine.Trace | None:
     """One run of the program; others, by number, draw otherwise."""
-    with contextlib.suppress(*_FAILED), looking(), pyro.validation_enabled(False):
+    with contextlib.suppress(*_FAILED), without_side_effects(), pyro.validation_enabled(False):
         torch.manual_seed(run)
         trace: poutine.Trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
         return trace
@@ -159,7 +159,7 @@ def _learned(model: Callable[..., Any], batch: Batch, names: Sequence[str]) -> l
     begin at one number, each moves by itself.
     """
     found = []
-    with contextlib.suppress(*_FAILED), looking(), pyro.validation_enabled(False), torch.enable_grad():
+    with contextlib.suppress(*_FAILED), without_side_effects(), pyro.validation_enabled(False), torch.enable_grad():
         trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
         for name in names:
             value = trace.nodes[name]["value"]

@@ -32,7 +32,7 @@ from ppl_gen.program.guide_checks import check_auxiliary, check_match
 from ppl_gen.program.idle import idle_where_masked
 from ppl_gen.program.only_summed import drawn_too
 from ppl_gen.program.possible import checked_trace
-from ppl_gen.program.program import Program, filtered
+from ppl_gen.program.program import Program, with_known_kwargs
 
 __all__ = ["ProgramInfo", "Site", "dry_run"]
 
@@ -237,9 +237,11 @@ def dry_run(
     if guide is None:
         sites = _predicting(sites, predicted)
     else:
-        guide_trace = _traced(filtered(guide), batch, program, what="guide")
+        guide_trace = _traced(with_known_kwargs(guide), batch, program, what="guide")
         guide_sites = {name: _site(name, node, plate) for name, node in sample_nodes(guide_trace)}
-        guide_sites = _with_points(guide_sites, guide_trace, lambda: _traced(filtered(guide), batch, program, "guide"))
+        guide_sites = _with_points(
+            guide_sites, guide_trace, lambda: _traced(with_known_kwargs(guide), batch, program, "guide")
+        )
         auxiliary = {name for name, node in sample_nodes(guide_trace) if node["infer"].get("is_auxiliary")}
         sites = _predicting(sites, set(predicted) - set(guide_sites))
         check_match(program, sites, {k: v for k, v in guide_sites.items() if k not in auxiliary})

@@ -14,7 +14,7 @@ from ppl_gen.data.masks import looks_like_mask
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.program.program import Program
 from ppl_gen.program.unlearned import responds
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["refuse_idle_masks"]
 
@@ -35,7 +35,7 @@ def refuse_idle_masks(program: Program, batch: Batch) -> None:
         order = list(arguments)[: len(batch.args)]
         rest = {key: argument for key, argument in other.items() if key not in order}
         turned = replace(batch, args=tuple(other[key] for key in order), kwargs=rest)
-        with looking():
+        with without_side_effects():
             idle = not responds(program.model, batch, turned)
         if idle:
             raise IncompatibleError(

@@ -18,7 +18,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.handlers.sites import is_deterministic, sample_nodes
-from ppl_gen.workspace.isolation import quiet
+from ppl_gen.workspace.isolation import validation_off
 
 __all__ = ["idle_where_masked"]
 
@@ -35,7 +35,7 @@ def idle_where_masked(model: Callable[..., Any], batch: Batch, trace: poutine.Tr
     if not masked:
         return set()
     values = {name: node["value"] for name, node in latent.items()}
-    with quiet(), torch.no_grad():
+    with validation_off(), torch.no_grad():
         for _ in range(TRIES):
             try:
                 moved = {name: _elsewhere(node) for name, node in masked.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_gen.data.batching import LARGE, Batch, Dataset
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.handlers.sites import is_sample
-from ppl_gen.workspace.isolation import looking, quiet
+from ppl_gen.workspace.isolation import validation_off, without_side_effects
 
 __all__ = ["refuse_read_nan"]
 
@@ -29,7 +29,7 @@ def refuse_read_nan(model: Callable[..., Any], data: Dataset) -> None:
     if not data.missing:
         return
     refused = next(iter(data.missing.values()))
-    with looking(), quiet():
+    with without_side_effects(), validation_off():
         for batch in _pieces(data):
             try:
                 site = _reader(model, batch)

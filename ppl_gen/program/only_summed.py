@@ -23,7 +23,7 @@ from ppl_gen.handlers.opened import within
 from ppl_gen.handlers.sites import is_deterministic, sample_nodes
 from ppl_gen.program.checks import OutsideSupportError, check_densities
 from ppl_gen.program.program import Program
-from ppl_gen.workspace.isolation import looking, quiet
+from ppl_gen.workspace.isolation import validation_off, without_side_effects
 
 __all__ = ["by_branches", "drawn_too", "tried"]
 
@@ -75,7 +75,7 @@ def by_branches(program: Program, batch: Batch, trace: poutine.Trace | None) -> 
 
 def tried(model: Callable[..., Any], batch: Batch) -> poutine.Trace | None:
     """A run with every site drawn; None where it fails."""
-    with contextlib.suppress(*PROGRAM_ERRORS), looking(), quiet():
+    with contextlib.suppress(*PROGRAM_ERRORS), without_side_effects(), validation_off():
         trace: poutine.Trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
         return trace
     return None
@@ -87,7 +87,7 @@ def _finite(trace: poutine.Trace) -> bool:
 
 def _fails(trace: poutine.Trace) -> bool:
     try:
-        with looking():
+        with without_side_effects():
             check_densities(trace)
     except OutsideSupportError:
         return False
@@ -105,7 +105,7 @@ def _enumerated(model: Callable[..., Any], batch: Batch) -> tuple[list[str], int
 
     No names where it does not.
     """
-    with looking(), quiet():
+    with without_side_effects(), validation_off():
         opened = PlateNesting()
         with contextlib.suppress(*PROGRAM_ERRORS), opened:
             model(*batch.args, **batch.kwargs)

@@ -16,7 +16,7 @@ from ppl_gen.errors import require_whole
 from ppl_gen.handlers.opened import opened
 from ppl_gen.program.extensions import CAVIUpdates, EMSteps, Energy, TimeSteps
 
-__all__ = ["Program", "Recipe", "as_recipe", "filtered"]
+__all__ = ["Program", "Recipe", "as_recipe", "with_known_kwargs"]
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def as_recipe(program: Program | Recipe | Callable[..., Any]) -> Recipe:
     raise TypeError(f"program: expected a model function, a Program or a Recipe, got {type(program).__name__}")
 
 
-def filtered(function: Callable[..., Any]) -> Callable[..., Any]:
+def with_known_kwargs(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` called with only those keyword arguments that its signature names."""
     target = function.forward if isinstance(function, torch.nn.Module) else function
     parameters = inspect.signature(target).parameters.values()

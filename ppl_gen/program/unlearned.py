@@ -24,7 +24,7 @@ from ppl_gen.handlers.hidden import Hidden, Unmasked
 from ppl_gen.handlers.sites import is_deterministic, is_subsample
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.program.idle import idle_where_masked
-from ppl_gen.workspace.isolation import quiet
+from ppl_gen.workspace.isolation import validation_off
 
 if TYPE_CHECKING:
     from ppl_gen.program.dry_run import ProgramInfo
@@ -190,7 +190,7 @@ def _alike(one: list[Tensor], two: list[Tensor]) -> bool:
 
 
 def _density(node: Any, value: Any) -> Tensor:
-    with quiet():  # values that are impossible where the prior happened to be drawn
+    with validation_off():  # values that are impossible where the prior happened to be drawn
         found: Tensor = node["fn"].log_prob(value)
     mask = node["mask"]
     return found if mask is None else torch.where(torch.as_tensor(mask), found, torch.zeros_like(found))

@@ -21,7 +21,7 @@ from ppl_gen.diagnostics.units import active_units, code_means, code_site
 from ppl_gen.errors import require_whole
 from ppl_gen.fits.result import require_fit
 from ppl_gen.report.image_grid import draw_cells, draw_points, flattened, new_axes, titled
-from ppl_gen.report.reconstruct import decoded, few, levels, observed, pictured, reconstructed, walked
+from ppl_gen.report.reconstruct import decoded, few, levels, observed, pictured, reconstructed, traversed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,7 +162,7 @@ def plot_traversal(
     scores = torch.linspace(-3.0, 3.0, _STEPS)
     spread = scores.reshape(-1, *[1] * (means.dim() - 1)).expand(_STEPS, *means.shape[1:])
     values = levels(fit, name, spread, means).expand(spread.shape).reshape(_STEPS, -1)
-    cells = walked(fit, one, name, chosen, values)
+    cells = traversed(fit, one, name, chosen, values)
     axes = axes or new_axes(*cells.shape[:2])
     ends = [f"{float(score):g}" if i % (_STEPS // 2) == 0 else "" for i, score in enumerate(scores)]
     draw_cells(axes, cells, observed(fit, fit.data, 256), side=[f"unit {unit}" for unit in chosen], below=ends)

@@ -109,8 +109,8 @@ def draw_curve(axes: Axes, curves: Mapping[int, tuple[str, np.ndarray]], colour:
     finite = np.concatenate(everything) if everything else np.empty(0)
     if len(finite) > 4:
         low, high = np.quantile(finite, [0.02, 0.98])
-        settled = np.quantile(finite[-max(2, len(finite) // 2) :], [0.0, 1.0])
-        low, high = min(low, settled[0]), max(high, settled[1])
+        point_value = np.quantile(finite[-max(2, len(finite) // 2) :], [0.0, 1.0])
+        low, high = min(low, point_value[0]), max(high, point_value[1])
         if high > low:
             axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     axes.ticklabel_format(axis="y", useOffset=False)

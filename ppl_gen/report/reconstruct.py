@@ -22,14 +22,24 @@ from ppl_gen.handlers.substitute import Chosen
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
 
-__all__ = ["decoded", "expected", "few", "guesses", "levels", "pictured", "reconstructed", "settled", "walked"]
+__all__ = [
+    "decoded",
+    "expected",
+    "few",
+    "latent_means",
+    "levels",
+    "pictured",
+    "point_value",
+    "reconstructed",
+    "traversed",
+]
 
 
 MOST = 2000  # rows
 AVERAGED = 100  # draws of a latent, where its mean has no closed form
 
 
-def settled(fn: Any) -> Tensor | None:
+def point_value(fn: Any) -> Tensor | None:
     """The mean, or the likeliest of finitely many values; None where neither has a closed form.
 
     >>> settled(dist.Normal(torch.zeros(2), 1.0).to_event(1)), settled(dist.Categorical(torch.tensor([0.2, 0.8])))
@@ -84,18 +94,18 @@ def pictured(fit: Fit) -> str:
     return max(sites, key=lambda site: torch.Size(site.event_shape).numel()).name
 
 
-def guesses(fit: Fit, batch: Batch) -> dict[str, Tensor]:
+def latent_means(fit: Fit, batch: Batch) -> dict[str, Tensor]:
     """Every latent given the rows, settled; inside ``fit.bound()``."""
     names = {site.name for site in fit.info.select()}
     if amortised(fit):
-        with Chosen(settled):
+        with Chosen(point_value):
             trace = poutine.trace(fit.guide).get_trace(*batch.args, **batch.kwargs)
         values = {n: node["value"] for n, node in trace.nodes.items() if is_sample(node) and n in names}
     else:
         values = dict(global_draws(fit, 1)[0]) if fit.info.select(local=False) else {}
     if fit.program.local_posterior is not None:
         exact = fit.program.local_posterior(values, *batch.args, **batch.kwargs)
-        found = {name: settled(fn) for name, fn in exact.items() if name not in values}
+        found = {name: point_value(fn) for name, fn in exact.items() if name not in values}
         values |= {name: value for name, value in found.items() if value is not None}
     loose = [site.name for site in fit.info.select(local=True) if site.name not in values and not site.finite]
     if loose:  # their means, over draws given the rows
@@ -109,15 +119,15 @@ def reconstructed(fit: Fit, data: Dataset, rows: int) -> tuple[Tensor, Tensor]:
     """The first rows, and what is expected in their place given their own latents: rows x shape, twice."""
     with fit.bound():
         batch = data.head(rows)
-        values = guesses(fit, batch)
-        with Chosen(settled):
+        values = latent_means(fit, batch)
+        with Chosen(point_value):
             node = run(fit, batch, values).nodes[pictured(fit)]
         return node["value"].cpu(), _shown(node)
 
 
 def observed(fit: Fit, data: Dataset, rows: int) -> Tensor:
     """The first rows of the site that is drawn."""
-    with fit.bound(), Chosen(settled):
+    with fit.bound(), Chosen(point_value):
         value: Tensor = run(fit, data.head(rows), _shared(fit)).nodes[pictured(fit)]["value"]
         return value.cpu()
 
@@ -140,7 +150,7 @@ def decoded(fit: Fit, values: Mapping[str, Tensor], given: Mapping[str, Any], ro
     """
     with fit.bound():
         batch, fixed = prepared(fit, given, rows, alike=alike)
-        with Chosen(settled):
+        with Chosen(point_value):
             return _shown(run(fit, batch, {**_shared(fit), **fixed, **values}, replicate=True).nodes[pictured(fit)])
 
 
@@ -164,11 +174,11 @@ def _shared(fit: Fit) -> dict[str, Tensor]:
     if not fit.info.select(local=False):
         return {}
     local = {site.name for site in fit.info.select(local=True)}
-    with Chosen(settled):
+    with Chosen(point_value):
         return {name: value for name, value in global_draws(fit, 1)[0].items() if name not in local}
 
 
-def walked(fit: Fit, row: Dataset, site: str, units: Sequence[int], values: Tensor) -> Tensor:
+def traversed(fit: Fit, row: Dataset, site: str, units: Sequence[int], values: Tensor) -> Tensor:
     """What is expected as one unit of a row's code takes other values: units x values x shape.
 
     Latents that follow from the code in the model follow it; all others stay where the row put them.
@@ -183,7 +193,7 @@ def walked(fit: Fit, row: Dataset, site: str, units: Sequence[int], values: Tens
     count = len(units) * len(values)
     with fit.bound():
         batch = row.batch()
-        found = guesses(fit, batch)
+        found = latent_means(fit, batch)
         codes = found[site].reshape(1, 1, -1).repeat(len(units), len(values), 1)
         for i, unit in enumerate(units):
             codes[i, :, unit] = values[:, unit].to(codes)
@@ -194,7 +204,7 @@ def walked(fit: Fit, row: Dataset, site: str, units: Sequence[int], values: Tens
         args = tuple(_repeated(v, count) for v in batch.args)
         many = replace(batch, args=args, kwargs=inputs, rows=count, total=count, index=None)
         followers = {known.name for known in fit.info.select(local=True, discrete=False)} - {site}
-        with Chosen(settled):
+        with Chosen(point_value):
             nodes = run(fit, many, {n: v for n, v in kept.items() if n not in followers}, replicate=True).nodes
             followers = {name for name in followers if name in nodes and _varies(nodes[name]["fn"])}
             trace = run(fit, many, {n: v for n, v in kept.items() if n not in followers}, replicate=True)
@@ -221,7 +231,7 @@ def levels(fit: Fit, site: str, scores: Tensor, means: Tensor) -> Tensor:
     with fit.bound():
         batch, _ = prepared(fit, {}, 1, alike=True)
         scores = scores.to(device=fit.data.device, dtype=fit.data.dtype)
-        with Chosen(settled):
+        with Chosen(point_value):
             fn = _bare(run(fit, batch, _shared(fit), replicate=True).nodes[site]["fn"])
         try:
             values: Tensor = fn.icdf(torch.special.ndtr(scores))

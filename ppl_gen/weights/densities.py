@@ -17,14 +17,14 @@ from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.program.checks import require_enumerable
 from ppl_gen.weights.sizes import Largest
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
 
 __all__ = ["densities", "derived", "joint_densities", "of_each"]
 
-CELLS = 2_000_000  # draws x rows held at once
+MAX_ELEMENTS = 2_000_000  # draws x rows held at once
 HELD = 1_000_000
 
 
@@ -114,9 +114,9 @@ def _vectorised(one: Callable[[dict[str, Tensor]], Any], stacked: dict[str, Tens
     """All draws at once, or None where the program does not allow it (or gives something else then)."""
     firsts = {name: value[0] for name, value in stacked.items()}
     try:
-        with looking(), Largest() as largest:
+        with without_side_effects(), Largest() as largest:
             alone = tree_leaves(one(firsts))
-        most = max(1, min(CELLS // rows, HELD // largest.numbers))
+        most = max(1, min(MAX_ELEMENTS // rows, HELD // largest.numbers))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that an operation has no batching rule costs time, no more
             result = torch.vmap(one, chunk_size=most)(stacked)

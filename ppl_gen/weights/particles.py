@@ -17,7 +17,7 @@ from ppl_gen.handlers.sites import in_plate, is_sample, is_subsample, log_densit
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.program.checks import require_enumerable
 from ppl_gen.program.dry_run import ProgramInfo
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = [
     "LogWeights",
@@ -29,7 +29,7 @@ __all__ = [
     "sampled",
 ]
 
-CELLS = 4_000_000  # numbers of one tensor, where no gradient asks for all particles together
+MAX_ELEMENTS = 4_000_000  # numbers of one tensor, where no gradient asks for all particles together
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def can_vectorise(
     if sums or info.data_plate is None:
         return False
     try:
-        with looking():
+        with without_side_effects():
             return _same_one_by_one(model, guide, info, batch)
     except PROGRAM_ERRORS:
         # Convolutions and batch norm refuse the extra dimension, and a flow without an inverse cannot be asked again
@@ -192,7 +192,7 @@ def log_weights_in_chunks(
 ) -> LogWeights:
     """`local_log_weights` with as many particles at a time as keep each tensor at about `CELLS` numbers."""
     inputs = [v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]
-    most = max(1, CELLS // max(1, sum(value.numel() for value in inputs)))
+    most = max(1, MAX_ELEMENTS // max(1, sum(value.numel() for value in inputs)))
     parts = []
     while particles > 0:
         count = min(most, particles)

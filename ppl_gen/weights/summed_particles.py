@@ -15,11 +15,11 @@ from ppl_gen.enumeration.marginals import enumerated_trace, log_prior, row_log_d
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.program.checks import require_enumerable
 from ppl_gen.program.dry_run import ProgramInfo
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["can_sum_together", "summed_densities"]
 
-CELLS = 4_000_000  # numbers of data times values of finite sites times particles
+MAX_ELEMENTS = 4_000_000  # numbers of data times values of finite sites times particles
 
 Values = Mapping[str, Tensor]
 
@@ -36,7 +36,7 @@ def can_sum_together(
         return False
     try:
         require_enumerable(info, sums)
-        with looking():
+        with without_side_effects():
             traces = [poutine.trace(guide).get_trace(*batch.args, **batch.kwargs) for _ in range(2)]
             drawn = [{n: s["value"] for n, s in q.nodes.items() if s["type"] == "sample"} for q in traces]
             rows, prior = summed_densities(model, info, batch, drawn, {}, sums)
@@ -70,7 +70,9 @@ def summed_densities(
         return rows.expand(len(drawn), *rows.shape), prior.expand(len(drawn))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that an operation has no batching rule costs time, no more
-        found: tuple[Tensor, Tensor] = torch.vmap(one, chunk_size=max(1, CELLS // (10 * max(1, inputs))))(stacked)
+        found: tuple[Tensor, Tensor] = torch.vmap(one, chunk_size=max(1, MAX_ELEMENTS // (10 * max(1, inputs))))(
+            stacked
+        )
     return found
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["WeighedDraws", "affordable", "joint_draws", "many", "weighed_draws"]
 
 ALONE = 1000  # draws of a program that takes one at a time only
-CELLS = 2_000_000  # numbers of data, times particles, times draws held at once
+MAX_ELEMENTS = 2_000_000  # numbers of data, times particles, times draws held at once
 HELD = 20_000_000  # numbers of one tensor: a table of words by topics is much larger than the data
 COST = 200_000_000  # numbers of data, times particles, times draws that a judgement may cost
 FREE = 10_000_000  # of these however short the fit; beyond, no more than half of what its steps have seen
@@ -189,7 +189,7 @@ def many(one: Callable[[Any], Any], inputs: Any, batch: Batch, particles: int = 
             if not all(_near(a[0], b) for a, b in zip(tree_leaves(trial), tree_leaves(alone), strict=True)):
                 torch.set_rng_state(state)
                 return None
-            most = max(1, min(CELLS // max(1, cells), HELD // largest.numbers))
+            most = max(1, min(MAX_ELEMENTS // max(1, cells), HELD // largest.numbers))
             return torch.vmap(one, randomness="different", chunk_size=most)(inputs)
     except PROGRAM_ERRORS:
         torch.set_rng_state(state)

@@ -15,7 +15,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.weights.densities import joint_densities
 from ppl_gen.weights.sizes import is_view
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
@@ -69,7 +69,7 @@ def _once(fit: Fit, batch: Batch) -> Work | None:
     counted = _Counted()
     names = {site.name for site in fit.info.select()}
     try:
-        with fit.bound(), looking(), counted:
+        with fit.bound(), without_side_effects(), counted:
             draw = {n: torch.as_tensor(v) for n, v in fit.learned.draw(1, batch)[0].items() if n in names}
             joint_densities(fit, batch, [draw])
     except PROGRAM_ERRORS:

@@ -35,10 +35,10 @@ __all__ = [
     "copied",
     "generators",
     "isolated",
-    "looking",
-    "quiet",
     "revived",
     "set_generators",
+    "validation_off",
+    "without_side_effects",
 ]
 
 _PYRO_MODULE = pyro.primitives.module
@@ -97,7 +97,7 @@ def set_generators(kept: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def looking() -> Iterator[None]:
+def without_side_effects() -> Iterator[None]:
     """Run a program only to look at it: no gradients; buffers, generators and what modules remember are put back."""
     kept: dict[int, tuple[nn.Module, dict[str, tuple[Tensor, Tensor]]]] = {}
 
@@ -148,7 +148,7 @@ def revived(guide: AutoGuide, model: Callable[..., Any]) -> AutoGuide:
     return guide
 
 
-def quiet() -> contextlib.AbstractContextManager[None]:
+def validation_off() -> contextlib.AbstractContextManager[None]:
     """Validation off: it costs a quarter of a step (measured), and the dry run has checked the shapes."""
     return pyro.validation_enabled(False)
 
@@ -333,7 +333,7 @@ class Workspace:
     def collect(self, *runs: Callable[[], object]) -> dict[str, Tensor]:
         """Run the program once without changing buffers or generators, so that lazily made parameters exist."""
         self.hidden.clear()
-        with looking(), hidden_parameters(self.hidden):
+        with without_side_effects(), hidden_parameters(self.hidden):
             for run in runs:
                 run()
         return self.leaves()

@@ -20,7 +20,7 @@ import ppl_gen as pg
 from ppl_gen.comparison import processes
 from ppl_gen.comparison.provenance import written
 from ppl_gen.comparison.runner import one_by_one
-from ppl_gen.comparison.split import SPLIT_SEED, settled, split_rows
+from ppl_gen.comparison.split import SPLIT_SEED, frozen_draws, split_rows
 from ppl_gen.data import Rows
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.evidence.estimates import Evidence
@@ -366,7 +366,7 @@ def test_fresh_draws_become_one_draw_for_the_yardstick() -> None:
 
     grey = Rows({"x": torch.full((40,), 0.5)}, on_batch=lambda batch: {"x": torch.bernoulli(batch["x"])})
     comparison = pg.compare(coin, grey, {"a": SVI(steps=5), "b": SVI(steps=6)}, seeds=[0])
-    held = settled(split_rows(grey, 0.2)[1])
+    held = frozen_draws(split_rows(grey, 0.2)[1])
     assert set(held["x"].tolist()) == {0.0, 1.0}
     for line in comparison.lines:
         # Rows of equal bits have equal values: both fits saw the bits of ``held``.

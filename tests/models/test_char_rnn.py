@@ -15,8 +15,8 @@ from ppl_gen.inference import SVI, Adversarial
 from ppl_gen.models import bits_per_character, char_rnn, hidden_markov
 from ppl_gen.nn.recurrent import AutoregressiveRows, CharacterNetwork
 
-CELLS = ("rnn", "lstm", "gru")
-SHAPES = [(cell, layers, embedding) for cell in CELLS for layers, embedding in ((1, None), (2, 3))]
+RNN_CELLS = ("rnn", "lstm", "gru")
+SHAPES = [(cell, layers, embedding) for cell in RNN_CELLS for layers, embedding in ((1, None), (2, 3))]
 
 
 def made(symbols=4, cell="gru", hidden=5, layers=1, embedding=None, spread=1.0):
@@ -73,7 +73,7 @@ def test_density_is_the_product_of_the_conditionals(cell, layers, embedding) -> 
     torch.testing.assert_close(rows, stepped, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", RNN_CELLS)
 @pytest.mark.parametrize("length", [1, 3, 4])
 def test_probabilities_of_all_sequences_sum_to_one(cell, length) -> None:
     network = made(symbols=3, cell=cell)
@@ -83,7 +83,7 @@ def test_probabilities_of_all_sequences_sum_to_one(cell, length) -> None:
     assert abs(float(rows.detach().logsumexp(0))) < 1e-12
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", RNN_CELLS)
 def test_padding_changes_nothing(cell) -> None:
     network = made(cell=cell)
     x, lengths = torch.randint(4, (5, 6)), torch.tensor([6, 2, 4, 1, 3])
@@ -123,7 +123,7 @@ def frequencies_fit(drawn: torch.Tensor, probabilities: torch.Tensor) -> bool:
     return float(((counts - expected) ** 2 / expected).sum()) < stats.chi2.isf(1e-6, len(probabilities) - 1)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", RNN_CELLS)
 def test_frequencies_of_samples_follow_the_density(cell) -> None:
     network = made(symbols=3, cell=cell, spread=0.3)
     every, places = every_sequence(3, 3), torch.tensor([9, 3, 1])
@@ -191,7 +191,7 @@ def test_zero_weights_cost_the_logarithm_of_the_alphabet() -> None:
     assert abs(bits_per_character(fit, text_rows("Alice!", length=4)) - math.log2(70)) < 1e-12
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", RNN_CELLS)
 def test_one_batch_is_learned_by_heart(cell) -> None:
     train = pg.load_data("alice", length=60)
     rows = {name: value[20:22] for name, value in train.items()}

@@ -13,7 +13,7 @@ import ppl_gen as pg
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.inference import SVI, Adversarial
 from ppl_gen.program.differentiable import why_not_differentiable
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 X = torch.arange(6.0)
 
@@ -101,7 +101,7 @@ def test_categories_and_what_cannot_be_run_keep_the_offer() -> None:
     assert "differentiable samples" in pg.check(model, labels).offers
     batch = as_dataset(labels, model).batch()
     calls.clear()
-    with looking(), pyro.get_param_store().scope():
+    with without_side_effects(), pyro.get_param_store().scope():
         failing: Callable[..., None] = lambda x: model(x, fails=True)  # noqa: E731
         assert why_not_differentiable(failing, batch, ["x"], []) == "" and calls == [True]
 

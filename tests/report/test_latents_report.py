@@ -25,7 +25,7 @@ from ppl_gen.report import plot_codes, plot_manifold, plot_reconstructions, plot
 from ppl_gen.report.code_section import coded
 from ppl_gen.report.html import page
 from ppl_gen.report.image_grid import draw_cells, picture_shape
-from ppl_gen.report.reconstruct import decoded, expected, reconstructed, settled
+from ppl_gen.report.reconstruct import decoded, expected, point_value, reconstructed
 
 SHORT = SVI(steps=30, lr=0.01)
 
@@ -266,10 +266,10 @@ def test_pixels_that_are_levels_show_their_mean_level() -> None:
     fn = dist.Categorical(logits=torch.randn(2, 36, 5, generator=torch.Generator().manual_seed(0))).to_event(1)
     mean = (fn.base_dist.probs * torch.arange(5.0)).sum(-1)
     torch.testing.assert_close(expected(fn), mean)
-    assert torch.equal(settled(fn), fn.base_dist.probs.argmax(-1))
-    assert settled(dist.Poisson(torch.ones(3))) is None and settled(dist.Bernoulli(torch.tensor(0.7))) == 1
+    assert torch.equal(point_value(fn), fn.base_dist.probs.argmax(-1))
+    assert point_value(dist.Poisson(torch.ones(3))) is None and point_value(dist.Bernoulli(torch.tensor(0.7))) == 1
     one_hot = dist.OneHotCategorical(torch.tensor([[0.1, 0.7, 0.2]]))
-    assert settled(one_hot).tolist() == [[0.0, 1.0, 0.0]]
+    assert point_value(one_hot).tolist() == [[0.0, 1.0, 0.0]]
     assert expected(dist.Cauchy(0.0, 1.0)) is None, "a draw is shown instead"
     levels = (X * 3).long()
     fit = pg.fit(vae(36, latent=2, hidden=(8,), likelihood="categorical", levels=4), levels, SHORT, seed=0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ppl_gen.inference.em.density_form import Reading
 from ppl_gen.inference.em.probe import Affine
 
-__all__ = ["Locations", "Ratios", "Table", "highest", "unequal"]
+__all__ = ["Locations", "ProbabilityTable", "Ratios", "newton_maximum", "unequal"]
 
 Weights = Mapping[str, Tensor]
 
@@ -30,7 +30,7 @@ _HIDDEN = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class ProbabilityTable:
     """Weighted counts of a simplex-valued site.
 
     Args:
@@ -144,10 +144,10 @@ class Ratios:
 
         with torch.no_grad():
             start = torch.where(objective(best) > objective(old), best, old)
-        return highest(objective, start)
+        return newton_maximum(objective, start)
 
 
-def highest(objective: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+def newton_maximum(objective: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     """Maxima of functions of one coordinate each, all at once, by Newton steps that are halved until they climb.
 
     Example:

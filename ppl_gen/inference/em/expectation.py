@@ -23,7 +23,7 @@ from ppl_gen.enumeration.marginals import expected_log_joint, factor_marginals, 
 from ppl_gen.fitting.run import Run
 from ppl_gen.handlers.sites import support
 from ppl_gen.program.program import Program
-from ppl_gen.workspace.isolation import quiet
+from ppl_gen.workspace.isolation import validation_off
 
 __all__ = ["Expectation", "Problem", "responsibilities"]
 
@@ -110,7 +110,7 @@ class Problem:
 
     def _log_prior(self, values: Mapping[str, Tensor]) -> Tensor:
         """Without enumeration: the latent sites of a program that offers its E-step may be continuous."""
-        with quiet():
+        with validation_off():
             trace = poutine.trace(poutine.condition(self.program.model, dict(values))).get_trace(
                 *self.args, **self.kwargs
             )

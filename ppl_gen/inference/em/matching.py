@@ -11,12 +11,12 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch import distributions as td
 
-from ppl_gen.inference.em.closed_forms import Locations, Ratios, Table, unequal
+from ppl_gen.inference.em.closed_forms import Locations, ProbabilityTable, Ratios, unequal
 from ppl_gen.inference.em.density_form import Key, Reading
 from ppl_gen.inference.em.expectation import Problem
 from ppl_gen.inference.em.probe import Affine, Coordinates, Probe, unwrapped
 
-__all__ = ["Derived", "derived"]
+__all__ = ["Derived", "matched"]
 
 _CYCLES = 50
 _STILL = 1e-11
@@ -43,7 +43,7 @@ class Derived:
     kinds: dict[str, str]
     reasons: dict[str, str]
     coordinates: Coordinates | None = None
-    tables: tuple[Table, ...] = ()
+    tables: tuple[ProbabilityTable, ...] = ()
     ratios: tuple[Ratios, ...] = ()
     locations: Locations | None = None
     coupled: bool = False
@@ -70,7 +70,7 @@ class Derived:
         return {name: new[name] if name in new else moved[name] for name in self.kinds}
 
 
-def derived(problem: Problem, probe: Probe | None, names: Collection[str]) -> Derived:
+def matched(problem: Problem, probe: Probe | None, names: Collection[str]) -> Derived:
     """The closed forms that ``names`` have."""
     if probe is None:
         return Derived({}, dict.fromkeys(names, "what is observed changes with it"))
@@ -91,7 +91,7 @@ def derived(problem: Problem, probe: Probe | None, names: Collection[str]) -> De
 
 def _built(
     problem: Problem, probe: Probe, roles: Mapping[str, str], reasons: dict[str, str]
-) -> tuple[tuple[Table, ...], tuple[Ratios, ...], Locations | None, bool]:
+) -> tuple[tuple[ProbabilityTable, ...], tuple[Ratios, ...], Locations | None, bool]:
     tables, ratios, located = [], [], []
     for name, role in roles.items():
         try:
@@ -171,7 +171,7 @@ def _check_single(probe: Probe, name: str, keys: list[Key]) -> None:
             raise _NotDerivedError(f"the location of {key.site!r} has no known form")
 
 
-def _table(problem: Problem, probe: Probe, name: str) -> Table:
+def _table(problem: Problem, probe: Probe, name: str) -> ProbabilityTable:
     parts = [
         (probe.readings[key.site], rows[name].T.to(probe.vector))
         for key, rows in probe.rows.items()
@@ -183,7 +183,7 @@ def _table(problem: Problem, probe: Probe, name: str) -> Table:
         if not isinstance(prior, td.Dirichlet) or bool((prior.concentration < 1).any()):
             raise _NotDerivedError("its prior is not a Dirichlet with concentrations of at least 1")
         extra = prior.concentration - 1
-    return Table(name, parts, extra)
+    return ProbabilityTable(name, parts, extra)
 
 
 def _ratios(problem: Problem, probe: Probe, name: str, role: str) -> Ratios:

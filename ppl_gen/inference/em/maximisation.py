@@ -11,7 +11,7 @@ from torch import Tensor
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.em.expectation import Expectation, Problem, responsibilities
 from ppl_gen.inference.em.gradient import gradient_step
-from ppl_gen.inference.em.matching import Derived, derived
+from ppl_gen.inference.em.matching import Derived, matched
 from ppl_gen.inference.em.probe import Probe, probed
 
 __all__ = ["Maximiser"]
@@ -33,7 +33,7 @@ class Maximiser:
         self.problem, self.mode, self.seed = problem, mode, seed
         self.offers = mode in ("auto", "offered") and problem.program.em is not None
         self.offered: tuple[str, ...] = ()
-        self.derived = Derived({}, {})
+        self.matched = Derived({}, {})
         self.rest: tuple[str, ...] = ()
 
     def prepare(self, expectation: Expectation) -> None:
@@ -55,13 +55,13 @@ class Maximiser:
         if not rest and not self.problem.leaves:
             return
         expectation = self._by_site(expectation)
-        self.derived = Derived({}, dict.fromkeys(rest, "as asked"))
+        self.matched = Derived({}, dict.fromkeys(rest, "as asked"))
         if rest and self.mode != "gradient":
             probe = probed(self.problem, values, set(expectation.weights), self.seed)
-            self.derived = self._verified(derived(self.problem, probe, rest), probe, values, expectation.weights)
-        self.rest = tuple(name for name in rest if name not in self.derived.kinds)
+            self.matched = self._verified(matched(self.problem, probe, rest), probe, values, expectation.weights)
+        self.rest = tuple(name for name in rest if name not in self.matched.kinds)
         if self.mode == "derived" and (self.rest or self.problem.leaves):
-            self._refuse(self.rest, "; ".join(f"{name}: {self.derived.reasons[name]}" for name in self.rest))
+            self._refuse(self.rest, "; ".join(f"{name}: {self.matched.reasons[name]}" for name in self.rest))
 
     def _refuse(self, names: Iterable[str], why: str) -> None:
         left = sorted([*names, *self.problem.leaves])
@@ -78,7 +78,7 @@ class Maximiser:
             return found
         gains = {name: self._missed(found, (name,), values, weights) for name in found.kinds}
         reasons = {name: f"its closed form misses {gain:.1e} nats" for name, gain in gains.items() if gain is not None}
-        kept = derived(self.problem, probe, [name for name in found.kinds if name not in reasons])
+        kept = matched(self.problem, probe, [name for name in found.kinds if name not in reasons])
         if kept.kinds and self._missed(kept, kept.kinds, values, weights) is None:
             return replace(kept, reasons={**found.reasons, **reasons, **kept.reasons})
         return Derived(
@@ -106,12 +106,12 @@ class Maximiser:
         values = expectation.values
         if self.offers:
             values = {**values, **self._offered(expectation)}
-        if not self.derived.kinds and not self.rest and not self.problem.leaves:
+        if not self.matched.kinds and not self.rest and not self.problem.leaves:
             return values
         expectation = self._by_site(expectation)
-        if self.derived.kinds:
+        if self.matched.kinds:
             with torch.no_grad():
-                values = {**values, **self.derived(values, expectation.weights)}
+                values = {**values, **self.matched(values, expectation.weights)}
         if self.rest or self.problem.leaves:
             values, _ = gradient_step(self.problem, values, expectation.weights, self.rest)
         return values
@@ -144,11 +144,11 @@ class Maximiser:
         parts = []
         if self.offered:
             parts.append(f"{', '.join(self.offered)}: offered by the program")
-        for kind in dict.fromkeys(self.derived.kinds.values()):
-            names = [name for name, own in self.derived.kinds.items() if own == kind]
+        for kind in dict.fromkeys(self.matched.kinds.values()):
+            names = [name for name, own in self.matched.kinds.items() if own == kind]
             parts.append(f"{', '.join(names)}: derived ({kind})")
-        for reason in dict.fromkeys(self.derived.reasons.get(name, "") for name in self.rest):
-            names = [name for name in self.rest if self.derived.reasons.get(name, "") == reason]
+        for reason in dict.fromkeys(self.matched.reasons.get(name, "") for name in self.rest):
+            names = [name for name in self.rest if self.matched.reasons.get(name, "") == reason]
             parts.append(f"{', '.join(names)}: gradient (L-BFGS on the expected log-joint; {reason})")
         if self.problem.leaves:
             parts.append(f"{', '.join(self.problem.leaves)}: gradient (L-BFGS on the expected log-joint)")

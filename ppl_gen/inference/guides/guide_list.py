@@ -13,7 +13,7 @@ from pyro.infer.autoguide.guides import AutoCallable
 from ppl_gen.handlers.opened import called_through
 from ppl_gen.handlers.ordered import ordered
 from ppl_gen.handlers.whole_plates import OnePlateEach
-from ppl_gen.program.program import filtered
+from ppl_gen.program.program import with_known_kwargs
 
 __all__ = ["SharedPlates", "has_own_parts", "holds_rows", "sharing_plates"]
 
@@ -61,10 +61,10 @@ def sharing_plates(guide: Any, order: Sequence[str] = ()) -> Any:
 
 def _called_by_name(part: Any, order: Sequence[str]) -> Any:
     if not isinstance(part, torch.nn.Module):
-        return filtered(ordered(part, order))
+        return with_known_kwargs(ordered(part, order))
 
     def handler(call: Callable[..., Any]) -> Callable[..., Any]:
-        return filtered(functools.wraps(part.forward)(lambda *args, **kwargs: call(*args, **kwargs)))
+        return with_known_kwargs(functools.wraps(part.forward)(lambda *args, **kwargs: call(*args, **kwargs)))
 
     return called_through(part, handler)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.sites import is_sample, transforms_of
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["check_jacobians"]
 
@@ -31,7 +31,7 @@ def check_jacobians(guide: Callable[..., Any], batch: Batch, seed: int = 0) -> N
     Raises:
         IncompatibleError: naming site and transform, where the two differ (Pyro's Sylvester, say).
     """
-    with looking():
+    with without_side_effects():
         trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
         torch.manual_seed(seed)
         for name, site in trace.nodes.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Setting
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["Laplace", "kept_buffers", "restored_laplace", "second_stage"]
 
@@ -33,7 +33,7 @@ class Laplace(AutoContinuous):
         self._first = (first,)  # not a submodule: its parameter does not belong to this guide
         self.register_buffer("loc", loc)
         self.register_buffer("scale_tril", scale_tril)
-        with looking():
+        with without_side_effects():
             self._setup_prototype(*batch.args, **batch.kwargs)
 
     @property

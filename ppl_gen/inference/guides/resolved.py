@@ -29,8 +29,8 @@ from ppl_gen.handlers.sites import is_deterministic
 from ppl_gen.inference.guides.guide_list import sharing_plates
 from ppl_gen.inference.guides.laplace import Laplace
 from ppl_gen.program.dry_run import ProgramInfo
-from ppl_gen.program.program import filtered
-from ppl_gen.workspace.isolation import copied, looking, revived
+from ppl_gen.program.program import with_known_kwargs
+from ppl_gen.workspace.isolation import copied, revived, without_side_effects
 
 __all__ = ["as_class", "as_whole", "is_auto", "point_sites", "refuse_row_parameters", "resolved_guide"]
 
@@ -66,7 +66,7 @@ def _resolved(run: Run) -> Callable[..., Any] | None:
         return copied(guide, shared=guide.children())
     if isinstance(guide, torch.nn.Module):
         return guide
-    return filtered(guide)
+    return with_known_kwargs(guide)
 
 
 def as_class(guide: Any) -> tuple[Any, dict[str, Any]]:
@@ -156,7 +156,7 @@ def refuse_row_parameters(run: Run, guide: Callable[..., Any], batch: Batch) -> 
         return
     fewer = run.data.batch(batch.index[:-1])
     try:
-        with looking():
+        with without_side_effects():
             trace = poutine.trace(guide).get_trace(*fewer.args, **fewer.kwargs)
         frames = [f for n in local if n in trace for f in trace.nodes[n]["cond_indep_stack"]]
         sizes = {f.size for f in frames if f.name == run.info.data_plate}

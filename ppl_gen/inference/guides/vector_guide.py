@@ -19,7 +19,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.fitting.run import Run
 from ppl_gen.inference.unconstrained import Unconstrained
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["guide_from_vector"]
 
@@ -30,7 +30,7 @@ class _VectorGuide(AutoContinuous):
     def __init__(self, model: Callable[..., Any], batch: Batch, distribution: Callable[[], TorchDistribution]) -> None:
         super().__init__(model)
         self._distribution = distribution
-        with looking():
+        with without_side_effects():
             self._setup_prototype(*batch.args, **batch.kwargs)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> TorchDistribution:

@@ -19,10 +19,10 @@ import torch
 
 from ppl_gen.capture.recording import Recording
 from ppl_gen.handlers.whole_plates import whole_plates
-from ppl_gen.inference.mcmc.kernel import Chain, Table, sample_chain
+from ppl_gen.inference.mcmc.kernel import Chain, DrawTable, sample_chain
 from ppl_gen.runtime.interrupts import check, hold
 from ppl_gen.runtime.workers import initializer, scratch, spawning, unworried
-from ppl_gen.workspace.isolation import Workspace, isolated, quiet
+from ppl_gen.workspace.isolation import Workspace, isolated, validation_off
 
 __all__ = ["one_thread", "run_chains", "workers"]
 
@@ -30,7 +30,7 @@ _POLL = 0.2  # seconds between two looks at the workers
 _IDLE = 60  # seconds that workers stay for the next fit
 _WORTHWHILE = 6.0  # seconds: starting a worker costs about three, most of it importing torch and Pyro
 
-Report = Callable[[Sequence[Table]], None]
+Report = Callable[[Sequence[DrawTable]], None]
 
 
 @contextlib.contextmanager
@@ -44,8 +44,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run(chain: Chain, table: Table, tick: Callable[[], None]) -> None:
-    with one_thread(), isolated(chain.seed, dtype=chain.dtype), quiet(), whole_plates():
+def _run(chain: Chain, table: DrawTable, tick: Callable[[], None]) -> None:
+    with one_thread(), isolated(chain.seed, dtype=chain.dtype), validation_off(), whole_plates():
         potential = chain.potential
         sample_chain(chain, potential.load() if isinstance(potential, Recording) else potential, table, tick)
 
@@ -57,7 +57,7 @@ def _work(content: bytes, path: str) -> None:
     except Exception as error:
         raise _CannotTravel(f"{type(error).__name__}: {error}") from error
     with Workspace(device=chain.device, dtype=chain.dtype, modules=dict(chain.modules)):
-        _run(chain, Table.of(chain, Path(path), "r+"), lambda: None)
+        _run(chain, DrawTable.of(chain, Path(path), "r+"), lambda: None)
 
 
 def workers(chains: int, seconds: float, device: torch.device | None) -> int:
@@ -71,7 +71,7 @@ def workers(chains: int, seconds: float, device: torch.device | None) -> int:
     return 1 if nested else min(chains, cpu_count())
 
 
-def run_chains(chains: Sequence[Chain], processes: int, report: Report) -> tuple[list[Table], bool, str | None]:
+def run_chains(chains: Sequence[Chain], processes: int, report: Report) -> tuple[list[DrawTable], bool, str | None]:
     """Run all chains; ``report(tables)`` is called as they grow.
 
     Returns the tables, whether Ctrl-C, SIGTERM or a KeyboardInterrupt of ``report`` ended the run, and why it ran in
@@ -91,8 +91,8 @@ class _CannotTravel(Exception):
     """A chain could not be pickled in this process, or unpickled in another."""
 
 
-def _here(chains: Sequence[Chain], report: Report) -> tuple[list[Table], bool]:
-    tables = [Table.of(chain) for chain in chains]
+def _here(chains: Sequence[Chain], report: Report) -> tuple[list[DrawTable], bool]:
+    tables = [DrawTable.of(chain) for chain in chains]
 
     def tick() -> None:
         report(tables)
@@ -106,7 +106,7 @@ def _here(chains: Sequence[Chain], report: Report) -> tuple[list[Table], bool]:
     return tables, False
 
 
-def _side_by_side(chains: Sequence[Chain], processes: int, report: Report) -> tuple[list[Table], bool]:
+def _side_by_side(chains: Sequence[Chain], processes: int, report: Report) -> tuple[list[DrawTable], bool]:
     # loky starts fresh interpreters that do not import the user's script, so that no __main__ guard is needed; forking
     # a process whose torch has used threads can hang.
     from joblib.externals.loky import get_reusable_executor
@@ -118,7 +118,7 @@ def _side_by_side(chains: Sequence[Chain], processes: int, report: Report) -> tu
         raise _CannotTravel(f"{type(error).__name__}: {error}") from error
     with scratch() as folder, unworried():
         paths = [folder / f"chain{i}" for i in range(len(chains))]
-        tables = [Table.of(chain, path) for chain, path in zip(chains, paths, strict=True)]
+        tables = [DrawTable.of(chain, path) for chain, path in zip(chains, paths, strict=True)]
         executor = get_reusable_executor(max_workers=processes, timeout=_IDLE, **initializer())
         interrupted = False
         try:
@@ -130,10 +130,10 @@ def _side_by_side(chains: Sequence[Chain], processes: int, report: Report) -> tu
             if not isinstance(error, KeyboardInterrupt):
                 raise
             interrupted = True
-        return [Table(np.array(table.rows)) for table in tables], interrupted  # copies, as the files go
+        return [DrawTable(np.array(table.rows)) for table in tables], interrupted  # copies, as the files go
 
 
-def _wait(futures: Sequence[Future[None]], tables: Sequence[Table], report: Report) -> None:
+def _wait(futures: Sequence[Future[None]], tables: Sequence[DrawTable], report: Report) -> None:
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     pending = set(futures)

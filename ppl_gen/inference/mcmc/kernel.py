@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppl_gen.capture.recording import Recording
 
-__all__ = ["STATISTICS", "Chain", "Metric", "Table", "sample_chain"]
+__all__ = ["STATISTICS", "Chain", "DrawTable", "Metric", "sample_chain"]
 
 #: What is kept of every draw beside its position.
 STATISTICS = ("diverging", "energy", "lp", "acceptance_rate", "n_steps", "tree_depth", "step_size")
@@ -51,14 +51,14 @@ class Chain:
         return self.warmup + self.draws * self.thin
 
 
-class Table:
+class DrawTable:
     """The draws of a chain: row 0 holds counters, every other row a position followed by its `STATISTICS`."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = rows
 
     @classmethod
-    def of(cls, chain: Chain, path: Path | None = None, mode: str = "w+") -> Table:
+    def of(cls, chain: Chain, path: Path | None = None, mode: str = "w+") -> DrawTable:
         shape = (chain.draws + 1, len(chain.start) + len(STATISTICS))
         if path is None:
             return cls(np.zeros(shape))
@@ -176,7 +176,7 @@ class _Kernel(PyroNUTS):
         return -float(self._potential_energy_last)
 
 
-def sample_chain(chain: Chain, function: Function, table: Table, tick: Callable[[], None]) -> None:
+def sample_chain(chain: Chain, function: Function, table: DrawTable, tick: Callable[[], None]) -> None:
     """Fill the table, one iteration of the kernel after another."""
     kernel = _Kernel(function, chain)
     kernel.setup(chain.warmup)

@@ -18,7 +18,7 @@ from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.fitting.posterior import ChainPosterior
 from ppl_gen.fitting.run import Outcome, Run
 from ppl_gen.inference.mcmc.chains import one_thread, run_chains, workers
-from ppl_gen.inference.mcmc.kernel import Chain, Table
+from ppl_gen.inference.mcmc.kernel import Chain, DrawTable
 from ppl_gen.inference.unconstrained import NEAR, Unconstrained, starting_point
 from ppl_gen.program.offers import Need
 from ppl_gen.runtime.progress import Part
@@ -189,7 +189,13 @@ class NUTS(Algorithm):
         )
 
     def _outcome(
-        self, run: Run, density: Unconstrained, kept: list[Table], length: int, tables: list[Table], interrupted: bool
+        self,
+        run: Run,
+        density: Unconstrained,
+        kept: list[DrawTable],
+        length: int,
+        tables: list[DrawTable],
+        interrupted: bool,
     ) -> Outcome:
         stats = {
             name: torch.as_tensor(np.stack([table.statistics(length)[name] for table in kept]))
@@ -258,7 +264,7 @@ def _seconds(function: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor) -> flo
     return min(times)
 
 
-def _rectangle(tables: list[Table], draws: int) -> tuple[list[Table], int]:
+def _rectangle(tables: list[DrawTable], draws: int) -> tuple[list[DrawTable], int]:
     """The chains and the common length that keep most draws: all of them unless the run was interrupted."""
     lengths = {min(table.kept, draws) for table in tables} - {0}
     if not lengths:
@@ -299,7 +305,7 @@ class _Report:
         self.iterations, self.warmup = iterations, warmup
         self.shown = 0.0
 
-    def __call__(self, tables: Sequence[Table]) -> None:
+    def __call__(self, tables: Sequence[DrawTable]) -> None:
         if self.run.progress is None and not self.run.hooks:
             return
         done = sum(table.done for table in tables)
@@ -314,7 +320,7 @@ class _Report:
             if 1 < len(tables) <= _BARS and (parts := getattr(self.run.progress, "parts", None)):
                 parts([self._part(i, table) for i, table in enumerate(tables, 1)])
 
-    def _part(self, number: int, table: Table) -> Part:
+    def _part(self, number: int, table: DrawTable) -> Part:
         if table.done < self.warmup:
             return Part(f"chain {number} warm-up", table.done, self.warmup)
         return Part(f"chain {number} sampling", table.done - self.warmup, self.iterations - self.warmup)

@@ -20,7 +20,7 @@ from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
 from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, reads_own_observation
 from ppl_gen.program.offers import Need
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["COSTS", "Adversarial", "Costs", "gradient_penalty"]
 
@@ -182,7 +182,7 @@ class _AdversarialGame(Game):
         sites = compared_sites(setting.info, objective.site, objective.relaxation)
         self.rows = ObservedRows(setting.model, setting.info, sites, objective.relaxation)
         self._refuse_teacher_forcing(setting)
-        with looking():
+        with without_side_effects():
             real, _ = self.rows(setting.probe)
         critic = _default_critic(real) if objective.critic is None else copy.deepcopy(objective.critic)
         self.critic = critic.to(device=real.device, dtype=real.dtype)
@@ -273,7 +273,7 @@ def _check_output(critic: nn.Module, real: Tensor) -> None:
     modes = {module: module.training for module in critic.modules()}
     critic.eval()
     try:
-        with looking():
+        with without_side_effects():
             shape = tuple(critic(real).shape)
     except (RuntimeError, ValueError) as error:  # both come from layers that refuse a shape
         raise ValueError(

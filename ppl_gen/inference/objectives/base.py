@@ -13,8 +13,8 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
 from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.offers import Need, require
-from ppl_gen.program.program import Program, filtered
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.program.program import Program, with_known_kwargs
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["Objective", "started"]
 
@@ -66,7 +66,7 @@ class Objective(ABC):
         kept: dict[Any, tuple[Game, GameState]] = self.__dict__.setdefault("_games", {})
         if (model, guide) not in kept:
             program = Program(model, guide)
-            with looking():
+            with without_side_effects():
                 info = dry_run(program, batch, guide=guide if self.uses_guide else None)
             require(self.label, self.needs, program.name, info.offers)
             game = started(self, Setting(program, model, guide, info, batch))
@@ -92,12 +92,12 @@ class _WithTerms(Game):
     """Another game, whose player "program" also pays the program's own terms."""
 
     def __init__(self, game: Game, setting: Setting) -> None:
-        self.game, self.terms = game, {name: filtered(term) for name, term in setting.program.terms.items()}
+        self.game, self.terms = game, {name: with_known_kwargs(term) for name, term in setting.program.terms.items()}
         self.players, self.modules = game.players, game.modules
         self.notes = {**game.notes, "terms": f"added to the loss: {', '.join(self.terms)}"}
         for name, term in self.terms.items():
             self._refuse_name(name, [f"{player.name}_loss" for player in game.players])
-            with looking():
+            with without_side_effects():
                 _check_term(name, term(*setting.probe.args, **setting.probe.kwargs), setting.probe.rows)
 
     def _refuse_name(self, name: str, taken: Collection[str]) -> None:

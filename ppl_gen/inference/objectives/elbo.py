@@ -18,7 +18,7 @@ from ppl_gen.handlers.sites import in_plate, is_sample, log_density, own_scale, 
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.estimators import Estimators, choose_estimators, refuse_tied_rows
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
-from ppl_gen.inference.objectives.tracing import divergence, traces, weighed_alike
+from ppl_gen.inference.objectives.tracing import analytic_kl, traces, weighed_alike
 from ppl_gen.program.offers import Need
 
 __all__ = ["ELBO"]
@@ -160,7 +160,7 @@ class _SampledGame(Game):
                 continue
             p = model.nodes.get(name)
             if name in self.estimators.analytic and name not in touched and weighed_alike(q, p):
-                total = total + scaled(divergence(q["fn"], p["fn"]), q).sum()
+                total = total + scaled(analytic_kl(q["fn"], p["fn"]), q).sum()
                 continue
             total = total + scaled(log_density(q), q).sum()
             if p is not None and is_sample(p) and name not in touched:

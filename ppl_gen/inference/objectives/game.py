@@ -14,7 +14,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.program.dry_run import ProgramInfo
 from ppl_gen.program.program import Program
 
-__all__ = ["GameState", "Game", "Loss", "Player", "Setting"]
+__all__ = ["Game", "GameState", "Loss", "Player", "Setting"]
 
 
 #: What a game carries from step to step: tensors by name.

@@ -16,7 +16,7 @@ from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.carried import _base, _Carrier
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.program.dry_run import ProgramInfo, Site
-from ppl_gen.workspace.isolation import looking
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["ObservedRows", "compared_sites", "reads_own_observation"]
 
@@ -157,12 +157,12 @@ def reads_own_observation(run: Callable[[Batch], poutine.Trace], batch: Batch, n
     observation away does not make new rows. ``run`` traces it with its observations removed. The entries of the batch
     are blanked one after the other: where both the removed observation and the draw change, the program reads it.
     """
-    with looking():
+    with without_side_effects():
         first = run(batch)
     found = set()
     for other in _blanked_each(batch):
         try:
-            with looking():
+            with without_side_effects():
                 second = run(other)
         except PROGRAM_ERRORS:
             continue  # an input that cannot be anything else (an index, say)

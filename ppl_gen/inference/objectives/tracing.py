@@ -15,7 +15,7 @@ from ppl_gen.handlers.rescale import RescalePlate
 from ppl_gen.handlers.sites import nothing
 from ppl_gen.inference.objectives.game import Setting
 
-__all__ = ["divergence", "traces", "weighed_alike"]
+__all__ = ["analytic_kl", "traces", "weighed_alike"]
 
 
 def traces(setting: Setting, batch: Batch) -> tuple[poutine.Trace, poutine.Trace]:
@@ -30,7 +30,7 @@ def traces(setting: Setting, batch: Batch) -> tuple[poutine.Trace, poutine.Trace
     return guide, model
 
 
-def divergence(q: Any, p: Any) -> Tensor:
+def analytic_kl(q: Any, p: Any) -> Tensor:
     """KL(q || p) with event dimensions summed, in the broadcast batch shape."""
     reinterpreted = 0
     while isinstance(q, dist.Independent) and isinstance(p, dist.Independent):

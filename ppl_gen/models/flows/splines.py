@@ -69,8 +69,8 @@ def rational_quadratic(
 
 
 def _knots(raw: Tensor, bound: float) -> Tensor:
-    shares = _LEAST + (1 - _LEAST * raw.shape[-1]) * raw.softmax(-1)
-    inner = bound * (2 * shares.cumsum(-1)[..., :-1] - 1)
+    proportions = _LEAST + (1 - _LEAST * raw.shape[-1]) * raw.softmax(-1)
+    inner = bound * (2 * proportions.cumsum(-1)[..., :-1] - 1)
     return nn.functional.pad(nn.functional.pad(inner, (1, 0), value=-bound), (0, 1), value=bound)
 
 

@@ -15,7 +15,7 @@ from torch.distributions import constraints, kl_divergence
 from ppl_gen.nn.moments import Moments, moments
 from ppl_gen.program.extensions import CAVIUpdates, EMSteps
 
-__all__ = ["Components", "Mixture", "Standard", "maximised", "shares"]
+__all__ = ["Components", "Mixture", "Standard", "maximised", "proportions"]
 
 
 class Components(Protocol):
@@ -39,7 +39,7 @@ class Components(Protocol):
     def maximise(self, groups: Moments, prior: bool) -> dict[str, Tensor]: ...
     def update(self, groups: Moments) -> dict[str, Tensor]: ...
     def expected_log_density(self, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor: ...
-    def divergence(self, parameters: Mapping[str, Tensor]) -> Tensor: ...
+    def kl(self, parameters: Mapping[str, Tensor]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Mixture:
         """New values of all global sites from responsibilities N x K. A component without rows stays where it was."""
         groups = moments(self.standard.scaled(x), weights["assignment"], full=self.gaussian.full)
         new = maximised(self.gaussian, groups, values, prior)
-        return {**new, "weights": shares(groups.counts, self.concentration, prior)} if self.free else new
+        return {**new, "weights": proportions(groups.counts, self.concentration, prior)} if self.free else new
 
     def cavi(self, start: Callable[[], Mapping[str, Tensor]]) -> CAVIUpdates:
         """Coordinate updates of q(z) q(w) q(mu, Sigma), the conjugate mean field; z is at its optimum throughout."""
@@ -132,7 +132,7 @@ class Mixture:
         return self.gaussian.expected_log_density(parameters, rows) + log_weights
 
     def _bound(self, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        bound = self._log_joint(parameters, rows).logsumexp(-1).sum() - self.gaussian.divergence(parameters)
+        bound = self._log_joint(parameters, rows).logsumexp(-1).sum() - self.gaussian.kl(parameters)
         if self.free:
             own = parameters["weights_concentration"]
             prior = torch.full_like(own, self.concentration)
@@ -151,7 +151,7 @@ def maximised(gaussian: Components, groups: Moments, values: Mapping[str, Tensor
     return {name: torch.where(beside[name], values[name], value) for name, value in new.items()}
 
 
-def shares(counts: Tensor, concentration: float, prior: bool) -> Tensor:
+def proportions(counts: Tensor, concentration: float, prior: bool) -> Tensor:
     """The most likely (or most probable) probabilities of categories with these counts, along the last dimension.
 
     Categories without counts keep a share at the rounding error, so that their logarithm is finite; a row without any

@@ -15,7 +15,7 @@ from ppl_gen.arguments import require_choice
 from ppl_gen.data.inputs import active_steps, check_width, sequences
 from ppl_gen.errors import require_whole
 from ppl_gen.fits.result import require_fit
-from ppl_gen.nn.recurrent import CELLS, AutoregressiveRows, CharacterNetwork, check_codes
+from ppl_gen.nn.recurrent import RNN_CELLS, AutoregressiveRows, CharacterNetwork, check_codes
 from ppl_gen.program.program import Program, Recipe
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def char_rnn(
     for name, value in (("hidden", hidden), ("layers", layers)):
         require_whole(name, value)
     check_width("symbols", symbols, 2)
-    require_choice("cell", cell, CELLS)
+    require_choice("cell", cell, RNN_CELLS)
     if embedding is not None:
         require_whole("embedding", embedding)
 

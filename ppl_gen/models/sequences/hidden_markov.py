@@ -19,7 +19,7 @@ from ppl_gen.arguments import require_choice
 from ppl_gen.data.inputs import active_steps, sequences
 from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.models.mixture.gaussian import spread_means
-from ppl_gen.models.mixture.steps import Standard, maximised, shares
+from ppl_gen.models.mixture.steps import Standard, maximised, proportions
 from ppl_gen.models.relabelling import matched_order, permuted
 from ppl_gen.models.sequences.forward import expectations
 from ppl_gen.nn.moments import moments
@@ -182,7 +182,7 @@ class _Categorical:
     def maximise(self, weights: Tensor, values: Mapping[str, Tensor], prior: bool, x: Tensor) -> dict[str, Tensor]:
         seen = x.unsqueeze(-1) == torch.arange(len(self.frequencies), device=x.device)
         counts = torch.einsum("ntk,ntc->kc", weights, seen.to(weights))
-        return {"emission": shares(counts, self.concentration, prior)}
+        return {"emission": proportions(counts, self.concentration, prior)}
 
 
 def _program(states: int, emits: _Emission, concentration: float) -> Program:
@@ -227,7 +227,7 @@ def _program(states: int, emits: _Emission, concentration: float) -> Program:
         x: Tensor,
         lengths: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        chain = {name: shares(weights[name], concentration, prior) for name in ("initial", "transition")}
+        chain = {name: proportions(weights[name], concentration, prior) for name in ("initial", "transition")}
         return chain | emits.maximise(weights["states"], values, prior, x)
 
     return Program(

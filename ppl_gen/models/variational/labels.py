@@ -34,13 +34,13 @@ class Classifier(nn.Module):
         self.register_buffer("centre", centre.clone())
         self.register_buffer("spread", spread.clone())
 
-    def log_odds(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """Unnormalised log probabilities: ... x columns -> ... x classes."""
         odds: Tensor = self.network(standardised(x, self.centre, self.spread))
         return odds
 
     def forward(self, x: Tensor) -> Any:
-        return dist.Categorical(logits=self.log_odds(x))
+        return dist.Categorical(logits=self.logits(x))
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Labels:
             wrong = (labels >= 0) & (labels != y)
             pyro.factor("label", torch.where(wrong, RULED_OUT, 0.0))
 
-    def guess(self, log_odds: Tensor, labels: Tensor | None) -> Any:
+    def guess(self, logits: Tensor, labels: Tensor | None) -> Any:
         """In the guide: q(y | x), which puts everything on a label that is given."""
         if labels is not None:
             other = labels.unsqueeze(-1) != torch.arange(self.classes)
-            log_odds = torch.where((labels >= 0).unsqueeze(-1), torch.where(other, RULED_OUT, 0.0), log_odds)
-        return dist.Categorical(logits=log_odds)
+            logits = torch.where((labels >= 0).unsqueeze(-1), torch.where(other, RULED_OUT, 0.0), logits)
+        return dist.Categorical(logits=logits)
 
-    def loss(self, log_odds: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    def loss(self, logits: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         """alpha times the mean over the labelled rows of -log q(y | x), in nats, for every row of the batch.
 
         It is taken over the labelled rows of all the data, as many as the batch has rows at least: a batch of thousands
@@ -78,7 +78,7 @@ class Labels:
         chosen = torch.arange(len(self.y)) if len(self.y) <= most else torch.randint(len(self.y), (most,))
         x = self.x[chosen.cpu()].to(batch)
         x = x if self.draw is None else self.draw({"x": x})["x"]
-        missed = nn.functional.cross_entropy(log_odds(x), self.y[chosen.cpu()].to(batch.device))
+        missed = nn.functional.cross_entropy(logits(x), self.y[chosen.cpu()].to(batch.device))
         return (self.alpha * missed).expand(len(batch))
 
 

@@ -171,11 +171,11 @@ def m2(
             pyro.module("classifier", classifier)
             pyro.module("encoder", encoder)
             with pyro.plate("data", len(x)):
-                y = pyro.sample("y", labels.guess(classifier.log_odds(x), y))
+                y = pyro.sample("y", labels.guess(classifier.logits(x), y))
                 pyro.sample("z", encoder(x, y))
 
         def classifier_loss(x: Tensor) -> Tensor:
-            return labels.loss(classifier.log_odds, x)
+            return labels.loss(classifier.logits, x)
 
         return Program(model, guide, name="m2", terms={"classifier": classifier_loss})
 
@@ -267,11 +267,11 @@ def m1_m2(
             pyro.module("features", features)
             with pyro.plate("data", len(x)):
                 z1 = pyro.sample("z1", features(x))
-                y = pyro.sample("y", labels.guess(classifier.log_odds(z1), y))
+                y = pyro.sample("y", labels.guess(classifier.logits(z1), y))
                 pyro.sample("z2", encoder(z1, y))
 
         def classifier_loss(x: Tensor) -> Tensor:
-            return labels.loss(lambda rows: classifier.log_odds(features(rows).sample()), x)
+            return labels.loss(lambda rows: classifier.logits(features(rows).sample()), x)
 
         return Program(model, guide, name="m1_m2", terms={"classifier": classifier_loss})
 
