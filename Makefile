@@ -16,7 +16,7 @@ help:
 	@echo "make demo      set up, compare four algorithms on the crabs, say where the report is"
 	@echo "make test      set up, run the fast tests and the examples in the docstrings"
 	@echo "make test-all  the slow tests too"
-	@echo "make lint      ruff and mypy;  make format  lets ruff fix what it can"
+	@echo "make lint      ruff, import-linter and mypy;  make format  lets ruff fix what it can"
 	@echo "make examples  every file of examples/, shortened"
 	@echo "make benchmarks  the long benchmarks at a few steps each; writes no results"
 	@echo "make docs      the site, into docs/_build/html: every code cell and every example is run"

@@ -91,7 +91,7 @@ def torch_threads(threads: int) -> Iterator[None]:
     """Torch on so many threads inside: the last bits of a sum depend on how it was shared out.
 
     >>> before = torch.get_num_threads()
-    >>> with counted(1):
+    >>> with torch_threads(1):
     ...     torch.get_num_threads()
     1
     >>> torch.get_num_threads() == before
