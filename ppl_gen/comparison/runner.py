@@ -8,7 +8,7 @@ import math
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,16 @@ from ppl_gen.data.batching import Batch, as_dataset
 from ppl_gen.diagnostics.verdicts import Verdict
 from ppl_gen.draws.new_data import check_columns
 from ppl_gen.errors import FitWarning, IncompatibleError, NonFiniteError
+from ppl_gen.fits import preparing
 from ppl_gen.fits.driver import fit as learn
+from ppl_gen.fits.preparing import prepared
 from ppl_gen.fits.result import Fit, Status
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.program.program import Program, Recipe, with_known_kwargs
 from ppl_gen.runtime.interrupts import allowed, taken
 from ppl_gen.runtime.progress import called
-from ppl_gen.workspace.isolation import isolated
+from ppl_gen.runtime.threads import torch_threads
 
 if TYPE_CHECKING:
     import pandas
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from ppl_gen.evidence.estimates import Evidence
     from ppl_gen.program.dry_run import ProgramInfo
 
-__all__ = ["Callback", "Job", "Line", "Task", "inspected", "line_of", "one_by_one", "torch_threads"]
+__all__ = ["Callback", "Job", "Line", "Task", "inspected", "line_of", "one_by_one"]
 
 Job = tuple[str, Algorithm, int]
 _TRUST = {"trust": "trusted", "doubtful": "doubtful", "do not trust": "not trusted"}
@@ -86,25 +88,6 @@ class Task:
     mark: str = ""
 
 
-@contextlib.contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Torch on so many threads inside: the last bits of a sum depend on how it was shared out.
-
-    >>> before = torch.get_num_threads()
-    >>> with torch_threads(1):
-    ...     torch.get_num_threads()
-    1
-    >>> torch.get_num_threads() == before
-    True
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def inspected(task: Task) -> tuple[ProgramInfo, str]:
     """Dry-run the program on the training rows and check the held-out ones; with a mark of what it draws on a few.
 
@@ -114,20 +97,14 @@ def inspected(task: Task) -> tuple[ProgramInfo, str]:
     Raises:
         ValueError, TypeError: as `pg.check` does, or where the held-out rows are unlike the training rows.
     """
-    from ppl_gen.fits.preparing import built_from, dtype_of, inspected, modules_of
-    from ppl_gen.workspace.isolation import Workspace
-
     place = None if task.device is None else torch.device(task.device)
-    with torch_threads(task.threads), isolated(0, dtype=task.dtype or dtype_of(task.train)):
-        with allowed():
-            built, dataset = built_from(task.recipe, task.train, task.dtype, place, None)
-        space = Workspace(device=place, dtype=dataset.dtype, training=False, modules=modules_of(built, None))
-        with space, allowed():
-            info = inspected(built, dataset)
-            held = as_dataset(task.test, built.model, read=dataset.read, data_dim=dataset.data_dim, missing=True)
-            check_columns("test", held, dataset)
-            with torch.no_grad():
-                return info, _mark(built, dataset.head(64))
+    made = prepared(task.recipe, task.train, dtype=task.dtype, device=place, training=False)
+    with torch_threads(task.threads), allowed(), made as (built, dataset, _):
+        info = preparing.inspected(built, dataset)
+        held = as_dataset(task.test, built.model, read=dataset.read, data_dim=dataset.data_dim, missing=True)
+        check_columns("test", held, dataset)
+        with torch.no_grad():
+            return info, _mark(built, dataset.head(64))
 
 
 def _mark(program: Program, batch: Batch) -> str:
@@ -187,7 +164,7 @@ def line_of(
                 )
                 return _judged(task, label, result)
         except IncompatibleError as error:
-            status, text = "incompatible", str(error)
+            status, text = str(Status.INCOMPATIBLE), str(error)
         except NonFiniteError as error:
             status, text, kept = str(Status.DIVERGED), str(error), error.fit
         except Exception as error:  # whatever a program may raise is a row, and the row reports it

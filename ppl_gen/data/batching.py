@@ -17,6 +17,7 @@ from ppl_gen.data.sources import collected
 
 __all__ = ["Batch", "Batches", "Constant", "Dataset", "as_dataset", "by_step", "constant", "is_double"]
 
+FEW = 256  # rows of large data that a look at a program takes
 LARGE = 1_000_000  # elements: beyond this a dry run looks at a slice, and posterior draws are not made for every row
 
 
@@ -123,6 +124,10 @@ class Dataset:
             return self.batch()
         return self.batch(torch.arange(rows, device="cpu"), total=rows)
 
+    def glimpse(self) -> Batch:
+        """What a look at a program runs it on: all rows, or the first few of large data."""
+        return self.head(FEW) if self.elements > LARGE else self.batch()
+
     def template(self, rows: int) -> Batch:
         """``rows`` rows, the data's own repeated as often as needed: the shape on which new rows are drawn."""
         if self.rows is None:
@@ -180,7 +185,9 @@ class Batches:
 
     def __init__(self, data: Dataset, size: int | None, seed: int, stratify: str | None = None) -> None:
         self.data, self.size = data, size
-        self._generator = torch.Generator("cpu").manual_seed(seed)
+        # Not the seed itself: the order of rows would share its random bits with the first weights of the networks.
+        own = int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0] >> 1)
+        self._generator = torch.Generator("cpu").manual_seed(own)
         self._order = torch.empty(0, dtype=torch.long, device="cpu")
         self._strata = _strata(data, stratify)
         self._drawn = 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ppl_gen.data.batching import LARGE, Batch
+from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.moments import Moments, compared, varying
 from ppl_gen.draws.new_data import follows_rows
 from ppl_gen.enumeration.finite_globals import extended, summed_globals
@@ -82,7 +82,7 @@ def _globals(fit: Fit) -> dict[str, Tensor]:
         return _with_finite_globals(fit)
     if not info.select(local=False):
         return {}
-    drawn_on = fit.data.head(256) if fit.data.elements > LARGE and info.data_plate else fit.data.batch()
+    drawn_on = fit.data.glimpse() if info.data_plate else fit.data.batch()
     return global_draw(fit.guide, drawn_on, info)[0]  # auxiliary draws included: the locals may depend on them
 
 

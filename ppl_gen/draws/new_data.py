@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pyro
 from pyro import poutine
 
-from ppl_gen.data.batching import LARGE, Batch, Dataset
+from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.draws.predictive import global_draws
 from ppl_gen.enumeration.finite_globals import summed_globals
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["check_columns", "check_rows", "follows_rows", "require_shared", "row_latents"]
 
-_FEW = 256
 _NAMED = 3
 
 
@@ -48,7 +47,7 @@ def check_rows(fit: Fit, data: Dataset) -> None:
     if data.missing:
         with fit.bound():
             refuse_read_nan(fit.program.model, data)
-    batch = data.head(_FEW) if data.elements > LARGE else data.batch()
+    batch = data.glimpse()
     try:
         with fit.bound(), without_side_effects():
             values = global_draws(fit, 1)[0] if fit.info.select(local=False) else {}

@@ -10,7 +10,7 @@ from pyro import poutine
 from pyro.distributions import Unit
 from torch import Tensor
 
-from ppl_gen.data.batching import LARGE, Batch
+from ppl_gen.data.batching import Batch
 from ppl_gen.draws.local_draws import local_draws
 from ppl_gen.draws.observations import entry_mask
 from ppl_gen.enumeration.finite_globals import extended, summed_globals
@@ -49,7 +49,7 @@ def global_draws(fit: Fit, count: int, *, finite: bool = True) -> list[dict[str,
     """
     data = fit.data
     finite = finite and any(site.finite for site in fit.info.select(local=False, discrete=True))
-    batch = data.head(256) if data.elements > LARGE and fit.info.data_plate and not finite else data.batch()
+    batch = data.glimpse() if fit.info.data_plate and not finite else data.batch()
     local = {site.name for site in fit.info.select(local=True)}
     draws = fit.learned.draw(count, batch)
     draws = extended(fit, draws) if finite else draws

@@ -53,7 +53,7 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
         rows = RowsOf(fit.info.data_plate, n, "the sample", _packed(fit))
         with _Generating(fit, n, given), rows, supports:
             _refuse_teacher_forcing(fit, batch, values)
-            trace = run(fit, batch, values | {}, replicate=True)
+            trace = run(fit, batch, values, replicate=True)
         nodes, halves = trace.nodes.items(), fit.info.halves
         return {
             name: node["value"].detach()

@@ -24,7 +24,7 @@ from ppl_gen.errors import (
 )
 from ppl_gen.fits.finished import finished
 from ppl_gen.fits.monitoring import Validation
-from ppl_gen.fits.preparing import built_from, checked_run, dtype_of, inspected, looked_at, modules_of
+from ppl_gen.fits.preparing import built_from, checked_run, dtype_of, inspected, modules_of, prepared
 from ppl_gen.fits.result import Fit, Status
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.fitting.run import Run
@@ -198,24 +198,22 @@ def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -
     from ppl_gen.inference.guides.resolved import as_class, is_auto
 
     data = collected(data)
-    with isolated(0, dtype=dtype_of(data)), same_again(program):
-        built, dataset = built_from(as_recipe(program), data, None, None, None)
+    with same_again(program), prepared(as_recipe(program), data) as (built, dataset, _):
         made = is_auto(built.guide) or isinstance(as_class(built.guide)[0], type)  # by a fit
         guide = None if made else ordered(built.guide, dataset.order)
-        with Workspace(dtype=dataset.dtype, modules=modules_of(built, None)):
-            plain, _ = adapted(built, looked_at(dataset), dataset, vectors=False)
-            try:
-                return inspected(plain, dataset, guide)
-            except ValueError:
-                found = None if guide is not None else _of_vectors(built, dataset)
-                if found is None:
-                    raise
-                return found
+        plain, _notes = adapted(built, dataset.glimpse(), dataset, vectors=False)
+        try:
+            return inspected(plain, dataset, guide)
+        except ValueError:
+            found = None if guide is not None else _of_vectors(built, dataset)
+            if found is None:
+                raise
+            return found
 
 
 def _of_vectors(built: Program, dataset: Dataset) -> ProgramInfo | None:
     """What a program is to the algorithms that read vectors outside of every plate as one draw; None for others."""
-    read, notes = adapted(built, looked_at(dataset), dataset, vectors=True)
+    read, notes = adapted(built, dataset.glimpse(), dataset, vectors=True)
     if "vectors" not in notes:
         return None
     try:

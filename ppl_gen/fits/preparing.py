@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.data.arrays import shared
-from ppl_gen.data.batching import LARGE, Batch, Dataset, as_dataset, is_double, is_single
+from ppl_gen.data.batching import Dataset, as_dataset, is_double, is_single
 from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.data.names import Read
 from ppl_gen.enumeration.broadcasting import unenumerable
@@ -33,9 +34,7 @@ from ppl_gen.program.program import Program, Recipe
 from ppl_gen.program.unlearned import joint, predictions
 from ppl_gen.workspace.isolation import Workspace, isolated, without_side_effects
 
-__all__ = ["built_from", "checked_run", "dtype_of", "inspected", "looked_at", "modules_of"]
-
-DRY_ROWS = 256  # rows of large data that a dry run looks at
+__all__ = ["built_from", "checked_run", "dtype_of", "inspected", "modules_of", "prepared"]
 
 
 def dtype_of(data: Any) -> torch.dtype:
@@ -72,6 +71,24 @@ def built_from(
     return built, rows
 
 
+@contextlib.contextmanager
+def prepared(
+    recipe: Recipe,
+    data: Any,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    training: bool | None = None,
+) -> Iterator[tuple[Program, Dataset, Workspace]]:
+    """The program that ``recipe`` builds of ``data``, and the data, in a workspace and under a seed of their own."""
+    with isolated(seed, dtype=dtype or dtype_of(data)):
+        built, dataset = built_from(recipe, data, dtype, device, None)
+        modules = modules_of(built, None)
+        with Workspace(device=device, dtype=dataset.dtype, training=training, modules=modules) as workspace:
+            yield built, dataset, workspace
+
+
 def _read(given: Any) -> Collection[str]:
     """The entries that a recipe has read; of a mapping that does not tell, perhaps all."""
     return given.names if isinstance(given, Read) else list(given) if isinstance(given, Mapping) else ()
@@ -95,7 +112,7 @@ def modules_of(program: Program, start: Fit | None) -> dict[str, nn.Module]:
 
 
 def inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInfo:
-    batch = looked_at(data)
+    batch = data.glimpse()
     with without_side_effects():
         look = partial(dry_run, program, batch, fewer=lambda: data.head((batch.rows or 2) // 2))
         info = look()
@@ -109,10 +126,6 @@ def inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInfo
             return info
         observed, latent = [s.name for s in info.select(kind="observed")], [s.name for s in info.select()]
         return info.refusing_gradients(why_not_differentiable(program.model, batch, observed, latent))
-
-
-def looked_at(data: Dataset) -> Batch:
-    return data.head(DRY_ROWS) if data.elements > LARGE else data.batch()
 
 
 def _with_plate(program: Program, info: ProgramInfo) -> tuple[Program, dict[str, str]]:
@@ -133,12 +146,12 @@ def checked_run(
     validation: Any,
 ) -> Run:
     program = replace(program, guide=ordered(program.guide, data.order))
-    program, changes = adapted(program, looked_at(data), data, vectors=algorithm.vectors)
+    program, changes = adapted(program, data.glimpse(), data, vectors=algorithm.vectors)
     info = inspected(program, data)
     if info.coupled and "vectors" in changes:  # a row of the data each, and not one draw of a vector
         raise ValueError(info.coupled)
-    check_observed(info, looked_at(data))
-    refuse_idle_masks(program, looked_at(data))
+    check_observed(info, data.glimpse())
+    refuse_idle_masks(program, data.glimpse())
     require(algorithm.label, algorithm.needs, program.name, info.offers, why=info.lost(algorithm.needs))
     program, notes = _with_plate(program, info)
     notes |= changes

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from ppl_gen.draws.predictive import positive, prior_rows, refuse_improper
 from ppl_gen.errors import require_seed
+from ppl_gen.fits.preparing import prepared
 from ppl_gen.handlers.read_sites import is_flat
 from ppl_gen.handlers.sites import is_sample
 from ppl_gen.handlers.whole_plates import whole_plates
+from ppl_gen.program.checks import explained
 from ppl_gen.program.only_summed import by_branches, drawn_too, tried
+from ppl_gen.program.program import as_recipe
 from ppl_gen.workspace.closures import same_again
 
 __all__ = ["prior_predictive"]
@@ -44,24 +47,19 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
         >>> pg.prior_predictive(model, torch.zeros(3), draws=5, seed=0)["x"].shape
         torch.Size([5, 3])
     """
-    from ppl_gen.fits.preparing import built_from, dtype_of, modules_of
-    from ppl_gen.program.checks import explained
-    from ppl_gen.program.program import as_recipe
-    from ppl_gen.workspace.isolation import Workspace, isolated
-
     positive("draws", draws)
-    with isolated(require_seed(seed), dtype=dtype_of(data)), torch.no_grad(), same_again(program):
-        built, dataset = built_from(as_recipe(program), data, None, None, None)
-        modules = modules_of(built, None)
-        with Workspace(dtype=dataset.dtype, training=False, modules=modules), whole_plates():
-            batch = dataset.batch()
-            built, _ = by_branches(built, batch, tried(built.model, batch))
-            with drawn_too(built, batch), explained(built, batch, "model"):
-                trace = poutine.trace(built.model).get_trace(*batch.args, **batch.kwargs)
-            refuse_improper(
-                built.name, {n for n, node in trace.nodes.items() if is_sample(node) and is_flat(node["fn"])}
-            )
-            found = prior_rows(built.model, batch, draws)
-            split = [name.removesuffix("_observed") for name in found if name.endswith("_observed")]
-            halves = {f"{n}_{half}" for n in split if {n, f"{n}_unobserved"} <= found.keys() for half in _HALVES}
-            return {name: value for name, value in found.items() if name not in halves}
+    with (
+        torch.no_grad(),
+        same_again(program),
+        prepared(as_recipe(program), data, seed=require_seed(seed), training=False) as (built, dataset, _),
+        whole_plates(),
+    ):
+        batch = dataset.batch()
+        built, _ = by_branches(built, batch, tried(built.model, batch))
+        with drawn_too(built, batch), explained(built, batch, "model"):
+            trace = poutine.trace(built.model).get_trace(*batch.args, **batch.kwargs)
+        refuse_improper(built.name, {n for n, node in trace.nodes.items() if is_sample(node) and is_flat(node["fn"])})
+        found = prior_rows(built.model, batch, draws)
+        split = [name.removesuffix("_observed") for name in found if name.endswith("_observed")]
+        halves = {f"{n}_{half}" for n in split if {n, f"{n}_unobserved"} <= found.keys() for half in _HALVES}
+        return {name: value for name, value in found.items() if name not in halves}

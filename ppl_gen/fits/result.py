@@ -43,6 +43,7 @@ class Status(enum.StrEnum):
     INTERRUPTED = "interrupted"
     DIVERGED = "diverged"
     FAILED = "failed"
+    INCOMPATIBLE = "incompatible"  # of a row of a comparison: what does not fit makes no fit
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -69,7 +69,6 @@ class Run:
     start: Fit | None = None
     progress: Callable[[int, int, str], None] | None = None
     notes: dict[str, str] = field(default_factory=dict)
-    guide: Callable[..., Any] | None = None
     resolved: Callable[..., Any] | None = None  # the guide that a program alone leads to
     hooks: Sequence[Callable[[int, Info], None]] = ()
     validation: Any = None

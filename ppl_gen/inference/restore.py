@@ -12,7 +12,6 @@ from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor
 from torch.nn import Module
 
-from ppl_gen.data.batching import LARGE
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.fitting.posterior import BUILT_IN, GuidePosterior, PointPosterior
 from ppl_gen.fitting.run import Outcome, Run
@@ -23,8 +22,6 @@ from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import ProgramState
 
 __all__ = ["Restored", "guide_source"]
-
-_ROWS = 256  # rows of large data that the program is run on: parameters do not depend on how many there are
 
 
 def guide_source(algorithm: Algorithm | None, run: Run, outcome: Outcome) -> str | None:
@@ -85,7 +82,7 @@ class Restored(Algorithm):
     def _of_algorithm(self, algorithm: Algorithm, run: Run) -> Outcome:
         """The algorithm's own outcome before a step, with the saved values in it."""
         outcome = algorithm.outline(run)
-        batch = run.data.head(_ROWS) if run.data.elements > LARGE else run.data.batch()
+        batch = run.data.glimpse()
         parts = [part for part in (run.program.model, outcome.guide) if part is not None]
         leaves = run.workspace.collect(*(partial(part, *batch.args, **batch.kwargs) for part in parts))
         made = {**leaves, **outcome.state.unconstrained}
@@ -108,7 +105,7 @@ class Restored(Algorithm):
         return dict(modules)
 
     def _of_program(self, run: Run) -> Outcome:
-        batch = run.data.head(_ROWS) if run.data.elements > LARGE else run.data.batch()
+        batch = run.data.glimpse()
         runs = [partial(run.program.model, *batch.args, **batch.kwargs)]
         guide = None
         if self.guide == "cavi":

@@ -144,7 +144,6 @@ class SVI(Iterative):
 
     def init(self, run: Run) -> State:
         guide = resolved_guide(run) if self.objective.uses_guide else None
-        run.guide = guide
         whole = self.source(run).next() if self.batch_size is not None else run.data.batch()
         probe = as_whole(whole)
         if guide is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_gen.data.batching import LARGE, Dataset
+from ppl_gen.data.batching import Dataset
 from ppl_gen.draws.observations import observed_rows
 from ppl_gen.draws.predictive import deterministic, global_draws
 
@@ -63,7 +63,7 @@ def _globals(fit: Fit, count: int) -> dict[str, np.ndarray]:
     derived = [site.name for site in fit.info.select(kind="deterministic") if site.name not in local]
     with fit.bound():
         if fit.info.select(local=False):
-            batch = fit.data.head(256) if fit.data.elements > LARGE else fit.data.batch()
+            batch = fit.data.glimpse()
             values = _one_order(fit, global_draws(fit, 1 if fit.learned.kind == "point" else count))
             extra = [deterministic(fit, batch, value) if derived else {} for value in values]
             names = [*derived, *(name for name in values[0] if name in fit.info.sites and name not in derived)]

@@ -7,10 +7,9 @@ and an interrupted run keeps what was drawn.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 
@@ -21,10 +20,11 @@ from ppl_gen.capture.recording import Recording
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.mcmc.kernel import Chain, DrawTable, sample_chain
 from ppl_gen.runtime.interrupts import check, hold
+from ppl_gen.runtime.threads import torch_threads
 from ppl_gen.runtime.workers import initializer, scratch, spawning, unworried
 from ppl_gen.workspace.isolation import Workspace, isolated, validation_off
 
-__all__ = ["one_thread", "run_chains", "workers"]
+__all__ = ["run_chains", "workers"]
 
 _POLL = 0.2  # seconds between two looks at the workers
 _IDLE = 60  # seconds that workers stay for the next fit
@@ -33,19 +33,8 @@ _WORTHWHILE = 6.0  # seconds: starting a worker costs about three, most of it im
 Report = Callable[[Sequence[DrawTable]], None]
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Chains share the cores, and sums split over threads would round differently."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _run(chain: Chain, table: DrawTable, tick: Callable[[], None]) -> None:
-    with one_thread(), isolated(chain.seed, dtype=chain.dtype), validation_off(), whole_plates():
+    with torch_threads(1), isolated(chain.seed, dtype=chain.dtype), validation_off(), whole_plates():
         potential = chain.potential
         sample_chain(chain, potential.load() if isinstance(potential, Recording) else potential, table, tick)
 

@@ -17,11 +17,12 @@ from ppl_gen.errors import IncompatibleError, is_number, require_flag, require_w
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.fitting.posterior import ChainPosterior
 from ppl_gen.fitting.run import Outcome, Run
-from ppl_gen.inference.mcmc.chains import one_thread, run_chains, workers
+from ppl_gen.inference.mcmc.chains import run_chains, workers
 from ppl_gen.inference.mcmc.kernel import Chain, DrawTable
 from ppl_gen.inference.unconstrained import NEAR, Unconstrained, starting_point
 from ppl_gen.program.offers import Need
 from ppl_gen.runtime.progress import Part
+from ppl_gen.runtime.threads import torch_threads
 from ppl_gen.workspace.isolation import isolated
 
 __all__ = ["NUTS"]
@@ -117,7 +118,7 @@ class NUTS(Algorithm):
 
     def run(self, run: Run) -> Outcome:
         """See `Algorithm.run`; raises KeyboardInterrupt if interrupted before anything was drawn."""
-        with one_thread():
+        with torch_threads(1):
             density = Unconstrained(run.joint, run.data.batch(), run.info)
             starts, seeds = self._starts(run, density)
             potential, seconds = _potential(run, density, starts)
