@@ -2,7 +2,7 @@
 
 from ppl_gen.data.batching import Batch, Batches
 from ppl_gen.fitting.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
-from ppl_gen.fitting.run import Outcome, Run
+from ppl_gen.fitting.run import Ending, Outcome, Run
 from ppl_gen.inference.guides.vector_guide import guide_from_vector
 from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.inference.objectives.observed import ObservedRows
@@ -13,6 +13,7 @@ __all__ = [
     "Batch",
     "Batches",
     "ChainPosterior",
+    "Ending",
     "GuidePosterior",
     "ObservedRows",
     "Outcome",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ppl_gen.fits.result import Fit, Status
+from ppl_gen.fits.result import Fit
 from ppl_gen.fitting.algorithm import Algorithm
-from ppl_gen.fitting.run import Outcome, Run
-from ppl_gen.fitting.stopping import EarlyStop
+from ppl_gen.fitting.run import Ending, Outcome, Run, Status
 from ppl_gen.inference.restore import guide_source
 from ppl_gen.program.dry_run import ProgramInfo, dry_run
 from ppl_gen.program.program import Recipe
@@ -15,7 +14,8 @@ __all__ = ["finished"]
 
 
 def finished(recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outcome: Outcome, seconds: float) -> Fit:
-    status, message = _status(outcome)
+    steps = int(outcome.cost.get("steps", 0))
+    ending = outcome.ending or Ending(Status.FINISHED, f"ran all {steps} steps")
     return Fit(
         program=run.program,
         algorithm=algorithm.label if algorithm is not None else "",
@@ -29,8 +29,8 @@ def finished(recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outco
         module_names=dict(run.workspace.modules),
         records={name: list(values) for name, values in outcome.history.items()},
         checks={name: list(values) for name, values in outcome.checks.items()},
-        status=status,
-        message=message,
+        status=Status(ending.status),
+        message=ending.message,
         seed=run.seed,
         cost={"seconds": seconds, **outcome.cost},
         notes=dict(run.notes),
@@ -48,18 +48,3 @@ def _with_guide(run: Run, outcome: Outcome) -> ProgramInfo:
         fewer, known = (lambda: run.data.head((batch.rows or 2) // 2)), run.info.predicted
         info = dry_run(run.program, batch, guide=outcome.guide, fewer=fewer, predicted=known)
         return info.as_tried(run.info)
-
-
-def _status(outcome: Outcome) -> tuple[Status, str]:
-    steps = int(outcome.cost.get("steps", 0))
-    if outcome.diverged is not None:
-        return Status.DIVERGED, outcome.diverged
-    if outcome.failed is not None:
-        return Status.FAILED, outcome.failed
-    if outcome.interrupted:
-        return Status.INTERRUPTED, outcome.message or f"interrupted after {steps} steps; what was learned is kept"
-    if isinstance(outcome.converged, EarlyStop):
-        return Status.STOPPED, str(outcome.converged)
-    if outcome.converged is not None:
-        return Status.CONVERGED, outcome.converged
-    return Status.FINISHED, outcome.message or f"ran all {steps} steps"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ppl_gen.arguments import require_text
 from ppl_gen.data.batching import Dataset, as_dataset
 from ppl_gen.fitting.posterior import PointPosterior, Posterior
+from ppl_gen.fitting.run import Status
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.program.dry_run import ProgramInfo
 from ppl_gen.program.program import Program, Recipe
@@ -32,18 +32,6 @@ if TYPE_CHECKING:
     from ppl_gen.evidence.estimates import Evidence
 
 __all__ = ["Fit", "Status", "require_fit"]
-
-
-class Status(enum.StrEnum):
-    """How a run ended."""
-
-    CONVERGED = "converged"
-    FINISHED = "finished"
-    STOPPED = "stopped"
-    INTERRUPTED = "interrupted"
-    DIVERGED = "diverged"
-    FAILED = "failed"
-    INCOMPATIBLE = "incompatible"  # of a row of a comparison: what does not fit makes no fit
 
 
 @dataclass(frozen=True, repr=False, eq=False)

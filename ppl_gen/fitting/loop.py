@@ -10,8 +10,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ppl_gen.fitting.algorithm import Iterative
-from ppl_gen.fitting.run import NonFiniteStepError, Outcome, Run
-from ppl_gen.fitting.stopping import check_record
+from ppl_gen.fitting.run import Ending, NonFiniteStepError, Outcome, Run, Status
+from ppl_gen.fitting.stopping import EarlyStop, check_record
 from ppl_gen.runtime.interrupts import check, hold
 
 __all__ = ["iterate"]
@@ -23,8 +23,7 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
     hold()  # from here on a signal ends the loop between two steps, and what was learned is kept
     history: dict[str, list[Any]] = {}
     checks: dict[str, list[float]] = {}
-    converged = diverged = None
-    interrupted = False
+    ending: Ending | None = None
     done = 0
     try:
         for step in range(1, limit + 1):
@@ -36,23 +35,25 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
             check()
             if step == min(limit, algorithm.stop_every()):  # by now every record that the rule may look at has begun
                 check_record(getattr(algorithm, "stop_rule", None), history, validated=run.validation is not None)
-            if step % algorithm.stop_every() == 0 and (converged := algorithm.stop({**history, **checks})) is not None:
+            if step % algorithm.stop_every() == 0 and (why := algorithm.stop({**history, **checks})) is not None:
+                ending = Ending(Status.STOPPED if isinstance(why, EarlyStop) else Status.CONVERGED, str(why))
                 break
             if run.validation is not None and run.validation.due(step, limit):
                 run.validation.record(checks, step, run, algorithm.outcome(state, run))
             if run.progress is not None and (step == limit or step % max(1, limit // 200) == 0):
                 run.progress(step, limit, _latest(info))
     except KeyboardInterrupt:
-        interrupted = True
+        ending = Ending(Status.INTERRUPTED, f"interrupted after {done} steps; what was learned is kept")
     except FloatingPointError as error:
-        diverged, done = str(error), _cut(history, error, done)
+        ending, done = Ending(Status.DIVERGED, str(error)), _cut(history, error, done)
     try:
         outcome = algorithm.outcome(state, run)
     except FloatingPointError as error:  # from here on the outcome is the last finite state
-        diverged, done = str(error), _cut(history, error, done)
+        ending, done = Ending(Status.DIVERGED, str(error)), _cut(history, error, done)
         outcome = algorithm.outcome(state, run)
-    outcome.converged, outcome.interrupted = converged, interrupted
-    outcome.diverged = diverged or outcome.diverged
+    own_failure = outcome.ending is not None and outcome.ending.status is Status.FAILED
+    if not own_failure or (ending is not None and ending.status is Status.DIVERGED):
+        outcome.ending = ending or outcome.ending
     outcome.history = {**outcome.history, **{name: _floats(values) for name, values in history.items()}}
     outcome.checks = checks
     outcome.cost = {"steps": done, **outcome.cost}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,38 @@ if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
     from ppl_gen.fitting.posterior import Posterior
 
-__all__ = ["Info", "NonFiniteStepError", "Outcome", "Run"]
+__all__ = ["Ending", "Info", "NonFiniteStepError", "Outcome", "Run", "Status"]
 
 
 #: What one step reports: named scalars for the history (tensors are not synchronised until they are read).
 Info = Mapping[str, Tensor | float]
+
+
+class Status(enum.StrEnum):
+    """How a run ended."""
+
+    CONVERGED = "converged"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    INTERRUPTED = "interrupted"
+    DIVERGED = "diverged"
+    FAILED = "failed"
+    INCOMPATIBLE = "incompatible"  # of a row of a comparison: what does not fit makes no fit
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended, and the sentence that says why.
+
+    >>> Ending("converged", "it is the mean").status
+    <Status.CONVERGED: 'converged'>
+    """
+
+    status: Status | str
+    message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", Status(self.status))
 
 
 class NonFiniteStepError(FloatingPointError):
@@ -98,21 +126,19 @@ class Outcome:
     """What an algorithm hands back to the driver, which makes the `Fit` of it.
 
     ``posterior``: what was learned. ``state``: parameters, from ``run.workspace.snapshot()``; ``guide``: the guide at
-    them, where there is one. ``converged``, ``diverged``, ``failed``: the sentence that says so, where it is so;
-    ``message``: what else there is to say. ``history``: name -> one number per step. ``cost``: counts, such as "steps".
+    them, where there is one. ``ending``: how the run ended and why, such as ``Ending("converged", "...")``; where it
+    is left out, the run made all its steps. ``history``: name -> one number per step. ``cost``: counts, such as "steps".
 
     >>> from ppl_gen.extending import PointPosterior
-    >>> Outcome(PointPosterior({"loc": torch.zeros(())}), converged="it is the mean", cost={"steps": 1}).message
+    >>> outcome = Outcome(PointPosterior({"loc": torch.zeros(())}), ending=Ending("converged", "it is the mean"))
+    >>> outcome.ending.message
+    'it is the mean'
     """
 
     posterior: Posterior
     state: ProgramState = field(default_factory=ProgramState)
     modules: Mapping[str, torch.nn.Module] = field(default_factory=dict)
-    converged: str | None = None
-    message: str | None = None
-    failed: str | None = None
-    diverged: str | None = None
-    interrupted: bool = False
+    ending: Ending | None = None
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)
     checks: Mapping[str, Sequence[float]] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)

@@ -89,7 +89,7 @@ class Restored(Algorithm):
         self._compare(run.program.name, {name: made[name] for name in made if name in self.params or name in leaves})
         constraints: dict[str, Any] = {**get_param_store()._constraints, **outcome.state.constraints}
         state = ProgramState(self.params, {name: constraints[name] for name in self.params}, self.buffers)
-        return replace(outcome, state=state, modules=self._filled(outcome.modules), failed=None, diverged=None)
+        return replace(outcome, state=state, modules=self._filled(outcome.modules), ending=None)
 
     def _filled(self, modules: Mapping[str, Module]) -> dict[str, Module]:
         """The algorithm's networks with the saved weights in them."""

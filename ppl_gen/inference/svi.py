@@ -14,7 +14,7 @@ from ppl_gen.data.batching import Batches
 from ppl_gen.errors import IncompatibleError, require_callable, require_positive, require_whole
 from ppl_gen.fitting.algorithm import Iterative
 from ppl_gen.fitting.posterior import GuidePosterior, PointPosterior
-from ppl_gen.fitting.run import Info, Outcome, Run
+from ppl_gen.fitting.run import Ending, Info, Outcome, Run
 from ppl_gen.inference.guides.guide_list import has_own_parts
 from ppl_gen.inference.guides.jacobians import check_jacobians
 from ppl_gen.inference.guides.laplace import Laplace, kept_buffers, second_stage
@@ -198,7 +198,7 @@ class SVI(Iterative):
             modules=copy.deepcopy(dict(state.game.modules)),  # the workspace puts back what it finds on exit
             cost={"gradient_evaluations": evaluations},
             guide=guide,
-            failed=failed,
+            ending=None if failed is None else Ending("failed", failed),
         )
 
 

@@ -16,7 +16,7 @@ from ppl_gen.comparison.runner import Line
 from ppl_gen.diagnostics.verdicts import Verdict
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.fitting.posterior import ChainPosterior, PointPosterior
-from ppl_gen.fitting.run import Outcome
+from ppl_gen.fitting.run import Ending, Outcome
 from ppl_gen.report.posteriors import apart, posterior_words
 from ppl_gen.report.table import answer
 
@@ -53,7 +53,9 @@ class Point(Algorithm):
     needs = ()
 
     def run(self, run):
-        return Outcome(PointPosterior({"loc": torch.tensor(self.at).double()}), converged="it stands there")
+        return Outcome(
+            PointPosterior({"loc": torch.tensor(self.at).double()}), ending=Ending("converged", "it stands there")
+        )
 
 
 def by_first(draws):

@@ -15,7 +15,7 @@ from ppl_gen.data.batching import Batches
 from ppl_gen.errors import IncompatibleError, require_flag, require_number, require_whole
 from ppl_gen.fitting.algorithm import Iterative
 from ppl_gen.fitting.posterior import PointPosterior
-from ppl_gen.fitting.run import Info, Outcome, Run
+from ppl_gen.fitting.run import Ending, Info, Outcome, Run
 from ppl_gen.inference.em.expectation import Expectation, Problem
 from ppl_gen.inference.em.maximisation import Maximiser
 from ppl_gen.inference.em.starts import TRIAL_STEPS, advanced, candidates, first_values
@@ -211,7 +211,7 @@ class EM(Iterative):
         return Outcome(
             PointPosterior(values),
             run.workspace.snapshot(),
-            failed=state.failed or None,
+            ending=Ending("failed", state.failed) if state.failed else None,
             cost={"restarts": state.starts, "trial_steps": trials},
         )
 

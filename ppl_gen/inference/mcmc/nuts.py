@@ -16,7 +16,7 @@ from ppl_gen.capture.recording import Recording, RecordingRefused, record_checke
 from ppl_gen.errors import IncompatibleError, is_number, require_flag, require_whole
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.fitting.posterior import ChainPosterior
-from ppl_gen.fitting.run import Outcome, Run
+from ppl_gen.fitting.run import Ending, Outcome, Run
 from ppl_gen.inference.mcmc.chains import run_chains, workers
 from ppl_gen.inference.mcmc.kernel import Chain, DrawTable
 from ppl_gen.inference.unconstrained import NEAR, Unconstrained, starting_point
@@ -216,10 +216,12 @@ class NUTS(Algorithm):
         return Outcome(
             ChainPosterior({name: value.unflatten(0, (len(kept), length)) for name, value in draws.items()}, stats),
             state=run.workspace.snapshot(),
-            interrupted=interrupted,
-            message=f"{'interrupted; kept ' if interrupted else ''}{_counted(len(kept), 'chain')} of "
-            f"{_counted(length, 'draw')} after {_counted(self.warmup, 'warm-up iteration')}; "
-            f"{_counted(divergences, 'divergence')}",
+            ending=Ending(
+                "interrupted" if interrupted else "finished",
+                f"{'interrupted; kept ' if interrupted else ''}{_counted(len(kept), 'chain')} of "
+                f"{_counted(length, 'draw')} after {_counted(self.warmup, 'warm-up iteration')}; "
+                f"{_counted(divergences, 'divergence')}",
+            ),
             cost={
                 "steps": sum(table.done for table in tables),
                 "gradient_evaluations": sum(table.gradients for table in tables),
