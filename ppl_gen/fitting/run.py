@@ -127,7 +127,7 @@ class Outcome:
 
     ``posterior``: what was learned. ``state``: parameters, from ``run.workspace.snapshot()``; ``guide``: the guide at
     them, where there is one. ``ending``: how the run ended and why, such as ``Ending("converged", "...")``; where it
-    is left out, the run made all its steps. ``history``: name -> one number per step. ``cost``: counts, such as "steps".
+    is left out, it made all its steps. ``history``: name -> one number per step. ``cost``: counts, such as "steps".
 
     >>> from ppl_gen.extending import PointPosterior
     >>> outcome = Outcome(PointPosterior({"loc": torch.zeros(())}), ending=Ending("converged", "it is the mean"))

@@ -23,6 +23,7 @@ from enumeration_cases import (
     traced,
     traced_hmm,
 )
+from fixtures import float64_under
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 
@@ -37,15 +38,7 @@ from ppl_gen.enumeration.marginals import (
     sample_discrete,
 )
 
-
-@pytest.fixture(autouse=True)
-def float64_and_seed():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(20)
-        yield
-    torch.set_default_dtype(default)
+float64_and_seed = float64_under(20)
 
 
 # ----------------------------------------------------------------------------------------------------------- mixtures

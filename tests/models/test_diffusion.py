@@ -11,10 +11,10 @@ from __future__ import annotations
 import itertools
 import math
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from fixtures import float64_under
 from torch import nn
 
 import ppl_gen as pg
@@ -33,14 +33,7 @@ Z = 5.0
 STILL = {"steps": 1, "lr": 1e-30}  # one step too small to change any weight
 
 
-@pytest.fixture(autouse=True)
-def float64_and_seed():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
-        torch.manual_seed(11)
-        yield
-    torch.set_default_dtype(default)
+float64_and_seed = float64_under(11)
 
 
 def close(actual, expected, tolerance):

@@ -9,25 +9,17 @@ from __future__ import annotations
 
 import math
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from fixtures import float64_under
 from flow_cases import RECIPES, STILL, Z, bent, fitted, flow_of, mean_log_normal
 
 import ppl_gen as pg
 from ppl_gen.inference import SVI
 from ppl_gen.models import affine_flow
 
-
-@pytest.fixture(autouse=True)
-def float64_and_seed():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
-        torch.manual_seed(11)
-        yield
-    torch.set_default_dtype(default)
+float64_and_seed = float64_under(11)
 
 
 def gap(flow, rows):

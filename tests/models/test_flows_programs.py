@@ -10,10 +10,10 @@ import copy
 import math
 import pickle
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from fixtures import float64_under
 from flow_cases import RECIPES, STILL, bent, fitted, flow_of, mean_log_normal, shaken
 
 import ppl_gen as pg
@@ -23,14 +23,7 @@ from ppl_gen.models import affine_flow, iaf, maf, real_nvp, spline_flow
 pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
 
 
-@pytest.fixture(autouse=True)
-def float64_and_seed():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
-        torch.manual_seed(11)
-        yield
-    torch.set_default_dtype(default)
+float64_and_seed = float64_under(11)
 
 
 # ------------------------------------------------------------------------------------------------------- as a program

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyro.distributions as dist
 import pytest
 import torch
+from fixtures import float64_under
 from pyro.distributions.transforms.spline import ConditionedSpline
 from scipy.stats import kstest
 
@@ -33,14 +34,7 @@ def band(n):
     return math.sqrt(math.log(2e6) / (2 * n))
 
 
-@pytest.fixture(autouse=True)
-def float64_and_seed():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        yield
-    torch.set_default_dtype(default)
+float64_and_seed = float64_under(5)
 
 
 def two_hills(rows, seed=2):

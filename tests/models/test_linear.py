@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pyro
 import pytest
 import torch
+from fixtures import float64_under
 from pyro import poutine
 
 import ppl_gen as pg
@@ -25,14 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains 
 STILL = SVI(steps=1, lr=1e-30)  # one step too small to change anything
 
 
-@pytest.fixture(autouse=True)
-def float64_and_seed():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
-        torch.manual_seed(7)
-        yield
-    torch.set_default_dtype(default)
+float64_and_seed = float64_under(7)
 
 
 def rows(n=300, d=6, noise=0.7):

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from fixtures import float64_under
 
 import ppl_gen as pg
 from ppl_gen.data.batching import Batch
@@ -26,14 +27,7 @@ from ppl_gen.program.extensions import Energy
 Z = 5.5
 
 
-@pytest.fixture(autouse=True)
-def float64_and_seed():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
-        torch.manual_seed(7)
-        yield
-    torch.set_default_dtype(default)
+float64_and_seed = float64_under(7)
 
 
 def states(units):
