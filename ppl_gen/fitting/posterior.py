@@ -37,10 +37,6 @@ class Posterior(ABC):
     def draw(self, count: int, batch: Batch) -> list[dict[str, Tensor]]:
         """``count`` joint draws of the sites it knows, each a mapping site -> value, given ``batch``."""
 
-    def guide(self) -> Callable[..., Any] | None:
-        """A Pyro guide to propose from, where there is one."""
-        return None
-
 
 @dataclass(frozen=True)
 class PointPosterior(Posterior):
@@ -86,9 +82,6 @@ class GuidePosterior(Posterior):
                     }
                 )
         return draws
-
-    def guide(self) -> Callable[..., Any]:
-        return self.function
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def guide_source(algorithm: Algorithm | None, run: Run, outcome: Outcome) -> str
     """
     learned, guide = outcome.posterior, outcome.guide
     if guide is None and isinstance(learned, GuidePosterior):
-        guide = learned.guide
+        guide = learned.function
     if type(learned) in BUILT_IN:
         if guide is None:
             return None
