@@ -52,6 +52,7 @@ def lone_rows(fit: Fit) -> list[int]:
 
 
 def _nudged(fit: Fit, batch: Batch, values: Mapping[str, Tensor], way: int, sign: float) -> Tensor | None:
+    """`_rows` with what was observed moved one way; None where a row leaves its support."""
     try:
         names = [site.name for site in fit.info.select(kind="observed") if site.local]
         return _rows(fit, batch, values, Nudged(names, way, sign * NUDGE))
@@ -60,6 +61,7 @@ def _nudged(fit: Fit, batch: Batch, values: Mapping[str, Tensor], way: int, sign
 
 
 def _rows(fit: Fit, batch: Batch, values: Mapping[str, Tensor], nudge: Messenger | None) -> Tensor:
+    """Log densities of the rows at one draw, shape (rows,), nats; what was observed moved by ``nudge``."""
     info = fit.info
 
     def model(*args: Any, **kwargs: Any) -> Any:

@@ -110,6 +110,8 @@ def weighted(values: Mapping[str, Tensor], log_weights: np.ndarray) -> Moments |
 def compared(u: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     r"""Shift and ratio of draws ``u`` against themselves weighted by ``w``, with standard errors (of log ratio).
 
+    ``u``: draws x numbers; ``w``: the same, or draws x 1. Each of the four has one entry for every number.
+
     Both sides come from the same draws, and their errors largely cancel. To first order the shift :math:`d` and the
     logarithm of the ratio move, by draw s, by
 
@@ -132,7 +134,7 @@ def compared(u: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def between_draws(fit: np.ndarray, end: np.ndarray, names: Sequence[str], rows: np.ndarray | None = None) -> Moments:
-    """Draws of a fit against draws of the posterior, ``end``, where short chains led from them; numbers in columns.
+    """Draws of a fit against draws of the posterior, ``end``, where short chains led from them: draws x numbers.
 
     Where the fit's draws have heavy tails, medians and the spread of the middle two thirds stand for mean and sd.
     """

@@ -111,7 +111,7 @@ class _Seen:
     def weigh(
         self, batch: Batch, draws: int, values: dict[str, Tensor], sums: tuple[str, ...], together: bool
     ) -> Tensor:
-        """Log weights, draws x rows kept, as many at a time as `CELLS` allows."""
+        """Log weights in nats, draws x rows kept, as many at a time as `CELLS` allows."""
         model, guide = self._watched(self._fit.joint, self._see_model), self._watched(self._fit.guide, self._see_guide)
         cells = sum(v.numel() for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor))
         most, parts = max(1, MAX_ELEMENTS // max(1, cells)) if together else 1, []
@@ -142,7 +142,7 @@ class _Seen:
         self._drawn.setdefault(msg["name"], []).append(rows if self._chosen is None else rows[:, self._chosen])
 
     def values(self) -> dict[str, Tensor]:
-        """Draws x rows x shape of each site, on an unconstrained scale where there is one."""
+        """By site, draws x rows x numbers, on an unconstrained scale where there is one."""
         found = {}
         for name, parts in self._drawn.items():
             value = torch.cat(parts)
@@ -163,7 +163,10 @@ def _by_row(value: Tensor, event: int, info: ProgramInfo) -> Tensor:
 
 
 def _moments(values: dict[str, Tensor], weights: np.ndarray, rows: np.ndarray) -> Moments | None:
-    """The draws' own moments of each row against the weighted ones; rows without weights are left out."""
+    """The draws' own moments of each row against the weighted ones; rows without weights are left out.
+
+    ``values``: draws x rows x numbers; ``weights``: draws x rows; ``rows``: the number of each row.
+    """
     numbers, names, of = [], [], []
     valid = np.isfinite(weights).all(0)
     w = weights[:, valid, None]

@@ -150,6 +150,7 @@ def _points(density: Unconstrained, draws: Mapping[str, Tensor]) -> Tensor:
 
 
 def _elsewhere(density: Unconstrained, points: Tensor, prior: Mapping[str, Tensor] | None, count: int) -> Tensor:
+    """Points x numbers, where further chains begin: draws pulled from the centre, and draws of the prior."""
     centre = points.median(0).values
     wide = centre + WIDER * (points[_spread(len(points), count)] - centre)
     if not prior:
@@ -164,7 +165,7 @@ def _elsewhere(density: Unconstrained, points: Tensor, prior: Mapping[str, Tenso
 
 
 def _together(density: Unconstrained, points: Tensor) -> Function:
-    """Potential and gradient of many points at once, replayed from a recording where one serves."""
+    """Potential (points, nats) and gradient (as the points) of many points x numbers at once, as each gives alone."""
     one = torch.func.grad_and_value(density.potential)
 
     def many(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,6 +207,7 @@ def _run(
     elsewhere: Tensor | None,
     relabel: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
 ) -> SecondLook:
+    """``points``: all draws, draws x numbers; ``begun`` and ``elsewhere``: chains x numbers."""
     scale = scale_of(points)
     count = len(begun)
     u = begun if elsewhere is None else torch.cat([begun, elsewhere])
@@ -231,7 +233,10 @@ def _places(
     relabel: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
     names: list[str],
 ) -> tuple[int, float, str]:
-    """How many chains that started elsewhere ended outside of the fit's mass at a comparable density."""
+    """How many chains that started elsewhere ended outside of the fit's mass at a comparable density.
+
+    ``points``: draws x numbers; ``own``: where the first ``count`` chains were, (3 chains) x numbers.
+    """
     ends, values = state.u[count:], state.value[count:]
     if relabel is not None:
         ends = _relabelled(density, ends, relabel)
@@ -253,6 +258,7 @@ def _places(
 
 
 def _relabelled(density: Unconstrained, u: Tensor, relabel: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Tensor:
+    """Points x numbers, with their components in the order of ``relabel``."""
     rows = [density.values(point) for point in u]
     values = {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(density.sites)}
     return _points(density, {**values, **relabel(values)})
@@ -266,6 +272,7 @@ def _names(density: Unconstrained) -> list[str]:
 
 
 def _rows(density: Unconstrained, info: ProgramInfo) -> np.ndarray:
+    """The row that each number of a point belongs to, -1 for what all rows share."""
     found = [np.zeros(0, dtype=np.int64)]
     for name, shape in density.sites.items():
         site, places = info.sites[name], np.indices(tuple(shape))

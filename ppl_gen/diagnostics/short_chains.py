@@ -20,11 +20,14 @@ Function = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class State:
+    """Where all chains are: ``u`` chains x numbers, the potential there (chains, nats) and its gradient, as ``u``."""
+
     u: Tensor
     value: Tensor
     gradient: Tensor
 
     def where(self, accept: Tensor, other: State) -> State:
+        """``other`` for the chains that ``accept`` names, true or false for each."""
         wide = accept[:, None]
         return State(
             torch.where(wide, other.u, self.u),
@@ -34,7 +37,10 @@ class State:
 
 
 def scale_of(points: Tensor) -> Tensor:
-    """The Cholesky factor of the draws' covariance where they are enough for it, else their standard deviations."""
+    """The Cholesky factor of the draws' covariance where they are enough for it, else their standard deviations.
+
+    ``points``: draws x numbers; the factor is numbers x numbers, the standard deviations are one for each number.
+    """
     deviations = points.std(0).clamp_min(1e-6 * (1.0 + points.abs().amax(0)))
     size = points.shape[1]
     if size > DENSE or len(points) < 5 * size:
@@ -46,15 +52,20 @@ def scale_of(points: Tensor) -> Tensor:
 
 
 def _times(scale: Tensor, x: Tensor) -> Tensor:
+    """L x of each chain, chains x numbers as ``x`` is."""
     return x * scale if scale.dim() == 1 else x @ scale.T
 
 
 def _transposed(scale: Tensor, x: Tensor) -> Tensor:
+    """L^T x of each chain, chains x numbers as ``x`` is."""
     return x * scale if scale.dim() == 1 else x @ scale
 
 
 def _leapfrog(many: Function, state: State, p: Tensor, scale: Tensor, step: Tensor, count: int) -> tuple[State, Tensor]:
-    """``count`` leaps of size ``step`` (chains x 1), in units in which the draws of the fit have unit variance."""
+    """``count`` leaps of size ``step`` (chains x 1), in units in which the draws of the fit have unit variance.
+
+    Momenta ``p``, which come back too, are chains x numbers.
+    """
     u, gradient = state.u, state.gradient
     value = state.value
     p = p - 0.5 * step * _transposed(scale, gradient)
@@ -67,7 +78,10 @@ def _leapfrog(many: Function, state: State, p: Tensor, scale: Tensor, step: Tens
 
 
 def sampled(many: Function, state: State, scale: Tensor, own: int) -> tuple[State, list[Tensor]]:
-    """Hamiltonian steps with one step size for all, adapted to the acceptance of the first ``own`` chains."""
+    """Hamiltonian steps with one step size for all, adapted to the acceptance of the first ``own`` chains.
+
+    Beside the last state: chains x numbers at three moments.
+    """
     size, ends = 0.5 * state.u.shape[1] ** -0.25, []
     for iteration in range(STEPS):
         p = torch.randn_like(state.u)

@@ -107,6 +107,7 @@ def _require_density(fit: Fit, names: Sequence[str]) -> None:
 def _enumerated(
     fit: Fit, batch: Batch, values: Values, finite: Sequence[str], hidden: Sequence[str]
 ) -> dict[str, Tensor]:
+    """One joint draw of the finite sites given all else, each in the shape that it has in the program."""
     from ppl_gen.enumeration.marginals import enumerated_trace, sample_discrete
     from ppl_gen.handlers.hidden import Hidden
 
@@ -125,7 +126,7 @@ def _enumerated(
 def _moved(
     fit: Fit, batch: Batch, draws: Sequence[Values], moved: list[str], finite: list[str], hidden: list[str]
 ) -> list[dict[str, Tensor]]:
-    """The sites ``moved`` given the rows at each draw, the ``finite`` ones summed out."""
+    """The sites ``moved`` given the rows, in their shapes, a mapping for each draw; the ``finite`` ones summed out."""
     outside = [n for n in moved if n in fit.info.sites and not fit.info.sites[n].local]
     if outside:
         raise IncompatibleError(
@@ -176,6 +177,7 @@ def _moved(
 def _started(density: RowDensity, target: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     r"""Points of the prior chosen by their weights, one for each chain and row; its width; how many carry each row.
 
+    Chains x rows x numbers; rows x numbers; rows. ``target``: for each chain the number of its draw of the globals.
     A pool of prior draws serves all chains: drawn at theta_j, a point u weighs p(x, u | theta_s) / p(u | theta_j).
     """
     own = torch.arange(most) % len(density.draws)

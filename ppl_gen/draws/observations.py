@@ -19,7 +19,7 @@ __all__ = ["entry_mask", "observed_rows", "rows_observed"]
 
 
 def observed_rows(fit: Fit, data: Dataset) -> dict[str, Tensor]:
-    """Values of the observed sites, NaN where a mask says that they do not count; call inside ``fit.bound()``."""
+    """Values of the observed sites in their shapes, NaN where a mask hides them; call inside ``fit.bound()``."""
     batch = data.batch()
     trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
     names = [site.name for site in fit.info.select(kind="observed")]
@@ -50,6 +50,7 @@ def _in_plate(trace: poutine.Trace, plate: str | None) -> int:
 
 
 def _seen(node: Mapping[str, Any]) -> Tensor:
+    """The value of one observed site in its shape, NaN where a mask hides it."""
     value: Tensor = node["value"]
     mask = entry_mask(node)
     return value if mask is None else torch.where(mask, value, torch.nan)

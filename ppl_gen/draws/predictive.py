@@ -112,7 +112,7 @@ def run(fit: Fit, batch: Batch, values: Mapping[str, Tensor], *, replicate: bool
 
 
 def posterior_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[str, Tensor]:
-    """See `Fit.posterior`."""
+    """See `Fit.posterior`: by site, draws x shape of the site."""
     positive("draws", draws)
     if not fit.info.select() and not fit.info.predicted:
         raise IncompatibleError(f"{fit.program.name!r} has no latent sites: there is nothing to draw a posterior of")
@@ -145,6 +145,7 @@ def _refuse_prior(fit: Fit) -> None:
 
 
 def deterministic(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The deterministic sites at the values of one draw, each in its shape."""
     names = [site.name for site in fit.info.select(kind="deterministic")]
     if not names:
         return {}
@@ -153,7 +154,7 @@ def deterministic(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> dict[
 
 
 def predictive_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[str, Tensor]:
-    """See `Fit.predict`."""
+    """See `Fit.predict`: by site, draws x shape of the site."""
     positive("draws", draws)
     dataset = fit.dataset(data)
     observed = [site.name for site in fit.info.select(kind="observed")]
@@ -186,7 +187,7 @@ def _is_forward(fit: Fit) -> bool:
 
 
 def prior_rows(model: Any, batch: Batch, draws: int) -> dict[str, Tensor]:
-    """``draws`` runs of the model with its observations removed, stacked by site."""
+    """``draws`` runs of the model with its observations removed: by site, draws x shape of the site."""
     free = unobserved(model)
     runs = []
     for _ in range(draws):
@@ -220,5 +221,6 @@ def positive(name: str, value: int) -> None:
 
 
 def _stacked(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """By site, draws x shape of the site."""
     names = draws[0].keys() if draws else ()
     return {name: torch.stack([draw[name].detach() for draw in draws]) for name in names}

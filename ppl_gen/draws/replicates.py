@@ -41,6 +41,7 @@ def prior_together(model: Callable[..., Any], batch: Batch, draws: int) -> dict[
 
 
 def _each(one: Callable[[Values], dict[str, Tensor]], draws: Sequence[Values], batch: Batch) -> dict[str, Tensor]:
+    """``one`` at every draw: by site, draws x shape of the site."""
     if len(draws) > 1:
         stacked = {name: torch.stack([torch.as_tensor(values[name]) for values in draws]) for name in draws[0]}
         # A tensor that nothing reads, so that there is one to count the draws by where there are no latents.

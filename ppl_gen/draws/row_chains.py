@@ -79,7 +79,11 @@ def run_chains(log_density: Density, start: Tensor, width: Tensor) -> RowChains:
 
 
 class _State:
-    """Positions and densities of all chains, and how each row is moved."""
+    """Positions and densities of all chains, and how each row is moved.
+
+    ``u``: chains x rows x numbers; ``value``: chains x rows, in nats; ``step``, ``accepted``: rows; ``width``: rows x
+    numbers; ``scale`` (L): rows x numbers x numbers, or its diagonal, rows x numbers.
+    """
 
     def __init__(self, log_density: Density, start: Tensor, width: Tensor) -> None:
         self.log_density, self.u = log_density, start.clone()
@@ -91,6 +95,7 @@ class _State:
         self.scale = self.width = width.clamp_min(1e-6)
 
     def _at(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density (chains x rows) and its slope (chains x rows x numbers) at ``u``, which is as the slope."""
         with torch.enable_grad():
             u = u.detach().requires_grad_(True)
             value = self.log_density(u, self.every)
@@ -114,11 +119,11 @@ class _State:
         self.scale = torch.where(failed.bool()[:, None, None], torch.diag_embed(diagonal.sqrt()), self.scale)
 
     def _moved(self, x: Tensor) -> Tensor:
-        """L x."""
+        """L x, chains x rows x numbers as ``x`` is."""
         return self.scale * x if self.scale.dim() == 2 else torch.einsum("rde,cre->crd", self.scale, x)
 
     def _force(self, gradient: Tensor) -> Tensor:
-        """L^T times the gradient."""
+        """L^T times the gradient, chains x rows x numbers."""
         return self.scale * gradient if self.scale.dim() == 2 else torch.einsum("rde,crd->cre", self.scale, gradient)
 
     def trajectory(self, *, tune: bool) -> None:
@@ -167,7 +172,10 @@ def _cleaned(value: Tensor) -> Tensor:
 
 
 def _judged(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """By row: whether means and widths stood still between two looks and pairs forgot; the worst correlation."""
+    """By row: whether means and widths stood still between two looks and pairs forgot; the worst correlation.
+
+    Both looks are chains x rows x numbers.
+    """
     chains = before.shape[0]
     first, second = (x[0::2] - x[1::2] for x in (before, after))
     pairs = len(first)

@@ -112,10 +112,12 @@ class RowDensity:
         return self.flat({name: trace.nodes[name]["value"] for name in self.places}, draw)
 
     def _split(self, u: Tensor) -> dict[str, Tensor]:
+        """Of ``u`` (rows x numbers) the part of each site, in the shape that it has without constraints."""
         pieces = u.split([place.width for place in self.places.values()], -1)
         return {n: place.whole(piece) for (n, place), piece in zip(self.places.items(), pieces, strict=True)}
 
     def _placed(self, known: Values, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The sites at ``u`` (rows x numbers) in their own shapes, and log |det| of the way there by row."""
         parts = self._split(u)
         if self.fixed:
             found = {name: self.places[name].at(part) for name, part in parts.items()}
@@ -130,6 +132,7 @@ class RowDensity:
         return [self._placed(draw, one)[0] for draw, one in zip(self.draws, u, strict=False)]
 
     def _one(self, known: Values, u: Tensor, *, prior: bool = False) -> Tensor:
+        """Log densities of the rows in nats, shape (rows,), at one draw and one point (rows x numbers)."""
         values, log_det = self._placed(known, u)
         trace = enumerated_trace(
             self.model,
@@ -159,7 +162,7 @@ class RowDensity:
         return found
 
     def _goes_together(self, u: Tensor) -> bool:
-        """Python that looks at drawn values takes one draw at a time."""
+        """Python that looks at drawn values takes one draw at a time; ``u`` is rows x numbers."""
         two, last = torch.stack([u, u + self._shift]), torch.tensor([0, len(self.draws) - 1])
         self.together = True
         try:
@@ -177,7 +180,7 @@ class RowDensity:
         return torch.cat([torch.full((p.width,), 1.0 if p.discrete else 0.1) for p in self.places.values()])
 
     def _refuse_coupled(self, u: Tensor) -> None:
-        """The density of one row must not change with the latents of another."""
+        """The density of one row must not change with the latents of another; ``u`` is rows x numbers."""
         rows = len(u)
         if rows < 2:
             return

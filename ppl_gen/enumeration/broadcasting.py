@@ -107,7 +107,7 @@ def _steady(one: poutine.Trace, other: poutine.Trace, name: str) -> bool:
 
 
 def _assignments(enumerated: poutine.Trace, drawn: poutine.Trace) -> Iterator[dict[str, Tensor]]:
-    """All finite sites at their first values, all at their last, and at any: a sum over {0, 1} is right at 1."""
+    """All finite sites (in their shapes) at their first values, last, and any: a sum over {0, 1} is right at 1."""
     sites = {name: site for name, site in packed_sites(enumerated) if is_discrete(site)}
     for i in range(2 + TRIES):
         chosen = {}
@@ -212,6 +212,7 @@ def _at(trace: poutine.Trace, site: Any, indices: Mapping[str, tuple[Tensor, lis
 
 
 def _same(together: Tensor, alone: Tensor, shape: list[int]) -> bool:
+    """Whether two log densities agree once both are broadcast to the plates of their site, ``shape``."""
     try:
         one, other = together.broadcast_to(shape), alone.broadcast_to(shape)
     except RuntimeError:

@@ -49,7 +49,7 @@ class Factor:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One elimination: the factors that were added before ``symbol`` was summed out. Backward sampling reads it."""
+    """One elimination: the packed factors added before ``symbol`` was summed out. Backward sampling reads it."""
 
     symbol: str
     operands: tuple[Tensor, ...]
@@ -125,6 +125,7 @@ def _aligned(value: Tensor, dims: str) -> Tensor:
 
 
 def _added(operands: Sequence[Tensor], dims: str) -> Tensor:
+    """The sum of packed tensors, broadcast to the given dims; without their names."""
     total = _aligned(operands[0], dims)
     for operand in operands[1:]:
         total = total + _aligned(operand, dims)
@@ -132,6 +133,7 @@ def _added(operands: Sequence[Tensor], dims: str) -> Tensor:
 
 
 def _eliminated(operands: Sequence[Tensor], step: _Elimination) -> Tensor:
+    """The sum of packed operands with one dim summed out in log space, packed by ``step.output``."""
     table = "".join(sorted(step.output + step.symbol))
     return named(log_sum_exp(_added(operands, table), table.index(step.symbol)), step.output)
 
@@ -231,6 +233,7 @@ def contract(
 
 
 def _scaled(value: Tensor, scale: float | Tensor) -> Tensor:
+    """A packed tensor times its scale, whose dims it has afterwards too."""
     if isinstance(scale, Tensor):
         dims = _union([value, scale])
         return named(_aligned(value, dims) * _aligned(scale, dims), dims)
@@ -238,11 +241,13 @@ def _scaled(value: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def _summed(value: Tensor, keep: str) -> Tensor:
+    """A packed tensor summed over all dims but those in ``keep``."""
     dims = [i for i, d in enumerate(dims_of(value)) if d not in keep]
     return named(value.sum(dims), "".join(d for d in dims_of(value) if d in keep)) if dims else value
 
 
 def _contracted(component: Sequence[Factor], dims: set[str], keep: str, steps: list[Step] | None) -> Tensor:
+    """One component with ``dims`` summed out and plates multiplied, packed by what it has of ``keep``."""
     sizes = {d: size for factor in component for d, size in zip(factor.dims, factor.value.shape, strict=True)}
     ring = _Ring(sizes, steps)
     if len({factor.plates for factor in component}) == 1:

@@ -181,5 +181,6 @@ def outer_plates(site: Any) -> list[Any]:
 
 
 def batch_shape(site: Any) -> list[int]:
+    """The shape that the plates around a site make, from the leftmost on; 1 on dims where none of them stands."""
     sizes = {f.dim: f.size for f in outer_plates(site)}
     return [sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0)]

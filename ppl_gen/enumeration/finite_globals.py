@@ -62,6 +62,7 @@ def extended(fit: Fit, draws: Sequence[Mapping[str, Tensor]]) -> list[dict[str, 
 def _drawn(
     fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]], names: Sequence[str]
 ) -> list[dict[str, Tensor]]:
+    """For each draw one of the finite sites ``names`` given it, in their shapes."""
     sums = [name for name in fit.info.finite_latents if name not in draws[0]]
     require_enumerable(fit.info, sums)
 
@@ -109,7 +110,7 @@ def _vectorised(
 
 
 def combinations(fit: Fit, batch: Batch, names: Sequence[str]) -> list[dict[str, Tensor]]:
-    """All values that the finite globals ``names`` can take together; call inside ``fit.bound()``.
+    """All values that the finite globals ``names`` can take together, in their shapes; call inside ``fit.bound()``.
 
     Raises:
         IncompatibleError: for more than `MOST` of them.
@@ -129,7 +130,7 @@ def combinations(fit: Fit, batch: Batch, names: Sequence[str]) -> list[dict[str,
 
 
 def _choices(node: dict[str, Any]) -> tuple[Iterator[Tensor], int]:
-    """The values of one site with all its plates, one after the other, and how many."""
+    """The values of one site, each of its batch shape x event, one after the other, and how many."""
     fn = node["fn"]
     support = fn.enumerate_support(expand=False).reshape(-1, *fn.event_shape)
     members = fn.batch_shape.numel()

@@ -47,7 +47,7 @@ __all__ = [
 
 
 class FactorMarginals(NamedTuple):
-    """The E-step: the log-density of all rows, and by site the posterior marginals that weigh its log-prob.
+    """The E-step: log-density of all rows (a scalar), and by site the posterior marginals that weigh its log-prob.
 
     ``weights[site]`` is packed as the site's log-prob is; its attribute ``_pyro_dims`` holds the dim symbols.
     """
@@ -166,6 +166,7 @@ def factor_marginals(trace: Trace, data_plate: str | None = "data") -> FactorMar
 
 
 def _marginals(trace: Trace, names: Sequence[str], data_plate: str | None, *, scaled: bool = True) -> FactorMarginals:
+    """As `factor_marginals`, over the sites ``names``; not ``scaled``: without the scales of their factors."""
     log_probs = {name: trace.nodes[name]["packed"]["unscaled_log_prob"] for name in names}
     with torch.enable_grad():
         leaves = {n: named(lp.detach().requires_grad_(), dims_of(lp)) for n, lp in log_probs.items()}
@@ -182,7 +183,7 @@ def _marginals(trace: Trace, names: Sequence[str], data_plate: str | None, *, sc
 
 
 def expected_log_joint(trace: Trace, weights: Mapping[str, Tensor], data_plate: str | None = "data") -> Tensor:
-    r"""EM's Q: the expected complete log-joint of the rows under the weights of an earlier E-step.
+    r"""EM's Q, a scalar: the expected complete log-joint of the rows under the weights of an earlier E-step.
 
     .. math:: Q(\theta) = \sum_f \langle w_f, \log f_\theta \rangle
 
@@ -262,7 +263,7 @@ def sample_discrete(
 
 
 def eliminated(trace: Trace) -> tuple[Tensor, list[Step]]:
-    """The log-density of what depends on discrete sites, these summed out, and the eliminations that `drawn` undoes."""
+    """The log-density (a scalar) of what depends on discrete sites, summed out, and the eliminations `drawn` undoes."""
     symbols = summed_symbols(trace)
     steps: list[Step] = []
     with torch.no_grad():
@@ -279,7 +280,7 @@ def drawn(
     draws: int | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Joint draws of the discrete sites (of those in ``sites`` only, where given), after `eliminated`.
+    """What `sample_discrete` gives of the discrete sites (of those in ``sites`` only, where given), after `eliminated`.
 
     Without a check, and so fit for ``torch.vmap(..., randomness="different")``.
     """
@@ -292,6 +293,7 @@ def drawn(
 
 
 def _values(trace: Trace, site: Any, indices: Mapping[str, Tensor], draws: int | None, count: int) -> Tensor:
+    """The values of one site at packed indices: draws x batch shape x event, without draws where these are None."""
     values, shape = support(site), (count, *batch_shape(site))
     index = indices.get(site["infer"]["_enumerate_symbol"])
     if index is None:  # one value only

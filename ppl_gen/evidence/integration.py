@@ -56,7 +56,7 @@ class RowIntegral:
         return bool(self.drawn) and not self.offered
 
     def __call__(self, batch: Batch, thetas: Draws, particles: int) -> tuple[Tensor, Tensor]:
-        """Row densities (draws x rows), and the Monte Carlo variance (rows) that the particles leave in their mean."""
+        """Row densities (draws x rows, nats), and the Monte Carlo variance (rows) that particles leave in the mean."""
         if self.offered:
             found = torch.stack([_closed_form(self.fit, batch, theta) for theta in thetas])
             return found, torch.zeros_like(found[0])
@@ -146,7 +146,7 @@ def _warn_of_scales(fit: Fit, trace: Any) -> None:
 
 
 def _closed_form(fit: Fit, batch: Batch, theta: Mapping[str, Tensor]) -> Tensor:
-    """The program's own log p(x) per row, at values of its global sites where it has any."""
+    """The program's own log p(x), shape (rows,), nats, at values of its global sites where it has any."""
     assert fit.program.evidence is not None
     first = (theta,) if fit.info.select(local=False) else ()
     return fit.program.evidence(*first, *batch.args, **batch.kwargs)
@@ -189,7 +189,10 @@ def _summed_particles(integral: RowIntegral, batch: Batch, thetas: Draws, partic
 def _from_prior(
     integral: RowIntegral, batch: Batch, theta: Mapping[str, Tensor], particles: int, *, together: bool
 ) -> list[dict[str, Tensor]]:
-    """Draws of the continuous latents of the rows, the finite ones that they may depend on drawn before them."""
+    """Draws of the continuous latents of the rows, the finite ones that they may depend on drawn before them.
+
+    One mapping for each particle, sites in the shapes that they have without particles.
+    """
     fit, names = integral.fit, integral.drawn
     if not together:
         traces = (run(fit, batch, theta) for _ in range(particles))

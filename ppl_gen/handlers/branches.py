@@ -124,7 +124,10 @@ class Branches(EnumMessenger):
         return Pick(slots, self.nesting, max((-f.dim for f in frames.values()), default=0), others=self.enumerated)
 
     def _handed(self, name: str, said: Any, value: Tensor) -> Tensor:
-        """Notes which slot was drawn, and gives what the program sees: all values; or, where all agree, that one."""
+        """Notes which slot was drawn, and gives what the program sees: all values; or, where all agree, that one.
+
+        ``value``: batch shape x event; what is given has the dim of all values left of those of the plates.
+        """
         fn, infer, table = said["fn"], said["infer"], said["value"]
         event = value.dim() - fn.event_dim
         flat = table.reshape(-1, *fn.event_shape)

@@ -12,7 +12,10 @@ __all__ = ["LocalParticles"]
 
 
 class LocalParticles(PlateMessenger):
-    """A plate of particles left of all others, around those sites only that stand inside the data plate."""
+    """A plate of particles left of all others, around those sites only that stand inside the data plate.
+
+    There batch shapes become particles x plates, ``nesting`` dims of plates in all.
+    """
 
     def __init__(self, count: int, data_plate: str, nesting: int) -> None:
         super().__init__("_particles", count, dim=-1 - nesting)

@@ -33,21 +33,24 @@ class Place:
 
     @property
     def width(self) -> int:
+        """How many numbers each row has."""
         return self.shape.numel() // self.shape[self.axis]
 
     def flat(self, part: Tensor) -> Tensor:
+        """Rows x numbers, of a part in the ``shape`` without constraints."""
         return part.movedim(self.axis, 0).reshape(self.shape[self.axis], -1)
 
     def whole(self, flat: Tensor) -> Tensor:
+        """The inverse of `flat`: of rows x numbers, a part in the ``shape`` without constraints."""
         rest = [size for axis, size in enumerate(self.shape) if axis != self.axis]
         return flat.reshape(self.shape[self.axis], *rest).movedim(0, self.axis)
 
     def rows(self, log_det: Tensor) -> Tensor:
-        """A site's log determinant, summed over everything but the rows."""
+        """A site's log determinant (of its batch shape) summed over everything but the rows: shape (rows,)."""
         return log_det.expand(self.batch_shape).movedim(self.plate_dim, 0).reshape(self.shape[self.axis], -1).sum(-1)
 
     def at(self, part: Tensor, transform: Any = None) -> tuple[Tensor, Tensor]:
-        """The value at a point without constraints, and by row log |det| of the way there."""
+        """The value at a part in the ``shape`` without constraints, and log |det| of the way there, shape (rows,)."""
         if self.discrete:
             return part, torch.zeros(self.shape[self.axis])
         transform = transform or self.transform
@@ -56,7 +59,10 @@ class Place:
 
 
 class RowsPlaced(Messenger):
-    """Sites at T(u) with T read as the program runs, since a bound may depend on another latent site."""
+    """Sites at T(u) with T read as the program runs, since a bound may depend on another latent site.
+
+    ``parts``: of each site u in the shape of its place; ``log_det``, found on the way, has shape (rows,).
+    """
 
     def __init__(self, parts: Values, places: Mapping[str, Place], known: Values) -> None:
         super().__init__()
@@ -95,7 +101,7 @@ class Somewhere(Messenger):
 
 
 class RowsInverted(Messenger):
-    """Sites at given values z, keeping T^-1(z)."""
+    """Sites at given values z, keeping T^-1(z) as ``parts``, each in the shape of its place."""
 
     def __init__(self, values: Values, places: Mapping[str, Place]) -> None:
         super().__init__()

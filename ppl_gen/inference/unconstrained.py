@@ -106,7 +106,7 @@ class Unconstrained:
             )
 
     def split(self, u: Tensor) -> dict[str, Tensor]:
-        """The part of each site, in the shape of its unconstrained value."""
+        """The part of each site of ``u`` (one flat vector), in the shape of its unconstrained value."""
         parts = u.split([shape.numel() for shape in self.sites.values()])
         return {name: part.reshape(shape) for (name, shape), part in zip(self.sites.items(), parts, strict=True)}
 
@@ -117,12 +117,12 @@ class Unconstrained:
         return placed
 
     def values(self, u: Tensor) -> tuple[Tensor, ...]:
-        """The latent sites at ``u``, in the order of ``sites``."""
+        """The latent sites at ``u``, in the order of ``sites``, each in its own shape."""
         values = self._placed(u).values
         return tuple(values[name] for name in self.sites)
 
     def potential(self, u: Tensor) -> Tensor:
-        """U(u), a scalar."""
+        """U(u), a scalar in nats."""
         args, kwargs = self.batch.args, self.batch.kwargs
         with validation_off():
             if self.sums:

@@ -29,7 +29,7 @@ class Likelihood(nn.Module):
     Args:
         shape: shape of a row.
         centre: subtracted from x before an encoder sees it (and added to the mean of a normal), in the shape of a row.
-        spread: x is divided by it.
+        spread: x is divided by it; one number.
     """
 
     centre: Tensor
@@ -42,7 +42,7 @@ class Likelihood(nn.Module):
         self.register_buffer("spread", spread)
 
     def starting_bias(self, channels: int | None = None) -> Tensor | None:
-        """Outputs at which every row has the distribution of the whole data; None where zero is that.
+        """Outputs, flat, at which every row has the distribution of the whole data; None where zero is that.
 
         With ``channels`` those that the pixels of each share, as a convolution's biases are.
         """
@@ -125,7 +125,7 @@ class NormalPixels(Likelihood):
 
 
 class CategoricalPixels(Likelihood):
-    """Integers 0 ... levels - 1, each level with a log weight of its own."""
+    """Integers 0 ... levels - 1, each level with a log weight of its own; ``chances`` are pixels of a row x levels."""
 
     def __init__(self, shape: Sequence[int], rows: Tensor, levels: int) -> None:
         wide = rows.to(torch.get_default_dtype())
@@ -148,7 +148,7 @@ class CategoricalPixels(Likelihood):
 
 
 def check_rows(data: Any, program: str, shape: Sequence[int]) -> Tensor:
-    """The entry x of ``data``; raises ValueError for rows of another shape than ``shape``."""
+    """The entry x of ``data``, rows x ``shape``; raises ValueError for rows of another shape than ``shape``."""
     (rows,) = entries(data, program, "x")
     assert rows is not None  # the first entry
     if tuple(rows.shape[1:]) != tuple(shape):

@@ -83,6 +83,7 @@ class Perceptron(nn.Module):
         return layer
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """... x inputs -> ... x outputs; labels ``y`` have a shape that broadcasts with the dimensions that lead."""
         wide = self.first(x)
         if self.label is not None and y is not None:
             wide = wide + self.label(y.long())
@@ -100,6 +101,7 @@ class Reading(nn.Module):
         self.register_buffer("used", used)
 
     def forward(self, x: Tensor, *label: Tensor) -> Tensor:
+        """``x`` as wide as the data; the network gets ... x used numbers."""
         return self.network(x[..., self.used], *label)
 
 
@@ -114,6 +116,7 @@ class Writing(nn.Module):
         self.register_buffer("used", used)
 
     def forward(self, x: Tensor, *label: Tensor) -> Tensor:
+        """What the network gives, ... x used numbers, as ... x ``width``."""
         found = self.network(x, *label)
         return found.new_zeros(*found.shape[:-1], self.width).index_copy(-1, self.used, found)
 
@@ -188,6 +191,7 @@ class ConvolutionalDecoder(nn.Module):
         return layer
 
     def forward(self, z: Tensor) -> Tensor:
+        """... x inputs -> ... x outputs: channels x height x width (x depth), flat."""
         images = self.layers(z.reshape(-1, z.shape[-1]))
         if self.depth > 1:
             # rows x channels*depth x height x width -> the numbers of one pixel side by side
@@ -202,6 +206,6 @@ def _doubling(before: int, after: int, small: Sequence[int], large: Sequence[int
 
 
 def standardised(x: Tensor, centre: Tensor, spread: Tensor) -> Tensor:
-    """(x - centre) / spread as floating numbers; both have the shape of a row."""
+    """(x - centre) / spread as floating numbers; both broadcast to the shape of a row."""
     wide = x if x.is_floating_point() else x.to(torch.get_default_dtype())
     return (wide - centre.to(wide)) / spread.to(wide)

@@ -66,7 +66,10 @@ class NormalGamma:
         return {"loc_mean": constraints.real, **positive}
 
     def sample(self, like: Tensor) -> dict[str, Tensor]:
-        """The prior statements; ``like`` gives dtype and device."""
+        """The prior statements; ``like`` gives dtype and device.
+
+        ``precision`` is K x event, K where it is shared; ``loc_standard`` K x event.
+        """
         shape = (self.components,) if self.shared else (self.components, *self.event)
         rate = like.new_full(shape, self.spread / 2)
         gamma = dist.Gamma(torch.full_like(rate, self.degrees / 2), rate)
@@ -87,16 +90,18 @@ class NormalGamma:
         return self.shared and bool(self.event)
 
     def _scale(self, precision: Tensor) -> Tensor:
+        """Standard deviations that broadcast to K x event."""
         scale = precision.rsqrt()
         return scale.unsqueeze(-1) if self._column else scale
 
     def _located(self, precision: Tensor, mean: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """Both sites; ``mean`` and ``scale`` broadcast to K x event."""
         scale = scale.expand(*scale.shape[: -1 - len(self.event)], self.components, *self.event)
         normal = dist.Normal(mean, scale).to_event(1 + len(self.event))
         return {"precision": precision, "loc_standard": pyro.sample("loc_standard", normal)}
 
     def expose(self, values: Mapping[str, Tensor], middle: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and scale in the user's units, as deterministic sites."""
+        """Location (K x event) and scale (as the precision) in the user's units, as deterministic sites."""
         dims = 1 + len(self.event)
         loc = pyro.deterministic("loc", middle + unit * values["loc_standard"], event_dim=dims)
         scale = unit * values["precision"].rsqrt()
@@ -116,7 +121,7 @@ class NormalGamma:
         return {"loc_standard": means.reshape(-1, *self.event), "precision": means.new_ones(shape)}
 
     def maximise(self, groups: Moments, prior: bool) -> dict[str, Tensor]:
-        """Values of largest likelihood, or of largest posterior density, for rows so grouped."""
+        """Values of largest likelihood, or of largest posterior density, for rows so grouped; shapes as in `sample`."""
         counts = groups.counts.unsqueeze(-1)
         if prior:
             shape, rate = self._posterior(groups)
@@ -130,6 +135,7 @@ class NormalGamma:
         return {"loc_standard": means.reshape(-1, *self.event), "precision": self._shaped(precision)}
 
     def _shaped(self, precision: Tensor) -> Tensor:
+        """A precision, or a parameter of its posterior, K x d or K x 1, in the shape of the site."""
         return precision.squeeze(-1) if self.shared or not self.event else precision
 
     def _posterior(self, groups: Moments) -> tuple[Tensor, Tensor]:
@@ -142,7 +148,10 @@ class NormalGamma:
         return (self.degrees + rows) / 2, (self.spread + squares) / 2
 
     def update(self, groups: Moments) -> dict[str, Tensor]:
-        """Parameters of the Normal-Gamma posterior for rows so grouped."""
+        """Parameters of the Normal-Gamma posterior for rows so grouped.
+
+        ``loc_mean``: K x event; ``loc_strength``: K; shape and rate as the precision in `sample`.
+        """
         shape, rate = self._posterior(groups)
         strength = self.strength + groups.counts
         means = (groups.counts / strength).unsqueeze(-1) * groups.means
@@ -154,12 +163,13 @@ class NormalGamma:
         }
 
     def _parameters(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean (K x d), strength (K), shape and rate (K x d, or K x 1 where the precision is shared)."""
         mean, shape, rate = (parameters[name] for name in ("loc_mean", "precision_shape", "precision_rate"))
         columns = (self.components, -1)
         return mean.reshape(columns), parameters["loc_strength"], shape.reshape(columns), rate.reshape(columns)
 
     def expected_log_density(self, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        """E[log Normal(row | mu_k, lambda_k)] under the posterior: N x K."""
+        """E[log Normal(row | mu_k, lambda_k)] under the posterior, of rows N x d: N x K, nats."""
         mean, strength, shape, rate = self._parameters(parameters)
         precision = (shape / rate).expand_as(mean)
         log_precision = (shape.digamma() - rate.log()).expand_as(mean).sum(-1)
@@ -167,7 +177,7 @@ class NormalGamma:
         return (log_precision - self.size * math.log(2 * math.pi) - self.size / strength - distance) / 2
 
     def kl(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """KL(posterior || prior), summed over components."""
+        """KL(posterior || prior), summed over components: a scalar in nats."""
         mean, strength, shape, rate = self._parameters(parameters)
         own = torch.distributions.Gamma(shape, rate)
         half = torch.full_like(rate, 0.5)

@@ -58,7 +58,7 @@ class NormalWishart:
         return InverseWishartCholesky(self.degrees, unit).expand((self.components,))
 
     def sample(self, like: Tensor) -> dict[str, Tensor]:
-        """The prior statements; ``like`` gives dtype and device."""
+        """The prior statements, factors K x d x d and means K x d; ``like`` gives dtype and device."""
         factor = pyro.sample("scale_tril_standard", self._prior(like).to_event(1))
         return self._located(factor, like.new_zeros(self.components, *self.event), factor / math.sqrt(self.strength))
 
@@ -70,11 +70,12 @@ class NormalWishart:
         self._located(factor, pyro.param("loc_mean"), scale)
 
     def _located(self, factor: Tensor, mean: Tensor, scale_tril: Tensor) -> dict[str, Tensor]:
+        """Both sites: factors K x d x d, and means around ``mean`` (K x d) with ``scale_tril`` (K x d x d)."""
         normal = dist.MultivariateNormal(mean, scale_tril=scale_tril).to_event(1)
         return {"scale_tril_standard": factor, "loc_standard": pyro.sample("loc_standard", normal)}
 
     def expose(self, values: Mapping[str, Tensor], middle: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and Cholesky factor in the user's units; location and covariance become deterministic sites."""
+        """Location (K x d) and Cholesky factor (K x d x d) in the user's units; sites: location and covariance."""
         loc = pyro.deterministic("loc", middle + unit * values["loc_standard"], event_dim=2)
         factor = unit.unsqueeze(-1) * values["scale_tril_standard"]
         pyro.deterministic("covariance", factor @ factor.mT, event_dim=3)
@@ -92,7 +93,7 @@ class NormalWishart:
         return {"loc_standard": means, "scale_tril_standard": unit.repeat(self.components, 1, 1)}
 
     def maximise(self, groups: Moments, prior: bool) -> dict[str, Tensor]:
-        """Values of largest likelihood, or of largest posterior density, for rows so grouped."""
+        """Values of largest likelihood, or of largest posterior density, for rows so grouped; shapes as in `sample`."""
         counts = groups.counts
         if not prior:
             values, vectors = torch.linalg.eigh(groups.scatter / counts[:, None, None])
@@ -108,13 +109,17 @@ class NormalWishart:
         return {"loc_standard": means, "scale_tril_standard": factor}
 
     def _scatter(self, groups: Moments) -> Tensor:
+        """The scale matrix of each component's posterior: K x d x d."""
         means, weight = groups.means, self.strength * groups.counts / (self.strength + groups.counts)
         unit = torch.eye(self.size, dtype=means.dtype, device=means.device)
         outer = means.unsqueeze(-1) * means.unsqueeze(-2)
         return self.spread * unit + groups.scatter + weight[:, None, None] * outer
 
     def update(self, groups: Moments) -> dict[str, Tensor]:
-        """Parameters of the normal-inverse-Wishart posterior for rows so grouped."""
+        """Parameters of the normal-inverse-Wishart posterior for rows so grouped.
+
+        ``loc_mean``: K x d; ``loc_strength`` and ``covariance_degrees``: K; ``covariance_scatter_tril``: K x d x d.
+        """
         strength = self.strength + groups.counts
         return {
             "loc_mean": (groups.counts / strength).unsqueeze(-1) * groups.means,
@@ -124,7 +129,7 @@ class NormalWishart:
         }
 
     def expected_log_density(self, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        """E[log Normal(row | mu_k, Sigma_k)] under the posterior: N x K."""
+        """E[log Normal(row | mu_k, Sigma_k)] under the posterior, of rows N x d: N x K, nats."""
         degrees, factor = parameters["covariance_degrees"], parameters["covariance_scatter_tril"]
         log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         log_precision = multidigamma(degrees / 2, self.size) + self.size * math.log(2) - 2 * log_det
@@ -135,7 +140,7 @@ class NormalWishart:
         return (log_precision - constant - distance) / 2
 
     def kl(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """KL(posterior || prior), summed over components."""
+        """KL(posterior || prior), summed over components: a scalar in nats."""
         degrees, factor = parameters["covariance_degrees"], parameters["covariance_scatter_tril"]
         own = InverseWishartCholesky(degrees, factor, validate_args=False)
         solved = torch.linalg.solve_triangular(factor, parameters["loc_mean"].unsqueeze(-1), upper=False)

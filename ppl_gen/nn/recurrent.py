@@ -74,7 +74,7 @@ class CharacterNetwork(nn.Module):
         prompt: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Ancestral sampling, symbol after symbol; see `generate`. Draws from the global generator unless given one."""
+        """Rows x length by ancestral sampling; see `generate`. Draws from the global generator unless given one."""
         read, state, drawn = self.start(rows), None, []
         if prompt is not None:
             read = torch.cat([read, prompt.to(read).expand(rows, -1)], 1)
@@ -121,7 +121,7 @@ class CharacterNetwork(nn.Module):
 
 
 def _chosen(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """One symbol of each row: rows x 1."""
+    """One symbol of each row, rows x 1, from logits rows x V."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     # The largest logit is zero first, so that a tiny temperature leaves no difference of infinities.

@@ -118,7 +118,7 @@ class InverseWishartCholesky(TorchDistribution):
         return InverseWishartCholesky(self.df.expand(shape), scale_tril, validate_args=False)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws of L = P A^{-T}, where A A' is Wishart with unit scale and A upper triangular."""
+        """Draws of L = P A^{-T} (sample x batch x d x d), A A' Wishart with unit scale, A upper triangular."""
         size = self.event_shape[-1]
         below = torch.arange(size, device=self.df.device)
         diagonal = Chi2(self.df.unsqueeze(-1) - below.flip(0), validate_args=False).rsample(sample_shape).sqrt()
@@ -144,11 +144,12 @@ class InverseWishartCholesky(TorchDistribution):
 
 
 def _half_log_det(factor: Tensor) -> Tensor:
+    """Half the log determinant of F F', of factors F ... x d x d."""
     return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def multidigamma(value: Tensor, size: int) -> Tensor:
-    """The derivative of the logarithm of the multivariate gamma function in ``size`` dimensions.
+    """The derivative of the logarithm of the multivariate gamma function in ``size`` dimensions, entry by entry.
 
     >>> bool(multidigamma(torch.tensor(3.0), 1) == torch.tensor(3.0).digamma())
     True

@@ -77,7 +77,7 @@ def of_each(
     rows: int,
     alone: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """``one`` at every draw, stacked; at the first ``alone`` where it cannot be asked of all at once."""
+    """``one`` at every draw, its tensors draws x shape; at the first ``alone`` where not all can be asked at once."""
     if len(draws) == 1 or not draws[0]:
         return tuple(value.expand(len(draws), *value.shape) for value in one(dict(draws[0])))
     stacked = {name: torch.stack([torch.as_tensor(draw[name]) for draw in draws]) for name in draws[0]}
@@ -88,7 +88,7 @@ def of_each(
 
 
 def derived(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The deterministic sites outside the data plate at each draw; call inside ``fit.bound()``."""
+    """The deterministic sites outside the data plate at each draw, in their shapes; call inside ``fit.bound()``."""
     names = [site.name for site in fit.info.select(kind="deterministic", local=False)]
     if not names or not draws:
         return [{} for _ in draws]
@@ -111,7 +111,7 @@ def derived(fit: Fit, batch: Batch, draws: Sequence[Mapping[str, Tensor]]) -> li
 
 
 def _vectorised(one: Callable[[dict[str, Tensor]], Any], stacked: dict[str, Tensor], rows: int) -> Any | None:
-    """All draws at once, or None where the program does not allow it (or gives something else then)."""
+    """All draws (draws x shape) at once, or None where the program does not allow it, or gives something else then."""
     firsts = {name: value[0] for name, value in stacked.items()}
     try:
         with without_side_effects(), Largest() as largest:

@@ -34,7 +34,9 @@ MAX_ELEMENTS = 4_000_000  # numbers of one tensor, where no gradient asks for al
 
 @dataclass(frozen=True)
 class LogWeights:
-    """log w of one batch: ``rows`` particles x rows (None without a data plate), ``globals`` a scalar.
+    """log w of one batch, nats: ``rows`` particles x rows (None without sites in the data plate), ``globals`` a scalar.
+
+    Where a sum over a site outside the data plate ties the rows together, they are one: ``rows`` is particles x 1.
 
     Of a global site at a given value, ``globals`` holds log p alone: log q is known to the call that drew it.
     Where the program itself subsamples its data plate, ``scale`` is N / B, which belongs outside every logsumexp, and
@@ -58,7 +60,7 @@ def sampled(
 
 
 def global_draw(guide: Callable[..., Any] | None, batch: Batch, info: ProgramInfo) -> tuple[dict[str, Tensor], Tensor]:
-    """One draw of the guide's sites outside the data plate, auxiliary ones included, and log q of it in nats.
+    """One draw of the guide's sites outside the data plate, auxiliary ones included, and log q of it (a scalar, nats).
 
     Both from one call: a flow without an inverse cannot weigh the draw of an earlier one.
     """
@@ -275,6 +277,7 @@ def _substituted(model: Callable[..., Any], values: Mapping[str, Tensor]) -> Cal
 def _collect(
     p: poutine.Trace | None, q: poutine.Trace, info: ProgramInfo, count: int, values: Mapping[str, Tensor]
 ) -> LogWeights:
+    """log p - log q by sites: ``rows`` count x rows, ``globals`` a scalar; without ``p`` minus log q alone."""
     rows: Tensor | None = None
     total = torch.zeros(())
     for trace, sign in ((p, 1.0), (q, -1.0)):
@@ -297,7 +300,7 @@ def _collect(
 
 
 def _unplated(site: dict[str, Any], info: ProgramInfo) -> Tensor:
-    """The log density with the user's own scale and mask, without the data plate's N / B."""
+    """The log density with the user's own scale and mask, without the data plate's N / B; in its batch shape, nats."""
     value = log_density(site)
     scale = site["scale"]
     for frame in site["cond_indep_stack"]:
@@ -313,7 +316,7 @@ def _in_plate(site: dict[str, Any], plate: str | None) -> bool:
 
 
 def _by_particle(value: Tensor, info: ProgramInfo, count: int) -> Tensor:
-    """Reduce a site's log density to particles x rows: sum what lies right of the rows and between."""
+    """A site's log density, of its batch shape, as particles x rows: sum what lies right of the rows and between."""
     dim = info.plate_dim if info.plate_dim is not None else -1
     if dim < -1:
         value = value.sum(tuple(range(dim + 1, 0)))

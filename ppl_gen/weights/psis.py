@@ -189,6 +189,7 @@ def _need_draws(draws: int) -> None:
 
 
 def _matrix(log_ratios: Any) -> np.ndarray:
+    """Draws x rows in float64; a vector of draws becomes draws x 1."""
     ratios = np.asarray(log_ratios, dtype=np.float64)
     if ratios.ndim == 1:
         ratios = ratios[:, None]
@@ -226,7 +227,7 @@ def _smooth_valid(shifted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _tail(shifted: np.ndarray) -> np.ndarray:
-    """The cut-off and the min(S / 5, 3 sqrt(S)) draws above it, ascending, for each row."""
+    """The cut-off and the min(S / 5, 3 sqrt(S)) draws above it, ascending: rows x (that many + 1)."""
     draws = shifted.shape[1]
     size = math.ceil(min(draws / 5, 3 * math.sqrt(draws))) + 1
     return np.sort(np.partition(shifted, draws - size, axis=1)[:, -size:], axis=1)

@@ -57,7 +57,8 @@ def summed_densities(
 ) -> tuple[Tensor, Tensor]:
     """Log densities particles x rows, finite sites ``sums`` summed out, and log p of the globals of each particle.
 
-    ``drawn``: the sites of each particle; ``values``: those that all share.
+    In nats; particles x 1 where a site outside the data plate is among the ``sums``. ``drawn``: the sites of each
+    particle; ``values``: those that all share.
     """
     stacked = {n: torch.stack([d[n] for d in drawn]) for n in drawn[0] if n not in values and n in info.sites}
     inputs = sum(v.numel() for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor))
@@ -79,6 +80,7 @@ def summed_densities(
 def _summed(
     model: Callable[..., Any], info: ProgramInfo, batch: Batch, values: Values, sums: tuple[str, ...]
 ) -> tuple[Tensor, Tensor]:
+    """At one particle's values: log densities of rows (a single one where ``sums`` tie them), and log p, a scalar."""
     p = enumerated_trace(
         model, batch.args, batch.kwargs, discrete=sums, values=values, plate_nesting=info.plate_nesting, varying=True
     )

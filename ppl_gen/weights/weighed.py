@@ -102,7 +102,7 @@ def joint_draws(fit: Fit, count: int, batch: Batch) -> list[dict[str, Tensor]]:
 
 
 def _drawn(fit: Fit, batch: Batch, draws: int, alone: int, more: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Draws of the guide's sites outside the data plate, draws x shape, and log q of each."""
+    """Draws of the guide's sites outside the data plate, draws x shape, and log q of each (draws, nats)."""
 
     def one(_: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         return global_draw(fit.guide, batch, fit.info)
@@ -120,7 +120,10 @@ def _drawn(fit: Fit, batch: Batch, draws: int, alone: int, more: int) -> tuple[d
 
 
 def _integrated(fit: Fit, batch: Batch, outside: dict[str, Tensor], particles: int, count: int) -> Tensor:
-    """log p(x, theta_s) of every draw of the sites outside the data plate, those inside integrated."""
+    """log p(x, theta_s) in nats, shape (draws,), at draws of the sites outside the data plate (draws x shape).
+
+    The sites inside are integrated, by ``particles`` of each row.
+    """
     info = fit.info
     guided = set(info.guide_sites or {})
     coupling = summed_globals(fit, guided)  # rows are independent given these: a sum over all their values is outermost
@@ -173,6 +176,8 @@ class _FreshNoise(TorchFunctionMode):
 
 def many(one: Callable[[Any], Any], inputs: Any, batch: Batch, particles: int = 1) -> Any | None:
     """``one`` of many inputs at once, each with random numbers of its own; None where the program does not allow it.
+
+    ``inputs`` are tensors whose first dimension counts them, and so are those that come back.
 
     Of the first input alone it has to give, from the same random numbers, what it gives without `torch.vmap`.
     """

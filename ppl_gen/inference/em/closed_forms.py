@@ -34,7 +34,7 @@ class ProbabilityTable:
     """Weighted counts of a simplex-valued site.
 
     Args:
-        parts: at each categorical site, which rows of its table (columns) are which rows of ours: true or false.
+        parts: at each categorical site, which rows of its table are which rows of ours: ours x its, one or zero.
         extra: what the prior adds to the counts, alpha - 1; None under maximum likelihood.
     """
 
@@ -43,6 +43,7 @@ class ProbabilityTable:
     extra: Tensor | None
 
     def __call__(self, value: Tensor, weights: Weights) -> Tensor:
+        """The site at its best, in the shape of ``value`` (... x categories); ``weights`` packed by site."""
         size = value.shape[-1]
         counts = torch.stack(
             [rows @ _counts(reading, weights[reading.site], size) for reading, rows in self.parts]
@@ -74,7 +75,7 @@ class Ratios:
 
     Args:
         role: "scale", "rate" or "odds".
-        parts: at each row site, the parameter, and which of its positions (columns) are which coordinates of ours.
+        parts: at each row site, the parameter, and which of its positions are ours: coordinates x positions, 1 or 0.
         power: of each coordinate; the parameter's own coordinate is constant + power * ours.
         offset: that constant, where it is one for all positions of a coordinate (odds).
         located: locations of normal sites, by name.
@@ -110,6 +111,7 @@ class Ratios:
         return torch.cat([vector[: self.units.start], new, vector[self.units.stop :]])
 
     def _sums(self, vector: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+        """Weighted sums above and below the line of each ratio: one of each for every coordinate."""
         above = below = torch.zeros_like(self.power)
         for reading, affine, chosen in self.parts:
             weight, x = reading.spread(weights[reading.site]), reading.value.to(vector)
@@ -184,8 +186,8 @@ class Locations:
 
     Args:
         units: the coordinates, as positions in the whole vector.
-        parts: at each normal site, the location, the logarithm of its scale, and its columns for ``units``.
-        prior: mean and precision of the normal priors of ``units``; None under maximum likelihood.
+        parts: at each normal site, the location, the logarithm of its scale, and positions x units: its slopes.
+        prior: mean and precision of the normal prior of each of ``units``; None under maximum likelihood.
         separate: whether no location has more than one of ``units`` in it: then each has an equation of its own.
     """
 
@@ -215,7 +217,10 @@ class Locations:
 
 
 def _solved(matrix: Tensor, slope: Tensor) -> Tensor:
-    """The shortest step that solves the normal equations: a direction without weight does not move."""
+    """The shortest step (units) that solves the normal equations: a direction without weight does not move.
+
+    ``matrix``: units x units, or its diagonal where each unit has an equation of its own.
+    """
     if matrix.dim() == 1:
         return torch.where(matrix > 0, slope / matrix, 0.0)
     diagonal = matrix.diagonal()
@@ -228,7 +233,10 @@ def _solved(matrix: Tensor, slope: Tensor) -> Tensor:
 
 
 def unequal(reading: Reading, loc: Affine, scale: Affine, columns: Tensor, vector: Tensor) -> bool:
-    """Whether one location coordinate lies under scales that can differ: at a random point they do, where they can."""
+    """Whether one location coordinate lies under scales that can differ: at a random point they do, where they can.
+
+    ``columns``: positions x units.
+    """
     scales = scale.at(vector).expand(torch.broadcast_shapes(scale.shape, loc.shape))
     for column in columns.T:
         touched = (column != 0).reshape(loc.shape).expand(scales.shape)

@@ -29,8 +29,8 @@ class Reading:
     """A site inside the rows: its family, its value, and the parameters of its density in their coordinates.
 
     ``shape`` is that of the log-prob, ``event`` that of one draw. Parameters and value keep dims of size one where they
-    do not vary. ``mask`` is a mask on the distribution itself (masks of the site are in the weights already), and
-    ``trials`` are those of a binomial.
+    do not vary: they broadcast to shape x event, ``probs`` to shape x event x categories. ``mask`` is a mask on the
+    distribution itself (masks of the site are in the weights already), and ``trials`` are those of a binomial.
     """
 
     site: str
@@ -43,7 +43,7 @@ class Reading:
     trials: Tensor | None = None
 
     def spread(self, weight: Tensor) -> Tensor:
-        """Packed weights of this site, over all its positions."""
+        """Packed weights of this site, over all its positions: shape x event."""
         wide = weight.reshape(*self.shape, *[1] * len(self.event)).expand(self.shape + self.event)
         return wide if self.mask is None else wide * self.mask
 

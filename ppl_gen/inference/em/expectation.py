@@ -33,7 +33,7 @@ class Expectation:
     """An E-step: the values it was made at, the log-likelihood there (total nats), and the weights of the factors.
 
     ``objective`` is the log-likelihood, plus the log prior density when the posterior is maximised. ``trace`` is None
-    where the program offers the E-step; ``weights`` are then the program's own.
+    where the program offers the E-step; ``weights`` are then the program's own, else by site, packed as its log-prob.
     """
 
     values: dict[str, Tensor]
@@ -109,7 +109,7 @@ class Problem:
             return Expectation(values, float(found.log_density), float(objective), found.weights, trace)
 
     def _log_prior(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Without enumeration: the latent sites of a program that offers its E-step may be continuous."""
+        """Without enumeration, a scalar: the latent sites of a program that offers its E-step may be continuous."""
         with validation_off():
             trace = poutine.trace(poutine.condition(self.program.model, dict(values))).get_trace(
                 *self.args, **self.kwargs
@@ -119,7 +119,7 @@ class Problem:
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
     def surrogate(self, values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
-        """Q, differentiable in ``values`` and in the parameters that Pyro holds."""
+        """Q in nats, a scalar, differentiable in ``values`` and in the parameters that Pyro holds."""
         trace = self.trace(values)
         total = expected_log_joint(trace, weights, self.plate)
         return total + log_prior(trace, self.plate) if self.prior else total

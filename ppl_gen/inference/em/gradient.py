@@ -59,7 +59,7 @@ def ascend(parameters: Sequence[Tensor], objective: Callable[[], Tensor], steps:
 
 
 def spread(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The standard deviation that a single row leaves each entry of each site, in unconstrained coordinates.
+    """The standard deviation that a single row leaves each entry of each site, in unconstrained shapes and coordinates.
 
     It is the root of the inverse mean square of a row's score. The sum over rows of squared scores is itself the mean,
     over random signs, of the square of the signed sum; each entry's is averaged with that of its whole site, which

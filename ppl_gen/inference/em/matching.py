@@ -222,6 +222,7 @@ def _ratios(problem: Problem, probe: Probe, name: str, role: str) -> Ratios:
 
 
 def _normal_prior(problem: Problem, probe: Probe, name: str) -> tuple[Tensor, Tensor] | None:
+    """Mean and precision of a site's normal prior, one for each coordinate; None under maximum likelihood."""
     if not problem.prior:
         return None
     prior, shape = _inner(probe.priors[name]), probe.coordinates.shapes[name]

@@ -45,10 +45,12 @@ class Coordinates:
         self.size = start
 
     def vector(self, values: Mapping[str, Tensor]) -> Tensor:
+        """All coordinates of the sites at ``values``, flattened and joined."""
         parts = [t.inv(values[name]).reshape(-1) for name, t in self.transforms.items()]
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def values(self, vector: Tensor) -> dict[str, Tensor]:
+        """The inverse of `vector`: the sites in their own shapes."""
         return {
             name: transform(vector[self.slices[name]].reshape(self.shapes[name]))
             for name, transform in self.transforms.items()
@@ -68,7 +70,10 @@ def _elementwise(transform: Transform) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """A parameter that is ``constant + columns @ coordinates[which]``, flattened; ``shape`` is its own."""
+    """A parameter that is ``constant + columns @ coordinates[which]``, flattened; ``shape`` is its own.
+
+    ``constant``: positions; ``which``: numbers of coordinates in the whole vector; ``columns``: positions x these.
+    """
 
     shape: torch.Size
     constant: Tensor
@@ -76,12 +81,13 @@ class Affine:
     columns: Tensor
 
     def at(self, vector: Tensor) -> Tensor:
+        """The parameter in its own shape, at a vector of all coordinates."""
         if not len(self.which):
             return self.constant.reshape(self.shape)
         return (self.constant + self.columns @ vector[self.which]).reshape(self.shape)
 
     def column(self, units: slice) -> tuple[Tensor, Tensor]:
-        """The columns of the coordinates in ``units``, and the numbers of these within it."""
+        """Positions x coordinates: the columns of those in ``units``; and the numbers of these within it."""
         inside = (self.which >= units.start) & (self.which < units.stop)
         return self.columns[:, inside], self.which[inside] - units.start
 
@@ -171,7 +177,10 @@ def _columns(
     moves: Mapping[Key, dict[str, Tensor]],
     tables: Mapping[Key, dict[str, Tensor | None]],
 ) -> None:
-    """Fill in which positions of each parameter one site moves, and the slopes (None: too many to find)."""
+    """Fill in which positions of each parameter one site moves, and the slopes, positions x coordinates of the site.
+
+    None stands for slopes that are too many to find.
+    """
     count = len(origin)
     steps = [1 + _drawn(torch.rand, origin, generator) for _ in range(2)]
     one, two = (changed(step) for step in steps)
@@ -193,7 +202,7 @@ def _columns(
 
 
 def _single(one: Tensor, two: Tensor, steps: list[Tensor]) -> Tensor | None:
-    """Slopes where every position follows one coordinate at most: the ratio of two moves says which."""
+    """Slopes, positions x coordinates, where each position follows one at most: the ratio of two moves says which."""
     used = (one != 0) | (two != 0)
     count = len(steps[0])
     if one.shape != two.shape or len(one) * count > _MOST_ENTRIES:
@@ -211,6 +220,7 @@ def _single(one: Tensor, two: Tensor, steps: list[Tensor]) -> Tensor | None:
 
 
 def _positions(key: Key, change: Tensor) -> Tensor:
+    """Which positions of a parameter change, true or false, flattened; a row of probabilities is one position."""
     return ((change != 0).any(-1) if key.role == "probs" else change != 0).reshape(-1)
 
 
@@ -236,6 +246,7 @@ def _affine(
     origin: Tensor,
     second: Tensor,
 ) -> dict[Key, Affine]:
+    """The parameters that are affine in all coordinates; ``tables``: their slopes by site, positions x coordinates."""
     found = {}
     numbers = torch.arange(coordinates.size, device=origin.device)
     for key, value in keys.items():
@@ -258,7 +269,10 @@ def _affine(
 def _rows(
     one: Tensor, two: Tensor, first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """By site: which rows of a table of probabilities (``one`` at the first point, ``two`` at the second) are its."""
+    """By site: which rows of a table of probabilities (``one`` at the first point, ``two`` at the second) are its.
+
+    Rows of the table x rows of the site, true or false.
+    """
     size, found = one.shape[-1], {}
     for name in names:
         if first[name].shape[-1] == size and one.numel() * first[name].numel() <= _MOST_ENTRIES:

@@ -162,7 +162,9 @@ class Adversarial(Objective):
 
 
 def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    """E (|grad T(x)| - 1)^2 at random points x between ``real`` and ``fake`` rows (Gulrajani et al. 2017).
+    """E (|grad T(x)| - 1)^2, a scalar, at random points x between ``real`` and ``fake`` rows (Gulrajani et al. 2017).
+
+    Both are rows x event.
 
     Example:
         >>> flat = nn.Linear(2, 1)
@@ -244,7 +246,7 @@ class _AdversarialGame(Game):
 
 
 class _Standardise(nn.Module):
-    """Rows flattened, minus the mean and over the standard deviation of the rows it was made from."""
+    """Rows flattened (rows x numbers), minus the mean and over the standard deviation of the rows it was made from."""
 
     loc: Tensor
     scale: Tensor
@@ -261,6 +263,7 @@ class _Standardise(nn.Module):
 
 
 def _default_critic(real: Tensor) -> nn.Module:
+    """A perceptron from rows (rows x event) to one number each: rows x 1."""
     width = 128
     layers = [nn.Linear(real[0].numel(), width), nn.LeakyReLU(0.2), nn.Linear(width, width), nn.LeakyReLU(0.2)]
     return nn.Sequential(_Standardise(real), *layers, nn.Linear(width, 1))

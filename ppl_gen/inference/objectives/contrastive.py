@@ -93,6 +93,7 @@ class _ContrastiveGame(Game):
         self.notes = {"chain": f"{objective.steps} Gibbs sweep(s) per update, {how}"}
 
     def init(self, batch: Batch) -> GameState:
+        """Persistent chains begin at rows of the batch: chains x shape of a row."""
         if not self.objective.persistent:
             return {}
         x = self._observed(batch)

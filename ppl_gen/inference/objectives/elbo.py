@@ -124,7 +124,7 @@ class _SampledGame(Game):
         return Loss(surrogate, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}), state
 
     def _particle(self, batch: Batch, baseline: GameState) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-        """Surrogate, reconstruction and divergence of one draw, each per row; and the baselines after it."""
+        """Surrogate, reconstruction and divergence of one draw, scalars in nats per row; and the baselines after it."""
         guide, model = traces(self.setting, batch)
         rows = batch.total or 1
         touched, likelihood = self._log_likelihood(guide, model, batch)
@@ -139,7 +139,7 @@ class _SampledGame(Game):
         return (surrogate, reconstruction / rows, kl / rows), after
 
     def _row_costs(self, guide: poutine.Trace, model: poutine.Trace) -> Tensor:
-        """The part of the loss that each row contributes: all that a site of that row can influence."""
+        """The part of the loss that each row contributes, shape (rows,): all that a site of that row can influence."""
         total = torch.zeros(())
         for trace, sign in ((guide, 1.0), (model, -1.0)):
             for site in trace.nodes.values():
@@ -148,12 +148,13 @@ class _SampledGame(Game):
         return total
 
     def _by_row(self, value: Tensor) -> Tensor:
+        """A log density of the batch shape of its site, summed over everything but the rows: shape (rows,)."""
         dim = self.setting.info.plate_dim or -1
         value = value.sum(tuple(range(dim + 1, 0))) if dim < -1 else value
         return value.flatten(0, -2).sum(0) if value.dim() > 1 else value
 
     def _kl(self, guide: poutine.Trace, model: poutine.Trace, touched: Collection[str]) -> Tensor:
-        """Sum of log q - log p over the guide's sites; the priors of those ``touched`` are counted elsewhere."""
+        """Sum of log q - log p over the guide's sites, a scalar; priors of those ``touched`` are counted elsewhere."""
         total = torch.zeros(())
         for name, q in guide.nodes.items():
             if not is_sample(q):
@@ -202,7 +203,10 @@ class _SampledGame(Game):
         return touched, rows + log_prior(trace, plate, without=others)
 
     def _score_term(self, site: dict[str, Any], cost: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(cost - baseline) grad log q, of value zero and with the score-function gradient; and the next baseline."""
+        """(cost - baseline) grad log q, of value zero and with the score-function gradient; and the next baseline.
+
+        ``cost`` has shape (rows,), or is a scalar for all rows together; what is returned are scalars.
+        """
         mean = cost.mean() if mean is None else mean
         log_q = log_density(site)
         log_q = self._by_row(log_q) if cost.dim() else log_q.sum()
@@ -256,6 +260,7 @@ class _TimeStepGame(Game):
         return Loss(kl + constant, {"chain": kl.detach(), "constant": constant.detach()}), state
 
     def _time_steps(self, rows: int) -> Tensor:
+        """One time step for each row, from 1 to the last."""
         even = (torch.arange(rows) + torch.rand(rows)) / rows
         dealt = even[torch.randperm(rows)]
         return 1 + (dealt * self.chain.steps).long().clamp(max=self.chain.steps - 1)

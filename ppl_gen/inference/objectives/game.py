@@ -42,7 +42,7 @@ class Player:
 
 @dataclass(frozen=True)
 class Loss:
-    """A player's loss on one batch: nats per row, and named parts for the history (nothing is synchronised)."""
+    """A player's loss on one batch: a scalar, nats per row; named parts for the history (nothing is synchronised)."""
 
     value: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)

@@ -107,6 +107,7 @@ class _ImportanceGame(Game):
         return Loss(-bound / (batch.total or 1)), state
 
     def _per_row(self, batch: Batch) -> Tensor:
+        """The bound of all rows, a scalar in nats, the logsumexp over particles taken row by row."""
         values: dict[str, Tensor] = {}
         log_q = torch.zeros(())
         if self.globals:
@@ -144,6 +145,7 @@ class _ImportanceGame(Game):
         return torch.cat(parts), outside, scale
 
     def _joint(self, batch: Batch) -> Tensor:
+        """The bound of all rows, a scalar in nats, from K joint weights."""
         model, guide, info = self.setting.model, self.setting.guide, self.setting.info
         joint = []
         for _ in range(self.particles):

@@ -95,6 +95,7 @@ class ObservedRows:
         return real, made
 
     def _pair(self, node: Mapping[str, Any], carried: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Observed and made values of one site, rows x event each; x categories where these stand for draws."""
         made, real = node["value"] if carried is None else carried, torch.as_tensor(node["infer"]["obs"])
         fn, extra = node["fn"], 0
         if carried is not None and _base(fn, dist.Categorical):
@@ -142,7 +143,7 @@ def _shown(node: Mapping[str, Any]) -> Tensor | None:
 
 
 def _rows_first(value: Tensor, axis: int | None, batch: Batch) -> Tensor:
-    """Rows in front and at least one column: without a data plate the first dimension, where it counts the rows."""
+    """Rows in front, at least rows x 1: without a data plate the first dimension, where it counts the rows."""
     if axis is not None:
         value = value.movedim(axis, 0)
     elif not (value.dim() and value.shape[0] == batch.rows):

@@ -188,6 +188,7 @@ class _Choice:
         return LinearProgram(steps, self.guide, first).program(self.name)
 
     def _principal(self, steps: LinearGaussian, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """Where algorithms begin: the closed form of standardised ``x`` (N x features)."""
         y = steps.standardised(x, mask)
         found = principal_components(y, self.latent)
         left = y.var(0, correction=0) - found.loadings.square().sum(1)
@@ -197,6 +198,7 @@ class _Choice:
 
 
 def _rows(data: Any, name: str, features: int) -> tuple[Tensor, Tensor | None]:
+    """The entries x (in float64) and mask, N x features each."""
     x, mask = entries(data, name, "x", "mask")
     assert x is not None  # the first entry
     rows = x.double()
@@ -214,6 +216,7 @@ def _rows(data: Any, name: str, features: int) -> tuple[Tensor, Tensor | None]:
 
 
 def _column_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each column over its observed entries; ``x`` and ``mask`` are N x features."""
     if mask is None:
         return x.mean(0), x.var(0, correction=0)
     count = mask.sum(0)
@@ -226,10 +229,10 @@ class PrincipalComponents:
     r"""The closed form of `ppca`, and principal component analysis, its limit as sigma goes to 0.
 
     Args:
-        loc: b, the mean of the rows.
+        loc: b, the mean of the rows (features).
         axes: the leading eigenvectors of the covariance, features x latent.
-        variances: their eigenvalues, falling.
-        noise: sigma, the root of the mean of the other eigenvalues.
+        variances: their eigenvalues, falling (latent).
+        noise: sigma, the root of the mean of the other eigenvalues; one number.
     """
 
     loc: Tensor
@@ -243,7 +246,7 @@ class PrincipalComponents:
         return self.axes * (self.variances - self.noise.square()).clamp(min=0.0).sqrt()
 
     def codes(self, x: Tensor) -> Tensor:
-        r"""What p(z | x) becomes without noise: all of it at (W'W)^-1 W'(x - b), with covariance 0."""
+        r"""What p(z | x) becomes without noise: all of it at (W'W)^-1 W'(x - b), rows x latent, with covariance 0."""
         w = self.loadings
         rows = torch.as_tensor(as_array(x, "x")).double()
         if rows.dim() != 2 or rows.shape[1] != len(w) or not len(rows) or not bool((rows.abs() <= _LARGEST).all()):

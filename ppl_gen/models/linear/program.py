@@ -134,7 +134,10 @@ class LinearProgram:
         return values
 
     def linear(self, y: Tensor) -> Any:
-        """Normal(V y + c, one covariance for all rows): the posterior has this form where no entry is missing."""
+        """Normal(V y + c, one covariance for all rows): the posterior has this form where no entry is missing.
+
+        ``y``: rows x features; the distribution: batch rows, event latent.
+        """
         k = self.steps.latent
         gain = pyro.param("gain", y.new_zeros(k, self.steps.features))
         centre = y @ gain.mT + pyro.param("offset", y.new_zeros(k))
@@ -148,6 +151,7 @@ class LinearProgram:
 def aligned(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
     r"""Draws whose latents are rotated so that all W lie as near as can be to the mean W W' (Procrustes).
 
+    ``loadings_standard`` is draws x features x latent, ``z`` draws x rows x latent; both come back in their shapes.
     The prior of W and that of z do not change under rotations, so this chooses among equally probable values.
 
     References:

@@ -37,9 +37,9 @@ class Prior:
 class Conditional:
     """p(z | observed entries of x) of each row: Normal(mean, precision^-1), with what the evidence needs beside it.
 
-    ``precision`` is latent x latent, or rows x latent x latent where rows lack different entries; ``residual`` (y - mu)
-    and ``weight`` (Lambda) are zero where an entry is missing; ``fitted`` is the part of the quadratic form that the
-    latents explain.
+    ``mean`` is rows x latent; ``precision`` and its ``cholesky`` factor are latent x latent, or, under a mask, rows x
+    latent x latent; ``residual`` (y - mu), rows x features, and ``weight`` (Lambda), features or rows x features, are
+    zero where an entry is missing; ``fitted`` (rows) is the part of the quadratic form that the latents explain.
     """
 
     mean: Tensor
@@ -98,7 +98,7 @@ class LinearGaussian:
         return self.middle.to(like), self.unit.to(like).expand(self.features)
 
     def standardised(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Rows in standardised units; what is missing is zero."""
+        """Rows in standardised units, N x features; what is missing is zero."""
         like = x if x.is_floating_point() else x.to(torch.get_default_dtype())
         middle, unit = self.on(like)
         y = (like - middle) / unit
@@ -124,7 +124,7 @@ class LinearGaussian:
         return Conditional(mean, precision, cholesky, residual, weight, half.square().sum((-1, -2)))
 
     def evidence(self, values: Values, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """log Normal(x | mean, WW' + noise) of each row, over its observed entries; never forms the covariance."""
+        """log Normal(x | mean, WW' + noise) in nats, shape (rows,), over observed entries; forms no covariance."""
         found = self.conditional(values, x, mask)
         _, unit = self.on(found.residual)
         seen = torch.ones_like(unit) if mask is None else mask.to(unit)
@@ -139,7 +139,11 @@ class LinearGaussian:
         return EMSteps(self.m_step, self.e_step)
 
     def e_step(self, values: Values, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The log-likelihood (total nats), and the expected moments of (z, 1) and y that the M-step needs, per row."""
+        """The log-likelihood (total nats), and the expected moments of (z, 1) and y that the M-step needs, per row.
+
+        With k latents, d features: ``zz`` d x (k + 1) x (k + 1) and ``count`` d (both of length 1 where no mask tells
+        columns apart); ``yz`` d x (k + 1); ``yy`` d; of z itself ``z_mean`` k and ``z_second`` k x k.
+        """
         return self._complete(values, x) if mask is None else self._masked(values, x, mask)
 
     def _complete(self, values: Values, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -214,10 +218,12 @@ class LinearGaussian:
         return {"loadings_standard": w, "loc_standard": mu, "precision": precision}
 
     def _wide(self, values: Values, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """W (features x latent), mu and Lambda (one number for each feature)."""
         w, mu = values["loadings_standard"].to(like), values["loc_standard"].to(like)
         return w, mu, values["precision"].to(like).expand(self.features)
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (features) and covariance (features x features) of complete rows in standardised units."""
         if not (self.memory.key and self.memory.key[0] is x):
             y = self.standardised(x, None)
             mean = y.mean(0)
@@ -228,7 +234,7 @@ class LinearGaussian:
 
 
 def _augmented(zz: Tensor, z: Tensor) -> Tensor:
-    """E[(z, 1)(z, 1)'] from E[zz'] and E[z]."""
+    """E[(z, 1)(z, 1)'], ... x (k + 1) x (k + 1), from E[zz'], ... x k x k, and E[z], ... x k."""
     top = torch.cat([zz, z[..., None]], -1)
     bottom = torch.cat([z, torch.ones_like(z[..., :1])], -1)
     return torch.cat([top, bottom[..., None, :]], -2)

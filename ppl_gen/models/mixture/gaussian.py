@@ -135,6 +135,7 @@ def _check_arguments(components: int, covariance: str, weights: str) -> None:
 
 
 def _rows(data: Any, components: int) -> Tensor:
+    """The entry x in float64, N or N x d."""
     (x,) = entries(data, "gaussian_mixture", "x")
     assert x is not None  # the first entry
     rows = x.double()
@@ -146,6 +147,7 @@ def _rows(data: Any, components: int) -> Tensor:
 
 
 def _standard(rows: Tensor, common: bool) -> Standard:
+    """The units in which ``rows`` (N or N x d) are standardised."""
     middle, variance = rows.mean(0), rows.var(0, correction=0)
     constant = (rows == rows[:1]).all(0) | (variance == 0)
     if bool(constant.all() if common else constant.any()):
@@ -156,6 +158,7 @@ def _standard(rows: Tensor, common: bool) -> Standard:
 
 
 def _program(mixture: Mixture, rows: Tensor) -> Program:
+    """``rows``: standardised, N x d."""
     gaussian = mixture.gaussian
 
     def gaussian_mixture(x: Tensor) -> None:
@@ -189,7 +192,7 @@ def _program(mixture: Mixture, rows: Tensor) -> Program:
 
 
 def spread_means(rows: Tensor, components: int) -> Tensor:
-    """Starting means: jittered quantiles of numbers; rows far from each other of vectors. K x d.
+    """Starting means, K x d, of rows N x d: jittered quantiles of numbers; rows far from each other of vectors.
 
     References:
         k-means++: the advantages of careful seeding (Arthur and Vassilvitskii, 2007).

@@ -44,7 +44,10 @@ class Components(Protocol):
 
 @dataclass(frozen=True)
 class Standard:
-    """Between the user's units and standardised ones: x = middle + unit * standardised, in ``size`` dimensions."""
+    """Between the user's units and standardised ones: x = middle + unit * standardised, in ``size`` dimensions.
+
+    ``middle``: of the shape of a row, (d,) or a number; ``unit``: the same, or one number for all dimensions.
+    """
 
     middle: Tensor
     unit: Tensor
@@ -60,7 +63,7 @@ class Standard:
         return ((like - middle) / unit).reshape(len(x), -1)
 
     def log_volume(self, x: Tensor) -> Tensor:
-        """What standardising adds to the log density of all rows."""
+        """What standardising adds to the log density of all rows: a scalar in nats."""
         return len(x) * self.unit.log().expand(self.size).sum()
 
 
@@ -120,11 +123,12 @@ class Mixture:
         return CAVIUpdates(init, step, guide, {**free, **self.gaussian.constraints})
 
     def _update(self, groups: Moments) -> dict[str, Tensor]:
+        """Parameters of q(w) and of the components from the moments of K groups."""
         free = {"weights_concentration": self.concentration + groups.counts} if self.free else {}
         return {**free, **self.gaussian.update(groups)}
 
     def _log_joint(self, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        """E[log p(row, z = k)] under q of the globals: N x K."""
+        """E[log p(row, z = k)] under q of the globals, of standardised rows N x d: N x K, nats."""
         if not self.free:
             return self.gaussian.expected_log_density(parameters, rows) + self.equal(rows).log()
         concentration = parameters["weights_concentration"]
@@ -132,6 +136,7 @@ class Mixture:
         return self.gaussian.expected_log_density(parameters, rows) + log_weights
 
     def _bound(self, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+        """The evidence lower bound of standardised rows (N x d), z at its optimum: a scalar in nats."""
         bound = self._log_joint(parameters, rows).logsumexp(-1).sum() - self.gaussian.kl(parameters)
         if self.free:
             own = parameters["weights_concentration"]

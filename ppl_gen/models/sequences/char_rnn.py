@@ -95,7 +95,7 @@ def char_rnn(
 
 
 def _checked_symbols(x: Tensor, active: Tensor, symbols: int | None) -> int:
-    """How many symbols there are: ``symbols``, or as many as the sequences need."""
+    """How many symbols there are: ``symbols``, or as many as ``x`` (sequences x time) needs where ``active``."""
     found = max(2, int(x[active].max()) + 1) if symbols is None else int(symbols)
     check_codes(f"data: char_rnn(symbols={symbols})", x[active], found)
     return found

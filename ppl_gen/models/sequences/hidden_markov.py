@@ -110,7 +110,11 @@ def hidden_markov(
 
 
 class _Emission(Protocol):
-    """What the chain asks of its emissions."""
+    """What the chain asks of its emissions.
+
+    ``x`` is sequences x time; ``log_probs`` (nats) and the ``weights`` of `maximise` are sequences x time x K; `order`
+    gives draws x K.
+    """
 
     @property
     def axes(self) -> Mapping[str, int]: ...
@@ -124,6 +128,8 @@ class _Emission(Protocol):
 
 
 class _Normal:
+    """Normal emissions; ``values`` are those of all active steps, in one vector."""
+
     def __init__(self, gaussian: NormalGamma, values: Tensor) -> None:
         if bool((values == values[0]).all()):
             raise ValueError("data: all values are constant, so their density does not exist")
@@ -155,6 +161,8 @@ class _Normal:
 
 
 class _Categorical:
+    """Categorical emissions: ``emission`` is K x C, ``frequencies`` has the share of each category in the data."""
+
     axes: Mapping[str, int] = {"emission": -2}
 
     def __init__(self, states: int, frequencies: Tensor, concentration: float) -> None:
@@ -248,7 +256,7 @@ def _check_arguments(states: int, emission: str, categories: int | None) -> None
 
 
 def _categories(x: Tensor, active: Tensor, categories: int | None) -> Tensor:
-    """How often each category occurs, as shares."""
+    """How often each of the C categories occurs, as shares; ``x`` and ``active`` are sequences x time."""
     if x.is_floating_point():
         raise TypeError(f"data: categorical emissions are integers 0, 1, ..., got {x.dtype}; convert with .long()")
     low, high = int(x.min()), int(x.max())
