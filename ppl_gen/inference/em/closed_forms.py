@@ -153,7 +153,7 @@ def newton_maximum(objective: Callable[[Tensor], Tensor], start: Tensor) -> Tens
     """Maxima of functions of one coordinate each, all at once, by Newton steps that are halved until they climb.
 
     Example:
-        >>> x = highest(lambda x: torch.tensor([1.0, 4.0]) * x - x.exp(), torch.zeros(2))
+        >>> x = newton_maximum(lambda x: torch.tensor([1.0, 4.0]) * x - x.exp(), torch.zeros(2))
         >>> x.exp()
         tensor([1., 4.])
     """

@@ -166,7 +166,7 @@ def proportions(counts: Tensor, concentration: float, prior: bool) -> Tensor:
         ValueError: if the prior's density is infinite at the edge, so that it has no mode.
 
     Example:
-        >>> shares(torch.tensor([1.0, 3.0]), concentration=2.0, prior=True)
+        >>> proportions(torch.tensor([1.0, 3.0]), concentration=2.0, prior=True)
         tensor([0.3333, 0.6667])
     """
     if prior and concentration < 1:
