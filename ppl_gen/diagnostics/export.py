@@ -171,7 +171,7 @@ def _chain_draws(fit: Fit) -> dict[str, Tensor]:
 
 
 def _affordable_draws(fit: Fit, draws: int, together: bool = False) -> list[dict[str, Tensor]]:
-    """``draws`` draws, or as many as stay within `CELLS` numbers (25 at least): local latents times rows are many."""
+    """``draws`` draws, or as many as stay within `MAX_ELEMENTS` numbers (25 at least): local latents times rows are many."""
     batch = fit.data.batch()
     first = fit.learned.draw(1, batch)
     size = sum(torch.as_tensor(value).numel() for draw in first for value in draw.values())
@@ -182,7 +182,7 @@ def _affordable_draws(fit: Fit, draws: int, together: bool = False) -> list[dict
 
 
 def _affordable(draw: Mapping[str, Tensor]) -> int:
-    """How many draws of this size stay within `CELLS` numbers, and one at least."""
+    """How many draws of this size stay within `MAX_ELEMENTS` numbers, and one at least."""
     return max(1, MAX_ELEMENTS // max(1, sum(value.numel() for value in draw.values())))
 
 

@@ -111,7 +111,7 @@ class _Seen:
     def weigh(
         self, batch: Batch, draws: int, values: dict[str, Tensor], sums: tuple[str, ...], together: bool
     ) -> Tensor:
-        """Log weights in nats, draws x rows kept, as many at a time as `CELLS` allows."""
+        """Log weights in nats, draws x rows kept, as many at a time as `MAX_ELEMENTS` allows."""
         model, guide = self._watched(self._fit.joint, self._see_model), self._watched(self._fit.guide, self._see_guide)
         cells = sum(v.numel() for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor))
         most, parts = max(1, MAX_ELEMENTS // max(1, cells)) if together else 1, []

@@ -192,7 +192,7 @@ def log_weights_in_chunks(
     sums: tuple[str, ...] = (),
     vectorise: bool,
 ) -> LogWeights:
-    """`local_log_weights` with as many particles at a time as keep each tensor at about `CELLS` numbers."""
+    """`local_log_weights` with as many particles at a time as keep each tensor at about `MAX_ELEMENTS` numbers."""
     inputs = [v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]
     most = max(1, MAX_ELEMENTS // max(1, sum(value.numel() for value in inputs)))
     parts = []
