@@ -13,7 +13,7 @@ from ppl_gen.fits.prior import prior_predictive
 from ppl_gen.fits.result import Fit, Status
 from ppl_gen.program import offers
 from ppl_gen.program.program import Program, Recipe
-from ppl_gen.version import __version__
+from ppl_gen.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ppl_gen.comparison.compare import Comparison, compare
@@ -30,7 +30,6 @@ __all__ = [
     "Program",
     "Recipe",
     "Status",
-    "__version__",
     "by_step",
     "check",
     "compare",

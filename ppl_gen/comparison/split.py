@@ -63,7 +63,7 @@ def frozen_draws(data: Any) -> Any:
     """``data`` as a yardstick: what is redrawn for every batch is drawn once, the same for every fit.
 
     >>> rows = Rows({"x": torch.full((4, 1), 0.5)}, on_batch=lambda batch: {"x": torch.bernoulli(batch["x"])})
-    >>> torch.equal(settled(rows)["x"], settled(rows)["x"]), settled(rows).on_batch
+    >>> torch.equal(frozen_draws(rows)["x"], frozen_draws(rows)["x"]), frozen_draws(rows).on_batch
     (True, None)
     """
     if not isinstance(data, Rows) or data.on_batch is None:

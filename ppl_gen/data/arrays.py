@@ -80,7 +80,7 @@ def check_finite(name: str, value: Any, dtype: torch.dtype, hint: str = FILL) ->
     tensor = value if isinstance(value, Tensor) else shared(value)
     if not tensor.is_floating_point():
         return
-    bad = ~(tensor.abs() <= min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max))
+    bad = _beyond(tensor, dtype)
     count = int(bad.sum())
     if count:
         first = tuple(int(i) for i in bad.nonzero()[0])
@@ -88,6 +88,11 @@ def check_finite(name: str, value: Any, dtype: torch.dtype, hint: str = FILL) ->
         raise ValueError(
             f"data {name!r}: {count} value(s) are NaN or infinite{beyond}, the first at index {first}; {hint}"
         )
+
+
+def _beyond(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which entries are no finite numbers of ``dtype``."""
+    return ~(tensor.abs() <= min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max))
 
 
 def where_missing(name: str, value: Any, dtype: torch.dtype) -> str:
@@ -100,9 +105,8 @@ def where_missing(name: str, value: Any, dtype: torch.dtype) -> str:
         check_finite(name, value, dtype)
     except ValueError as error:
         tensor = value if isinstance(value, Tensor) else None if isinstance(value, float) else shared(value)
-        if tensor is None:
+        if tensor is None or bool((_beyond(tensor, dtype) & ~tensor.isnan()).any()):
             raise
-        check_finite(name, tensor.nan_to_num(0.0, torch.inf, -torch.inf), dtype)
         return str(error)
     return ""
 

@@ -171,7 +171,7 @@ def _chain_draws(fit: Fit) -> dict[str, Tensor]:
 
 
 def _affordable_draws(fit: Fit, draws: int, together: bool = False) -> list[dict[str, Tensor]]:
-    """``draws`` draws, or as many as stay within `MAX_ELEMENTS` numbers (25 at least): local latents times rows are many."""
+    """``draws`` draws, or as many as stay within `MAX_ELEMENTS` numbers (25 at least): locals times rows are many."""
     batch = fit.data.batch()
     first = fit.learned.draw(1, batch)
     size = sum(torch.as_tensor(value).numel() for draw in first for value in draw.values())

@@ -86,7 +86,7 @@ def _without_each(logs: Tensor) -> Tensor:
 def weighed_parameters(fit: Fit, draws: int, particles: int) -> tuple[list[dict[str, Tensor]], Tensor] | None:
     """Draws of the globals from a guide, and normalised log weights (draws) that make them draws of the posterior.
 
-    None where the weights cannot be had, would cost more than the evidence itself (more than `MAX_ELEMENTS` numbers), or, with
+    None where weights cannot be had, would cost more than the evidence itself (over `MAX_ELEMENTS` numbers), or, with
     latents of rows in the guide, are too noisy to be used; call inside ``fit.bound()``.
     """
     info = fit.info

@@ -78,7 +78,7 @@ def _append(history: dict[str, list[Any]], info: Mapping[str, Any], step: int) -
 
 def _floats(values: Sequence[Any]) -> list[float]:
     """One synchronisation for a whole history of scalars."""
-    if all(isinstance(value, Tensor) for value in values):
+    if values and all(isinstance(value, Tensor) for value in values):
         return [float(v) for v in torch.stack([v.detach().double() for v in values]).cpu()]
     return [float(v) for v in values]
 

@@ -29,8 +29,8 @@ def batched_stable() -> Iterator[None]:
 
     >>> import torch, pyro.distributions as dist
     >>> with batched_stable():
-    ...     draws = torch.vmap(lambda loc: dist.Stable(1.5, 0.0, 1.0, loc).rsample(), randomness="different")
-    ...     draws(torch.zeros(3)).shape
+    ...     draws = torch.vmap(lambda a: dist.Stable(a, 0.0 * a).rsample(), randomness="different")
+    ...     draws(torch.tensor([1.2, 1.5, 1.8])).shape
     torch.Size([3])
     """
     with contextlib.ExitStack() as stack:

@@ -42,8 +42,10 @@ AVERAGED = 100  # draws of a latent, where its mean has no closed form
 def point_value(fn: Any) -> Tensor | None:
     """The mean, or the likeliest of finitely many values; None where neither has a closed form.
 
-    >>> settled(dist.Normal(torch.zeros(2), 1.0).to_event(1)), settled(dist.Categorical(torch.tensor([0.2, 0.8])))
-    (tensor([0., 0.]), tensor(1))
+    >>> point_value(dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    tensor([0., 0.])
+    >>> point_value(dist.Categorical(torch.tensor([0.2, 0.8])))
+    tensor(1)
     """
     base = _bare(fn)
     if base.has_enumerate_support:

@@ -323,12 +323,12 @@ def test_a_missing_count_without_bound_is_a_prediction() -> None:
 
 
 def test_a_program_that_looks_at_drawn_values_is_refused_by_name() -> None:
-    def without_side_effects(x):
+    def looking(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z if float(z.detach().sum()) > -1e6 else -z, 1.0), obs=x)
 
-    fit = pg.fit(without_side_effects, torch.zeros(4), QUICK, seed=0)
+    fit = pg.fit(looking, torch.zeros(4), QUICK, seed=0)
     with pytest.raises(pg.IncompatibleError, match=r"site\(s\) z of 'looking' cannot be drawn given new rows"):
         fit.posterior(torch.ones(3), 10)
 

@@ -72,7 +72,7 @@ def test_the_bias_shrinks_with_the_particles(tiny: pg.Fit) -> None:
 def test_memory_chunks_change_nothing_but_the_draws(tiny: pg.Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tiny.evidence(particles=300)
     rows = tiny.evidence(particles=300, chunk=7)
-    monkeypatch.setattr(particles_file, "CELLS", 11 * 40 * 5)  # 11 particles of 40 rows of 5 numbers
+    monkeypatch.setattr(particles_file, "MAX_ELEMENTS", 11 * 40 * 5)  # 11 particles of 40 rows of 5 numbers
     few = tiny.evidence(particles=300)
     assert torch.equal(tiny.evidence(particles=300).values, few.values), "same seed, same chunks: the same draws"
     for other in (rows, few):
@@ -91,7 +91,7 @@ def test_no_more_particles_are_held_at_a_time_than_memory_likes(monkeypatch: pyt
         return genuine(*args, **kwargs)
 
     monkeypatch.setattr(particles_file, "local_log_weights", watched)
-    monkeypatch.setattr(particles_file, "CELLS", 4 * 8)
+    monkeypatch.setattr(particles_file, "MAX_ELEMENTS", 4 * 8)
     fit = pg.fit(pg.Program(local, local_exact_guide), X8, STILL)
     assert torch.allclose(fit.evidence(particles=10).values, local_evidence(X8))
     assert seen == [4, 4, 2]
@@ -113,7 +113,7 @@ def test_a_program_that_subsamples_keeps_to_its_rows_from_chunk_to_chunk(monkeyp
         with pyro.plate("data", 8, subsample_size=3) as index:
             pyro.sample("z", dist.Normal(half * x[index], half.sqrt()))
 
-    monkeypatch.setattr(particles_file, "CELLS", 8)  # one particle at a time
+    monkeypatch.setattr(particles_file, "MAX_ELEMENTS", 8)  # one particle at a time
     exact = local_evidence(X8)
     with playing(model, guide, IWAE(particles=2), X8) as (_, dataset):
         info = dry_run(pg.Program(model, guide), dataset.batch(), guide=guide)

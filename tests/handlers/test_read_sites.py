@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ppl_gen as pg
 from ppl_gen.inference import CAVI, EM, IWAE, NUTS, SVI
-from ppl_gen.workspace.isolation import Workspace
+from ppl_gen.workspace.isolation import Workspace, isolated
 
 pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
 
@@ -148,7 +148,7 @@ def positive(x: Tensor) -> None:
 
 
 def test_neutra_runs() -> None:
-    with pyro.get_param_store().scope(), pg.isolation.isolated(0):
+    with pyro.get_param_store().scope(), isolated(0):
         guide = pyro.infer.autoguide.AutoDiagonalNormal(positive)
         guide(X.abs())
         model = NeuTraReparam(guide).reparam(positive)

@@ -85,7 +85,9 @@ def _made(guide: type | None, run: Run, options: Mapping[str, Any]) -> Callable[
     if not sites:
         return None
     # An autoguide runs the model behind a block of its own, past which statements would not be read as elsewhere.
-    model, start = poutine.block(ReadSites()(run.joint), expose=sites), run.starting_values()
+    # Parameters stay in sight: a guide that runs inside the model makes its own there.
+    model = poutine.block(ReadSites()(run.joint), hide_fn=lambda m: m["type"] != "param" and m["name"] not in sites)
+    start = run.starting_values()
     begins = dict(options)
     if start and "init_loc_fn" not in options and "init_loc_fn" in inspect.signature(kind).parameters:
         begins["init_loc_fn"] = init_to_value(values=start, fallback=init_to_feasible)
