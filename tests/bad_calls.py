@@ -96,8 +96,8 @@ def _numbers(rows: int = 6, columns: int = 2) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def _fit(algorithm: Any) -> Any:
-    return pg.fit(normal, _numbers(), algorithm, progress=False)
+def _fit(algorithm: Any, validation: Any = None) -> Any:
+    return pg.fit(normal, _numbers(), algorithm, validation=validation, progress=False)
 
 
 def _fit_gan(objective: Any) -> Any:
@@ -227,7 +227,7 @@ def _algorithms() -> Iterator[Target]:
     yield Target("inference.Adversarial", Adversarial, {}, _fit_gan)
     yield Target("inference.ContrastiveDivergence", ContrastiveDivergence, {}, _fit_rbm)
     for rule in (inference.Plateau, inference.Patience):
-        yield Target(f"inference.{rule.__name__}", rule, {}, lambda r: _fit(SVI(steps=2, stop_rule=r)))
+        yield Target(f"inference.{rule.__name__}", rule, {}, lambda r: _fit(SVI(steps=2, stop_rule=r), _numbers()))
 
 
 def _pictures(coded: pg.Fit) -> Iterator[Target]:

@@ -25,6 +25,7 @@ from ppl_gen.fits.preparing import prepared
 from ppl_gen.fits.result import Fit, Status
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.handlers.unobserved import unobserved
+from ppl_gen.program.missing import refuse_read_nan
 from ppl_gen.program.program import Program, Recipe, with_known_kwargs
 from ppl_gen.runtime.interrupts import allowed, taken
 from ppl_gen.runtime.progress import called
@@ -103,6 +104,7 @@ def inspected(task: Task) -> tuple[ProgramInfo, str]:
         info = preparing.inspected(built, dataset)
         held = as_dataset(task.test, built.model, read=dataset.read, data_dim=dataset.data_dim, missing=True)
         check_columns("test", held, dataset)
+        refuse_read_nan(built.model, held)
         with torch.no_grad():
             return info, _mark(built, dataset.head(64))
 

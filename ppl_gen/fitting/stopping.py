@@ -111,15 +111,15 @@ def check_record(rule: Any, there: Collection[str], *, validated: bool) -> None:
     >>> check_record(Plateau(on="elb"), ["program_loss"], validated=False)
     Traceback (most recent call last):
     ...
-    ValueError: stop_rule: Plateau(on='elb') looks at a record that this fit does not keep; it keeps program_loss
+    ValueError: stop_rule: Plateau(on='elb'): on: expected a record that this fit keeps (program_loss), got 'elb'
     """
     known = sorted({*there, *(("validation_evidence",) if validated else ())} - {"step"})
     if not isinstance(rule, Plateau | Patience) or rule.on in known:
         return
     hint = "; give fit(..., validation=rows) for it" if rule.on == "validation_evidence" else ""
     raise ValueError(
-        f"stop_rule: {type(rule).__name__}(on={rule.on!r}) looks at a record that this fit does not keep; it keeps "
-        f"{', '.join(known) or 'none'}{hint}"
+        f"stop_rule: {type(rule).__name__}(on={rule.on!r}): on: expected a record that this fit keeps "
+        f"({', '.join(known) or 'it keeps none'}), got {rule.on!r}{hint}"
     )
 
 

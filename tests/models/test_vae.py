@@ -306,7 +306,7 @@ def test_exports_of_many_rows_keep_to_the_first_ones(monkeypatch: pytest.MonkeyP
     fit = pg.fit(vae(6, latent=2, hidden=(4,)), two_kinds(), SVI(steps=2), seed=0)
     with fit.bound():
         assert affordable_rows(fit, 100) is fit
-    monkeypatch.setattr("ppl_gen.diagnostics.export.CELLS", 8 * 30 * 10)  # 8 numbers a row: 30 rows of 10 draws
+    monkeypatch.setattr("ppl_gen.diagnostics.export.MAX_ELEMENTS", 8 * 30 * 10)  # 8 numbers a row: 30 rows of 10 draws
     with fit.bound():
         assert affordable_rows(fit, 10).data.rows == 30
         assert affordable_rows(fit, 1000).data.rows == 25, "25 at least"

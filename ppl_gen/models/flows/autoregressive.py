@@ -11,6 +11,7 @@ from pyro.distributions.transforms.utils import clamp_preserve_gradients
 from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 
+from ppl_gen.data.inputs import check_width
 from ppl_gen.models.flows.base import Layer, checked_sizes, flow_recipe, through
 from ppl_gen.program.program import Recipe
 
@@ -57,6 +58,7 @@ class _Masked(Layer):
 
 
 def _recipe(name: str, features: int | None, layers: int, hidden: Sequence[int], reads_rows: bool) -> Recipe:
+    check_width("features", features)
     widths = checked_sizes(features, layers, hidden, smallest=features or 1)
 
     def made(columns: int) -> list[Layer]:
