@@ -76,7 +76,7 @@ def test_numbers_of_python_may_be_observed(value):
 # ------------------------------------------------------------------------------------------------------- stopping
 def test_a_rule_on_a_record_that_never_appears_ends_with_an_error_that_names_those_there_are():
     for rule, text in (
-        (Plateau(on="program_los"), r"Plateau\(on='program_los'\) .*expected a record .*program_loss"),
+        (Plateau(on="program_los"), r"Plateau\(on='program_los'\).*expected a record .*program_loss"),
         (Patience(on="evidence"), r"Patience\(on='evidence'\).*expected a record .*program_loss.*validation_evidence"),
     ):
         with pytest.raises(ValueError, match=text):
