@@ -125,7 +125,10 @@ def _mark(program: Program, batch: Batch) -> str:
 def _is_plain_guide(guide: Any) -> bool:
     from pyro.infer.autoguide import AutoGuide
 
-    return guide is not None and not isinstance(guide, type | AutoGuide)
+    from ppl_gen.inference.guides.resolved import as_class
+
+    kind, _ = as_class(guide)
+    return kind is not None and not isinstance(kind, type | AutoGuide)
 
 
 def one_by_one(

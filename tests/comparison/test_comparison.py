@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas
@@ -14,6 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import ppl_gen as pg
@@ -160,6 +162,13 @@ def test_an_algorithm_that_does_not_fit_is_a_row() -> None:
     row = comparison.table().iloc[0]
     assert row["status"] == "incompatible" and "exact evidence" in comparison.messages["needy", 0]
     assert comparison.best() == "good"
+
+
+def test_a_class_of_guides_with_options_is_compared() -> None:
+    program = pg.Program(normal_mean, guide=partial(AutoNormal, init_scale=1.0))
+    result = pg.compare(program, rows(), {"wide": SVI(steps=1, lr=1e-6)})
+    scale = result["wide"].params["AutoNormal.scales.loc"]
+    assert float(scale) == pytest.approx(1.0, abs=1e-3) and math.isfinite(result.table()["heldout"][0])
 
 
 def test_a_program_without_density_has_no_value_but_a_row() -> None:
