@@ -65,8 +65,9 @@ class Evidence:
     def __repr__(self) -> str:
         carried = "" if self.effective_draws is None else f", {float(self.effective_draws.median()):.0f} effective"
         tail = "" if self.exact else f"{carried} (Monte Carlo {self._error()})"
-        per = "per row" if self.rows > 1 else "in all"
-        return f"Evidence({self.mean:.4f} +- {self.stderr:.4f} nats {per}, {self.rows} rows, {self.kind}{tail})"
+        if self.rows == 1:  # of one number, or of all data at once, there is no spread over rows
+            return f"Evidence({self.mean:.4f} nats in all, {self.kind}{tail})"
+        return f"Evidence({self.mean:.4f} +- {self.stderr:.4f} nats per row, {self.rows} rows, {self.kind}{tail})"
 
     def _error(self) -> str:
         if math.isinf(self.mc_stderr):
@@ -199,7 +200,7 @@ def _kind(fit: Fit, integral: RowIntegral, draws: int, particles: int, *, weighe
     if drawn and draws == 1:
         parts.append("at one posterior draw")
     elif drawn and not weighed and fit.learned.kind == "variational":
-        parts.append("the guide taken for the posterior")
+        parts.append(f"the {'draws' if fit.guide is None else 'guide'} taken for the posterior")
     if integral.missing and not integral.offered:
         parts.append(f"without {', '.join(integral.missing)}, not measured")
     return "; ".join([*(parts or ["exact"]), *_plugged_in(fit)]), not drawn and not particles

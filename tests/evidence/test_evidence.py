@@ -196,7 +196,10 @@ def test_the_marginal_likelihood_of_conjugate_programs() -> None:
     # Guide sd 0.6 against 0.33: weights of relative variance about 1; 10 000 draws are cheap here: error 0.0085.
     assert abs(estimate.mean - conjugate_evidence(X8)) < 5 * 0.01 and estimate.rows == 1
     assert estimate.mc_stderr == pytest.approx(0.0085, rel=0.5) and estimate.pareto_k is not None
-    assert estimate.pareto_k < 0.5 and "in all" in repr(estimate)
+    assert estimate.pareto_k < 0.5
+    assert repr(estimate).startswith(
+        f"Evidence({estimate.mean:.4f} nats in all, importance weighted, 10000 draws (Monte"
+    )
     mixed = pg.fit(pg.Program(both, both_guide), X8, STILL).marginal_likelihood(draws=200, particles=50)
     # Eight rows with 50 particles each: bias 8 * 0.5 / 50, and the globals' weights: 0.07.
     assert abs(mixed.mean - both_evidence(X8)) < 0.45
@@ -254,7 +257,8 @@ def test_mistakes_are_named() -> None:
 def test_a_program_without_a_plate_is_one_row() -> None:
     fit = pg.fit(no_plate, X8, SVI(steps=600, lr=0.02), seed=0)
     estimate = fit.evidence(draws=2000)
-    assert estimate.rows == 1 and "in all" in repr(estimate)
+    assert estimate.rows == 1 and " nats in all" in repr(estimate)
+    assert "+-" not in repr(estimate) and "rows" not in repr(estimate), "one number has no spread over rows"
     # log E_q p(x | theta) at the posterior q = N(m, 1/9), in closed form by adding a normal to a normal.
     m = X8.sum() / 9
     cov = torch.eye(8, dtype=torch.float64) + 1 / 9
