@@ -2,23 +2,27 @@
 
 from ppl_gen.data.batching import Batch, Batches
 from ppl_gen.fitting.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
-from ppl_gen.fitting.run import Ending, Outcome, Run
+from ppl_gen.fitting.run import Ending, Info, Outcome, Run
 from ppl_gen.inference.guides.vector_guide import guide_from_vector
-from ppl_gen.inference.objectives.game import Setting
+from ppl_gen.inference.objectives.game import GameState, Setting
 from ppl_gen.inference.objectives.observed import ObservedRows
 from ppl_gen.inference.objectives.tracing import traces
 from ppl_gen.inference.unconstrained import Unconstrained
+from ppl_gen.program.dry_run import ProgramInfo
 
 __all__ = [
     "Batch",
     "Batches",
     "ChainPosterior",
     "Ending",
+    "GameState",
     "GuidePosterior",
+    "Info",
     "ObservedRows",
     "Outcome",
     "PointPosterior",
     "Posterior",
+    "ProgramInfo",
     "Run",
     "Setting",
     "Unconstrained",
