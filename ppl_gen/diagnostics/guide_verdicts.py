@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ppl_gen.diagnostics.moments import NEVER, Moments
 from ppl_gen.diagnostics.trends import moving
 from ppl_gen.weights.psis import NEARLY_EQUAL, told_apart
 
-__all__ = ["verdict_variational"]
+__all__ = ["close_by", "off_posterior", "verdict_variational"]
 
 _BAD_ROWS = 0.1  # at k = 0.5 and 1000 draws k-hat scatters by 0.15 around its value, so some rows exceed by chance
 # Posterior sd, times: halfway to what must never pass (0.5 sd, 0.6 to 1.6), with noise of 0.07 beside it.
@@ -92,9 +93,9 @@ this need not mean that the program is wrong. Use a richer guide (full covarianc
         "importance-weighted draws of rows": weighted_rows,
         f"{chains} short chains from its draws": moved,
     }
-    findings += _moments(sources, advice) + elsewhere(places, "the guide") + still
+    findings += off_posterior(sources, advice, "the guide") + elsewhere(places, "the guide") + still
     if moved is not None:
-        good.append(_close(moved, f"{chains} short chains from its draws"))
+        good.append(close_by(moved, f"{chains} short chains from its draws"))
     if places[1] and not places[0]:
         good.append(f"none of {places[1]} started elsewhere found another mode")
     if unseen:
@@ -117,14 +118,20 @@ def _told_by_globals(
     k = math.inf if math.isnan(k) else float(k)
     equal = effective is not None and effective[0] >= NEARLY_EQUAL * effective[1]
     said, limit = told_apart(k, threshold)
-    findings, good = [], [f"k-hat {said}" + (f", below {limit}" if k <= threshold else "")]
-    if not equal:
+    findings, good = [], [f"k-hat {said}, below {limit}"]
+    if effective is not None and equal and k > threshold:
+        most = math.ceil(100 * math.sqrt(max(effective[1] / effective[0] - 1.0, 0.0))) / 100
+        good = [
+            f"k-hat {said} is above {limit} and passed over, for the weights are nearly equal: "
+            f"by them no mean is off by more than {most:.2f} sd"
+        ]
+    elif k > threshold:
         findings += _guide(k, threshold, advice)
     if effective is not None:
         findings += _weights(*effective, k, advice)
         good.append(f"{effective[0]:.0f} of {effective[1]} draws effective")
     if weighted is not None:
-        good.append(_close(weighted, "weighted draws"))
+        good.append(close_by(weighted, "weighted draws"))
     return findings, good
 
 
@@ -133,9 +140,10 @@ def _told_by_rows(
 ) -> _Told:
     if k is None or not k.size:
         return [], []
-    if shares is not None:
-        k = np.where(shares >= NEARLY_EQUAL, np.minimum(k, threshold), k)
-    good = [f"k-hat below {threshold:.2f} in {np.mean(k <= threshold):.0%} of {k.size} rows"]
+    spared = (k > threshold) & (shares >= NEARLY_EQUAL) if shares is not None else np.zeros(k.shape, bool)
+    k = np.where(spared, threshold, k)
+    equal = " (or above it with weights that are nearly equal)" if spared.any() else ""
+    good = [f"k-hat below {threshold:.2f}{equal} in {np.mean(k <= threshold):.0%} of {k.size} rows"]
     if weighted is not None:
         share = 1.0 - weighted.rows_beyond(_SHIFT, _RATIO)
         good.append(
@@ -168,20 +176,20 @@ def _weights(effective: float, draws: int, k: float, advice: str) -> list[Findin
     return [(1, found, advice)]
 
 
-def _close(moments: Moments, source: str) -> str:
+def close_by(moments: Moments, source: str) -> str:
     (shift, _), (ratio, _) = moments.farthest, moments.uneven
     return f"means within {shift:.2f} sd and sds within a factor of {max(ratio, 1 / max(ratio, 1e-12)):.2f} of {source}"
 
 
-def _moments(sources: dict[str, Moments | None], advice: str) -> list[Finding]:
-    """What weights or short chains say against means and spreads, told once: by the one that says most."""
+def off_posterior(sources: Mapping[str, Moments | None], advice: str, judged: str) -> list[Finding]:
+    """What weights or short chains say against means and spreads of what is ``judged``: told once, by the worst."""
     said = [(*found, source) for source, moments in sources.items() for found in _off(moments)]
     if not said:
         return []
     grade, _, what, source = max(said, key=lambda found: found[:2])
     weights, chains = ({s for *_, s in said if ("short chains" in s) is by} for by in (False, True))
     both = "by importance-weighted draws and short chains alike" if weights and chains else f"by {source}"
-    return [(grade, f"the guide is not the posterior: {both}, {what}", advice)]
+    return [(grade, f"{judged} is not the posterior: {both}, {what}", advice)]
 
 
 def _off(moments: Moments | None) -> list[tuple[int, float, str]]:

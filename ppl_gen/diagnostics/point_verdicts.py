@@ -15,6 +15,7 @@ __all__ = ["verdict_point", "with_points"]
 def verdict_point(
     converged: bool,
     *,
+    criterion: bool = True,
     trend: tuple[float, float] | None = None,
     rows: int = 1,
     networks: bool = False,
@@ -24,8 +25,9 @@ def verdict_point(
 ) -> Verdict:
     """Judge a point estimate (EM, MAP, maximum likelihood, the generator of a game): has it settled?
 
-    ``converged`` says whether the algorithm's own criterion was met, ``trend`` comes from `loss_trend` (with ``rows``
-    it is in nats in all; ``networks``: whether the program has some), ``restarts`` counts its starts.
+    ``converged`` says whether the algorithm's own criterion was met, ``criterion`` whether it has one, ``trend`` comes
+    from `loss_trend` (with ``rows`` it is in nats in all; ``networks``: whether the program has some), ``restarts``
+    counts its starts.
     ``implicit=True`` is for what a game learned: its losses measure the players against each other, so they cannot show
     that the program is right. ``lone``: rows that a part of the program has narrowed onto, from `lone_rows`; the
     likelihood has no bound there, and what is called an optimum is the place where the run was stopped.
@@ -44,7 +46,7 @@ def verdict_point(
     elif still:
         findings += still
     elif not converged and not settled:
-        findings.append((1, "the run ended before its own criterion of convergence was met", "Run more steps"))
+        findings.append(_unsettled(criterion, trend))
     if lone:
         which = f"row {lone[0]}" if len(lone) == 1 else f"rows {', '.join(map(str, lone[:3]))}"
         found = f"a part of the program has narrowed onto {which} alone, where the likelihood has no bound"
@@ -52,6 +54,15 @@ def verdict_point(
     reached = "the optimum was reached" if converged else "the loss had settled"
     starts = f" (best of {restarts} starts)" if restarts > 1 else " (from one start: others may end elsewhere)"
     return graded(findings, f"{reached}{starts}; it is a point and carries no uncertainty")
+
+
+def _unsettled(criterion: bool, trend: tuple[float, float] | None) -> Finding:
+    if criterion:
+        return 1, "the run ended before its own criterion of convergence was met", "Run more steps"
+    if trend is not None:
+        return 1, "so few steps do not show whether the loss has settled", "Run more steps"
+    found = "nothing shows whether the optimum was reached: the algorithm does not say so and records no program_loss"
+    return 1, found, "Let its outcome have an Ending, or record the loss"
 
 
 def with_points(found: Verdict, sites: Sequence[str]) -> Verdict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ppl_gen.fits.result import Fit
-from ppl_gen.fitting.algorithm import Algorithm
+from ppl_gen.fitting.algorithm import Algorithm, Iterative
 from ppl_gen.fitting.run import Ending, Outcome, Run, Status
 from ppl_gen.inference.restore import guide_source
 from ppl_gen.program.dry_run import ProgramInfo, dry_run
@@ -36,7 +36,14 @@ def finished(recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outco
         notes=dict(run.notes),
         recipe=recipe,
         guide_source=guide_source(algorithm, run, outcome),
+        criterion=_has_criterion(algorithm),
     )
+
+
+def _has_criterion(algorithm: Algorithm | None) -> bool:
+    """Whether it has a rule of its own that says when it has converged, so that to end without is a finding."""
+    own = isinstance(algorithm, Iterative) and type(algorithm).stop is not Iterative.stop
+    return own and getattr(algorithm, "stop_rule", "some") is not None
 
 
 def _with_guide(run: Run, outcome: Outcome) -> ProgramInfo:

@@ -72,6 +72,7 @@ def restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, dat
         checks={name: [float(v) for v in values] for name, values in meta["checks"].items()},
         status=Status(meta["status"]),
         message=meta["message"],
+        criterion=meta.get("criterion", False),
         cost=meta["cost"],
         notes={**meta["notes"], **_not_loaded(modules, given)},
     )

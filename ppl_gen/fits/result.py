@@ -60,6 +60,7 @@ class Fit:
     notes: Mapping[str, str] = field(default_factory=dict)
     recipe: Recipe | None = None
     guide_source: str | None = None  # what makes guide and posterior again: see `ppl_gen.inference.restore`
+    criterion: bool = False  # whether the algorithm has a rule that says when it has converged
     computed: dict[Any, Any] = field(init=False, default_factory=dict, compare=False)  # k-hats, made once
 
     def __repr__(self) -> str:

@@ -124,6 +124,7 @@ def _meta(fit: Fit) -> dict[str, Any]:
         "sites": site_table(fit.info),
         "constants": plain,
         "guide": _guide_source(fit),
+        "criterion": fit.criterion,
         "fingerprint": fingerprint(fit),
     }
 

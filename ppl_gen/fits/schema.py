@@ -177,6 +177,8 @@ def check_meta(file: Path, meta: Any) -> dict[str, Any]:
             refuse(file, f"the field {name!r} is missing")
         if not good(meta[name]):
             refuse(file, f"the field {name!r} has to be {expected}, got {repr(meta[name])[:80]}")
+    if not isinstance(meta.get("criterion", False), bool):  # files of before have none
+        refuse(file, f"the field 'criterion' has to be true or false, got {repr(meta['criterion'])[:80]}")
     if meta["checks"] and not all(float(v).is_integer() for v in meta["checks"].get("step", ["nan"])):
         refuse(file, "the field 'checks' lacks a column 'step' of whole numbers")
     folders = {name.partition("/")[0] for name in meta["files"]}

@@ -314,6 +314,20 @@ def test_each_rule_on_guides(joint, rows, trend, start, words):
     assert said.startswith(start + ": ") and words in said and said.endswith(".")
 
 
+def test_a_k_hat_that_is_passed_over_is_said_to_be():
+    """3776 of 4000 effective: sqrt(4000 / 3776 - 1) = 0.2436, rounded up; of rows, one in two is above the limit."""
+    said = verdict_variational(2.41, None, 0.7, effective=(3776.0, 4000))
+    assert said.trusted
+    assert "k-hat 2.41 is above 0.70 and passed over, for the weights are nearly equal" in said.reason
+    assert "no mean is off by more than 0.25 sd" in said.reason
+    rows = verdict_variational(None, [0.1, 2.0], 0.7, effective_rows=np.array([0.9, 0.95]))
+    assert rows.trusted and "k-hat below 0.70 (or above it with weights that are nearly equal) in 100%" in rows.reason
+    few = verdict_variational(2.41, None, 0.7, effective=(3000.0, 4000))
+    assert not few.trusted and "passed over" not in few.reason
+    below = verdict_variational(0.2, [0.1], 0.7, effective=(3776.0, 4000), effective_rows=np.array([0.95]))
+    assert "nearly equal" not in below.reason
+
+
 def test_more_draws_are_asked_for_where_they_would_do():
     """k = 0.6 is above the threshold of 100 draws and below that of the number that is asked for."""
     said = str(verdict_variational(0.6, None, pareto_k_threshold(100)))
@@ -335,6 +349,9 @@ def test_a_guide_without_k_is_refused():
         (False, {"trend": (-0.5, -0.001)}, "trust", "the loss had settled"),
         (False, {}, "doubtful", "before its own criterion"),
         (False, {"trend": (math.nan, math.nan)}, "doubtful", "before its own criterion"),
+        (False, {"criterion": False}, "doubtful", "nothing shows whether the optimum was reached"),
+        (False, {"criterion": False, "trend": (math.nan, math.nan)}, "doubtful", "so few steps do not show"),
+        (False, {"criterion": False, "trend": (-0.5, -0.001)}, "trust", "the loss had settled"),
         (False, {"trend": (-20.0, -1.0)}, "doubtful", "still falling"),
         (True, {"trend": (-20.0, -1.0)}, "doubtful", "still falling"),
         (True, {"implicit": True}, "doubtful", "losses of a game"),
