@@ -12,7 +12,7 @@ from ppl_gen.bridge import az_summary, to_tree
 from ppl_gen.diagnostics.export import affordable_rows, latent_summary_names, posterior_groups
 from ppl_gen.diagnostics.guide_weights import all_points, guide_weights
 from ppl_gen.diagnostics.lone_rows import lone_rows
-from ppl_gen.diagnostics.looks import drift, look_at_chains, places_of
+from ppl_gen.diagnostics.looks import drift, look_at_chains, look_at_draws, places_of
 from ppl_gen.diagnostics.missed import kept_look
 from ppl_gen.diagnostics.second_look import SecondLook
 from ppl_gen.diagnostics.verdicts import (
@@ -20,6 +20,7 @@ from ppl_gen.diagnostics.verdicts import (
     Verdict,
     loss_trend,
     verdict_chains,
+    verdict_draws,
     verdict_point,
     verdict_variational,
     with_points,
@@ -64,7 +65,7 @@ def diagnose(fit: Fit, *, draws: int = DRAWS, seed: int | None = None) -> pandas
             frame.attrs["pareto_k_rows"] = weights.rows
         frame.attrs["pareto_k_threshold"] = weights.threshold
     else:
-        frame = _point(fit, posterior)
+        frame = _frame(posterior, chains=False) if _own_draws(fit) else _point(fit, posterior)
         frame.attrs["pareto_k"] = math.nan
     frame.attrs["verdict"] = str(_judged(fit, draws))
     return frame
@@ -74,6 +75,11 @@ def _guided(fit: Fit) -> bool:
     return fit.learned.kind == "variational" and fit.guide is not None
 
 
+def _own_draws(fit: Fit) -> bool:
+    """Whether the posterior is a class of the user's own, of whose draws no density is known."""
+    return fit.learned.kind != "point" and fit.guide is None and bool(fit.info.select())
+
+
 def _judged(fit: Fit, draws: int) -> Verdict:
     key = ("verdict", draws)
     if key not in fit.computed:
@@ -81,6 +87,8 @@ def _judged(fit: Fit, draws: int) -> Verdict:
             fit.computed[key] = _judged_chains(fit, fit.learned)
         elif _guided(fit) and not _game(fit) and not all_points(fit):
             fit.computed[key] = _judged_guide(fit, draws)
+        elif _own_draws(fit):
+            fit.computed[key] = _judged_draws(fit)
         else:
             fit.computed[key] = _judged_point(fit)
     found: Verdict = fit.computed[key]
@@ -163,6 +171,15 @@ def _judged_guide(fit: Fit, draws: int) -> Verdict:
     return with_points(found, points)
 
 
+def _judged_draws(fit: Fit) -> Verdict:
+    look = look_at_draws(fit)
+    chains = look.chains if isinstance(look, SecondLook) else 0
+    unseen = look if isinstance(look, str) else ""
+    trend, networks = _trend(fit), _networks(fit)
+    rows = fit.data.rows or 1
+    return verdict_draws(drift(look), chains, places_of(look), unseen=unseen, trend=trend, rows=rows, networks=networks)
+
+
 def _points(fit: Fit) -> list[str]:
     return [name for name in point_sites(fit.info) if not fit.info.sites[name].improper]
 
@@ -214,6 +231,7 @@ def _point(fit: Fit, posterior: dict[str, np.ndarray]) -> pandas.DataFrame:
 def _judged_point(fit: Fit) -> Verdict:
     found = verdict_point(
         str(fit.status) == "converged",
+        criterion=fit.criterion,
         trend=_trend(fit),
         rows=fit.data.rows or 1,
         networks=_networks(fit),

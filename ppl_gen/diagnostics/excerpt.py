@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,8 @@ def _posterior(fit: Fit) -> tuple[dict[str, np.ndarray], str]:
 def _drawn(fit: Fit) -> dict[str, Tensor]:
     """Draws x shape of every latent site that the algorithm learned of, rows beyond the first dropped at once."""
     names, batch = {site.name for site in fit.info.select()}, _batch(fit)
+    if not fit.learned.independent:
+        return _together(fit, batch)
 
     def one() -> tuple[dict[str, Tensor], int]:
         drawn = {n: torch.as_tensor(v) for n, v in fit.learned.draw(1, batch)[0].items() if n in names}
@@ -93,6 +96,14 @@ def _drawn(fit: Fit) -> dict[str, Tensor]:
     count = 1 if few else min(alone(fit, DRAWS), max(_FEWEST, _CELLS // max(1, size)))
     draws = [first, *(one()[0] for _ in range(count - 1))]
     return {name: torch.stack([draw[name] for draw in draws]) for name in first}
+
+
+def _together(fit: Fit, batch: Batch) -> dict[str, Tensor]:
+    shapes = {site.name: (*site.batch_shape, *site.event_shape) for site in fit.info.select()}
+    size = sum(math.prod(shape) for shape in shapes.values())
+    drawn = fit.learned.draw(min(alone(fit, DRAWS), max(_FEWEST, _CELLS // max(1, size))), batch)
+    names = [name for name in drawn[0] if name in shapes] if drawn else []
+    return {n: torch.stack([_head(fit, n, torch.as_tensor(draw[n])).detach() for draw in drawn]) for n in names}
 
 
 def _batch(fit: Fit) -> Batch:

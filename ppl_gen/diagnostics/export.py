@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -173,6 +174,10 @@ def _chain_draws(fit: Fit) -> dict[str, Tensor]:
 def _affordable_draws(fit: Fit, draws: int, together: bool = False) -> list[dict[str, Tensor]]:
     """``draws`` draws, or as many as stay within `MAX_ELEMENTS` numbers (25 at least): locals times rows are many."""
     batch = fit.data.batch()
+    if not fit.learned.independent:
+        shapes = [(*site.batch_shape, *site.event_shape) for site in fit.info.select()]
+        size = sum(math.prod(shape) for shape in shapes)
+        return fit.learned.draw(min(draws, max(MIN_DRAWS, MAX_ELEMENTS // max(1, size))), batch)
     first = fit.learned.draw(1, batch)
     size = sum(torch.as_tensor(value).numel() for draw in first for value in draw.values())
     count = min(draws, max(MIN_DRAWS, MAX_ELEMENTS // max(1, size)))

@@ -20,7 +20,7 @@ from ppl_gen.weights.weighed import joint_draws, numbers
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
 
-__all__ = ["drift", "look_at_chains", "look_at_guide", "places_of"]
+__all__ = ["drift", "look_at_chains", "look_at_draws", "look_at_guide", "places_of"]
 
 LOOK_ROWS = 50  # rows from whose draws short chains begin, where rows stand for themselves
 CHAINS = 200  # short chains: a mean is then known to 0.07 sd, an sd to 5 %
@@ -49,6 +49,18 @@ def look_at_guide(fit: Fit, draws: int) -> SecondLook | str:
         joint = {name: torch.stack([draw[name] for draw in known]) for name in known[0]}
         latent = {name: value for name, value in joint.items() if name in fit.info.sites}
         return _looked(fit, latent, data, chains, beyond=not alone)
+
+
+def look_at_draws(fit: Fit) -> SecondLook | str:
+    """Short chains from draws of which nothing else is known, all asked for at once, and from elsewhere."""
+    if "density" not in fit.info.offers:
+        return "no short chains were run, as the program has no density"
+    with fit.bound():
+        if numbers(fit, fit.data) * FEWEST > MAX_ELEMENTS:  # which `moved` says; spared are the draws
+            return moved(fit, {}, fit.data, chains=CHAINS, dispersed=None)
+        known = fit.learned.draw(2 * CHAINS, fit.data.batch())
+        names = [name for name in known[0] if name in fit.info.sites]
+        return _looked(fit, {n: torch.stack([torch.as_tensor(d[n]) for d in known]) for n in names}, fit.data, CHAINS)
 
 
 def drift(look: SecondLook | str) -> Moments | None:

@@ -33,6 +33,9 @@ class Posterior(ABC):
     #: "point", "variational" or "chains": decides which diagnostics mean anything.
     kind: str = "variational"
 
+    #: Whether ``draw(1, batch)``, called many times, is as good as one call for many; if not, one call asks for all.
+    independent: bool = False
+
     @abstractmethod
     def draw(self, count: int, batch: Batch) -> list[dict[str, Tensor]]:
         """``count`` joint draws of the sites it knows, each a mapping site -> value, given ``batch``."""
@@ -48,6 +51,7 @@ class PointPosterior(Posterior):
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
     kind = "point"
+    independent = True
 
     def draw(self, count: int, batch: Batch) -> list[dict[str, Tensor]]:
         return [dict(self.values)] * count
@@ -68,6 +72,7 @@ class GuidePosterior(Posterior):
 
     function: Callable[..., Any]
     kind = "variational"
+    independent = True
 
     def draw(self, count: int, batch: Batch) -> list[dict[str, Tensor]]:
         draws = []
