@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
+from typing import Any
 
 from docutils import nodes
 from facts import MODULES, public_names
@@ -11,6 +13,7 @@ from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util import logging
 
 LOG = logging.getLogger(__name__)
@@ -68,9 +71,23 @@ def check(app: Sphinx, env: BuildEnvironment) -> None:
                 LOG.warning("reference: no entry for %s.%s", module, name)
 
 
+def alias(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """The name of a type is described by the comment above it in the module that makes it, not by the type."""
+    if what != "data":
+        return
+    short = name.rpartition(".")[2]
+    for module in [m for m in sys.modules if m.partition(".")[0] == "ppl_gen"]:
+        if vars(sys.modules[module]).get(short) is value:
+            said = ModuleAnalyzer.for_module(module).find_attr_docs().get(("", short))
+            if said:
+                lines[:] = said
+                return
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("config-inited", write)
     app.connect("missing-reference", resolve)
+    app.connect("autodoc-process-docstring", alias)
     app.connect("env-check-consistency", check)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
