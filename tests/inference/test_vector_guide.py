@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoMultivariateNormal
 
 import ppl_gen as pg
+from ppl_gen.data.batching import as_dataset
 from ppl_gen.extending import GuidePosterior, Outcome, Unconstrained, guide_from_vector
 from ppl_gen.inference import Algorithm
 
@@ -127,3 +128,16 @@ def test_a_support_that_another_site_moves_is_refused():
 
     with pytest.raises(pg.IncompatibleError, match="the support of low in 'moving' depends on another latent site"):
         pg.fit(moving, X, Given(lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1)))
+
+
+def test_potentials_of_many_points_at_once_are_those_of_each():
+    """By `torch.func.vmap`, slopes too; a finite site is summed out, the support of two others is bounded."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        points = torch.randn(20, SIZE)
+    density = Unconstrained(program, as_dataset(X, program).batch(), pg.check(program, X))
+    slopes, values = torch.func.vmap(torch.func.grad_and_value(density.potential))(points)
+    for point, slope, value in zip(points, slopes, values, strict=True):
+        alone, its = density.potential_and_gradient(point)
+        assert torch.allclose(value, alone, rtol=1e-5) and torch.allclose(slope, its, rtol=1e-3, atol=1e-3)
+    assert float(values.std()) > 1.0, "the points differ"
