@@ -81,7 +81,9 @@ def test_a_rule_on_a_record_that_never_appears_ends_with_an_error_that_names_tho
     ):
         with pytest.raises(ValueError, match=text):
             pg.fit(plain, X, SVI(steps=60, stop_rule=rule), validation=X)
-    with pytest.raises(ValueError, match="program_loss, reconstruction.*got 'validation_evidence'; give fit.*validation=rows"):
+    with pytest.raises(
+        ValueError, match="program_loss, reconstruction.*got 'validation_evidence'; give fit.*validation=rows"
+    ):
         pg.fit(plain, X, SVI(steps=60, stop_rule=Patience()))
     with pytest.raises(ValueError, match="a record that this fit keeps"):  # also where it would not have been asked yet
         pg.fit(plain, X, SVI(steps=2, stop_rule=Plateau(on="elb")))
