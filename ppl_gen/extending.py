@@ -1,6 +1,7 @@
 """What an algorithm or an objective of one's own is made of, beside what `ppl_gen.inference` exports to derive from."""
 
-from ppl_gen.data.batching import Batch, Batches
+from ppl_gen.data.batches import Batches
+from ppl_gen.data.batching import Batch
 from ppl_gen.fitting.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
 from ppl_gen.fitting.run import Ending, Info, Outcome, Run
 from ppl_gen.inference.guides.vector_guide import guide_from_vector
@@ -8,7 +9,7 @@ from ppl_gen.inference.objectives.game import GameState, Setting
 from ppl_gen.inference.objectives.observed import ObservedRows
 from ppl_gen.inference.objectives.tracing import traces
 from ppl_gen.inference.unconstrained import Unconstrained
-from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.info import ProgramInfo
 
 __all__ = [
     "Batch",

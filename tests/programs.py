@@ -19,7 +19,8 @@ from ppl_gen.data.batching import Batch, Dataset, as_dataset
 from ppl_gen.inference.objectives.game import Game, Setting
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.program.dry_run import dry_run
-from ppl_gen.workspace.isolation import Workspace, isolated, validation_off
+from ppl_gen.workspace.isolation import isolated, validation_off
+from ppl_gen.workspace.workspace import Workspace
 
 #: Networks made by `network`, with the weights they were made with: the guard in conftest compares them after a test.
 REGISTRY: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()

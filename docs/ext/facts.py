@@ -21,9 +21,10 @@ from ppl_gen.fits.preparing import dtype_of
 from ppl_gen.fitting.run import Run
 from ppl_gen.inference import SVI, Algorithm, Objective
 from ppl_gen.models.catalogue import CATALOGUE
-from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.offers import require
-from ppl_gen.workspace.isolation import Workspace, isolated
+from ppl_gen.workspace.isolation import isolated
+from ppl_gen.workspace.workspace import Workspace
 
 TOP = Path(__file__).parents[2]
 MODULES = ("ppl_gen", "ppl_gen.inference", "ppl_gen.extending", "ppl_gen.models", "ppl_gen.report")

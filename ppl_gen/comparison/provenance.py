@@ -15,7 +15,7 @@ from ppl_gen.data.batching import Constant, Dataset
 
 if TYPE_CHECKING:
     from ppl_gen.comparison.runner import Task
-    from ppl_gen.program.dry_run import ProgramInfo
+    from ppl_gen.program.info import ProgramInfo
     from ppl_gen.program.program import Recipe
 
 __all__ = ["facts_of", "versions", "written"]

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import pandas
 
     from ppl_gen.evidence.estimates import Evidence
-    from ppl_gen.program.dry_run import ProgramInfo
+    from ppl_gen.program.info import ProgramInfo
 
 __all__ = ["Callback", "Job", "Line", "Task", "inspected", "line_of", "one_by_one"]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from ppl_gen.data.batching import Dataset
-    from ppl_gen.program.dry_run import ProgramInfo, Site
+    from ppl_gen.program.info import ProgramInfo, Site
 
 __all__ = ["Labels", "column_dims", "labels_of", "pandas_coords", "site_dims", "variable_shapes"]
 

@@ -24,7 +24,7 @@ from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.short_chains import Function, State, quenched, sampled, scale_of
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.inference.unconstrained import Unconstrained
-from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.info import ProgramInfo
 from ppl_gen.weights.weighed import numbers
 
 if TYPE_CHECKING:

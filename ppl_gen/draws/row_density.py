@@ -26,7 +26,7 @@ from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.hidden import Hidden
 from ppl_gen.handlers.placed_rows import Place, RowsInverted, RowsPlaced, Somewhere, Values
 from ppl_gen.handlers.substitute import Substitute
-from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.info import ProgramInfo
 
 __all__ = ["MAX_ELEMENTS", "RowDensity"]
 

@@ -24,7 +24,7 @@ from ppl_gen.handlers.last_site import LastSite
 from ppl_gen.handlers.sites import is_sample, support
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.handlers.whole_plates import RowsOf, whole_plates
-from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.info import ProgramInfo
 from ppl_gen.workspace.isolation import validation_off, without_side_effects
 
 __all__ = ["unenumerable"]

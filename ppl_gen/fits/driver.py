@@ -31,13 +31,14 @@ from ppl_gen.fitting.run import Run
 from ppl_gen.handlers.ordered import ordered
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.program.adapted import adapted
-from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.mixed import MixedDtypesError
 from ppl_gen.program.program import Program, Recipe, as_recipe
 from ppl_gen.runtime.interrupts import allowed, hold, listening, taken
 from ppl_gen.runtime.progress import ProgressBar
 from ppl_gen.workspace.closures import Remembered, functions_of, same_again
-from ppl_gen.workspace.isolation import Workspace, isolated
+from ppl_gen.workspace.isolation import isolated
+from ppl_gen.workspace.workspace import Workspace
 
 __all__ = ["fit", "inspect_program"]
 

@@ -6,9 +6,11 @@ from ppl_gen.fits.result import Fit
 from ppl_gen.fitting.algorithm import Algorithm, Iterative
 from ppl_gen.fitting.run import Ending, Outcome, Run, Status
 from ppl_gen.inference.restore import guide_source
-from ppl_gen.program.dry_run import ProgramInfo, dry_run
+from ppl_gen.program.dry_run import dry_run
+from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.program import Recipe
-from ppl_gen.workspace.isolation import Workspace, isolated
+from ppl_gen.workspace.isolation import isolated
+from ppl_gen.workspace.workspace import Workspace
 
 __all__ = ["finished"]
 

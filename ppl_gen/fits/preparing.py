@@ -24,15 +24,17 @@ from ppl_gen.handlers.ordered import ordered
 from ppl_gen.program.adapted import adapted
 from ppl_gen.program.checks import check_observed
 from ppl_gen.program.differentiable import why_not_differentiable
-from ppl_gen.program.dry_run import ProgramInfo, dry_run
+from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.guide_checks import check_masked
 from ppl_gen.program.honoured import refuse_idle_masks
+from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.missing import refuse_read_nan
 from ppl_gen.program.naming import check_names
 from ppl_gen.program.offers import require
 from ppl_gen.program.program import Program, Recipe
 from ppl_gen.program.unlearned import joint, predictions
-from ppl_gen.workspace.isolation import Workspace, isolated, without_side_effects
+from ppl_gen.workspace.isolation import isolated, without_side_effects
+from ppl_gen.workspace.workspace import Workspace
 
 __all__ = ["built_from", "checked_run", "dtype_of", "inspected", "modules_of", "prepared"]
 

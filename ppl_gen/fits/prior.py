@@ -14,7 +14,7 @@ from ppl_gen.fits.preparing import prepared
 from ppl_gen.handlers.read_sites import is_flat
 from ppl_gen.handlers.sites import is_sample
 from ppl_gen.handlers.whole_plates import whole_plates
-from ppl_gen.program.checks import explained
+from ppl_gen.program.explained import explained
 from ppl_gen.program.only_summed import by_branches, drawn_too, tried
 from ppl_gen.program.program import as_recipe
 from ppl_gen.workspace.closures import same_again

@@ -18,11 +18,12 @@ from ppl_gen.data.batching import Dataset, as_dataset
 from ppl_gen.fitting.posterior import PointPosterior, Posterior
 from ppl_gen.fitting.run import Status
 from ppl_gen.handlers.whole_plates import whole_plates
-from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.program import Program, Recipe
 from ppl_gen.workspace.closures import same_again
-from ppl_gen.workspace.isolation import ProgramState, Workspace, copied, isolated, validation_off
+from ppl_gen.workspace.isolation import copied, isolated, validation_off
 from ppl_gen.workspace.memory import unremembered
+from ppl_gen.workspace.workspace import ProgramState, Workspace
 
 if TYPE_CHECKING:
     import pandas

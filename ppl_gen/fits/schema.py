@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppl_gen.program.dry_run import ProgramInfo
+    from ppl_gen.program.info import ProgramInfo
 
 import json
 import math

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ppl_gen.data.batching import Batches
+from ppl_gen.data.batches import Batches
 from ppl_gen.fitting.loop import iterate
 from ppl_gen.fitting.run import Info, Outcome, Run
 from ppl_gen.program.offers import Need

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import Dataset
-from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.program import Program
-from ppl_gen.workspace.isolation import ProgramState, Workspace
+from ppl_gen.workspace.workspace import ProgramState, Workspace
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from ppl_gen.data.batching import Batches
+from ppl_gen.data.batches import Batches
 from ppl_gen.errors import require_number, require_whole
 from ppl_gen.fitting.algorithm import Iterative
 from ppl_gen.fitting.posterior import GuidePosterior
 from ppl_gen.fitting.run import Info, Outcome, Run
 from ppl_gen.program.offers import Need
-from ppl_gen.workspace.isolation import ProgramState
+from ppl_gen.workspace.workspace import ProgramState
 
 __all__ = ["CAVI"]
 

@@ -19,7 +19,7 @@ from ppl_gen.inference.guides.laplace import Laplace, restored_laplace
 from ppl_gen.inference.guides.resolved import resolved_guide
 from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.offers import Need
-from ppl_gen.workspace.isolation import ProgramState
+from ppl_gen.workspace.workspace import ProgramState
 
 __all__ = ["Restored", "guide_source"]
 

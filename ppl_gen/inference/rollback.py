@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ppl_gen.data.batching import Batches
+from ppl_gen.data.batches import Batches
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.fitting.run import NonFiniteStepError
 from ppl_gen.workspace.isolation import generators, set_generators

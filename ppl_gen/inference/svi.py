@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from pyro.infer.autoguide import AutoLaplaceApproximation
 
-from ppl_gen.data.batching import Batches
+from ppl_gen.data.batches import Batches
 from ppl_gen.errors import IncompatibleError, require_callable, require_positive, require_whole
 from ppl_gen.fitting.algorithm import Iterative
 from ppl_gen.fitting.posterior import GuidePosterior, PointPosterior
@@ -28,7 +28,8 @@ from ppl_gen.inference.updates import OPTIMISERS, State
 from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.guide_checks import check_masked
 from ppl_gen.program.offers import Need
-from ppl_gen.workspace.isolation import ProgramState, without_side_effects
+from ppl_gen.workspace.isolation import without_side_effects
+from ppl_gen.workspace.workspace import ProgramState
 
 __all__ = ["SVI"]
 

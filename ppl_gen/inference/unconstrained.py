@@ -21,7 +21,7 @@ from ppl_gen.enumeration.marginals import enumerated_trace, log_joint
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.placed import Lifted, Placed
 from ppl_gen.handlers.sites import is_subsample
-from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.info import ProgramInfo
 from ppl_gen.workspace.isolation import validation_off
 
 __all__ = ["NEAR", "Unconstrained", "starting_point"]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ppl_gen.data.batching import Batch, Batches
+from ppl_gen.data.batches import Batches
+from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.fitting.run import NonFiniteStepError, Run
 from ppl_gen.inference.impossible import impossible

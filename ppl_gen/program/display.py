@@ -11,7 +11,7 @@ from ppl_gen.program.offers import OFFERS
 from ppl_gen.runtime.notebook import box, grid, note, pairs
 
 if TYPE_CHECKING:
-    from ppl_gen.program.dry_run import ProgramInfo
+    from ppl_gen.program.info import ProgramInfo
     from ppl_gen.program.program import Program
 
 __all__ = ["info_html", "meanings", "program_html"]

@@ -11,7 +11,7 @@ from ppl_gen.errors import IncompatibleError
 from ppl_gen.program.program import Program
 
 if TYPE_CHECKING:
-    from ppl_gen.program.dry_run import ProgramInfo, Site
+    from ppl_gen.program.info import ProgramInfo, Site
 
 __all__ = ["check_auxiliary", "check_masked", "check_match"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ppl_gen.program.dry_run import Site
+from ppl_gen.program.info import Site
 
 __all__ = ["check_names"]
 

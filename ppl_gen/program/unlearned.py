@@ -27,7 +27,7 @@ from ppl_gen.program.idle import idle_where_masked
 from ppl_gen.workspace.isolation import validation_off
 
 if TYPE_CHECKING:
-    from ppl_gen.program.dry_run import ProgramInfo
+    from ppl_gen.program.info import ProgramInfo
 
 __all__ = ["joint", "leaves", "predictions", "read_whole", "responds"]
 

@@ -16,7 +16,7 @@ from ppl_gen.handlers.local_particles import LocalParticles
 from ppl_gen.handlers.sites import in_plate, is_sample, is_subsample, log_density, own_scale
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.program.checks import require_enumerable
-from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.info import ProgramInfo
 from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = [

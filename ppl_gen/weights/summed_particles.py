@@ -14,7 +14,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.enumeration.marginals import enumerated_trace, log_prior, row_log_density
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.program.checks import require_enumerable
-from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.info import ProgramInfo
 from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["can_sum_together", "summed_densities"]

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import ppl_gen as pg
 from ppl_gen.data import Rows
-from ppl_gen.data.batching import Batch, Batches, as_dataset
+from ppl_gen.data.batches import Batches
+from ppl_gen.data.batching import Batch, as_dataset
 from ppl_gen.data.sources import collected
 from ppl_gen.inference import SVI
 

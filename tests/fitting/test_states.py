@@ -16,7 +16,8 @@ from programs import X8, both, both_guide, switch, switch_guide
 from torch import nn
 
 import ppl_gen as pg
-from ppl_gen.data.batching import Batches, as_dataset
+from ppl_gen.data.batches import Batches
+from ppl_gen.data.batching import as_dataset
 from ppl_gen.fitting.loop import iterate
 from ppl_gen.inference import CAVI, ELBO, EM, IWAE, SVI, Adversarial, ContrastiveDivergence
 from ppl_gen.inference.updates import CHECK, gradients

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import ppl_gen as pg
 from ppl_gen.inference import CAVI, EM, IWAE, NUTS, SVI
-from ppl_gen.workspace.isolation import Workspace, isolated
+from ppl_gen.workspace.isolation import isolated
+from ppl_gen.workspace.workspace import Workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
 

@@ -26,7 +26,8 @@ from programs import (
 from pyro import poutine
 
 import ppl_gen as pg
-from ppl_gen.data.batching import Batches, as_dataset
+from ppl_gen.data.batches import Batches
+from ppl_gen.data.batching import as_dataset
 from ppl_gen.handlers.rescale import RescalePlate
 from ppl_gen.inference import ELBO, SVI
 

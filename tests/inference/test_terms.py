@@ -17,7 +17,8 @@ from ppl_gen.inference import ELBO, NUTS, SVI, Adversarial
 from ppl_gen.inference.objectives.base import started
 from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.program.dry_run import dry_run
-from ppl_gen.workspace.isolation import Workspace, isolated
+from ppl_gen.workspace.isolation import isolated
+from ppl_gen.workspace.workspace import Workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
 

@@ -11,14 +11,16 @@ from programs import gradient, losses
 from torch import Tensor
 
 import ppl_gen as pg
-from ppl_gen.data.batching import Batches, as_dataset
+from ppl_gen.data.batches import Batches
+from ppl_gen.data.batching import as_dataset
 from ppl_gen.diagnostics import active_units
 from ppl_gen.inference import ELBO, IWAE, SVI
 from ppl_gen.inference.objectives.base import started
 from ppl_gen.inference.objectives.game import Game, Setting
 from ppl_gen.models import m1, m1_m2, m2, vae
 from ppl_gen.program.dry_run import dry_run
-from ppl_gen.workspace.isolation import Workspace, isolated
+from ppl_gen.workspace.isolation import isolated
+from ppl_gen.workspace.workspace import Workspace
 
 STILL = SVI(steps=1, lr=1e-30)  # one step too small to change anything
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.arguments import require_choice
-from ppl_gen.data.batching import Batches
+from ppl_gen.data.batches import Batches
 from ppl_gen.errors import IncompatibleError, require_flag, require_number, require_whole
 from ppl_gen.fitting.algorithm import Iterative
 from ppl_gen.fitting.posterior import PointPosterior

@@ -28,7 +28,7 @@ from ppl_gen.handlers.read_sites import ReadSites
 from ppl_gen.handlers.sites import is_deterministic
 from ppl_gen.inference.guides.guide_list import sharing_plates
 from ppl_gen.inference.guides.laplace import Laplace
-from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.program import with_known_kwargs
 from ppl_gen.workspace.isolation import copied, revived, without_side_effects
 

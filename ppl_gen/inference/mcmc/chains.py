@@ -22,7 +22,8 @@ from ppl_gen.inference.mcmc.kernel import Chain, DrawTable, sample_chain
 from ppl_gen.runtime.interrupts import check, hold
 from ppl_gen.runtime.threads import torch_threads
 from ppl_gen.runtime.workers import initializer, scratch, spawning, unworried
-from ppl_gen.workspace.isolation import Workspace, isolated, validation_off
+from ppl_gen.workspace.isolation import isolated, validation_off
+from ppl_gen.workspace.workspace import Workspace
 
 __all__ = ["run_chains", "workers"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.program.checks import require_enumerable
-from ppl_gen.program.dry_run import Site
+from ppl_gen.program.info import Site
 
 __all__ = ["Estimators", "choose_estimators", "refuse_tied_rows"]
 

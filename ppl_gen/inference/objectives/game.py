@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.data.batching import Batch
-from ppl_gen.program.dry_run import ProgramInfo
+from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.program import Program
 
 __all__ = ["Game", "GameState", "Loss", "Player", "Setting"]

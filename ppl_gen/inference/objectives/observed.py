@@ -15,7 +15,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.carried import _base, _Carrier
 from ppl_gen.handlers.unobserved import unobserved
-from ppl_gen.program.dry_run import ProgramInfo, Site
+from ppl_gen.program.info import ProgramInfo, Site
 from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["ObservedRows", "compared_sites", "reads_own_observation"]

@@ -1,0 +1,103 @@
+"""Batches: the rows in an order of their own, that can be stopped and gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_gen.data.arrays import shared
+from ppl_gen.data.batching import Batch, Dataset
+from ppl_gen.data.calls import ByStep
+
+__all__ = ["Batches"]
+
+
+class Batches:
+    """An endless source of batches under a generator of its own, so that data order depends on the seed alone.
+
+    What `Iterative.source` returns: ``Batches(run.data, 100, run.seed)`` gives 100 rows at a time; a size of None gives
+    all rows.
+
+    >>> import torch
+    >>> source = Batches(as_dataset(torch.arange(5.0), lambda x: None), 2, seed=0)
+    >>> [source.next().rows for _ in range(source.per_epoch)]
+    [2, 2, 1]
+    """
+
+    def __init__(self, data: Dataset, size: int | None, seed: int, stratify: str | None = None) -> None:
+        self.data, self.size = data, size
+        # Not the seed itself: the order of rows would share its random bits with the first weights of the networks.
+        own = int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0] >> 1)
+        self._generator = torch.Generator("cpu").manual_seed(own)
+        self._order = torch.empty(0, dtype=torch.long, device="cpu")
+        self._strata = _strata(data, stratify)
+        self._drawn = 0
+        moving = data.on_batch is not None or any(isinstance(value, ByStep) for value in data.constants.values())
+        self._whole = data.batch() if size is None and not moving else None
+        if size is not None:
+            if data.rows is None:
+                raise ValueError("batch_size: minibatches need rows, and this data has none (entries are constants)")
+            if not 1 <= size:
+                raise ValueError(f"batch_size: expected at least 1, got {size}")
+            self.size = min(size, data.rows)
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in one pass over the rows."""
+        return 1 if self.size is None or self.data.rows is None else -(-self.data.rows // self.size)
+
+    def next(self) -> Batch:
+        """The next batch; the last one of an epoch may be shorter."""
+        self._drawn += 1
+        if self.size is None:
+            return self._whole if self._whole is not None else self.data.batch(step=self._drawn - 1)
+        if not len(self._order):
+            self._order = self._shuffled()
+        index, self._order = self._order[: self.size], self._order[self.size :]
+        return self.data.batch(index, step=self._drawn - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the source stands: how many batches were drawn, what is left of this epoch, and its generator.
+
+        >>> import torch
+        >>> source, other = (Batches(as_dataset(torch.arange(5.0), lambda x: None), 2, seed) for seed in (0, 1))
+        >>> _ = source.next()
+        >>> other.load_state_dict(source.state_dict())
+        >>> [torch.equal(source.next().index, other.next().index) for _ in range(9)].count(False)
+        0
+        """
+        return {"generator": self._generator.get_state(), "order": self._order.clone(), "drawn": self._drawn}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on where the source of the same data stood that gave ``saved``."""
+        self._generator.set_state(saved["generator"])
+        self._order, self._drawn = saved["order"].clone(), int(saved["drawn"])
+
+    def _shuffled(self) -> Tensor:
+        assert self.data.rows is not None
+        if self._strata is None:
+            return torch.randperm(self.data.rows, generator=self._generator, device="cpu")
+        # Each stratum is spread evenly over the epoch, so that every batch holds its share of every stratum.
+        # Dtype and device are written out: the order is the same whatever a fit's defaults are.
+        places = torch.empty(self.data.rows, dtype=torch.float64, device="cpu")
+        for rows in self._strata:
+            offset = torch.rand((), generator=self._generator, dtype=torch.float64, device="cpu")
+            order = torch.randperm(len(rows), generator=self._generator, device="cpu")
+            places[rows[order]] = (torch.arange(len(rows), dtype=torch.float64, device="cpu") + offset) / len(rows)
+        return places.argsort(stable=True)
+
+
+def _strata(data: Dataset, stratify: str | None) -> list[Tensor] | None:
+    if stratify is None:
+        return None
+    if not isinstance(stratify, str) or stratify not in data.entries:
+        raise ValueError(f"stratify: no entry {stratify!r} in the data; there is {', '.join(data.entries)}")
+    value = data.entries[stratify]
+    labels = value.cpu() if isinstance(value, Tensor) else shared(value)
+    if labels.ndim != 1:
+        raise ValueError(f"stratify: expected one label per row in {stratify!r}, got shape {tuple(labels.shape)}")
+    return [torch.nonzero(labels == value).squeeze(-1) for value in labels.unique()]
