@@ -65,6 +65,7 @@ class Mark:
             return NonFiniteStepError(
                 f"the loss is not finite at step {failed}; it was finite when it was made again", failed
             )
+        names = ", ".join(bad) or "a parameter"
         return NonFiniteStepError(
-            f"the update of step {last} made {', '.join(bad)} infinite or NaN. Try a smaller lr or clip_norm=", last
+            f"the update of step {last} made {names} infinite or NaN. Try a smaller lr or clip_norm=", last
         )
