@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ppl_gen as pg
-from ppl_gen.draws import predictive
+from ppl_gen.data import batching
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.fitting.posterior import PointPosterior
 from ppl_gen.inference import EM, NUTS, SVI
@@ -162,7 +162,8 @@ def test_the_pointwise_log_likelihood_is_that_of_the_drawn_indicators(spiked: pg
 def test_all_rows_speak_though_globals_are_drawn_from_a_guide_on_a_slice(
     spiked: pg.Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predictive, "LARGE", 1)
+    monkeypatch.setattr(batching, "LARGE", 1)
+    monkeypatch.setattr(batching, "FEW", 3)
     one = [spiked.sample(1, given={"x": X[:1]}, seed=seed) for seed in range(150)]
     found = shares(torch.stack([states(sample) for sample in one]))
     assert float((found - spike_exact()[0]).abs().max()) < 5 * 0.5 / math.sqrt(150)
