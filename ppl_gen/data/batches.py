@@ -23,6 +23,7 @@ class Batches:
     all rows.
 
     >>> import torch
+    >>> from ppl_gen.data.batching import as_dataset
     >>> source = Batches(as_dataset(torch.arange(5.0), lambda x: None), 2, seed=0)
     >>> [source.next().rows for _ in range(source.per_epoch)]
     [2, 2, 1]
@@ -64,6 +65,7 @@ class Batches:
         """Where the source stands: how many batches were drawn, what is left of this epoch, and its generator.
 
         >>> import torch
+        >>> from ppl_gen.data.batching import as_dataset
         >>> source, other = (Batches(as_dataset(torch.arange(5.0), lambda x: None), 2, seed) for seed in (0, 1))
         >>> _ = source.next()
         >>> other.load_state_dict(source.state_dict())

@@ -48,7 +48,7 @@ class ProgramInfo:
     is the plate over the rows, at dimension ``plate_dim``; ``plate_nesting`` counts the dimensions that plates take,
     so that ``-1 - plate_nesting`` is free; ``finite_latents`` are summed out.
 
-    >>> import ppl_gen as pg, pyro, pyro.distributions as dist
+    >>> import torch, ppl_gen as pg, pyro, pyro.distributions as dist
     >>> def model(x):
     ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
     ...     with pyro.plate("data", len(x)):
