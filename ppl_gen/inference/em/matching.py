@@ -14,7 +14,7 @@ from torch import distributions as td
 from ppl_gen.inference.em.closed_forms import Locations, ProbabilityTable, Ratios, unequal
 from ppl_gen.inference.em.density_form import Key, Reading
 from ppl_gen.inference.em.expectation import Problem
-from ppl_gen.inference.em.probe import Affine, Coordinates, Probe, unwrapped
+from ppl_gen.inference.em.probe import Affine, Coordinates, DensityProbe, unwrapped
 
 __all__ = ["Derived", "matched"]
 
@@ -70,7 +70,7 @@ class Derived:
         return {name: new[name] if name in new else moved[name] for name in self.kinds}
 
 
-def matched(problem: Problem, probe: Probe | None, names: Collection[str]) -> Derived:
+def matched(problem: Problem, probe: DensityProbe | None, names: Collection[str]) -> Derived:
     """The closed forms that ``names`` have."""
     if probe is None:
         return Derived({}, dict.fromkeys(names, "what is observed changes with it"))
@@ -90,7 +90,7 @@ def matched(problem: Problem, probe: Probe | None, names: Collection[str]) -> De
 
 
 def _built(
-    problem: Problem, probe: Probe, roles: Mapping[str, str], reasons: dict[str, str]
+    problem: Problem, probe: DensityProbe, roles: Mapping[str, str], reasons: dict[str, str]
 ) -> tuple[tuple[ProbabilityTable, ...], tuple[Ratios, ...], Locations | None, bool]:
     tables, ratios, located = [], [], []
     for name, role in roles.items():
@@ -110,7 +110,7 @@ def _built(
     return tuple(tables), tuple(ratios), locations, coupled
 
 
-def _linked(problem: Problem, probe: Probe) -> set[str]:
+def _linked(problem: Problem, probe: DensityProbe) -> set[str]:
     """Global sites whose priors depend on each other."""
     found = set()
     for key, moves in probe.moved.items():
@@ -120,7 +120,7 @@ def _linked(problem: Problem, probe: Probe) -> set[str]:
     return found
 
 
-def _role(problem: Problem, probe: Probe, name: str) -> str:
+def _role(problem: Problem, probe: DensityProbe, name: str) -> str:
     keys = [key for key, moves in probe.moved.items() if name in moves and key.role != "prior"]
     if not keys:
         raise _NotDerivedError("no density of the rows depends on it")
@@ -148,7 +148,7 @@ def _role(problem: Problem, probe: Probe, name: str) -> str:
     return role
 
 
-def _check_location(probe: Probe, name: str, keys: list[Key]) -> None:
+def _check_location(probe: DensityProbe, name: str, keys: list[Key]) -> None:
     units = probe.coordinates.slices[name]
     transform = probe.coordinates.transforms[name]
     free = probe.vector[units].reshape(probe.coordinates.shapes[name])
@@ -159,7 +159,7 @@ def _check_location(probe: Probe, name: str, keys: list[Key]) -> None:
             raise _NotDerivedError(f"the scale of {key.site!r} has no known form")
 
 
-def _check_single(probe: Probe, name: str, keys: list[Key]) -> None:
+def _check_single(probe: DensityProbe, name: str, keys: list[Key]) -> None:
     """Each position of the parameter is one coordinate (to one power), and no other site takes part."""
     for key in keys:
         affine = probe.affine[key]
@@ -171,7 +171,7 @@ def _check_single(probe: Probe, name: str, keys: list[Key]) -> None:
             raise _NotDerivedError(f"the location of {key.site!r} has no known form")
 
 
-def _table(problem: Problem, probe: Probe, name: str) -> ProbabilityTable:
+def _table(problem: Problem, probe: DensityProbe, name: str) -> ProbabilityTable:
     parts = [
         (probe.readings[key.site], rows[name].T.to(probe.vector))
         for key, rows in probe.rows.items()
@@ -186,7 +186,7 @@ def _table(problem: Problem, probe: Probe, name: str) -> ProbabilityTable:
     return ProbabilityTable(name, parts, extra)
 
 
-def _ratios(problem: Problem, probe: Probe, name: str, role: str) -> Ratios:
+def _ratios(problem: Problem, probe: DensityProbe, name: str, role: str) -> Ratios:
     units = probe.coordinates.slices[name]
     count = units.stop - units.start
     power, offset = probe.vector.new_zeros(count), probe.vector.new_zeros(count)
@@ -221,7 +221,7 @@ def _ratios(problem: Problem, probe: Probe, name: str, role: str) -> Ratios:
     return Ratios(name, units, role, parts, power, offset, located, prior)
 
 
-def _normal_prior(problem: Problem, probe: Probe, name: str) -> tuple[Tensor, Tensor] | None:
+def _normal_prior(problem: Problem, probe: DensityProbe, name: str) -> tuple[Tensor, Tensor] | None:
     """Mean and precision of a site's normal prior, one for each coordinate; None under maximum likelihood."""
     if not problem.prior:
         return None
@@ -231,7 +231,9 @@ def _normal_prior(problem: Problem, probe: Probe, name: str) -> tuple[Tensor, Te
     return prior.loc.expand(shape).reshape(-1), prior.scale.expand(shape).reshape(-1) ** -2
 
 
-def _locations(problem: Problem, probe: Probe, located: list[tuple[str, tuple[Tensor, Tensor] | None]]) -> Locations:
+def _locations(
+    problem: Problem, probe: DensityProbe, located: list[tuple[str, tuple[Tensor, Tensor] | None]]
+) -> Locations:
     slices = [probe.coordinates.slices[name] for name, _ in located]
     units = torch.cat([torch.arange(s.start, s.stop) for s in slices]).to(probe.vector.device)
     parts: list[tuple[Reading, Affine, Affine, Tensor]] = []

@@ -12,7 +12,7 @@ from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference.em.expectation import Expectation, Problem, responsibilities
 from ppl_gen.inference.em.gradient import gradient_step
 from ppl_gen.inference.em.matching import Derived, matched
-from ppl_gen.inference.em.probe import Probe, probed
+from ppl_gen.inference.em.probe import DensityProbe, probed
 
 __all__ = ["Maximiser"]
 
@@ -71,7 +71,7 @@ class Maximiser:
         )
 
     def _verified(
-        self, found: Derived, probe: Probe | None, values: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+        self, found: Derived, probe: DensityProbe | None, values: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     ) -> Derived:
         """Without the closed forms that L-BFGS can still improve on."""
         if not found.kinds or self._missed(found, found.kinds, values, weights) is None:

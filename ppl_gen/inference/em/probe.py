@@ -22,7 +22,7 @@ from ppl_gen.enumeration.enumerated_trace import packed_sites
 from ppl_gen.inference.em.density_form import Key, Reading, read
 from ppl_gen.inference.em.expectation import Problem
 
-__all__ = ["Affine", "Coordinates", "Probe", "probed", "unwrapped"]
+__all__ = ["Affine", "Coordinates", "DensityProbe", "probed", "unwrapped"]
 
 # Beyond these a probe takes longer, or its tables more memory (0.3 GB), than gradient steps would.
 _MOST_MOVES = 300
@@ -93,7 +93,7 @@ class Affine:
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class DensityProbe:
     """What was found: readings by site, affine parameters, and which sites move which parameters.
 
     ``rows[key][site]`` says which rows of a probability table are which rows of a simplex-valued site (positions x
@@ -110,7 +110,7 @@ class Probe:
     priors: dict[str, Any]
 
 
-def probed(problem: Problem, values: Mapping[str, Tensor], sites: set[str], seed: int) -> Probe | None:
+def probed(problem: Problem, values: Mapping[str, Tensor], sites: set[str], seed: int) -> DensityProbe | None:
     """Probe ``sites`` (those that weights were found for) around ``values``; None where what is observed moves too."""
     coordinates = Coordinates(problem.transforms, values)
     generator = torch.Generator().manual_seed(seed)
@@ -147,7 +147,7 @@ def probed(problem: Problem, values: Mapping[str, Tensor], sites: set[str], seed
         rows.pop(key, None)
         if key.role == "prior":
             moves[key]["pyro.param"] = torch.ones(1, dtype=torch.bool)
-    return Probe(coordinates, origin, base, affine, moves, rows, priors)
+    return DensityProbe(coordinates, origin, base, affine, moves, rows, priors)
 
 
 def _changes(keys: Mapping[Key, Tensor], found: Mapping[str, Reading]) -> dict[Key, Tensor]:

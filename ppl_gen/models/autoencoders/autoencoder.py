@@ -16,7 +16,7 @@ from torch import Tensor
 from ppl_gen.arguments import require_choice
 from ppl_gen.data.inputs import check_width, entries, row_width
 from ppl_gen.errors import is_number, require_flag, require_whole
-from ppl_gen.models.autoencoders.networks import Decoder, Encoder, Units
+from ppl_gen.models.autoencoders.networks import MirrorDecoder, MirrorEncoder, Units
 from ppl_gen.models.improper import Flat
 from ppl_gen.nn.likelihoods import Kind, Likelihood, chosen_likelihood
 from ppl_gen.nn.networks import checked_widths
@@ -107,7 +107,7 @@ def autoencoder(
 
     def build(data: Any) -> Program:
         outputs = _likelihood(data, row_width(features, data, "autoencoder"), kind, likelihood)
-        encoder = Encoder(
+        encoder = MirrorEncoder(
             outputs,
             widths,
             code,
@@ -118,7 +118,7 @@ def autoencoder(
             corruption=float(corruption),
             noise=noise,
         )
-        decoder = Decoder(encoder, outputs, tied=tied)
+        decoder = MirrorDecoder(encoder, outputs, tied=tied)
         cost = _l1(encoder, decoder) if penalty == "l1" else _divergence(encoder, target)
         return _program(encoder, decoder, {"sparsity": lambda x: sparsity * cost(x)} if sparsity else {})
 
@@ -174,7 +174,7 @@ def _likelihood(data: Any, features: int, kind: str, likelihood: Kind) -> Likeli
     return chosen_likelihood(likelihood, data, x.shape[1:], scale=scale, levels=None, program="autoencoder")
 
 
-def _program(encoder: Encoder, decoder: Decoder, terms: dict[str, Callable[[Tensor], Tensor]]) -> Program:
+def _program(encoder: MirrorEncoder, decoder: MirrorDecoder, terms: dict[str, Callable[[Tensor], Tensor]]) -> Program:
     def autoencoder(x: Tensor) -> None:
         if decoder.weights is None:
             pyro.module("encoder", encoder)  # whose weights the decoder reads
@@ -192,7 +192,7 @@ def _program(encoder: Encoder, decoder: Decoder, terms: dict[str, Callable[[Tens
     return Program(autoencoder, guide, terms=terms)
 
 
-def _l1(encoder: Encoder, decoder: Decoder) -> Callable[[Tensor], Tensor]:
+def _l1(encoder: MirrorEncoder, decoder: MirrorDecoder) -> Callable[[Tensor], Tensor]:
     def cost(x: Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(decoder.weight(len(encoder.layers) - 1), dim=1)
         return (encoder(x).abs() * norms).sum(-1)
@@ -200,7 +200,7 @@ def _l1(encoder: Encoder, decoder: Decoder) -> Callable[[Tensor], Tensor]:
     return cost
 
 
-def _divergence(encoder: Encoder, target: float) -> Callable[[Tensor], Tensor]:
+def _divergence(encoder: MirrorEncoder, target: float) -> Callable[[Tensor], Tensor]:
     def cost(x: Tensor) -> Tensor:
         wanted, mean = dist.Bernoulli(torch.tensor(target)), dist.Bernoulli(encoder(x).mean(0))
         return torch.distributions.kl_divergence(wanted, mean).sum().expand(len(x))

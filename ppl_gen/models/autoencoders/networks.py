@@ -13,13 +13,13 @@ from torch.nn import functional
 from ppl_gen.nn.likelihoods import Likelihood
 from ppl_gen.nn.networks import ACTIVATIONS, standardised
 
-__all__ = ["Decoder", "Encoder", "Units"]
+__all__ = ["MirrorDecoder", "MirrorEncoder", "Units"]
 
 Units = Literal["linear", "sigmoid", "relu"]
 _STRIDE = 2
 
 
-class Encoder(nn.Module):
+class MirrorEncoder(nn.Module):
     """From rows to codes; in training mode from corrupted rows.
 
     Args:
@@ -94,7 +94,7 @@ class Encoder(nn.Module):
         return h * torch.zeros_like(h).scatter(-1, kept, 1.0)
 
 
-class Decoder(nn.Module):
+class MirrorDecoder(nn.Module):
     """From codes to rows, the encoder's layers the other way round; called, it gives the mean of p(x | z).
 
     Args:
@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         tied: every layer uses the transpose of the encoder's weight, that very tensor; only biases are its own.
     """
 
-    def __init__(self, encoder: Encoder, likelihood: Likelihood, *, tied: bool) -> None:
+    def __init__(self, encoder: MirrorEncoder, likelihood: Likelihood, *, tied: bool) -> None:
         super().__init__()
         self.likelihood = likelihood
         self.mirrored = (encoder,)  # in a tuple: its parameters are registered with the encoder, once
