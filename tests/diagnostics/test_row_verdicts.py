@@ -133,6 +133,7 @@ def test_a_prior_keeps_components_from_narrowing():
     assert lone_rows(pg.fit(gaussian_mixture(components=2), x, EM(prior=True), seed=0)) == []
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # fits of a few steps
 @pytest.mark.slow
 @pytest.mark.parametrize("rows, steps", [(1_000_000, 100), (50, 2000)])
 def test_judging_costs_less_than_fitting(rows, steps):
@@ -146,6 +147,7 @@ def test_judging_costs_less_than_fitting(rows, steps):
     assert time.process_time() - fitted < fitted - begun
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # fits of a few steps
 @pytest.mark.slow
 def test_normals_by_row_are_judged_row_by_row_however_many():
     """An autoguide of 100 000 rows, too many for short chains: trained it is trusted, as it begins it is not."""
