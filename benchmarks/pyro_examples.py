@@ -117,8 +117,8 @@ def main() -> None:
             "`SVI.step` with the same random numbers, over how far Pyro's moved. Losses are per row here, so "
             "that an eps of 1e-8 / N is Pyro's 1e-8. Where a parameter has no gradient (a bias before a batch "
             "normalisation), Adam makes full steps of rounding errors, here as there. Loss here, loss in Pyro: "
-            "mean and spread of 20 evaluations at those parameters, each by other random numbers (here the "
-            "first ten repeat the steps', at which the loss is a little lower)."
+            "mean and spread of 20 evaluations at those parameters, by the same random numbers here and there, other "
+            "ones than the steps'."
         )
         for text in chosen.without:
             made += f" Left out: {sum(text in ' '.join(command) for command in commands(folder))} with {text!r}."
