@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -361,3 +362,17 @@ def test_a_game_of_several_players_is_no_loss_for_pyros_svi() -> None:
     with pytest.raises(TypeError, match="several players"):
         svi.step(torch.zeros(4))
     pyro.clear_param_store()
+
+
+def test_an_objective_in_plain_scripts_keeps_the_games_of_the_last_pairs_alone() -> None:
+    objective = ELBO()
+    with pyro.get_param_store().scope():
+        for _ in range(20):
+
+            def model(x: torch.Tensor) -> None:
+                conjugate(x)
+
+            first = objective(model, conjugate_guide, X8)
+            kept = objective.__dict__["_games"]
+            assert (model, conjugate_guide) in kept and bool(first.isfinite())
+    assert len(kept) == 16 and copy.deepcopy(objective).__dict__.get("_games") is None

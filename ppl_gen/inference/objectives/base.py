@@ -19,6 +19,9 @@ from ppl_gen.workspace.isolation import without_side_effects
 __all__ = ["Objective", "started"]
 
 
+_KEPT = 16  # pairs of model and guide that one objective plays in plain scripts
+
+
 class Objective(ABC):
     """A frozen specification of what is optimised.
 
@@ -71,6 +74,8 @@ class Objective(ABC):
             require(self.label, self.needs, program.name, info.offers)
             game = started(self, Setting(program, model, guide, info, batch))
             kept[model, guide] = game, game.init(batch)
+            while len(kept) > _KEPT:  # a game holds its model: a script that makes many pairs must not keep them all
+                del kept[next(iter(kept))]
         return kept[model, guide]
 
     def __getstate__(self) -> dict[str, Any]:
