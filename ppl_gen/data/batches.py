@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from ppl_gen.data.arrays import shared
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.data.calls import ByStep
+from ppl_gen.runtime.ranks import ALONE, Ranks
 
 __all__ = ["Batches"]
 
@@ -20,7 +22,7 @@ class Batches:
     """An endless source of batches under a generator of its own, so that data order depends on the seed alone.
 
     What `Iterative.source` returns: ``Batches(run.data, 100, run.seed)`` gives 100 rows at a time; a size of None gives
-    all rows.
+    all rows. Where several processes learn together, ``ranks=run.ranks`` gives each its share of every batch.
 
     >>> import torch
     >>> from ppl_gen.data.batching import as_dataset
@@ -29,8 +31,10 @@ class Batches:
     [2, 2, 1]
     """
 
-    def __init__(self, data: Dataset, size: int | None, seed: int, stratify: str | None = None) -> None:
-        self.data, self.size = data, size
+    def __init__(
+        self, data: Dataset, size: int | None, seed: int, stratify: str | None = None, *, ranks: Ranks = ALONE
+    ) -> None:
+        self.data, self.size, self.ranks = data, size, ranks
         # Not the seed itself: the order of rows would share its random bits with the first weights of the networks.
         own = int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0] >> 1)
         self._generator = torch.Generator("cpu").manual_seed(own)
@@ -38,7 +42,7 @@ class Batches:
         self._strata = _strata(data, stratify)
         self._drawn = 0
         moving = data.on_batch is not None or any(isinstance(value, ByStep) for value in data.constants.values())
-        self._whole = data.batch() if size is None and not moving else None
+        self._whole = self._all_rows() if size is None and not moving else None
         if size is not None:
             if data.rows is None:
                 raise ValueError("batch_size: minibatches need rows, and this data has none (entries are constants)")
@@ -55,11 +59,28 @@ class Batches:
         """The next batch; the last one of an epoch may be shorter."""
         self._drawn += 1
         if self.size is None:
-            return self._whole if self._whole is not None else self.data.batch(step=self._drawn - 1)
+            return self._whole if self._whole is not None else self._all_rows(self._drawn - 1)
         if not len(self._order):
             self._order = self._shuffled()
         index, self._order = self._order[: self.size], self._order[self.size :]
-        return self.data.batch(index, step=self._drawn - 1)
+        return self._part(index, self._drawn - 1)
+
+    @property
+    def drawn(self) -> int:
+        """How many batches have been drawn."""
+        return self._drawn
+
+    def _all_rows(self, step: int | None = None) -> Batch:
+        if self.ranks.alone or self.data.rows is None:
+            return self.data.batch(step=step)
+        return self._part(torch.arange(self.data.rows, device="cpu"), step)
+
+    def _part(self, index: Tensor, step: int | None) -> Batch:
+        """The rows of ``index`` that are this process's."""
+        if self.ranks.alone:
+            return self.data.batch(index, step=step)
+        share = self.ranks.share(len(index))
+        return replace(self.data.batch(index[share.first : share.first + share.count], step=step), share=share)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the source stands: how many batches were drawn, what is left of this epoch, and its generator.

@@ -14,6 +14,7 @@ from ppl_gen.data.arrays import check_extent, check_finite, equal, shared, where
 from ppl_gen.data.calls import ByStep, Constant, as_call, by_step
 from ppl_gen.data.rows import Rows
 from ppl_gen.data.sources import collected
+from ppl_gen.runtime.ranks import Share
 
 __all__ = ["Batch", "Constant", "Dataset", "as_dataset", "by_step", "constant", "is_double"]
 
@@ -43,6 +44,7 @@ class Batch:
     total: int | None
     index: Tensor | None = None
     order: tuple[str, ...] = ()  # of the arguments that a tuple of data filled
+    share: Share | None = None  # of a batch that several processes have parted among them: which rows are here
 
     @property
     def rescale(self) -> float:

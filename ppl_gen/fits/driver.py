@@ -26,6 +26,7 @@ from ppl_gen.fits.finished import finished
 from ppl_gen.fits.monitoring import Validation
 from ppl_gen.fits.preparing import built_from, checked_run, dtype_of, inspected, modules_of, prepared
 from ppl_gen.fits.result import Fit, Status
+from ppl_gen.fits.together import agree, processes_of
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.fitting.run import Run
 from ppl_gen.handlers.ordered import ordered
@@ -34,8 +35,9 @@ from ppl_gen.program.adapted import adapted
 from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.mixed import MixedDtypesError
 from ppl_gen.program.program import Program, Recipe, as_recipe
-from ppl_gen.runtime.interrupts import allowed, hold, listening, taken
+from ppl_gen.runtime.interrupts import allowed, hold, listening
 from ppl_gen.runtime.progress import ProgressBar
+from ppl_gen.runtime.ranks import Ranks
 from ppl_gen.workspace.closures import Remembered, functions_of, same_again
 from ppl_gen.workspace.isolation import isolated
 from ppl_gen.workspace.workspace import Workspace
@@ -65,6 +67,7 @@ def fit(
     validate_every: int | None = None,
     callbacks: Sequence[Callable[[int, Mapping[str, Any]], None]] = (),
     start: Fit | None = None,
+    fabric: Any = None,
 ) -> Fit:
     """Learn ``program`` from ``data`` with ``algorithm``; everything that was passed in stays as it was.
 
@@ -82,6 +85,8 @@ def fit(
         validate_every: steps between two such estimates (a tenth of all steps when None).
         callbacks: called as ``callback(step, info)`` after every step; KeyboardInterrupt raised there ends the run.
         start: a fit of the same program to continue from.
+        fabric: a launched `lightning_fabric.Fabric`, whose processes learn the one fit together: each takes its share
+            of every batch, all make the same steps and return the same fit. Every process passes the same arguments.
 
     Warns:
         FitWarning: once, where chains are bad (what they did, and what to do next), or where columns of the data of
@@ -110,14 +115,17 @@ def fit(
         True
     """
     seed, place = _checked(algorithm, seed, device, dtype, validate_every, progress)
+    ranks, place = processes_of(fabric, place)
+    if not ranks.first:
+        progress = False
     recipe = as_recipe(program)
     _check_start(recipe, start)
     _check_callbacks(callbacks)
     asked = dtype
-    with listening():
+    with listening(), ranks.told():
         with allowed():
             data = collected(data)
-        rest = (seed, place, validation, validate_every, progress, callbacks, start, recipe is program)
+        rest = (seed, place, validation, validate_every, progress, callbacks, start, recipe is program, ranks)
         try:
             result = _fitted(recipe, data, algorithm, asked or algorithm.dtype, *rest)
         except MixedDtypesError:
@@ -126,11 +134,12 @@ def fit(
                 raise
             result = _fitted(recipe, data, algorithm, torch.float32, *rest)
             result = replace(result, notes={**result.notes, "dtype": SINGLE})
-        if taken():  # it came after the last step: nothing is missing, but a script has to hear of it
+        if ranks.taken():  # it came after the last step: nothing is missing, but a script has to hear of it
             result = replace(result, status=Status.INTERRUPTED, message=f"interrupted at the end: {result.message}")
     if result.status is Status.DIVERGED:
         raise NonFiniteError(result.message, result)
-    warn_if_bad(result)
+    if ranks.first:
+        warn_if_bad(result)
     return result
 
 
@@ -147,6 +156,7 @@ def _fitted(
     callbacks: Sequence[Callable[[int, Mapping[str, Any]], None]],
     start: Fit | None,
     scaled: bool,
+    ranks: Ranks,
 ) -> Fit:
     """The fit in one dtype, whatever became of it."""
     with isolated(seed, dtype=dtype or dtype_of(data)), torch.inference_mode(False), torch.enable_grad():
@@ -157,7 +167,7 @@ def _fitted(
         modules = modules_of(built, start)
         with Workspace(state, device=place, dtype=dataset.dtype, modules=modules) as workspace, plates:
             with allowed():
-                run = checked_run(algorithm, built, dataset, workspace, seed, start, validation)
+                run = checked_run(algorithm, built, dataset, workspace, seed, start, validation, ranks)
                 run.notes |= column_notes(dataset.entries, scaled=scaled)
             with ProgressBar(progress, algorithm.label) as report, allowed():
                 run.progress = report
@@ -165,6 +175,7 @@ def _fitted(
                 run.hooks = tuple(callbacks)
                 if validation is not None:
                     run.validation = Validation(validation, validate_every, run.program, dataset)
+                agree(run, algorithm)
                 began = time.perf_counter()
                 outcome = algorithm.run(run)
                 seconds = time.perf_counter() - began

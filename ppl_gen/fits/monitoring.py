@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ppl_gen.data.batching import Dataset, as_dataset
 from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.data.sources import collected
@@ -30,6 +32,8 @@ class Validation:
 
     def record(self, checks: dict[str, list[float]], step: int, run: Run, outcome: Outcome) -> None:
         """Append the step and the mean evidence of the fit as it stands."""
-        estimate = finished(None, None, run, outcome, 0.0).evidence(self.data, particles=16, draws=16)
+        with run.ranks.told():  # each process takes all of these rows; the first one's number is that of all
+            estimate = finished(None, None, run, outcome, 0.0).evidence(self.data, particles=16, draws=16)
         checks.setdefault("step", []).append(step)
-        checks.setdefault("validation_evidence", []).append(estimate.mean)
+        mean = torch.tensor(estimate.mean, dtype=torch.float64, device="cpu")
+        checks.setdefault("validation_evidence", []).append(float(run.ranks.broadcast(mean)))

@@ -18,6 +18,7 @@ from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.data.names import Read
 from ppl_gen.enumeration.broadcasting import unenumerable
 from ppl_gen.fits.result import Fit
+from ppl_gen.fits.together import refuse_lone
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.fitting.run import Run
 from ppl_gen.handlers.ordered import ordered
@@ -33,6 +34,7 @@ from ppl_gen.program.naming import check_names
 from ppl_gen.program.offers import require
 from ppl_gen.program.program import Program, Recipe
 from ppl_gen.program.unlearned import joint, predictions
+from ppl_gen.runtime.ranks import ALONE, Ranks
 from ppl_gen.workspace.isolation import isolated, without_side_effects
 from ppl_gen.workspace.workspace import Workspace
 
@@ -146,7 +148,9 @@ def checked_run(
     seed: int,
     start: Fit | None,
     validation: Any,
+    ranks: Ranks = ALONE,
 ) -> Run:
+    refuse_lone(algorithm, ranks)
     program = replace(program, guide=ordered(program.guide, data.order))
     program, changes = adapted(program, data.glimpse(), data, vectors=algorithm.vectors)
     info = inspected(program, data)
@@ -162,7 +166,7 @@ def checked_run(
     if data.taken:
         listed = ", ".join(f"{name} ({kind})" for name, kind in data.taken.items())
         notes["constants"] = f"{listed}: without rows, passed whole with every batch"
-    run = Run(program, data, info, workspace, seed, start, notes=notes)
+    run = Run(program, data, info, workspace, seed, start, notes=notes, ranks=ranks)
     algorithm.check(run)
     if not algorithm.subsamples:  # the one that does (SVI) has a guide, and looks when it is there
         check_masked(info, None)

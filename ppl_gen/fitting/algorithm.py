@@ -35,6 +35,9 @@ class Algorithm(ABC):
     #: Whether a vector outside of every plate is read as one draw, as if it ended in ``.to_event(1)``.
     vectors: ClassVar[bool] = False
 
+    #: Whether several processes can learn together, each from its share of every batch (``fit(..., fabric=)``).
+    spreads: ClassVar[bool] = False
+
     @property
     def label(self) -> str:
         """The name in tables and messages."""

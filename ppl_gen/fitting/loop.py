@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ppl_gen.fitting.algorithm import Iterative
 from ppl_gen.fitting.run import Ending, NonFiniteStepError, Outcome, Run, Status
 from ppl_gen.fitting.stopping import EarlyStop, check_record
-from ppl_gen.runtime.interrupts import check, hold
+from ppl_gen.runtime.interrupts import hold
 
 __all__ = ["iterate"]
 
@@ -30,12 +30,13 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
             state, info = algorithm.step(state, source)
             _append(history, info, step)
             done = step
-            for hook in run.hooks:
-                hook(step, info)
-            check()
+            with run.ranks.noted():
+                for hook in run.hooks:
+                    hook(step, info)
+            run.ranks.check()
             if step == min(limit, algorithm.stop_every()):  # by now every record that the rule may look at has begun
                 check_record(getattr(algorithm, "stop_rule", None), history, validated=run.validation is not None)
-            if step % algorithm.stop_every() == 0 and (why := algorithm.stop({**history, **checks})) is not None:
+            if step % algorithm.stop_every() == 0 and (why := _end(algorithm, history, checks, run)) is not None:
                 ending = Ending(Status.STOPPED if isinstance(why, EarlyStop) else Status.CONVERGED, str(why))
                 break
             if run.validation is not None and run.validation.due(step, limit):
@@ -66,6 +67,15 @@ def _cut(history: dict[str, list[Any]], error: FloatingPointError, done: int) ->
     for values in history.values():
         del values[steps:]
     return steps
+
+
+def _end(algorithm: Iterative, history: dict[str, list[Any]], checks: dict[str, list[float]], run: Run) -> str | None:
+    """Why the run ends here, if it does. A rule may look at a clock: of several processes the first one's counts."""
+    with run.ranks.told():
+        why = algorithm.stop({**history, **checks})
+    early = run.ranks.same("early" if isinstance(why, EarlyStop) else None)
+    why = run.ranks.same(None if why is None else str(why))
+    return EarlyStop(why) if early is not None and why is not None else why
 
 
 def _append(history: dict[str, list[Any]], info: Mapping[str, Any], step: int) -> None:

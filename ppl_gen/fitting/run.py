@@ -13,6 +13,7 @@ from torch import Tensor
 from ppl_gen.data.batching import Dataset
 from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.program import Program
+from ppl_gen.runtime.ranks import ALONE, Ranks
 from ppl_gen.workspace.workspace import ProgramState, Workspace
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class Run:
     resolved: Callable[..., Any] | None = None  # the guide that a program alone leads to
     hooks: Sequence[Callable[[int, Info], None]] = ()
     validation: Any = None
+    ranks: Ranks = ALONE  # the processes that learn together
 
     @property
     def dtype(self) -> torch.dtype:

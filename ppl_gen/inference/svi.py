@@ -24,6 +24,7 @@ from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Game, Setting
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.inference.outside import refuse_rows_outside
+from ppl_gen.inference.spread import as_shared, refuse_undivided, rows_each
 from ppl_gen.inference.updates import OPTIMISERS, State
 from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.guide_checks import check_masked
@@ -73,6 +74,7 @@ class SVI(Iterative):
     stratify: str | None = None
 
     subsamples: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objective", as_objective(self.objective))
@@ -112,7 +114,7 @@ class SVI(Iterative):
         return self.limit_steps(self.source(run).per_epoch)
 
     def source(self, run: Run) -> Batches:
-        return Batches(run.data, self.batch_size, run.seed, self.stratify)
+        return Batches(run.data, self.batch_size, run.seed, self.stratify, ranks=run.ranks)
 
     def stop(self, history: Mapping[str, Sequence[float]]) -> str | None:
         said: Any = None if self.stop_rule is None else self.stop_rule(history)  # whatever the user's function gives
@@ -124,9 +126,12 @@ class SVI(Iterative):
         return 50
 
     def check(self, run: Run) -> None:
-        size = self.batch_size
-        if run.data.rows is None or size is None or size >= run.data.rows:
-            return
+        size = rows_each(run, self.batch_size)
+        if run.data.rows is not None and size is not None and size < run.data.rows:
+            with as_shared(run, self.batch_size):
+                self._check_minibatches(run, size)
+
+    def _check_minibatches(self, run: Run, size: int) -> None:
         factors = [site.name for site in run.info.select(kind="factor", local=False)]
         if factors:
             raise IncompatibleError(
@@ -145,7 +150,9 @@ class SVI(Iterative):
 
     def init(self, run: Run) -> State:
         guide = resolved_guide(run) if self.objective.uses_guide else None
-        whole = self.source(run).next() if self.batch_size is not None else run.data.batch()
+        # All of it, on every process: what is made and looked at here is the same everywhere.
+        first = Batches(run.data, self.batch_size, run.seed, self.stratify)
+        whole = first.next() if self.batch_size is not None else run.data.batch()
         probe = as_whole(whole)
         if guide is not None:
             with without_side_effects():
@@ -156,10 +163,13 @@ class SVI(Iterative):
         if self.objective.uses_guide:
             check_masked(run.info, run.info.guide_sites)
         minibatches = self.batch_size is not None and run.data.rows is not None and self.batch_size < run.data.rows
-        if minibatches and guide is not None:
-            refuse_row_parameters(run, guide, whole)
         setting = Setting(run.program, run.joint, guide, run.info, probe, minibatches)
-        game = started(self.objective, setting)
+        refuse_undivided(self.objective, setting, run)
+        shared = replace(setting, minibatches=minibatches or not run.ranks.alone)
+        with as_shared(run, self.batch_size, lambda: started(self.objective, setting)):
+            if shared.minibatches and guide is not None:
+                refuse_row_parameters(run, guide, whole)
+            game = started(self.objective, shared)
         _continue(game, run)
         return State(self, run, game, guide, probe)
 

@@ -17,6 +17,7 @@ from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.fitting.run import NonFiniteStepError, Run
 from ppl_gen.inference.impossible import impossible
 from ppl_gen.inference.objectives.game import Game, GameState, Player
+from ppl_gen.inference.reduction import Together
 from ppl_gen.inference.rollback import Mark
 from ppl_gen.workspace.isolation import validation_off
 
@@ -96,6 +97,10 @@ class State:
         self.game_state = game.init(probe)
         device = next(iter(self.leaves["program"].values())).device
         self.failed = torch.full((), -1, dtype=torch.long, device=device)
+        self.together: Together | None = None
+        if not run.ranks.alone:
+            self.together = Together(run, list(game.modules.values()))
+            self.together.begin([leaf for leaves in self.leaves.values() for leaf in leaves.values()])
         self.kept: dict[str, list[Tensor]] = {}  # parameters before the last update, while steps are checked
         self.mark: Mark | None = None
         self.bad: FloatingPointError | None = None
@@ -157,9 +162,11 @@ class State:
             self.bad = error
             raise
         except PROGRAM_ERRORS:
+            if self.together is not None:  # the others have heard of this error, and make no steps again
+                raise
             self.check()  # what the program raises at parameters that are no numbers is not its own fault
             raise
-        if self.count % CHECK == 0:
+        if self.count % CHECK == 0 or self.together is not None:
             self.check()
         return info
 
@@ -168,7 +175,11 @@ class State:
         info: dict[str, Tensor | float] = {}
         for player in self.game.players:
             for _ in range(player.updates):
-                info.update(self._update(player, source.next(), checked))
+                if self.together is None:
+                    info.update(self._update(player, source.next(), checked))
+                else:
+                    with self.together.batch(source) as batch:
+                        info.update(self._update(player, batch, checked))
         self.count += 1
         return info
 
@@ -182,6 +193,7 @@ class State:
         else:
             with validation_off():
                 step = gradients(self.game, player.name, leaves, batch, self.game_state)
+        step = self.reduce(step, batch)
         if player.name not in self.unreached:
             named = zip(self.leaves[player.name].items(), step.gradients, strict=True)
             self.unreached[player.name] = {n: p.detach().clone() for (n, p), grad in named if not bool(grad.any())}
@@ -207,6 +219,15 @@ class State:
         if player.after is not None:
             player.after()
         return {f"{player.name}_loss": step.value, **step.parts}
+
+    def reduce(self, step: Step, batch: Batch) -> Step:
+        """The step of the whole batch, from those of the processes that share it: between gradients and optimiser."""
+        if self.together is None or batch.share is None:
+            return step
+        values = [step.value, *step.parts.values(), *step.gradients, *step.state.values()]
+        means = iter(self.together.reduced(values, batch.share))
+        value, parts = next(means), {name: next(means) for name in step.parts}
+        return Step(value, parts, [next(means) for _ in step.gradients], dict(zip(step.state, means, strict=True)))
 
     def _validated(self, player: Player, leaves: list[Tensor], batch: Batch) -> Step:
         """The first step, with Pyro's checks on: a value they refuse because it is not finite is a non-finite loss."""

@@ -220,6 +220,10 @@ class Workspace:
             notes["kept fixed"] = f"{', '.join(fixed)}: hidden from inference by poutine.block"
         return {name: leaf for name, leaf in leaves.items() if name not in self.hidden}
 
+    def networks(self) -> list[nn.Module]:
+        """Every module that the program registered or called, those inside of others each by itself."""
+        return list(self._adopted.values())
+
     def buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
         """Copies of all buffers as they are now: what a step that fails has to put back."""
         modules = self._adopted.values()

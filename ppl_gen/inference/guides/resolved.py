@@ -154,9 +154,9 @@ def refuse_row_parameters(run: Run, guide: Callable[..., Any], batch: Batch) -> 
     """A guide with one set of parameters per row of a batch would share them among all rows: run it on fewer rows."""
     sites = (run.info.guide_sites or {}).items()
     local = [n for n, s in sites if s.local and (s.point or not s.likelihood_free)]
-    if not local or batch.rows is None or batch.rows < 3 or batch.index is None:
+    if not local or batch.rows is None or batch.rows < 3 or run.data.rows is None:
         return
-    fewer = run.data.batch(batch.index[:-1])
+    fewer = run.data.head(batch.rows - 1) if batch.index is None else run.data.batch(batch.index[:-1])
     try:
         with without_side_effects():
             trace = poutine.trace(guide).get_trace(*fewer.args, **fewer.kwargs)

@@ -46,6 +46,13 @@ class Objective(ABC):
     def build(self, setting: Setting) -> Game:
         """A fresh game for one fit."""
 
+    def undivided(self, setting: Setting) -> str | None:
+        """Why its loss on a batch is not the mean of its losses on the parts, weighed by their rows; None: it is.
+
+        Several processes share batches (`pg.fit(..., fabric=)`) only where it is.
+        """
+        return f"{self.label} does not say that its loss on a batch is the mean of those on parts of it (`undivided`)"
+
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """The total loss of the program in nats, as `pyro.infer.SVI(loss=...)` calls it; N is unknown, so scale 1.
 

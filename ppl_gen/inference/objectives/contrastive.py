@@ -72,6 +72,9 @@ class ContrastiveDivergence(Objective):
     def needs(self) -> Sequence[Need]:
         return (("energy",),)
 
+    def undivided(self, setting: Setting) -> str | None:
+        return "contrastive divergence compares a batch with one set of chains that all its rows share"
+
     def build(self, setting: Setting) -> Game:
         return _ContrastiveGame(setting, self)
 

@@ -86,6 +86,9 @@ class ELBO(Objective):
             return _EnumeratedGuideGame(setting, estimators, self.particles)
         return _SampledGame(setting, estimators, self.particles)
 
+    def undivided(self, setting: Setting) -> str | None:
+        return None  # linear in the mean over rows: sums over global sites in the model are refused on minibatches
+
     def _refuse_beta(self, why: str, edit: str) -> None:
         if self.beta != 1:
             raise IncompatibleError(f"beta={self.beta}: {why}, so no divergence is left to weigh; {edit}")

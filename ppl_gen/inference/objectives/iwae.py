@@ -67,6 +67,13 @@ class IWAE(Objective):
     def needs(self) -> Sequence[Need]:
         return (("density",), ("latent sites",))
 
+    def undivided(self, setting: Setting) -> str | None:
+        if self.chunk is not None and self.chunk < self.particles:
+            return "IWAE(chunk=...) draws every chunk twice, which needs the random numbers of one process"
+        if not _draws_locals(setting) and not setting.minibatches:
+            return "IWAE takes one logsumexp over draws of the global latents, with all rows inside of it"
+        return None
+
     def build(self, setting: Setting) -> Game:
         sites = setting.info.guide_sites or {}
         stuck = [s for name, s in sites.items() if name in setting.info.sites and not s.reparameterised]
@@ -82,6 +89,11 @@ class IWAE(Objective):
         return game
 
 
+def _draws_locals(setting: Setting) -> bool:
+    # A guide that maps one joint vector onto all sites (full rank, a flow) has no locals that could be drawn alone.
+    return any(s.local and not s.likelihood_free for s in (setting.info.guide_sites or {}).values())
+
+
 class _ImportanceGame(Game):
     def __init__(self, setting: Setting, particles: int, chunk: int) -> None:
         info = setting.info
@@ -89,8 +101,7 @@ class _ImportanceGame(Game):
         self.setting, self.particles, self.chunk = setting, particles, min(chunk, particles)
         self.sums = tuple(n for n in info.finite_latents if n not in guided)
         require_enumerable(info, self.sums)
-        # A guide that maps one joint vector onto all sites (full rank, a flow) has no locals that could be drawn alone.
-        self.local = any(s.local and not s.likelihood_free for s in (info.guide_sites or {}).values())
+        self.local = _draws_locals(setting)
         self.globals = [site.name for site in info.select(local=False) if site.name in guided]
         self.vectorise = self.local and can_vectorise(setting.model, setting.guide, info, setting.probe, self.sums)
         inside = "per row, plate scale outside" if self.local else "joint over the global latents"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer import ELBO as PyroELBO
-from pyro.infer import RenyiELBO, ReweightedWakeSleep, TraceEnum_ELBO, TraceTMC_ELBO
+from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTMC_ELBO
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
@@ -39,6 +39,11 @@ class PyroObjective(Objective):
     @property
     def needs(self) -> Sequence[Need]:
         return (("density",),)
+
+    def undivided(self, setting: Setting) -> str | None:
+        if type(self.elbo) in (Trace_ELBO, TraceMeanField_ELBO):
+            return None
+        return f"{self.label} may hold all rows inside one logarithm; take ELBO() of ppl_gen.inference, or Trace_ELBO"
 
     def build(self, setting: Setting) -> Game:
         guided = setting.info.guide_sites or {}
@@ -108,6 +113,9 @@ class LossFunction(Objective):
     @property
     def needs(self) -> Sequence[Need]:
         return ()
+
+    def undivided(self, setting: Setting) -> str | None:
+        return f"{self.label} is a function of its own, whose value on a batch need not be a sum over the rows"
 
     def build(self, setting: Setting) -> Game:
         try:

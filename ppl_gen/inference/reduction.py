@@ -1,0 +1,95 @@
+"""One step out of the steps of several processes, each on its share of a batch.
+
+The loss of a batch of B rows is G + N/B sum_i l_i, where G are the terms without rows (priors and divergences of
+globals). A process that holds b of the rows computes G + N/b sum l_i of its own. Weighed by b/B these add up to the
+loss of the batch, and so do their gradients, whatever the sizes of the shares: G counts once, as the weights sum to 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ppl_gen.data.batches import Batches
+from ppl_gen.data.batching import Batch
+from ppl_gen.fitting.run import Run
+from ppl_gen.handlers.rank_noise import RankNoise
+from ppl_gen.runtime.ranks import Ranks, Share
+from ppl_gen.workspace.streams import Streams
+
+__all__ = ["Together"]
+
+
+class Together:
+    """What the processes that learn one fit do around each step: noise, one sum, statistics of networks.
+
+    Args:
+        run: whose ``ranks`` learn together.
+        modules: the networks of players that Pyro does not know.
+    """
+
+    def __init__(self, run: Run, modules: Sequence[nn.Module]) -> None:
+        self.ranks, self.run, self.modules = run.ranks, run, modules
+        self.streams = Streams(run.seed, run.ranks.rank, run.data.device)
+        self.written: dict[int, int] = {}
+
+    def begin(self, leaves: Sequence[Tensor]) -> None:
+        """All start from the first process's parameters, buffers and random numbers."""
+        with torch.no_grad():
+            for tensor in [*leaves, *self._buffers()]:
+                tensor.copy_(self.ranks.broadcast(tensor))
+        self._in_step()
+
+    @contextlib.contextmanager
+    def batch(self, source: Batches) -> Iterator[Batch]:
+        """This process's share of the next batch, for one update inside: draws for rows are its own, others common."""
+        self.written = {id(buffer): buffer._version for buffer in self._buffers()}
+        with self.ranks.told(), self.streams.own(source.drawn):
+            batch = source.next()
+            assert batch.share is not None
+            with RankNoise(self.run.info.data_plate, batch.share, self.streams):
+                yield batch
+        if not self.ranks.alike:
+            self._in_step()
+
+    def reduced(self, values: Sequence[Tensor], share: Share) -> list[Tensor]:
+        """The means of ``values`` over all rows of the batch, bit for bit the same everywhere, by one exchange.
+
+        The running statistics of networks that this update has written are averaged in place; a counter becomes that
+        of the first process.
+        """
+        buffers = [b for b in self._buffers() if self.written.get(id(b)) != b._version]
+        weights = [share.weight] * len(values)
+        weights += [share.weight if b.is_floating_point() else float(self.ranks.first) for b in buffers]
+        self.ranks.mark = self.streams.fingerprint()
+        means = _weighted_sums([*values, *buffers], weights, self.ranks)
+        with torch.no_grad():
+            for buffer, mean in zip(buffers, means[len(values) :], strict=True):
+                buffer.copy_(mean)
+        return means[: len(values)]
+
+    def _in_step(self) -> None:
+        for generator in self.streams.generators:
+            generator.set_state(self.ranks.broadcast(generator.get_state()))
+
+    def _buffers(self) -> list[Tensor]:
+        found = {id(b): b for m in self.run.workspace.networks() for b in m._buffers.values() if b is not None}
+        found |= {id(b): b for module in self.modules for b in module.buffers()}
+        return list(found.values())
+
+
+def _weighted_sums(values: Sequence[Tensor], weights: Sequence[float], ranks: Ranks) -> list[Tensor]:
+    """The sums over processes of ``weights[i] * values[i]``, each in the shape, strides and dtype of its value."""
+    dtype = torch.float32
+    for value in values:
+        dtype = torch.promote_types(dtype, value.dtype) if value.is_floating_point() else dtype
+    # Zero, and not zero times a value that may be infinite: who holds no rows has no say.
+    own = [
+        v.detach().to(dtype).flatten() * w if w else torch.zeros(v.numel(), dtype=dtype, device=v.device)
+        for v, w in zip(values, weights, strict=True)
+    ]
+    pieces = ranks.all_reduce(torch.cat(own)).split([v.numel() for v in values])
+    return [torch.empty_like(v).copy_(p.view(v.shape)) for v, p in zip(values, pieces, strict=True)]
