@@ -10,10 +10,16 @@ import torch
 from matplotlib.figure import Figure
 
 import ppl_gen as pg
-from ppl_gen.extending import ChainPosterior, Outcome, Unconstrained
+from ppl_gen.extending import DrawsPosterior, Outcome, Unconstrained
 from ppl_gen.inference import NUTS, SVI, Iterative
 
 quick = bool(os.environ.get("PPL_GEN_QUICK"))
+
+
+class Particles(DrawsPosterior):
+    """A kind of posterior of one's own: draws that are neither chains nor a guide's, by a name of their own."""
+
+    kind = noun = "particles"
 
 
 @dataclass
@@ -55,8 +61,8 @@ class SVGD(Iterative):
 
     def outcome(self, state, run):
         sites = [state.density.values(u) for u in state.particles]
-        draws = {n: torch.stack(v)[None] for n, v in zip(state.density.sites, zip(*sites, strict=True), strict=True)}
-        return Outcome(ChainPosterior(draws))
+        draws = {n: torch.stack(v) for n, v in zip(state.density.sites, zip(*sites, strict=True), strict=True)}
+        return Outcome(Particles(draws))
 
     def state_dict(self, state):
         return {"particles": state.particles.clone(), "squares": state.squares.clone()}
@@ -99,7 +105,12 @@ for panel, name in zip(figure.subplots(1, 2, sharex=True, sharey=True), ("SVGD",
     panel.legend(frameon=False)
 figure.savefig("own_algorithm.png", dpi=120)
 print("correlation of level and log slope", together)
+verdict = comparison["SVGD"].verdict
+print("SVGD:", verdict)
+assert "the particles" in verdict.reason and "no k-hat" in verdict.reason and "chain" not in verdict.advice
+assert "r_hat" not in comparison["SVGD"].diagnose().columns, "particles are no chains"
 if not quick:
+    assert verdict.grade == "doubtful" and "apart from that, no problem was found" in verdict.reason
     stein = apart.loc["SVGD"]
     assert bool((stein["shift_sd"].abs() < 0.15).all()), "the means of the particles are those of NUTS"
     assert bool((stein["sd_ratio"] - 1.0).abs().max() < 0.15), "and so are their standard deviations"

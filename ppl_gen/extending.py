@@ -2,7 +2,11 @@
 
 from ppl_gen.data.batches import Batches
 from ppl_gen.data.batching import Batch
-from ppl_gen.fitting.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
+from ppl_gen.fitting.posteriors.base import Posterior
+from ppl_gen.fitting.posteriors.chains import ChainPosterior
+from ppl_gen.fitting.posteriors.draws import DrawsPosterior
+from ppl_gen.fitting.posteriors.guides import GuidePosterior
+from ppl_gen.fitting.posteriors.points import PointPosterior
 from ppl_gen.fitting.run import Ending, Info, Outcome, Run
 from ppl_gen.inference.guides.vector_guide import guide_from_vector
 from ppl_gen.inference.objectives.game import GameState, Setting
@@ -15,6 +19,7 @@ __all__ = [
     "Batch",
     "Batches",
     "ChainPosterior",
+    "DrawsPosterior",
     "Ending",
     "GameState",
     "GuidePosterior",

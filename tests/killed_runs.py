@@ -19,7 +19,7 @@ from ppl_gen.inference import EM, NUTS, SVI
 from ppl_gen.fitting.algorithm import Iterative
 from ppl_gen.fitting.run import Outcome
 from ppl_gen.models import gaussian_mixture
-from ppl_gen.fitting.posterior import PointPosterior
+from ppl_gen.fitting.posteriors.points import PointPosterior
 from ppl_gen.comparison import processes
 
 processes.START = 0.0  # always in processes of their own

@@ -103,6 +103,49 @@ def _imported(path: Path) -> set[str]:
     return names
 
 
+KINDS = TOP / "ppl_gen" / "fitting" / "posteriors"
+
+
+def _asks_for_a_kind(node: ast.AST) -> bool:
+    """``isinstance(x, ChainPosterior)``, ``type(x) is PointPosterior``, ``fit.learned.kind == "chains"``, and the like."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+        return bool(re.search(r"\w+Posterior\b", ast.unparse(node.args[-1])))
+    if isinstance(node, ast.Compare):
+        sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+        typed = any(side.startswith("type(") for side in sides) and any(re.search(r"\w+Posterior\b", s) for s in sides)
+        return typed or any(re.search(r"(learned|posterior)\.kind$", side) for side in sides)
+    return isinstance(node, ast.MatchClass) and ast.unparse(node.cls).endswith("Posterior")
+
+
+@pytest.mark.parametrize(
+    ("code", "asks"),
+    [
+        ("isinstance(fit.learned, ChainPosterior)", True),
+        ("isinstance(fit.learned, (points.PointPosterior, GuidePosterior))", True),
+        ("type(fit.learned) in (PointPosterior, ChainPosterior)", True),
+        ("fit.learned.kind != 'point'", True),
+        ("match x:\n case ChainPosterior(): pass", True),
+        ("isinstance(learned, Posterior)", False),
+        ("fit.judged_by == 'chains'", False),
+        ("site.kind == 'latent'", False),
+    ],
+)
+def test_questions_for_a_kind_are_told_apart(code: str, asks: bool) -> None:
+    assert any(map(_asks_for_a_kind, ast.walk(ast.parse(code)))) is asks
+
+
+def test_no_kind_of_posterior_is_known_outside_the_files_of_the_kinds() -> None:
+    """A new kind answers by methods: where a branch asks for a class or its name, it would be answered wrongly there."""
+    asked = [
+        f"{path.relative_to(TOP)}:{node.lineno}"
+        for path in SOURCES
+        if KINDS not in path.parents
+        for node in ast.walk(ast.parse(path.read_text()))
+        if _asks_for_a_kind(node)
+    ]
+    assert not asked, "ask the posterior (`judged_by`, `point`, `by_chain`, `proposal`) instead"
+
+
 def test_what_the_package_imports_is_declared_and_what_is_declared_is_imported() -> None:
     distributions = metadata.packages_distributions()
     imported = {name for path in SOURCES for name in _imported(path)} - set(sys.stdlib_module_names) - {"ppl_gen"}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ppl_gen.errors import FitWarning
-from ppl_gen.fitting.posterior import ChainPosterior
 
 if TYPE_CHECKING:
     from ppl_gen.diagnostics.verdicts import Verdict
@@ -34,7 +35,7 @@ def warn_of_weights(fit: Fit, found: Verdict) -> None:
 
     Not at the end of the fit: weights cost more than 5 % of a short one, and without `torch.vmap` more than all of it.
     """
-    if found.trusted or fit.learned.kind != "variational" or "warned" in fit.computed:
+    if found.trusted or fit.judged_by not in ("weights", "draws") or "warned" in fit.computed:
         return
     fit.computed["warned"] = True
     warnings.warn(FitWarning(f"{fit.algorithm} on {fit.program.name!r}: {found}"), stacklevel=3)
@@ -50,8 +51,8 @@ def complaint(fit: Fit) -> str:
     if str(fit.status) == "interrupted":
         return ""
     said = []
-    if isinstance(fit.learned, ChainPosterior):
-        said = [_chains(fit, fit.learned)]
+    if fit.judged_by == "chains":
+        said = [_chains(fit)]
         if not said[0]:
             return ""
     pixels = not said and any("$$$" in name for name in fit.state.params)  # networks take images, with black borders
@@ -59,29 +60,30 @@ def complaint(fit: Fit) -> str:
     return " ".join([*said, *(f"Note on {name}: {fit.notes[name]}." for name in named if name in fit.notes)])
 
 
-def _chains(fit: Fit, learned: ChainPosterior) -> str:
+def _chains(fit: Fit) -> str:
     from ppl_gen.bridge import az_summary, to_tree
     from ppl_gen.diagnostics.verdicts import verdict_chains
 
-    draws = _looked_at(fit, learned)
-    stats = {name: int(value.sum()) for name, value in learned.stats.items() if value.dtype is torch.bool}
+    held = fit.learned.by_chain() or {}
+    draws = _looked_at(fit, held)
+    stats = {name: int(value.sum()) for name, value in fit.learned.stats.items() if value.dtype is torch.bool}
     diverging, saturated = stats.get("diverging", 0), stats.get("reached_max_treedepth", 0)
-    total = int(np.prod(next(iter(learned.draws.values())).shape[:2]))
+    chains, length = next(iter(held.values())).shape[:2]
     frame = az_summary(to_tree({"posterior": draws}), chains=True)
     varying = frame[frame["sd"] > 0]
-    few = varying[["ess_bulk", "ess_tail"]].fillna(0.0).min().min() < _FEW * learned.chains
-    apart = learned.chains > 1 and not (varying["r_hat"] <= _R_HAT).all()
+    few = varying[["ess_bulk", "ess_tail"]].fillna(0.0).min().min() < _FEW * chains
+    apart = chains > 1 and not (varying["r_hat"] <= _R_HAT).all()
     if diverging or saturated or few or apart or not np.isfinite(frame["mean"]).all() or not len(varying):
-        return str(verdict_chains(frame, diverging, total, chains=learned.chains, saturated=saturated))
+        return str(verdict_chains(frame, diverging, chains * length, chains=chains, saturated=saturated))
     return ""
 
 
-def _looked_at(fit: Fit, learned: ChainPosterior) -> dict[str, np.ndarray]:
-    """Draws of the first numbers, those that all rows share before those of single rows."""
+def _looked_at(fit: Fit, held: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Draws (chains x draws x shape) of the first numbers, those that all rows share before those of single rows."""
     local = {site.name for site in fit.info.select(local=True)}
     left, result = NUMBERS, {}
-    for name in sorted(learned.draws, key=lambda name: name in local):
-        value = learned.draws[name].detach().cpu()
+    for name in sorted(held, key=lambda name: name in local):
+        value = held[name].detach().cpu()
         size = value[0, 0].numel()
         if left > 0 and size:
             result[name] = (value if size <= left else value.flatten(2)[..., :left]).double().numpy()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from pyro import poutine
+from torch import Tensor
 
 from ppl_gen.bridge import az_summary, to_tree
 from ppl_gen.diagnostics.export import affordable_rows, latent_summary_names, posterior_groups
@@ -26,7 +28,6 @@ from ppl_gen.diagnostics.verdicts import (
     with_points,
 )
 from ppl_gen.errors import PROGRAM_ERRORS, require_whole
-from ppl_gen.fitting.posterior import ChainPosterior
 from ppl_gen.inference.guides.resolved import point_sites
 from ppl_gen.workspace.isolation import without_side_effects
 
@@ -54,10 +55,10 @@ def diagnose(fit: Fit, *, draws: int = DRAWS, seed: int | None = None) -> pandas
     with fit.bound(seed):
         groups, _ = posterior_groups(affordable_rows(fit, draws), draws, together=True)
     posterior = {k: v for k, v in groups["posterior"].items() if k in latent_summary_names(fit)}
-    learned = fit.learned
-    if isinstance(learned, ChainPosterior):
-        frame = chain_table(posterior, learned)
-    elif _guided(fit):
+    by = fit.judged_by
+    if by == "chains":
+        frame = chain_table(posterior, fit.learned.stats)
+    elif by == "weights":
         frame = _frame(posterior, chains=False)
         weights = guide_weights(fit, draws)
         frame.attrs["pareto_k"] = math.nan if weights.k is None else weights.k
@@ -65,29 +66,21 @@ def diagnose(fit: Fit, *, draws: int = DRAWS, seed: int | None = None) -> pandas
             frame.attrs["pareto_k_rows"] = weights.rows
         frame.attrs["pareto_k_threshold"] = weights.threshold
     else:
-        frame = _frame(posterior, chains=False) if _own_draws(fit) else _point(fit, posterior)
+        frame = _frame(posterior, chains=False) if by and fit.info.select() else _point(fit, posterior)
         frame.attrs["pareto_k"] = math.nan
     frame.attrs["verdict"] = str(_judged(fit, draws))
     return frame
 
 
-def _guided(fit: Fit) -> bool:
-    return fit.learned.kind == "variational" and fit.guide is not None
-
-
-def _own_draws(fit: Fit) -> bool:
-    """Whether the posterior is a class of the user's own, of whose draws no density is known."""
-    return fit.learned.kind != "point" and fit.guide is None and bool(fit.info.select())
-
-
 def _judged(fit: Fit, draws: int) -> Verdict:
     key = ("verdict", draws)
     if key not in fit.computed:
-        if isinstance(fit.learned, ChainPosterior):
-            fit.computed[key] = _judged_chains(fit, fit.learned)
-        elif _guided(fit) and not _game(fit) and not all_points(fit):
+        by = fit.judged_by
+        if by == "chains":
+            fit.computed[key] = _judged_chains(fit)
+        elif by == "weights" and not _game(fit) and not all_points(fit):
             fit.computed[key] = _judged_guide(fit, draws)
-        elif _own_draws(fit):
+        elif by == "draws" and fit.info.select():
             fit.computed[key] = _judged_draws(fit)
         else:
             fit.computed[key] = _judged_point(fit)
@@ -109,41 +102,45 @@ def _frame(posterior: dict[str, np.ndarray], *, chains: bool) -> pandas.DataFram
     return az_summary(to_tree({"posterior": posterior}), chains=chains)
 
 
-def _count(learned: ChainPosterior, name: str) -> int:
-    return int(learned.stats[name].sum()) if name in learned.stats else 0
+def _count(stats: Mapping[str, Tensor], name: str) -> int:
+    return int(stats[name].sum()) if name in stats else 0
 
 
-def _judged_chains(fit: Fit, learned: ChainPosterior) -> Verdict:
+def _judged_chains(fit: Fit) -> Verdict:
     with fit.bound():
         groups, _ = posterior_groups(fit, DRAWS)
-    frame = chain_table({k: v for k, v in groups["posterior"].items() if k in latent_summary_names(fit)}, learned)
-    close = "starts" in fit.notes or learned.chains < 2
-    look: SecondLook | str = look_at_chains(fit, learned) if close else ""
-    return judged_chains(frame, learned, close=close and learned.chains > 1, places=places_of(look))
+    held, stats = fit.learned.by_chain() or {}, fit.learned.stats
+    chains, length = next(iter(held.values())).shape[:2]
+    frame = chain_table({k: v for k, v in groups["posterior"].items() if k in latent_summary_names(fit)}, stats)
+    close = "starts" in fit.notes or chains < 2
+    look: SecondLook | str = look_at_chains(fit, held) if close else ""
+    return judged_chains(frame, stats, chains, length, close=close and chains > 1, places=places_of(look))
 
 
-def chain_table(posterior: dict[str, np.ndarray], learned: ChainPosterior) -> pandas.DataFrame:
+def chain_table(posterior: dict[str, np.ndarray], stats: Mapping[str, Tensor]) -> pandas.DataFrame:
     """The table of draws of chains (site -> chains x draws x shape), with the number of divergences."""
     frame = _frame(posterior, chains=True)
-    frame.attrs["divergences"] = _count(learned, "diverging")
+    frame.attrs["divergences"] = _count(stats, "diverging")
     frame.attrs["pareto_k"] = math.nan
     return frame
 
 
 def judged_chains(
     frame: pandas.DataFrame,
-    learned: ChainPosterior,
+    stats: Mapping[str, Tensor],
+    chains: int,
+    length: int,
     *,
     close: bool = False,
     places: tuple[int, int, float, str] = (0, 0, 0.0, ""),
 ) -> Verdict:
-    """The verdict on chains from their table; see `verdict_chains`."""
+    """The verdict on chains of ``length`` draws from their table and ``stats``; see `verdict_chains`."""
     return verdict_chains(
         frame,
-        _count(learned, "diverging"),
-        int(np.prod(next(iter(learned.draws.values())).shape[:2])),
-        chains=learned.chains,
-        saturated=_count(learned, "reached_max_treedepth"),
+        _count(stats, "diverging"),
+        chains * length,
+        chains=chains,
+        saturated=_count(stats, "reached_max_treedepth"),
         close=close,
         places=places,
     )
@@ -177,7 +174,16 @@ def _judged_draws(fit: Fit) -> Verdict:
     unseen = look if isinstance(look, str) else ""
     trend, networks = _trend(fit), _networks(fit)
     rows = fit.data.rows or 1
-    return verdict_draws(drift(look), chains, places_of(look), unseen=unseen, trend=trend, rows=rows, networks=networks)
+    return verdict_draws(
+        drift(look),
+        chains,
+        places_of(look),
+        unseen=unseen,
+        trend=trend,
+        rows=rows,
+        networks=networks,
+        noun=fit.learned.noun,
+    )
 
 
 def _points(fit: Fit) -> list[str]:
@@ -239,7 +245,7 @@ def _judged_point(fit: Fit) -> Verdict:
         implicit=_game(fit),
         lone=[] if _game(fit) else lone_rows(fit),
     )
-    return with_points(found, _points(fit)) if _guided(fit) else found
+    return with_points(found, _points(fit)) if fit.judged_by == "weights" else found
 
 
 def _trend(fit: Fit) -> tuple[float, float] | None:

@@ -17,7 +17,6 @@ from ppl_gen.diagnostics.export import provenance
 from ppl_gen.diagnostics.labels import labels_of, variable_shapes
 from ppl_gen.draws.observations import observed_rows
 from ppl_gen.draws.predictive import amortised
-from ppl_gen.fitting.posterior import ChainPosterior, PointPosterior
 from ppl_gen.weights.densities import derived
 from ppl_gen.weights.work import alone
 
@@ -68,9 +67,9 @@ def _posterior(fit: Fit) -> tuple[dict[str, np.ndarray], str]:
     """The posterior group, and what it lacks in words; inside ``fit.bound()``."""
     if not fit.info.select():
         return {}, "posterior: the program has no latent sites"
-    if isinstance(fit.learned, ChainPosterior):
-        flat = {name: value.flatten(0, 1) for name, value in fit.learned.draws.items()}
-        chains = fit.learned.chains
+    if held := fit.learned.by_chain():
+        flat = {name: value.flatten(0, 1) for name, value in held.items()}
+        chains = len(next(iter(held.values())))
     else:
         flat, chains = _drawn(fit), 1
     if not flat:
@@ -92,8 +91,7 @@ def _drawn(fit: Fit) -> dict[str, Tensor]:
         return kept, sum(value.numel() for value in drawn.values())
 
     first, size = one()
-    few = isinstance(fit.learned, PointPosterior)
-    count = 1 if few else min(alone(fit, DRAWS), max(_FEWEST, _CELLS // max(1, size)))
+    count = 1 if fit.learned.point is not None else min(alone(fit, DRAWS), max(_FEWEST, _CELLS // max(1, size)))
     draws = [first, *(one()[0] for _ in range(count - 1))]
     return {name: torch.stack([draw[name] for draw in draws]) for name in first}
 
@@ -147,7 +145,7 @@ def _first_rows(fit: Fit, name: str, value: Tensor, lead: int = 0) -> np.ndarray
 
 def _statistics(fit: Fit) -> tuple[dict[str, np.ndarray], list[str]]:
     """A sampler's own numbers, or the losses of every step (whose names are also given: they are no draws)."""
-    if isinstance(fit.learned, ChainPosterior):
+    if fit.learned.stats:
         return {name: _array(value) for name, value in fit.learned.stats.items()}, []
     wanted = [name for name in fit.records if name.endswith("loss")]
     wanted = wanted or [name for name in fit.records if name in ("elbo", "log_likelihood")]

@@ -25,7 +25,6 @@ from ppl_gen.draws.predictive import amortised, prior_rows
 from ppl_gen.draws.replicates import prior_together, replicated
 from ppl_gen.enumeration.finite_globals import extended, summed_globals
 from ppl_gen.errors import require_whole
-from ppl_gen.fitting.posterior import ChainPosterior
 from ppl_gen.handlers.last_site import UndrawableError
 from ppl_gen.handlers.sites import is_sample, log_density, scaled
 from ppl_gen.inference.guides.resolved import point_sites
@@ -136,16 +135,17 @@ def posterior_groups(fit: Fit, draws: int, *, together: bool = False) -> tuple[G
     """
     latents = {site.name for site in fit.info.select()}
     posterior: dict[str, np.ndarray] = {}
-    if isinstance(fit.learned, ChainPosterior):
-        posterior = {name: _array(value) for name, value in _chain_draws(fit).items()}
+    if (held := _held_draws(fit)) is not None:
+        posterior = {name: _array(value) for name, value in held.items()}
         wanted = [s.name for s in fit.info.select(kind="deterministic", local=False) if s.name not in posterior]
         if wanted:
-            flat = {n: torch.as_tensor(v).flatten(0, 1) for n, v in _chain_draws(fit).items()}
+            chains = len(next(iter(held.values())))
+            flat = {n: v.flatten(0, 1) for n, v in held.items()}
             total = len(next(iter(flat.values())))
             rows = derived(fit, fit.data.batch(), [{n: v[i] for n, v in flat.items()} for i in range(total)])
             for name in wanted:
                 stacked = torch.stack([row[name] for row in rows])
-                posterior[name] = _array(stacked.unflatten(0, (fit.learned.chains, -1)))
+                posterior[name] = _array(stacked.unflatten(0, (chains, -1)))
     elif latents:
         known = extended(fit, _affordable_draws(fit, draws, together))
         known = [{k: v for k, v in draw.items() if k in latents} for draw in known]
@@ -156,17 +156,18 @@ def posterior_groups(fit: Fit, draws: int, *, together: bool = False) -> tuple[G
     return {"posterior": posterior}, {"kind": fit.learned.kind}
 
 
-def _chain_draws(fit: Fit) -> dict[str, Tensor]:
-    """All draws of the chains with the finite globals that they summed out: chains x draws x shape, made once."""
-    assert isinstance(fit.learned, ChainPosterior)
-    if not summed_globals(fit, fit.learned.draws):
-        return dict(fit.learned.draws)
+def _held_draws(fit: Fit) -> dict[str, Tensor] | None:
+    """All draws that the posterior holds with the finite globals that they summed out: chains x draws x shape, once."""
+    held = fit.learned.by_chain()
+    if held is None or not summed_globals(fit, held):
+        return None if held is None else dict(held)
     if "finite globals" not in fit.computed:
-        flat = fit.learned.draw(fit.learned.total, fit.data.batch())
+        flat = {name: value.flatten(0, 1) for name, value in held.items()}
+        chains, draws = next(iter(held.values())).shape[:2]
         with isolated(fit.seed, dtype=fit.data.dtype):
-            full = extended(fit, flat)
+            full = extended(fit, [{name: value[i] for name, value in flat.items()} for i in range(chains * draws)])
         stacked = {name: torch.stack([draw[name] for draw in full]) for name in full[0]}
-        fit.computed["finite globals"] = {n: v.unflatten(0, (fit.learned.chains, -1)) for n, v in stacked.items()}
+        fit.computed["finite globals"] = {n: v.unflatten(0, (chains, -1)) for n, v in stacked.items()}
     found: dict[str, Tensor] = fit.computed["finite globals"]
     return found
 
@@ -261,12 +262,12 @@ def _add_log_likelihood(
 
 
 def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any], seed: int | None) -> list[str]:
-    """Sampler statistics for chains; log p, log q and the losses for variational fits."""
-    if isinstance(fit.learned, ChainPosterior):
+    """A sampler's own numbers of each draw; else log p and log q where there is a guide, and the losses."""
+    if fit.learned.stats:
         groups["sample_stats"] = {name: _array(value) for name, value in fit.learned.stats.items()}
         return []
     statistics: dict[str, np.ndarray] = {}
-    if fit.learned.kind == "variational" and fit.guide is not None and groups["posterior"]:
+    if fit.judged_by == "weights" and groups["posterior"]:
         count = next(iter(groups["posterior"].values())).shape[1]
         with fit.bound(seed):
             log_p, log_q = _joint_densities(fit, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.moments import Moments, between_draws
 from ppl_gen.diagnostics.second_look import FEWEST, MAX_ELEMENTS, SecondLook, moved
 from ppl_gen.draws.predictive import amortised, prior_rows
-from ppl_gen.fitting.posterior import ChainPosterior
+from ppl_gen.fitting.posteriors.base import spread
 from ppl_gen.handlers.last_site import UndrawableError
 from ppl_gen.weights.psis import row_subset
 from ppl_gen.weights.weighed import joint_draws, numbers
@@ -26,11 +27,10 @@ LOOK_ROWS = 50  # rows from whose draws short chains begin, where rows stand for
 CHAINS = 200  # short chains: a mean is then known to 0.07 sd, an sd to 5 %
 
 
-def look_at_chains(fit: Fit, learned: ChainPosterior) -> SecondLook | str:
-    """Short chains from some of the kept draws, and from elsewhere."""
-    flat = {name: value.flatten(0, 1) for name, value in learned.draws.items()}
-    total = len(next(iter(flat.values())))
-    kept = torch.linspace(0, total - 1, min(total, 2 * CHAINS)).round().long()
+def look_at_chains(fit: Fit, draws: Mapping[str, Tensor]) -> SecondLook | str:
+    """Short chains from some of the kept draws (chains x draws x shape), and from elsewhere."""
+    flat = {name: value.flatten(0, 1) for name, value in draws.items()}
+    kept = spread(len(next(iter(flat.values()))), 2 * CHAINS)
     with fit.bound():
         return _looked(fit, {name: value[kept] for name, value in flat.items()}, fit.data, CHAINS)
 

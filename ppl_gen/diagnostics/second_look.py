@@ -83,7 +83,7 @@ def moved(
     at elsewhere in addition (draws of the prior), None to begin nowhere else; ``data``: the rows the draws are for.
     """
     cells = numbers(fit, data, _table(fit, data))
-    paid = int(fit.cost.get("steps", 0)) * cells // GRADIENTS if fit.learned.kind == "variational" else MAX_ELEMENTS
+    paid = int(fit.cost.get("steps", 0)) * cells // GRADIENTS if fit.judged_by != "chains" else MAX_ELEMENTS
     chains = min(chains, min(MAX_ELEMENTS, max(FREE, paid)) // cells)
     if chains < FEWEST:
         return f"no short chains were run, as the data are too many for it ({cells} numbers)"

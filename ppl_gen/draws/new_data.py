@@ -15,7 +15,6 @@ from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.draws.predictive import global_draws
 from ppl_gen.enumeration.finite_globals import summed_globals
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
-from ppl_gen.fitting.posterior import ChainPosterior
 from ppl_gen.handlers.sites import is_sample
 from ppl_gen.handlers.substitute import Substitute
 from ppl_gen.handlers.whole_plates import RowsOf
@@ -121,7 +120,7 @@ def require_shared(fit: Fit, data: Dataset) -> None:
     """
     if fit.info.data_plate is not None or fit.program.evidence is not None or data.same_rows(fit.data):
         return
-    known = {*(fit.info.guide_sites or {}), *(fit.learned.draws if isinstance(fit.learned, ChainPosterior) else ())}
+    known = {*(fit.info.guide_sites or {}), *fit.learned.sites}
     if names := summed_globals(fit, known):
         raise IncompatibleError(
             f"data: {', '.join(names)} of {fit.program.name!r} {'is' if len(names) == 1 else 'are'} summed out, and "

@@ -15,7 +15,6 @@ from ppl_gen.draws.local_draws import local_draws
 from ppl_gen.draws.observations import entry_mask
 from ppl_gen.enumeration.finite_globals import extended, summed_globals
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError, require_whole
-from ppl_gen.fitting.posterior import PointPosterior
 from ppl_gen.handlers.last_site import drawing
 from ppl_gen.handlers.sites import is_deterministic, is_sample
 from ppl_gen.handlers.substitute import Substitute
@@ -132,11 +131,11 @@ def _whole(fit: Fit, values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _refuse_prior(fit: Fit) -> None:
     """Draws of the prior must not pass for draws of a posterior that nobody learned (an adversarial fit, say)."""
-    if not isinstance(fit.learned, PointPosterior):
+    if fit.learned.point is None:
         return
     drawn = fit.program.local_posterior is not None or "density" in fit.info.offers
     asked = [site for site in fit.info.select() if not site.finite and not (site.local and drawn)]
-    unknown = [site.name for site in asked if site.name not in fit.learned.values]
+    unknown = [site.name for site in asked if site.name not in fit.learned.point]
     if unknown:
         raise IncompatibleError(
             f"{fit.algorithm} learned no posterior of {', '.join(unknown)} in {fit.program.name!r}; "
@@ -183,7 +182,7 @@ def predictive_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[
 def _is_forward(fit: Fit) -> bool:
     """Whether neither what was learned nor the program says anything of the latents of given rows (a GAN)."""
     silent = fit.program.local_posterior is None and "density" not in fit.info.offers
-    return silent and isinstance(fit.learned, PointPosterior)
+    return silent and fit.learned.point is not None
 
 
 def prior_rows(model: Any, batch: Batch, draws: int) -> dict[str, Tensor]:

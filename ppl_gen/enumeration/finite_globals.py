@@ -73,7 +73,7 @@ def _drawn(
         )
 
     together: dict[str, Tensor] | None
-    if fit.learned.kind == "point":  # every draw is the same one
+    if fit.learned.point is not None:  # every draw is the same one
         together = sample_discrete(traced(draws[0]), draws=len(draws), sites=names)
     else:
         together = _vectorised(traced, draws, names) if len(draws) > 2 else None

@@ -91,7 +91,7 @@ def weighed_parameters(fit: Fit, draws: int, particles: int) -> tuple[list[dict[
     """
     info = fit.info
     guided = info.guide_sites or {}
-    if fit.guide is None or fit.learned.kind != "variational" or "density" not in info.offers or point_sites(info):
+    if fit.judged_by != "weights" or "density" not in info.offers or point_sites(info):
         return None
     local = any(site.local and site.name in guided for site in info.select())
     sums = bool(summed_globals(fit, guided))

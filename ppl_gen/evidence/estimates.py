@@ -19,7 +19,6 @@ from ppl_gen.enumeration.finite_globals import summed_globals
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.evidence.averaging import ENOUGH, Average, normaliser, weighed_parameters
 from ppl_gen.evidence.integration import RowIntegral, row_integral
-from ppl_gen.fitting.posterior import PointPosterior
 from ppl_gen.inference.guides.resolved import point_sites
 from ppl_gen.weights.psis import pareto_k_threshold, smoothed_weights, told_apart
 from ppl_gen.weights.weighed import MAX_ELEMENTS, numbers, weighed_draws
@@ -170,10 +169,10 @@ def _require_observations(fit: Fit) -> None:
 
 def _at_point(fit: Fit) -> bool:
     """Whether the global sites were learned as one value each, be it by a guide of point masses."""
-    if isinstance(fit.learned, PointPosterior):
-        return fit.info.data_plate is None or not summed_globals(fit, fit.learned.values)
+    if fit.learned.point is not None:
+        return fit.info.data_plate is None or not summed_globals(fit, fit.learned.point)
     points = point_sites(fit.info, local=False)
-    return fit.learned.kind == "variational" and all(site.name in points for site in fit.info.select(local=False))
+    return fit.judged_by != "chains" and all(site.name in points for site in fit.info.select(local=False))
 
 
 def _parameter_draws(fit: Fit, draws: int, particles: int) -> tuple[list[dict[str, Tensor]], Tensor | None]:
@@ -199,8 +198,8 @@ def _kind(fit: Fit, integral: RowIntegral, draws: int, particles: int, *, weighe
     drawn = bool(fit.info.select(local=False)) and not _at_point(fit)
     if drawn and draws == 1:
         parts.append("at one posterior draw")
-    elif drawn and not weighed and fit.learned.kind == "variational":
-        parts.append(f"the {'draws' if fit.guide is None else 'guide'} taken for the posterior")
+    elif drawn and not weighed and fit.judged_by != "chains":
+        parts.append(f"the {fit.learned.noun} taken for the posterior")
     if integral.missing and not integral.offered:
         parts.append(f"without {', '.join(integral.missing)}, not measured")
     return "; ".join([*(parts or ["exact"]), *_plugged_in(fit)]), not drawn and not particles
@@ -230,8 +229,7 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
     require_whole("draws", draws)
     require_whole("particles", particles)
     _require_density(fit)
-    guide = fit.guide
-    if guide is None or fit.learned.kind != "variational":
+    if fit.judged_by != "weights":
         raise IncompatibleError(
             f"{fit.algorithm} learned no density over the globals to propose from; fit the program with SVI (an "
             "AutoMultivariateNormal guide, say) and ask that fit for its marginal likelihood"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ppl_gen.fitting.posterior import ChainPosterior
 from ppl_gen.runtime.notebook import box, grid, mark, note, pairs
 
 if TYPE_CHECKING:
@@ -87,9 +86,9 @@ def _curve(name: str, values: Sequence[float]) -> str:
 def _values(fit: Fit) -> str:
     """Parameters by name; for points and chains the latent sites too, which are what was learned."""
     rows: list[Sequence[str]] = []
-    if isinstance(fit.learned, ChainPosterior):
+    if (chains := fit.learned.by_chain()) is not None:
         kind = "mean ± sd of the draws"
-        rows = [(name, str(list(v.shape[2:])), _spread(v)) for name, v in fit.learned.draws.items()]
+        rows = [(name, str(list(v.shape[2:])), _spread(v)) for name, v in chains.items()]
     else:
         kind = "values; large ones as mean ± sd of their entries"
         points = fit.point or {}

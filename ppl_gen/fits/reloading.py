@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.fits.schema import site_table
-from ppl_gen.fitting.posterior import ChainPosterior, GuidePosterior, PointPosterior, Posterior
+from ppl_gen.fitting.posteriors.kinds import kind_named
 from ppl_gen.workspace.closures import same_again
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, dat
     if data is None:
         data = _saved_data(meta, part("data/"), part("constant/"))
     values, modules = (part("param/"), part("buffer/")), part("module/")
-    algorithm = Restored(meta["algorithm"], meta["guide"], *values, given, modules)
+    kind = kind_named(meta["kind"])
+    rebuilt = kind and partial(kind.rebuilt, {name: part(f"{name}/") for name in kind.parts})
+    algorithm = Restored(meta["algorithm"], meta["guide"], *values, given, modules, rebuilt)
     with same_again(program):
         dtype = getattr(torch, meta["dtype"])
         built = run_fit(program, data, algorithm, seed=meta["seed"], dtype=dtype, progress=False)
@@ -54,20 +57,12 @@ def restored(meta: dict[str, Any], tensors: dict[str, Tensor], program: Any, dat
             f"algorithm: program and algorithm make a guide of the kind {built.guide_source!r}, the fit has one of the "
             f"kind {meta['guide']!r}; a fit that continued from another's guide (start=) cannot be loaded"
         )
-    learned: Posterior = PointPosterior(part("point/"))
-    if meta["guide"] == "own" and type(built.learned) not in (PointPosterior, ChainPosterior):
-        learned = built.learned
-    elif meta["kind"] == "chains":
-        learned = ChainPosterior(part("draws/"), part("stats/"))
-    elif meta["kind"] == "variational" and built.guide is not None:
-        learned = GuidePosterior(built.guide)
     from ppl_gen.fits.result import Status
 
     return replace(
         built,
         algorithm=meta["algorithm"],
         settings=meta["settings"],
-        learned=learned,
         records={name: [float(v) for v in values] for name, values in meta["records"].items()},
         checks={name: [float(v) for v in values] for name, values in meta["checks"].items()},
         status=Status(meta["status"]),
@@ -108,7 +103,7 @@ def _without_addresses(text: str) -> str:
 
 def compare_draws(fit: Fit, meta: Mapping[str, Any], contents: Path) -> None:
     """What an algorithm makes again may have learned something that is not in parameters: then its draws differ."""
-    if meta["guide"] != "own" or type(fit.learned) in (PointPosterior, ChainPosterior):
+    if meta["guide"] != "own" or (meta["kind"] == fit.learned.kind and type(fit.learned).parts):
         return
     from ppl_gen.bridge import group, read_tree
     from ppl_gen.diagnostics.excerpt import excerpt

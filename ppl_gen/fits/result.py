@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ppl_gen.arguments import require_text
 from ppl_gen.data.batching import Dataset, as_dataset
-from ppl_gen.fitting.posterior import PointPosterior, Posterior
+from ppl_gen.fitting.posteriors.base import JudgedBy, Posterior
 from ppl_gen.fitting.run import Status
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.program.info import ProgramInfo
@@ -87,7 +87,13 @@ class Fit:
     @property
     def point(self) -> dict[str, Tensor] | None:
         """Values of the global sites where the algorithm learned points (EM), else None."""
-        return dict(self.learned.values) if isinstance(self.learned, PointPosterior) else None
+        return None if self.learned.point is None else dict(self.learned.point)
+
+    @property
+    def judged_by(self) -> JudgedBy:
+        """What tells whether its draws are right, by the kind of its posterior; weights need a guide."""
+        said = self.learned.judged_by
+        return said if said in ("chains", None) else "draws" if self.guide is None else "weights"
 
     @cached_property
     def history(self) -> xarray.Dataset:

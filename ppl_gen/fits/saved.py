@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.fits.schema import check_diagnosis, check_tree, read_json
+from ppl_gen.fits.schema import check_diagnosis, check_tree, judged_by, read_json
 
 __all__ = ["SavedFit"]
 
@@ -49,7 +49,7 @@ class SavedFit:
             frame = pandas.read_json(io.StringIO(json.dumps(self._diagnosis["frame"])), orient="split")
             frame.attrs.update({k: float("nan") if v is None else v for k, v in self._diagnosis["attrs"].items()})
             return frame
-        if self._meta["kind"] == "chains":
+        if judged_by(self._meta) == "chains":
             return self._diagnosed_chains()
         raise IncompatibleError(
             f"this fit was not diagnosed before it was saved, and its draws alone cannot tell: load it as "
@@ -61,7 +61,6 @@ class SavedFit:
 
         from ppl_gen.bridge import group
         from ppl_gen.diagnostics.diagnosis import chain_table, judged_chains
-        from ppl_gen.fitting.posterior import ChainPosterior
 
         def arrays(name: str) -> dict[str, Any]:
             found = group(self._tree, name)
@@ -69,12 +68,11 @@ class SavedFit:
 
         plate = self._meta["plate"]
         posterior = {name: value for name, value in arrays("posterior").items() if value.sizes.get(plate, 0) <= 50}
-        learned = ChainPosterior(
-            {name: torch.as_tensor(value.values) for name, value in arrays("posterior").items()},
-            {name: torch.as_tensor(value.values) for name, value in arrays("sample_stats").items()},
-        )
-        frame = chain_table({name: value.values for name, value in posterior.items()}, learned)
-        frame.attrs["verdict"] = str(judged_chains(frame, learned, close="starts" in self._meta["notes"]))
+        chains, length = next(iter(posterior.values())).shape[:2]
+        stats = {name: torch.as_tensor(value.values) for name, value in arrays("sample_stats").items()}
+        frame = chain_table({name: value.values for name, value in posterior.items()}, stats)
+        close = "starts" in self._meta["notes"]
+        frame.attrs["verdict"] = str(judged_chains(frame, stats, chains, length, close=close))
         return frame
 
     @property

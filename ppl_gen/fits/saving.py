@@ -17,7 +17,7 @@ from ppl_gen.data.batching import Dataset
 from ppl_gen.data.calls import ByStep
 from ppl_gen.fits.fingerprint import fingerprint
 from ppl_gen.fits.schema import FILES, FORMAT, digest, site_table
-from ppl_gen.fitting.posterior import BUILT_IN, ChainPosterior, PointPosterior
+from ppl_gen.fitting.posteriors.kinds import CODE, held_whole
 from ppl_gen.runtime.atomic import as_path, atomically
 from ppl_gen.version import __version__
 
@@ -51,11 +51,9 @@ def save_fit(fit: Fit, path: str | Path) -> Path:
 def _tensors(fit: Fit) -> dict[str, Tensor]:
     tensors = {f"param/{name}": value for name, value in fit.state.unconstrained.items()}
     tensors |= {f"buffer/{name}": value for name, value in fit.state.buffers.items()}
-    if isinstance(fit.learned, PointPosterior):
-        tensors |= {f"point/{name}": value for name, value in fit.learned.values.items()}
-    if isinstance(fit.learned, ChainPosterior):
-        tensors |= {f"draws/{name}": value for name, value in fit.learned.draws.items()}
-        tensors |= {f"stats/{name}": value for name, value in fit.learned.stats.items()}
+    if held_whole(type(fit.learned)):
+        parts = fit.learned.tensors().items()
+        tensors |= {f"{part}/{name}": value for part, values in parts for name, value in values.items()}
     for name, module in fit.extra_modules.items():
         tensors |= {
             f"module/{name}/{key}": value for key, value in module.state_dict().items() if isinstance(value, Tensor)
@@ -109,7 +107,8 @@ def _meta(fit: Fit) -> dict[str, Any]:
         "program": fit.program.name,
         "algorithm": fit.algorithm,
         "settings": fit.settings,
-        "kind": fit.learned.kind if fit.learned.kind in ("chains", "point") else "variational",
+        "kind": fit.learned.kind if held_whole(type(fit.learned)) else CODE,
+        "judged_by": fit.judged_by,
         "status": str(fit.status),
         "message": fit.message,
         "seed": fit.seed,
@@ -133,7 +132,7 @@ def _not_kept(fit: Fit) -> dict[str, str]:
     """What a saved fit says that it lacks; a posterior of the user's own class, without which it cannot be loaded."""
     lacking = []
     own, source = type(fit.learned), _guide_source(fit)
-    if own not in BUILT_IN:
+    if not held_whole(own):
         lacking.append(f"the posterior, a {own.__name__}, which is code")
         warnings.warn(
             f"fit.save: the posterior of this fit is a {own.__name__}, which is code and is not saved: only draws, "
@@ -152,5 +151,5 @@ def _not_kept(fit: Fit) -> dict[str, str]:
 
 
 def _guide_source(fit: Fit) -> str | None:
-    own = type(fit.learned) not in BUILT_IN
+    own = not held_whole(type(fit.learned))
     return "lost" if own and fit.guide_source != "own" else fit.guide_source

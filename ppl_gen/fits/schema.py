@@ -17,6 +17,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ppl_gen.fitting.posteriors.base import Posterior
+from ppl_gen.fitting.posteriors.kinds import CODE, OTHERS, held_whole, kind_named
 from ppl_gen.runtime.atomic import is_contents
 
 __all__ = [
@@ -27,7 +29,9 @@ __all__ = [
     "check_tensors",
     "check_tree",
     "digest",
+    "judged_by",
     "positional",
+    "posterior_class",
     "read_json",
     "refuse",
     "site_table",
@@ -36,8 +40,6 @@ __all__ = [
 
 FILES = ("tensors.safetensors", "draws.nc", "diagnosis.json")  # the last one may lack
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
-_KINDS = ("chains", "point", "variational")
-_PREFIXES = ("param", "buffer", "point", "draws", "stats", "data", "constant", "module")
 _LARGEST = 2**53
 
 
@@ -145,7 +147,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "program": ("text", _text),
     "algorithm": ("text", _text),
     "settings": ("text", _text),
-    "kind": (f"one of {', '.join(_KINDS)}", _one_of(*_KINDS)),
+    "kind": ("a word", lambda v: _text(v) and v.isidentifier()),
     "status": (f"one of {', '.join(_STATUS)}", _one_of(*_STATUS)),
     "message": ("text", _text),
     "seed": ("a whole number of at least 0 and below 2**32", _seed),
@@ -177,6 +179,8 @@ def check_meta(file: Path, meta: Any) -> dict[str, Any]:
             refuse(file, f"the field {name!r} is missing")
         if not good(meta[name]):
             refuse(file, f"the field {name!r} has to be {expected}, got {repr(meta[name])[:80]}")
+    if meta.get("judged_by") not in ("chains", "weights", "draws", None):  # files of before have none
+        refuse(file, f"the field 'judged_by' has to be chains, weights, draws or null, got {meta['judged_by']!r:.80}")
     if not isinstance(meta.get("criterion", False), bool):  # files of before have none
         refuse(file, f"the field 'criterion' has to be true or false, got {repr(meta['criterion'])[:80]}")
     if meta["checks"] and not all(float(v).is_integer() for v in meta["checks"].get("step", ["nan"])):
@@ -190,24 +194,23 @@ def check_meta(file: Path, meta: Any) -> dict[str, Any]:
 
 def check_tensors(file: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Names, numbers and rows of the tensors; whether they belong to the program is asked where it runs."""
-    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in _PREFIXES}
+    learned = posterior_class(file, meta)
+    own = () if learned is None else learned.parts
+    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in (*OTHERS, *own)}
     for name, value in tensors.items():
         prefix, _, rest = name.partition("/")
         if prefix not in parts or not rest:
             refuse(file, f"a tensor is named {name!r}")
         parts[prefix][rest] = value
-        if prefix in ("param", "point", "draws") and value.is_floating_point() and bool(value.isnan().any()):
+        if prefix == "param" and value.is_floating_point() and bool(value.isnan().any()):
             refuse(file, f"{name!r} holds NaN")
         if prefix == "param" and not (value.is_floating_point() or value.is_complex()):
             refuse(file, f"{name!r} is of dtype {value.dtype}, expected {meta['dtype']}")
-    _check_draws(file, meta, parts["draws"])
-    for prefix in ("point", "draws"):
-        for name, value in parts[prefix].items():
-            event = tuple(meta["sites"].get(name, [None, None, ()])[2])
-            if prefix == "draws" and meta["sites"].get(name, ["observed"])[0] == "observed":
-                refuse(file, f"'{prefix}/{name}' is not a latent site of the program")
-            if tuple(value.shape[value.dim() - len(event) :]) != event:
-                refuse(file, f"'{prefix}/{name}' has shape {tuple(value.shape)}, the site events of shape {event}")
+    if learned is not None:
+        try:
+            learned.check({name: parts[name] for name in own}, meta["sites"])
+        except ValueError as error:
+            refuse(file, f"of a fit of kind {meta['kind']!r}, {error}")
     there = {*parts["data"], *parts["constant"], *meta["constants"]}
     if meta["data"] is None and (named := positional(meta)) and there != set(named):
         refuse(file, f"the data {sorted(there)} are not the model's argument(s) {', '.join(map(repr, named))}")
@@ -219,12 +222,28 @@ def positional(meta: Mapping[str, Any]) -> list[str]:
     return [named] if isinstance(named, str) else list(named or ())
 
 
-def _check_draws(file: Path, meta: Mapping[str, Any], draws: Mapping[str, Tensor]) -> None:
-    if (meta["kind"] == "chains") != bool(draws):
-        refuse(file, f"a fit of kind {meta['kind']!r} with draws of {sorted(draws) or 'no site'}")
-    sizes = {tuple(value.shape[:2]) for value in draws.values()}
-    if draws and (len(sizes) != 1 or len(size := next(iter(sizes))) != 2 or not size[0] * size[1]):
-        refuse(file, f"the sites have chains and draws of {sorted(sizes)}")
+def posterior_class(file: Path, meta: Mapping[str, Any]) -> type[Posterior] | None:
+    """The class of the posterior that was saved; None where it is code.
+
+    Raises:
+        ValueError: if no class of this kind is loaded.
+    """
+    if meta["kind"] == CODE:
+        return None
+    found = kind_named(meta["kind"])
+    if found is None or not held_whole(found):
+        raise ValueError(
+            f"path: {file} holds a posterior of the kind {meta['kind']!r}, and there is not one class of this kind; "
+            "import the module that defines it (a class with this `kind`, derived from ppl_gen.extending.Posterior). "
+            "pg.load(path) without program= reads draws and history without it"
+        )
+    return found
+
+
+def judged_by(meta: Mapping[str, Any]) -> str | None:
+    """What tells whether the draws are right; files of before say it of chains only, by their kind."""
+    said: str | None = meta.get("judged_by", "chains" if meta["kind"] == "chains" else None)
+    return said
 
 
 def check_tree(file: Path, meta: Mapping[str, Any], read: Callable[[Path], Any]) -> Any:
@@ -247,7 +266,7 @@ def check_tree(file: Path, meta: Mapping[str, Any], read: Callable[[Path], Any])
             refuse(file, f"its posterior holds {name!r}, which is not a site of the program")
         if value.dims[:2] != ("chain", "draw") or value.dtype.kind not in "fiub":
             refuse(file, f"its posterior holds {name!r} over {value.dims}, of dtype {value.dtype}")
-    if meta["kind"] == "chains" and posterior is None:
+    if judged_by(meta) == "chains" and posterior is None:
         refuse(file, "it holds no posterior, and the fit is one of chains")
     return tree
 

@@ -18,7 +18,7 @@ from ppl_gen.workspace.workspace import ProgramState, Workspace
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
-    from ppl_gen.fitting.posterior import Posterior
+    from ppl_gen.fitting.posteriors.base import Posterior
 
 __all__ = ["Ending", "Info", "NonFiniteStepError", "Outcome", "Run", "Status"]
 
@@ -128,8 +128,9 @@ class Outcome:
     """What an algorithm hands back to the driver, which makes the `Fit` of it.
 
     ``posterior``: what was learned. ``state``: parameters, from ``run.workspace.snapshot()``; ``guide``: the guide at
-    them, where there is one. ``ending``: how the run ended and why, such as ``Ending("converged", "...")``; where it
-    is left out, it made all its steps. ``history``: name -> one number per step. ``cost``: counts, such as "steps".
+    them, where there is one; that of the posterior, unless it is given. ``ending``: how the run ended and why, such as
+    ``Ending("converged", "...")``; where it is left out, it made all its steps. ``history``: name -> one number per
+    step. ``cost``: counts, such as "steps".
 
     >>> from ppl_gen.extending import PointPosterior
     >>> outcome = Outcome(PointPosterior({"loc": torch.zeros(())}), ending=Ending("converged", "it is the mean"))
@@ -145,3 +146,7 @@ class Outcome:
     checks: Mapping[str, Sequence[float]] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     guide: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.guide is None:
+            self.guide = self.posterior.proposal

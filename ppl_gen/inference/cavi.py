@@ -13,7 +13,7 @@ from torch.distributions import constraints, transform_to
 from ppl_gen.data.batches import Batches
 from ppl_gen.errors import require_number, require_whole
 from ppl_gen.fitting.algorithm import Iterative
-from ppl_gen.fitting.posterior import GuidePosterior
+from ppl_gen.fitting.posteriors.guides import GuidePosterior
 from ppl_gen.fitting.run import Info, Outcome, Run
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.workspace import ProgramState

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from ppl_gen.fitting.algorithm import Algorithm
-from ppl_gen.fitting.posterior import BUILT_IN, GuidePosterior, PointPosterior
+from ppl_gen.fitting.posteriors.base import Posterior
+from ppl_gen.fitting.posteriors.kinds import held_whole
+from ppl_gen.fitting.posteriors.points import PointPosterior
 from ppl_gen.fitting.run import Outcome, Run
 from ppl_gen.inference.guides.laplace import Laplace, restored_laplace
 from ppl_gen.inference.guides.resolved import resolved_guide
@@ -27,19 +29,20 @@ __all__ = ["Restored", "guide_source"]
 def guide_source(algorithm: Algorithm | None, run: Run, outcome: Outcome) -> str | None:
     """What makes the guide and the posterior of an outcome again.
 
-    None: there is no guide; "svi": the program, as SVI resolves its guide; "cavi": its coordinate updates; "own": the
-    algorithm, by `Algorithm.outline`; "lost": nothing, for the algorithm owns its loop and has no outline.
+    None: there is no guide, or the tensors of the posterior hold it; "svi": the program, as SVI resolves its guide;
+    "cavi": its coordinate updates; "own": the algorithm, by `Algorithm.outline`; "lost": nothing, for the algorithm
+    owns its loop and has no outline.
     """
-    learned, guide = outcome.posterior, outcome.guide
-    if guide is None and isinstance(learned, GuidePosterior):
-        guide = learned.function
-    if type(learned) in BUILT_IN:
+    guide = outcome.guide
+    if held_whole(type(outcome.posterior)):
         if guide is None:
             return None
         if run.program.cavi is not None and guide is run.program.cavi.guide:
             return "cavi"
         if (guide.first if isinstance(guide, Laplace) else guide) is run.resolved:
             return "svi"
+        if type(outcome.posterior).parts and outcome.posterior.proposal is not None:
+            return None
     return "lost" if algorithm is None or type(algorithm).outline is Algorithm.outline else "own"
 
 
@@ -53,6 +56,7 @@ class Restored(Algorithm):
     buffers: Mapping[str, Tensor]
     algorithm: Algorithm | None = None  # that of the fit, given again
     modules: Mapping[str, Tensor] = field(default_factory=dict)
+    rebuilt: Callable[[Any], Posterior] | None = None  # of a guide or None; None where the algorithm makes it
 
     subsamples: ClassVar[bool] = True
     vectors: ClassVar[bool] = True
@@ -89,7 +93,9 @@ class Restored(Algorithm):
         self._compare(run.program.name, {name: made[name] for name in made if name in self.params or name in leaves})
         constraints: dict[str, Any] = {**get_param_store()._constraints, **outcome.state.constraints}
         state = ProgramState(self.params, {name: constraints[name] for name in self.params}, self.buffers)
-        return replace(outcome, state=state, modules=self._filled(outcome.modules), ending=None)
+        held = self.rebuilt is not None and held_whole(type(outcome.posterior))
+        posterior = self._learned(outcome.guide) if held else outcome.posterior
+        return replace(outcome, posterior=posterior, state=state, modules=self._filled(outcome.modules), ending=None)
 
     def _filled(self, modules: Mapping[str, Module]) -> dict[str, Module]:
         """The algorithm's networks with the saved weights in them."""
@@ -121,15 +127,17 @@ class Restored(Algorithm):
         leaves = run.workspace.collect(*runs)
         if self.guide == "cavi":
             assert run.program.cavi is not None
-            return Outcome(
-                PointPosterior(), ProgramState(self.params, run.program.cavi.constraints, self.buffers), guide=guide
-            )
+            state = ProgramState(self.params, run.program.cavi.constraints, self.buffers)
+            return Outcome(self._learned(guide), state, guide=guide)
         self._compare(run.program.name, leaves)
         store = get_param_store()
         constraints = {name: store._constraints[name] for name in self.params}
         if isinstance(guide, AutoLaplaceApproximation) and (kept := restored_laplace(guide, batch, self.buffers)):
             guide, run.info = kept, dry_run(run.program, batch, guide=kept, predicted=run.info.predicted)
-        return Outcome(PointPosterior(), ProgramState(self.params, constraints, self.buffers), guide=guide)
+        return Outcome(self._learned(guide), ProgramState(self.params, constraints, self.buffers), guide=guide)
+
+    def _learned(self, guide: Any) -> Posterior:
+        return PointPosterior() if self.rebuilt is None else self.rebuilt(guide)
 
     def _compare(self, program: str, leaves: Mapping[str, Tensor]) -> None:
         missing, extra = sorted(set(leaves) - set(self.params)), sorted(set(self.params) - set(leaves))

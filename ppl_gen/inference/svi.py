@@ -13,7 +13,8 @@ from pyro.infer.autoguide import AutoLaplaceApproximation
 from ppl_gen.data.batches import Batches
 from ppl_gen.errors import IncompatibleError, require_callable, require_positive, require_whole
 from ppl_gen.fitting.algorithm import Iterative
-from ppl_gen.fitting.posterior import GuidePosterior, PointPosterior
+from ppl_gen.fitting.posteriors.guides import GuidePosterior
+from ppl_gen.fitting.posteriors.points import PointPosterior
 from ppl_gen.fitting.run import Ending, Info, Outcome, Run
 from ppl_gen.inference.guides.guide_list import has_own_parts
 from ppl_gen.inference.guides.jacobians import check_jacobians

@@ -64,7 +64,7 @@ def _globals(fit: Fit, count: int) -> dict[str, np.ndarray]:
     with fit.bound():
         if fit.info.select(local=False):
             batch = fit.data.glimpse()
-            values = _one_order(fit, global_draws(fit, 1 if fit.learned.kind == "point" else count))
+            values = _one_order(fit, global_draws(fit, count if fit.learned.point is None else 1))
             extra = [deterministic(fit, batch, value) if derived else {} for value in values]
             names = [*derived, *(name for name in values[0] if name in fit.info.sites and name not in derived)]
             stacks = {n: torch.stack([{**v, **e}[n] for v, e in zip(values, extra, strict=True)]) for n in names}

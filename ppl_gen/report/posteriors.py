@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ppl_gen.arguments import require_choice
-from ppl_gen.fitting.posterior import ChainPosterior
 
 if TYPE_CHECKING:
     import pandas
@@ -60,9 +59,7 @@ def reference_line(comparison: Comparison, reference: str | None = None) -> Line
         raise ValueError(
             f"reference: {reference!r} has no posterior with a width (a point, or no fit); name another label"
         )
-    chains = [
-        line for line in comparison.lines if line.fit is not None and isinstance(line.fit.learned, ChainPosterior)
-    ]
+    chains = [line for line in comparison.lines if line.fit is not None and line.fit.judged_by == "chains"]
     usable = [line for line in chains if line.grade in _ORDER and _draws(comparison, line)]
     return min(usable, key=lambda line: (_ORDER.index(line.grade), _r_hat(line)), default=None)
 

@@ -94,7 +94,7 @@ def affordable(
 
 def joint_draws(fit: Fit, count: int, batch: Batch) -> list[dict[str, Tensor]]:
     """What ``fit.learned.draw`` gives, by other random numbers: all draws of a guide at once where it allows it."""
-    if fit.learned.kind == "variational" and fit.learned.independent and count > 1:
+    if fit.learned.independent and fit.learned.point is None and count > 1:
         together = many(lambda _: fit.learned.draw(1, batch)[0], torch.zeros(count), batch)
         if together is not None:
             return [{name: value[i] for name, value in together.items()} for i in range(count)]

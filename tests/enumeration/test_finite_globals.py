@@ -17,7 +17,7 @@ from torch import Tensor
 import ppl_gen as pg
 from ppl_gen.data import batching
 from ppl_gen.errors import IncompatibleError
-from ppl_gen.fitting.posterior import PointPosterior
+from ppl_gen.fitting.posteriors.points import PointPosterior
 from ppl_gen.inference import EM, NUTS, SVI
 
 pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose

@@ -16,7 +16,9 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoLaplaceApproximation, A
 
 import ppl_gen as pg
 from ppl_gen.fitting.algorithm import Algorithm, Iterative
-from ppl_gen.fitting.posterior import GuidePosterior, PointPosterior, Posterior
+from ppl_gen.fitting.posteriors.base import Posterior
+from ppl_gen.fitting.posteriors.guides import GuidePosterior
+from ppl_gen.fitting.posteriors.points import PointPosterior
 from ppl_gen.fitting.run import Outcome
 from ppl_gen.inference import SVI, Adversarial
 

@@ -23,7 +23,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 import ppl_gen as pg
 from ppl_gen.fits import loading
 from ppl_gen.fits import saving as storage
-from ppl_gen.fitting.posterior import ChainPosterior
+from ppl_gen.fitting.posteriors.chains import ChainPosterior
 from ppl_gen.inference import CAVI, EM, NUTS, SVI, Adversarial
 from ppl_gen.models import gaussian_mixture
 from ppl_gen.runtime import atomic

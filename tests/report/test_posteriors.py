@@ -15,7 +15,8 @@ import ppl_gen as pg
 from ppl_gen.comparison.runner import Line
 from ppl_gen.diagnostics.verdicts import Verdict
 from ppl_gen.fitting.algorithm import Algorithm
-from ppl_gen.fitting.posterior import ChainPosterior, PointPosterior
+from ppl_gen.fitting.posteriors.chains import ChainPosterior
+from ppl_gen.fitting.posteriors.points import PointPosterior
 from ppl_gen.fitting.run import Ending, Outcome
 from ppl_gen.report.posteriors import apart, posterior_words
 from ppl_gen.report.table import answer

@@ -14,7 +14,7 @@ from ppl_gen.arguments import require_choice
 from ppl_gen.data.batches import Batches
 from ppl_gen.errors import IncompatibleError, require_flag, require_number, require_whole
 from ppl_gen.fitting.algorithm import Iterative
-from ppl_gen.fitting.posterior import PointPosterior
+from ppl_gen.fitting.posteriors.points import PointPosterior
 from ppl_gen.fitting.run import Ending, Info, Outcome, Run
 from ppl_gen.inference.em.expectation import Expectation, Problem
 from ppl_gen.inference.em.maximisation import Maximiser

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ppl_gen.capture.recording import Recording, RecordingRefused, record_checked
 from ppl_gen.errors import IncompatibleError, is_number, require_flag, require_whole
 from ppl_gen.fitting.algorithm import Algorithm
-from ppl_gen.fitting.posterior import ChainPosterior
+from ppl_gen.fitting.posteriors.chains import ChainPosterior
 from ppl_gen.fitting.run import Ending, Outcome, Run
 from ppl_gen.inference.mcmc.chains import run_chains, workers
 from ppl_gen.inference.mcmc.kernel import Chain, DrawTable
