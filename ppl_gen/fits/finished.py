@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ppl_gen.errors import IncompatibleError
 from ppl_gen.fits.result import Fit
 from ppl_gen.fitting.algorithm import Algorithm, Iterative
 from ppl_gen.fitting.run import Ending, Outcome, Run, Status
@@ -18,6 +19,7 @@ __all__ = ["finished"]
 def finished(recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outcome: Outcome, seconds: float) -> Fit:
     steps = int(outcome.cost.get("steps", 0))
     ending = outcome.ending or Ending(Status.FINISHED, f"ran all {steps} steps")
+    _require_shared(algorithm, run, outcome)
     return Fit(
         program=run.program,
         algorithm=algorithm.label if algorithm is not None else "",
@@ -40,6 +42,28 @@ def finished(recipe: Recipe | None, algorithm: Algorithm | None, run: Run, outco
         guide_source=guide_source(algorithm, run, outcome),
         criterion=_has_criterion(algorithm),
     )
+
+
+def _require_shared(algorithm: Algorithm | None, run: Run, outcome: Outcome) -> None:
+    """Refuse draws that lack what all rows share: its values would be those of the prior, and pass for learned ones.
+
+    Points may know nothing (what an implicit program learned is in its parameters); the dry run checks guides.
+    """
+    learned = outcome.posterior
+    shared = [site.name for site in run.info.select(local=False) if not site.finite]
+    if not shared or learned.point is not None or outcome.guide is not None:
+        return
+    known = learned.sites
+    if not known:
+        with Workspace(outcome.state, device=run.data.device, dtype=run.data.dtype), isolated():
+            known = learned.draw(1, run.data.batch())[0]
+    if lacking := [name for name in shared if name not in known]:
+        label = "the algorithm" if algorithm is None else algorithm.label
+        raise IncompatibleError(
+            f"{label} learned no posterior of {', '.join(lacking)}, latent sites of {run.program.name!r} outside its "
+            f"data plate: its draws are of {', '.join(sorted(known)) or 'nothing'}, and the rest would be drawn from the "
+            "prior. Draw all of them, or write those that are not to be learned as pyro.param"
+        )
 
 
 def _has_criterion(algorithm: Algorithm | None) -> bool:

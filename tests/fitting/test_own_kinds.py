@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import ppl_gen as pg
-from ppl_gen.extending import Outcome, Posterior, Run
+from ppl_gen.extending import ChainPosterior, DrawsPosterior, Outcome, Posterior, Run
 from ppl_gen.fitting.posteriors.kinds import held_whole, kind_named
 from ppl_gen.inference import NUTS, Algorithm
 
@@ -282,6 +282,48 @@ def test_tensors_of_another_kind_are_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "fit": text}))
     with pytest.raises(ValueError, match="a tensor is named '(walkers/loc|moves/accepted)'"):
         pg.load(path, program=normal_mean)
+
+
+class Silent(Grid):
+    """It does not say what sites it has values of, but its draws do."""
+
+
+@pytest.mark.parametrize(
+    "posterior",
+    [
+        ChainPosterior({"loc": torch.zeros(2, 5)}),
+        DrawsPosterior({"loc": torch.zeros(5)}),
+        Silent(torch.zeros(5), torch.ones(5)),
+    ],
+    ids=["chains", "draws", "own"],
+)
+def test_draws_of_a_part_of_what_rows_share_are_refused(posterior: Posterior) -> None:
+    """The rest was drawn from the prior by `fit.sample` and in the deterministic sites of `fit.diagnose()`."""
+
+    @dataclass(frozen=True)
+    class Half(Algorithm):
+        needs = ()
+
+        def run(self, run: Run) -> Outcome:
+            return Outcome(posterior)
+
+    def scaled(x: torch.Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+    with pytest.raises(pg.IncompatibleError, match="Half learned no posterior of scale.*its draws are of loc"):
+        pg.fit(scaled, X, Half())
+    assert pg.fit(normal_mean, X, Half(), progress=False).posterior(draws=3)["loc"].shape == (3,)
+
+
+@pytest.mark.parametrize("draws", [{}, {"loc": torch.zeros(2, 0)}, {"loc": torch.zeros(2, 3), "b": torch.zeros(3, 2)}])
+def test_draws_that_do_not_belong_together_are_refused(draws: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match="draws: expected chains x draws x shape"):
+        ChainPosterior(draws)
+    with pytest.raises(ValueError, match="draws: expected draws x shape"):
+        DrawsPosterior({name: value[0] for name, value in draws.items()})
 
 
 def test_tables_and_reports_show_them_beside_others(tmp_path: Path) -> None:
