@@ -61,8 +61,8 @@ def _require_shared(algorithm: Algorithm | None, run: Run, outcome: Outcome) -> 
         label = "the algorithm" if algorithm is None else algorithm.label
         raise IncompatibleError(
             f"{label} learned no posterior of {', '.join(lacking)}, latent sites of {run.program.name!r} outside its "
-            f"data plate: its draws are of {', '.join(sorted(known)) or 'nothing'}, and the rest would be drawn from the "
-            "prior. Draw all of them, or write those that are not to be learned as pyro.param"
+            f"data plate: its draws are of {', '.join(sorted(known)) or 'nothing'}, and the rest would be drawn from "
+            "the prior. Draw all of them, or write those that are not to be learned as pyro.param"
         )
 
 
