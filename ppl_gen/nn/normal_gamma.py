@@ -100,12 +100,12 @@ class NormalGamma:
         normal = dist.Normal(mean, scale).to_event(1 + len(self.event))
         return {"precision": precision, "loc_standard": pyro.sample("loc_standard", normal)}
 
-    def expose(self, values: Mapping[str, Tensor], middle: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Location (K x event) and scale (as the precision) in the user's units, as deterministic sites."""
+    def expose(self, values: Mapping[str, Tensor], loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Location (K x event) and scale (as the precision) at loc + scale times standardised values, as sites."""
         dims = 1 + len(self.event)
-        loc = pyro.deterministic("loc", middle + unit * values["loc_standard"], event_dim=dims)
-        scale = unit * values["precision"].rsqrt()
-        return loc, pyro.deterministic("scale", scale, event_dim=1 if self.shared else dims)
+        mean = pyro.deterministic("loc", loc + scale * values["loc_standard"], event_dim=dims)
+        width = scale * values["precision"].rsqrt()
+        return mean, pyro.deterministic("scale", width, event_dim=1 if self.shared else dims)
 
     def observation(self, located: tuple[Tensor, Tensor], assignment: Tensor) -> dist.TorchDistribution:
         """The distribution of a row, given its component."""

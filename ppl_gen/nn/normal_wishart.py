@@ -54,8 +54,8 @@ class NormalWishart:
         return self.event[0]
 
     def _prior(self, like: Tensor) -> InverseWishartCholesky:
-        unit = torch.eye(self.size, dtype=like.dtype, device=like.device) * math.sqrt(self.spread)
-        return InverseWishartCholesky(self.degrees, unit).expand((self.components,))
+        factor = torch.eye(self.size, dtype=like.dtype, device=like.device) * math.sqrt(self.spread)
+        return InverseWishartCholesky(self.degrees, factor).expand((self.components,))
 
     def sample(self, like: Tensor) -> dict[str, Tensor]:
         """The prior statements, factors K x d x d and means K x d; ``like`` gives dtype and device."""
@@ -74,12 +74,12 @@ class NormalWishart:
         normal = dist.MultivariateNormal(mean, scale_tril=scale_tril).to_event(1)
         return {"scale_tril_standard": factor, "loc_standard": pyro.sample("loc_standard", normal)}
 
-    def expose(self, values: Mapping[str, Tensor], middle: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    def expose(self, values: Mapping[str, Tensor], loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Location (K x d) and Cholesky factor (K x d x d) in the user's units; sites: location and covariance."""
-        loc = pyro.deterministic("loc", middle + unit * values["loc_standard"], event_dim=2)
-        factor = unit.unsqueeze(-1) * values["scale_tril_standard"]
+        mean = pyro.deterministic("loc", loc + scale * values["loc_standard"], event_dim=2)
+        factor = scale.unsqueeze(-1) * values["scale_tril_standard"]
         pyro.deterministic("covariance", factor @ factor.mT, event_dim=3)
-        return loc, factor
+        return mean, factor
 
     def observation(self, located: tuple[Tensor, Tensor], assignment: Tensor) -> dist.TorchDistribution:
         """The distribution of a row, given its component."""
@@ -89,8 +89,8 @@ class NormalWishart:
 
     def start(self, means: Tensor) -> dict[str, Tensor]:
         """Values with these means (K x d) and the variances of the data."""
-        unit = torch.eye(self.size, dtype=means.dtype, device=means.device)
-        return {"loc_standard": means, "scale_tril_standard": unit.repeat(self.components, 1, 1)}
+        eye = torch.eye(self.size, dtype=means.dtype, device=means.device)
+        return {"loc_standard": means, "scale_tril_standard": eye.repeat(self.components, 1, 1)}
 
     def maximise(self, groups: Moments, prior: bool) -> dict[str, Tensor]:
         """Values of largest likelihood, or of largest posterior density, for rows so grouped; shapes as in `sample`."""
@@ -111,9 +111,9 @@ class NormalWishart:
     def _scatter(self, groups: Moments) -> Tensor:
         """The scale matrix of each component's posterior: K x d x d."""
         means, weight = groups.means, self.strength * groups.counts / (self.strength + groups.counts)
-        unit = torch.eye(self.size, dtype=means.dtype, device=means.device)
+        eye = torch.eye(self.size, dtype=means.dtype, device=means.device)
         outer = means.unsqueeze(-1) * means.unsqueeze(-2)
-        return self.spread * unit + groups.scatter + weight[:, None, None] * outer
+        return self.spread * eye + groups.scatter + weight[:, None, None] * outer
 
     def update(self, groups: Moments) -> dict[str, Tensor]:
         """Parameters of the normal-inverse-Wishart posterior for rows so grouped.

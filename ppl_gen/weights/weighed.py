@@ -170,8 +170,8 @@ class _FreshNoise(TorchFunctionMode):
             return low + (high - low) * u
         if name == "exponential_":
             return -torch.log1p(-u) / (rest[0] if rest else 1.0)
-        middle, scale = rest or (0.0, 1.0)
-        return middle + scale * torch.tan(math.pi * (u - 0.5))
+        loc, scale = rest or (0.0, 1.0)
+        return loc + scale * torch.tan(math.pi * (u - 0.5))
 
 
 def many(one: Callable[[Any], Any], inputs: Any, batch: Batch, particles: int = 1) -> Any | None:

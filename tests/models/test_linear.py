@@ -114,7 +114,7 @@ def test_without_noise_the_posterior_is_principal_component_analysis():
     x = rows()
     closed = principal_components(x, 2)
     program = ppca(6, 2, start="principal")(x)
-    unit, values = program.evidence.__self__.unit, program.start()
+    unit, values = program.evidence.__self__.scale, program.start()
     for precision in (1e4, 1e8, 1e12):
         normal = program.local_posterior({**values, "precision": torch.tensor(precision)}, x)["z"]
         # Both gaps shrink as the noise variance over the eigenvalues of W'W, of order 1.

@@ -174,16 +174,16 @@ class _Choice:
         features = row_width(self.features, data, self.name)
         x, mask = _rows(data, self.name, features)
         _check_latent(features, self.latent)
-        middle, variance = _column_moments(x, mask)
-        constant = variance <= 1e-24 * (1 + middle.square())
+        loc, variance = _column_moments(x, mask)
+        constant = variance <= 1e-24 * (1 + loc.square())
         if bool(constant.all() if self.isotropic else constant.any()):
             columns = ", ".join(map(str, constant.nonzero().squeeze(-1).tolist()))
             raise ValueError(
                 f"data: column(s) {columns} are constant: they have no variance to explain; leave them out"
             )
-        unit = (variance.mean() if self.isotropic else variance).sqrt()
+        scale = (variance.mean() if self.isotropic else variance).sqrt()
         prior = Prior(1.0, 0.01) if self.prior == "weak" else None
-        steps = LinearGaussian(middle, unit, self.latent, self.isotropic, prior, self.floor)
+        steps = LinearGaussian(loc, scale, self.latent, self.isotropic, prior, self.floor)
         first = self._principal(steps, x, mask) if self.start == "principal" else None
         return LinearProgram(steps, self.guide, first).program(self.name)
 

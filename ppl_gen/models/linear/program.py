@@ -89,10 +89,10 @@ class LinearProgram:
         if mask is not None and mask.dtype is not torch.bool:  # new rows do not pass through the recipe
             raise ValueError(f"'mask': expected booleans, True where x is observed, got {mask.dtype}")
         like = x if x.is_floating_point() else x.to(torch.get_default_dtype())
-        middle, unit = self.steps.middle.to(like), self.steps.unit.to(like)
+        shift, unit = self.steps.loc.to(like), self.steps.scale.to(like)
         w, mu, precision = (pyro.sample(name, prior) for name, prior in self.priors(like).items())
         loadings = pyro.deterministic("loadings", unit[..., None] * w, event_dim=2)
-        loc = pyro.deterministic("loc", middle + unit * mu, event_dim=1)
+        loc = pyro.deterministic("loc", shift + unit * mu, event_dim=1)
         noise = pyro.deterministic("noise", unit * precision**-0.5, event_dim=len(self.shapes["precision"]))
         scale = noise[..., None] if self.steps.isotropic else noise
         with pyro.plate("data", len(x)):

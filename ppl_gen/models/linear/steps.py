@@ -1,7 +1,7 @@
 r"""Linear-Gaussian latent variables in closed form: evidence, posterior, and the steps of EM, with entries missing.
 
 .. math:: z_i \sim \mathrm{Normal}(0, I), \quad y_i \mid z_i \sim \mathrm{Normal}(\mu + W z_i, \Lambda^{-1}), \quad
-          x_i = \text{middle} + \text{unit} \cdot y_i
+          x_i = \text{loc} + \text{scale} \cdot y_i
 
 Values are those of the sites ``loadings_standard`` (W, features x latent), ``loc_standard`` (mu) and ``precision``
 (the diagonal of Lambda, or one number for all features).
@@ -73,16 +73,16 @@ class LinearGaussian:
     """The numbers that fix one program of this family, and its closed forms.
 
     Args:
-        middle: shift of each column.
-        unit: what each column is divided by (one number for all columns, or one each).
+        loc: shift of each column.
+        scale: what each column is divided by (one number for all columns, or one each).
         latent: dimensions of z.
         isotropic: one noise variance for all columns (probabilistic PCA), or one for each (factor analysis).
         prior: of the global sites; None: flat.
         floor: the least noise variance under maximum likelihood, in standardised units.
     """
 
-    middle: Tensor
-    unit: Tensor
+    loc: Tensor
+    scale: Tensor
     latent: int
     isotropic: bool
     prior: Prior | None
@@ -91,17 +91,17 @@ class LinearGaussian:
 
     @property
     def features(self) -> int:
-        return len(self.middle)
+        return len(self.loc)
 
     def on(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Middle and unit, the latter one for each column."""
-        return self.middle.to(like), self.unit.to(like).expand(self.features)
+        """Both, the scale one for each column."""
+        return self.loc.to(like), self.scale.to(like).expand(self.features)
 
     def standardised(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Rows in standardised units, N x features; what is missing is zero."""
         like = x if x.is_floating_point() else x.to(torch.get_default_dtype())
-        middle, unit = self.on(like)
-        y = (like - middle) / unit
+        loc, scale = self.on(like)
+        y = (like - loc) / scale
         return y if mask is None else torch.where(mask, y, y.new_zeros(()))
 
     def conditional(self, values: Values, x: Tensor, mask: Tensor | None = None) -> Conditional:
@@ -126,9 +126,9 @@ class LinearGaussian:
     def evidence(self, values: Values, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """log Normal(x | mean, WW' + noise) in nats, shape (rows,), over observed entries; forms no covariance."""
         found = self.conditional(values, x, mask)
-        _, unit = self.on(found.residual)
-        seen = torch.ones_like(unit) if mask is None else mask.to(unit)
-        noise = values["precision"].to(unit).expand(self.features).log() - math.log(2 * math.pi) - 2 * unit.log()
+        _, scale = self.on(found.residual)
+        seen = torch.ones_like(scale) if mask is None else mask.to(scale)
+        noise = values["precision"].to(scale).expand(self.features).log() - math.log(2 * math.pi) - 2 * scale.log()
         log_det = 2 * found.cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         squares = (found.weight * found.residual.square()).sum(-1)
         return 0.5 * ((seen * noise).sum(-1) - log_det - squares + found.fitted)
@@ -158,8 +158,8 @@ class LinearGaussian:
         z, zz = gain @ offset, torch.linalg.inv(precision) + gain @ crossed
         yz = torch.cat([torch.outer(mu, z) + crossed, mean[:, None]], 1)
         squares = (weight * second.diagonal()).sum() - (gain * (second @ (weight[:, None] * w)).mT).sum()
-        _, unit = self.on(mean)
-        noise = (weight.log() - math.log(2 * math.pi) - 2 * unit.log()).sum()
+        _, scale = self.on(mean)
+        noise = (weight.log() - math.log(2 * math.pi) - 2 * scale.log()).sum()
         log_likelihood = 0.5 * len(x) * (noise - torch.linalg.slogdet(precision)[1] - squares)
         return log_likelihood, {
             "count": x.new_full((1,), len(x), dtype=w.dtype),

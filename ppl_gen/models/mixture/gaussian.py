@@ -148,13 +148,13 @@ def _rows(data: Any, components: int) -> Tensor:
 
 def _standard(rows: Tensor, common: bool) -> Standard:
     """The units in which ``rows`` (N or N x d) are standardised."""
-    middle, variance = rows.mean(0), rows.var(0, correction=0)
+    loc, variance = rows.mean(0), rows.var(0, correction=0)
     constant = (rows == rows[:1]).all(0) | (variance == 0)
     if bool(constant.all() if common else constant.any()):
         columns = ", ".join(map(str, constant.reshape(-1).nonzero().squeeze(-1).tolist()))
         where = f"column(s) {columns} of the data are" if rows.dim() == 2 else "all values of the data are"
         raise ValueError(f"data: {where} constant: a density in that direction does not exist; leave them out")
-    return Standard(middle, (variance.mean() if common else variance).sqrt(), rows.shape[1] if rows.dim() == 2 else 1)
+    return Standard(loc, (variance.mean() if common else variance).sqrt(), rows.shape[1] if rows.dim() == 2 else 1)
 
 
 def _program(mixture: Mixture, rows: Tensor) -> Program:

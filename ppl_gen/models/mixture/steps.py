@@ -33,7 +33,7 @@ class Components(Protocol):
     def constraints(self) -> Mapping[str, constraints.Constraint]: ...
     def sample(self, like: Tensor) -> dict[str, Tensor]: ...
     def guide(self) -> None: ...
-    def expose(self, values: Mapping[str, Tensor], middle: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]: ...
+    def expose(self, values: Mapping[str, Tensor], loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]: ...
     def observation(self, located: tuple[Tensor, Tensor], assignment: Tensor) -> dist.TorchDistribution: ...
     def start(self, means: Tensor) -> dict[str, Tensor]: ...
     def maximise(self, groups: Moments, prior: bool) -> dict[str, Tensor]: ...
@@ -44,27 +44,27 @@ class Components(Protocol):
 
 @dataclass(frozen=True)
 class Standard:
-    """Between the user's units and standardised ones: x = middle + unit * standardised, in ``size`` dimensions.
+    """Between the user's units and standardised ones: x = loc + scale * standardised, in ``size`` dimensions.
 
-    ``middle``: of the shape of a row, (d,) or a number; ``unit``: the same, or one number for all dimensions.
+    ``loc``: of the shape of a row, (d,) or a number; ``scale``: the same, or one number for all dimensions.
     """
 
-    middle: Tensor
-    unit: Tensor
+    loc: Tensor
+    scale: Tensor
     size: int
 
     def on(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self.middle.to(like), self.unit.to(like)
+        return self.loc.to(like), self.scale.to(like)
 
     def scaled(self, x: Tensor) -> Tensor:
         """Rows in standardised units: N x d."""
         like = x if x.is_floating_point() else x.to(torch.get_default_dtype())
-        middle, unit = self.on(like)
-        return ((like - middle) / unit).reshape(len(x), -1)
+        loc, scale = self.on(like)
+        return ((like - loc) / scale).reshape(len(x), -1)
 
     def log_volume(self, x: Tensor) -> Tensor:
         """What standardising adds to the log density of all rows: a scalar in nats."""
-        return len(x) * self.unit.log().expand(self.size).sum()
+        return len(x) * self.scale.log().expand(self.size).sum()
 
 
 @dataclass(frozen=True)
