@@ -87,6 +87,20 @@ def test_given_values_may_be_plain_numbers() -> None:
     assert fit.sample(3, given={"x": 1})["x"].tolist() == [1.0, 1.0, 1.0]
 
 
+def test_new_rows_can_be_made_conditionally() -> None:
+    def labelled(x: torch.Tensor, y: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(logits=torch.zeros(3)), obs=y)
+            pyro.sample("x", dist.Normal(10.0 * y, pyro.param("s", torch.tensor(1.0))), obs=x)
+
+    y = torch.arange(9) % 3
+    fit = pg.fit(labelled, {"x": 10.0 * y + 0.1, "y": y}, SVI(steps=2), seed=0)
+    rows = fit.sample(50, given={"y": 2})
+    assert (rows["y"] == 2).all() and abs(float(rows["x"].mean()) - 20.0) < 1.5  # sd 1 / sqrt 50: 10 sd
+    with pytest.raises(ValueError, match="no site or input"):
+        fit.sample(5, given={"label": 1})
+
+
 def test_an_amortised_guide_follows_new_rows_and_a_guide_by_row_does_not() -> None:
     fit = pg.fit(pg.Program(local, local_guide), X8, SVI(steps=2))
     far = X8 + 100.0

@@ -31,7 +31,7 @@ from programs import (
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import ppl_gen as pg
-from ppl_gen.inference import EM, NUTS, SVI
+from ppl_gen.inference import EM, IWAE, NUTS, SVI
 from ppl_gen.models import ppca
 
 pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
@@ -85,6 +85,15 @@ def test_local_latents_are_integrated_by_importance_weighting(guide: Any) -> Non
     assert float(error.max()) < 0.18 and not estimate.exact
     assert abs(estimate.mean - float(exact.mean())) < 6 * estimate.mc_stderr + 6e-4
     assert "importance weighted, 4000 particles" in estimate.kind
+
+
+def test_the_evidence_of_a_trained_guide_is_sharper() -> None:
+    fit = pg.fit(pg.Program(local, local_guide), X8, SVI(objective=IWAE(5), steps=400, lr=0.02), seed=0)
+    untrained = pg.fit(pg.Program(local, local_guide), X8, SVI(steps=1, lr=1e-6), seed=0)
+    estimate, exact = fit.evidence(particles=2000), local_evidence(X8)
+    assert abs(estimate.mean - float(exact.mean())) < 5 * estimate.mc_stderr + 1e-4, "5 sd: a false alarm in 2e6"
+    assert untrained.evidence(particles=2000).mc_stderr > estimate.mc_stderr, "training the guide sharpens it"
+    assert not estimate.exact and estimate.rows == 8 and estimate.stderr > 0
 
 
 def test_more_particles_are_no_worse_and_few_are_a_bound() -> None:
