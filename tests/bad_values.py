@@ -17,6 +17,7 @@ __all__ = ["KINDS", "Bad", "drawn", "kind_of", "numpy_of", "optional", "values"]
 Bad = tuple[str, Callable[[], Any]]
 
 _NAMED = {"seed": "seed", "seeds": "seeds", "device": "device", "dtype": "dtype", "path": "path", "root": "path"}
+_NAMED |= {"checkpoint": "path", "folder": "path"}
 _ROWS = {"data", "validation", "test", "labels", "x"}
 _CHOICES = ("Kind", "Schedule", "Guide", "Covariance", "Weights", "Codes", "Method")
 

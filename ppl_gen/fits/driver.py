@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +24,14 @@ from ppl_gen.errors import (
     require_seed,
     require_whole,
 )
+from ppl_gen.fits.checkpoints import checked_place, opened
 from ppl_gen.fits.finished import finished
 from ppl_gen.fits.monitoring import Validation
 from ppl_gen.fits.preparing import built_from, checked_run, dtype_of, inspected, modules_of, prepared
 from ppl_gen.fits.result import Fit, Status
 from ppl_gen.fits.together import agree, processes_of
 from ppl_gen.fitting.algorithm import Algorithm
+from ppl_gen.fitting.checkpoint import Every
 from ppl_gen.fitting.run import Run
 from ppl_gen.handlers.ordered import ordered
 from ppl_gen.handlers.whole_plates import whole_plates
@@ -36,6 +40,7 @@ from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.mixed import MixedDtypesError
 from ppl_gen.program.program import Program, Recipe, as_recipe
 from ppl_gen.runtime.interrupts import allowed, hold, listening
+from ppl_gen.runtime.numbered import Numbered
 from ppl_gen.runtime.progress import ProgressBar
 from ppl_gen.runtime.ranks import Ranks
 from ppl_gen.workspace.closures import Remembered, functions_of, same_again
@@ -68,6 +73,8 @@ def fit(
     callbacks: Sequence[Callable[[int, Mapping[str, Any]], None]] = (),
     start: Fit | None = None,
     fabric: Any = None,
+    checkpoint: str | Path | None = None,
+    every: int | datetime.timedelta | None = None,
 ) -> Fit:
     """Learn ``program`` from ``data`` with ``algorithm``; everything that was passed in stays as it was.
 
@@ -87,6 +94,10 @@ def fit(
         start: a fit of the same program to continue from.
         fabric: a launched `lightning_fabric.Fabric`, whose processes learn the one fit together: each takes its share
             of every batch, all make the same steps and return the same fit. Every process passes the same arguments.
+        checkpoint: a folder in which the run is kept as it goes. Called again in the same way, after whatever ended it,
+            the fit goes on where the last checkpoint stands, to the same bits (on a CPU); a finished one is returned at
+            once. ``steps``, ``epochs`` and the ``draws`` of chains may be raised; another fit is refused.
+        every: how often: a number of steps, or a `datetime.timedelta`; a minute when None.
 
     Warns:
         FitWarning: once, where chains are bad (what they did, and what to do next), or where columns of the data of
@@ -95,7 +106,7 @@ def fit(
     Returns:
         The fit. Ctrl-C, or SIGTERM where the process has no handler of its own for it, ends the run after the step
         under way and returns the partial fit with status ``interrupted``; a second one ends the step too. Before the
-        first step KeyboardInterrupt is raised, and nothing is left changed.
+        first step KeyboardInterrupt is raised, and nothing is left changed. A last checkpoint is written in any case.
 
     Raises:
         IncompatibleError: the program does not offer what the algorithm needs; both sides are printed.
@@ -121,11 +132,12 @@ def fit(
     recipe = as_recipe(program)
     _check_start(recipe, start)
     _check_callbacks(callbacks)
+    kept = checked_place(checkpoint, every, algorithm, alone=ranks.alone)
     asked = dtype
     with listening(), ranks.told():
         with allowed():
             data = collected(data)
-        rest = (seed, place, validation, validate_every, progress, callbacks, start, recipe is program, ranks)
+        rest = (seed, place, validation, validate_every, progress, callbacks, start, recipe is program, ranks, kept)
         try:
             result = _fitted(recipe, data, algorithm, asked or algorithm.dtype, *rest)
         except MixedDtypesError:
@@ -157,6 +169,7 @@ def _fitted(
     start: Fit | None,
     scaled: bool,
     ranks: Ranks,
+    kept: tuple[Numbered | None, Every],
 ) -> Fit:
     """The fit in one dtype, whatever became of it."""
     with isolated(seed, dtype=dtype or dtype_of(data)), torch.inference_mode(False), torch.enable_grad():
@@ -176,10 +189,11 @@ def _fitted(
                 if validation is not None:
                     run.validation = Validation(validation, validate_every, run.program, dataset)
                 agree(run, algorithm)
-                began = time.perf_counter()
-                outcome = algorithm.run(run)
-                seconds = time.perf_counter() - began
-                hold()
+                with opened(*kept, run, recipe, algorithm):
+                    began = time.perf_counter()
+                    outcome = algorithm.run(run)
+                    seconds = time.perf_counter() - began + (run.checkpoint.seconds if run.checkpoint else 0.0)
+                    hold()
             _note_unregistered(workspace, run)
             _note_unused_terms(algorithm, run)
             if changed := before.changed():

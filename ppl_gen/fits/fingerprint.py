@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +30,11 @@ from torch import Tensor, nn
 from ppl_gen.handlers.params import InitialValues
 
 if TYPE_CHECKING:
+    from ppl_gen.data.batching import Batch
     from ppl_gen.fits.result import Fit
+    from ppl_gen.program.program import Program, Recipe
 
-__all__ = ["differences", "fingerprint"]
+__all__ = ["described", "differences", "fingerprint", "learned_of", "settings_of"]
 
 Entries = dict[str, list[Any]]
 
@@ -46,13 +48,17 @@ _INSTALLED = tuple(sysconfig.get_paths()[key] for key in ("purelib", "platlib", 
 
 def fingerprint(fit: Fit) -> dict[str, Any]:
     """The program of a fit, described: ``entries`` maps names to what stands there. JSON, the same in every process."""
-    program, recipe = fit.program, fit.recipe
-    description = _Description(_learned(fit))
+    return described(fit.program, fit.recipe, _learned(fit))
+
+
+def described(program: Program, recipe: Recipe | None, learned: set[int], also: Iterable[str] = ()) -> dict[str, Any]:
+    """A program described, values of the tensors with these identities apart: what `fingerprint` keeps of a fit."""
+    description = _Description(learned)
     for name, value in (recipe.arguments if recipe is not None else {}).items():
         description.add(f"{recipe.name if recipe is not None else ''}({name})", value)
     description.add("model", program.model)
     description.add("guide", program.guide)
-    for name in _ANSWERS:
+    for name in (*_ANSWERS, *also):
         description.add(name, getattr(program, name))
     return {"python": sys.implementation.cache_tag, "entries": description.entries}
 
@@ -113,20 +119,33 @@ def _close(before: Any, after: Any) -> bool:
     return a.shape == b.shape and bool(np.allclose(a, b, rtol=0.0, atol=_TOLERANCE * size, equal_nan=True))
 
 
+def settings_of(values: Mapping[str, Any]) -> Entries:
+    """Values that are not part of a program (an algorithm and its parts, constants) described under their names."""
+    description = _Description(set())
+    for name, value in values.items():
+        description.add(name, value)
+    return description.entries
+
+
 def _learned(fit: Fit) -> set[int]:
     """Identities of the tensors that a fit keeps, among those that its program holds."""
-    initial = InitialValues()
     with fit.bound():
         batch = fit.data.head(256) if fit.info.data_plate else fit.data.batch()
-        for function in (fit.program.model, fit.guide):
-            if function is not None:
-                try:
-                    with initial:
-                        function(*batch.args, **batch.kwargs)
-                except Exception:  # rows that cannot be cut: then the starting values count as constants
-                    continue
+        return learned_of((fit.program.model, fit.guide), batch, fit.module_names.values())
+
+
+def learned_of(functions: Iterable[Any], batch: Batch, modules: Iterable[nn.Module]) -> set[int]:
+    """Identities of the tensors that model and guide start from and of the numbers in their networks."""
+    initial = InitialValues()
+    for function in functions:
+        if function is not None:
+            try:
+                with initial:
+                    function(*batch.args, **batch.kwargs)
+            except Exception:  # rows that cannot be cut: then the starting values count as constants
+                continue
     found = {id(value) for value in initial.found}
-    for module in fit.module_names.values():
+    for module in modules:
         found |= {id(p) for p in module.parameters() if p.requires_grad} | {id(b) for b in module.buffers()}
     return found
 

@@ -26,9 +26,13 @@ class Validation:
         check_columns("validation", self.data, train)
         self.every = every
 
+    def interval(self, limit: int) -> int:
+        """Steps between two estimates: a tenth of all unless told."""
+        return self.every or max(1, limit // 10)
+
     def due(self, step: int, limit: int) -> bool:
-        """Every so many steps (a tenth of all unless told), and at the last."""
-        return step % (self.every or max(1, limit // 10)) == 0 or step == limit
+        """Every so many steps, and at the last."""
+        return step % self.interval(limit) == 0 or step == limit
 
     def record(self, checks: dict[str, list[float]], step: int, run: Run, outcome: Outcome) -> None:
         """Append the step and the mean evidence of the fit as it stands."""

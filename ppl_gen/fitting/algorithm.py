@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,9 +12,6 @@ from ppl_gen.data.batches import Batches
 from ppl_gen.fitting.loop import iterate
 from ppl_gen.fitting.run import Info, Outcome, Run
 from ppl_gen.program.offers import Need
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Algorithm", "Iterative"]
 
@@ -32,6 +29,12 @@ class Algorithm(ABC):
     #: Whether it runs plates with a ``subsample_size`` as they are written; for all others they are whole.
     subsamples: ClassVar[bool] = False
 
+    #: Settings that a run may be given more of when it goes on from its checkpoint; all others must be as they were.
+    growing: ClassVar[Sequence[str]] = ()
+
+    #: Settings that change no number of the fit.
+    idle: ClassVar[Sequence[str]] = ()
+
     #: Whether a vector outside of every plate is read as one draw, as if it ended in ``.to_event(1)``.
     vectors: ClassVar[bool] = False
 
@@ -47,6 +50,11 @@ class Algorithm(ABC):
     @abstractmethod
     def needs(self) -> Sequence[Need]:
         """What a program must offer; each need is a group of offers any of which will do."""
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a run can be kept and gone on with: whether it writes to ``run.checkpoint`` and reads from it."""
+        return False
 
     def check(self, run: Run) -> None:
         """Refuse, before anything changes, what `needs` cannot express. The default accepts."""
@@ -124,6 +132,11 @@ class Iterative(Algorithm):
     def load_state_dict(self, state: Any, saved: Mapping[str, Any]) -> Any:
         """``state``, as `init` makes it for the same run, at what `state_dict` gave: the run goes on from there."""
         raise NotImplementedError(f"{type(self).__name__} does not implement load_state_dict(state, saved)")
+
+    @property
+    def resumable(self) -> bool:
+        own = type(self)
+        return own.state_dict is not Iterative.state_dict and own.load_state_dict is not Iterative.load_state_dict
 
     def source(self, run: Run) -> Batches:
         """Where batches come from: the whole data unless the algorithm says otherwise."""

@@ -2,95 +2,191 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 if TYPE_CHECKING:
     from ppl_gen.fitting.algorithm import Iterative
+from ppl_gen.data.batches import Batches
+from ppl_gen.errors import IncompatibleError
+from ppl_gen.fitting.records import Records
 from ppl_gen.fitting.run import Ending, NonFiniteStepError, Outcome, Run, Status
 from ppl_gen.fitting.stopping import EarlyStop, check_record
 from ppl_gen.runtime.interrupts import hold
+from ppl_gen.workspace.isolation import generators, set_generators
 
 __all__ = ["iterate"]
 
 
 def iterate(algorithm: Iterative, run: Run) -> Outcome:
-    """The one loop: steps, history, stopping, validation, interrupts and the non-finite guard."""
-    state, source, limit = algorithm.init(run), algorithm.source(run), algorithm.limit(run)
+    """The one loop: steps, history, stopping, validation, interrupts, checkpoints and the non-finite guard."""
+    course = _Course(algorithm, run, algorithm.init(run), algorithm.source(run), algorithm.limit(run))
+    course.resume()
     hold()  # from here on a signal ends the loop between two steps, and what was learned is kept
-    history: dict[str, list[Any]] = {}
-    checks: dict[str, list[float]] = {}
-    ending: Ending | None = None
-    done = 0
     try:
-        for step in range(1, limit + 1):
-            state, info = algorithm.step(state, source)
-            _append(history, info, step)
-            done = step
-            with run.ranks.noted():
-                for hook in run.hooks:
-                    hook(step, info)
-            run.ranks.check()
-            if step == min(limit, algorithm.stop_every()):  # by now every record that the rule may look at has begun
-                check_record(getattr(algorithm, "stop_rule", None), history, validated=run.validation is not None)
-            if step % algorithm.stop_every() == 0 and (why := _end(algorithm, history, checks, run)) is not None:
-                ending = Ending(Status.STOPPED if isinstance(why, EarlyStop) else Status.CONVERGED, str(why))
-                break
-            if run.validation is not None and run.validation.due(step, limit):
-                run.validation.record(checks, step, run, algorithm.outcome(state, run))
-            if run.progress is not None and (step == limit or step % max(1, limit // 200) == 0):
-                run.progress(step, limit, _latest(info))
+        while course.goes_on():
+            course.step()
     except KeyboardInterrupt:
-        ending = Ending(Status.INTERRUPTED, f"interrupted after {done} steps; what was learned is kept")
+        course.ending = Ending(Status.INTERRUPTED, f"interrupted after {course.done} steps; what was learned is kept")
     except FloatingPointError as error:
-        ending, done = Ending(Status.DIVERGED, str(error)), _cut(history, error, done)
+        course.diverged(error)
     try:
-        outcome = algorithm.outcome(state, run)
+        outcome = algorithm.outcome(course.state, run)
     except FloatingPointError as error:  # from here on the outcome is the last finite state
-        ending, done = Ending(Status.DIVERGED, str(error)), _cut(history, error, done)
-        outcome = algorithm.outcome(state, run)
+        course.diverged(error)
+        outcome = algorithm.outcome(course.state, run)
+    course.finish()
     own_failure = outcome.ending is not None and outcome.ending.status is Status.FAILED
-    if not own_failure or (ending is not None and ending.status is Status.DIVERGED):
-        outcome.ending = ending or outcome.ending
-    outcome.history = {**outcome.history, **{name: _floats(values) for name, values in history.items()}}
-    outcome.checks = checks
-    outcome.cost = {"steps": done, **outcome.cost}
+    if not own_failure or (course.ending is not None and course.ending.status is Status.DIVERGED):
+        outcome.ending = course.ending or outcome.ending
+    outcome.history = {**outcome.history, **course.records.floats()}
+    outcome.checks = course.checks
+    outcome.cost = {"steps": course.done, **outcome.cost}
     return outcome
 
 
-def _cut(history: dict[str, list[Any]], error: FloatingPointError, done: int) -> int:
-    """The steps before the one that was not finite, which may have been noticed later; the history ends with them."""
-    steps = min(done, error.steps) if isinstance(error, NonFiniteStepError) else done
-    for values in history.values():
-        del values[steps:]
-    return steps
+@dataclass
+class _Course:
+    """How far a run has come.
+
+    ``open``: the last step was made, and not looked at yet: a run that is interrupted there begins with the look.
+    ``moving``: a step is under way; a second Ctrl-C may leave it half done, and then nothing is written.
+    ``moved``: there is something that the last checkpoint does not hold.
+    """
+
+    algorithm: Iterative
+    run: Run
+    state: Any
+    source: Batches
+    limit: int
+    done: int = 0
+    open: bool = False
+    moving: bool = False
+    moved: bool = False
+    ending: Ending | None = None
+    records: Records = field(default_factory=Records)
+    checks: dict[str, list[float]] = field(default_factory=dict)
+
+    def goes_on(self) -> bool:
+        """Look at the last step, keep a checkpoint where one is due; whether there is a next step."""
+        if self.open:
+            self._look()
+            self.open, self.moved = False, True
+            if self.run.checkpoint is not None and self.ending is None and self.run.checkpoint.due(self.done):
+                self.write()
+        return self.ending is None and self.done < self.limit
+
+    def step(self) -> None:
+        """One step of the algorithm, and what it recorded."""
+        self.moving = self.moved = True
+        self.state, info = self.algorithm.step(self.state, self.source)
+        self.records.append(info)
+        self.done += 1
+        self.open, self.moving = True, False
+        with self.run.ranks.noted():
+            for hook in self.run.hooks:
+                hook(self.done, info)
+        self.run.ranks.check()
+
+    def _look(self) -> None:
+        """Stopping rule, validation, progress: all that follows a step and changes nothing of the state."""
+        algorithm, run, step, history = self.algorithm, self.run, self.done, self.records.values
+        if step == min(self.limit, algorithm.stop_every()):  # by now every record that the rule may look at has begun
+            check_record(getattr(algorithm, "stop_rule", None), history, validated=run.validation is not None)
+        if step % algorithm.stop_every() == 0 and (why := _end(algorithm, {**history, **self.checks}, run)) is not None:
+            self.ending = Ending(Status.STOPPED if isinstance(why, EarlyStop) else Status.CONVERGED, str(why))
+            return
+        if run.validation is not None and run.validation.due(step, self.limit):
+            run.validation.record(self.checks, step, run, algorithm.outcome(self.state, run))
+        if run.progress is not None and (step == self.limit or step % max(1, self.limit // 200) == 0):
+            run.progress(step, self.limit, _latest({name: values[-1] for name, values in history.items()}))
+
+    def diverged(self, error: FloatingPointError) -> None:
+        """The run ends at the last finite state; the history ends before the step that was not finite."""
+        self.ending, self.open, self.moving, self.moved = Ending(Status.DIVERGED, str(error)), False, False, True
+        self.done = min(self.done, error.steps) if isinstance(error, NonFiniteStepError) else self.done
+        self.records.cut(self.done)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+    def write(self) -> None:
+        """Put all that the run goes on from on the disk."""
+        assert self.run.checkpoint is not None
+        self.run.checkpoint.write(
+            self.done,
+            {
+                "limit": self.limit,
+                "open": self.open,
+                "ending": None if self.ending is None else _ending_written(self.ending),
+                "state": self.algorithm.state_dict(self.state),
+                "source": self.source.state_dict(),
+                "generators": generators(),
+                "records": self.records.state_dict(),
+                "checks": self.checks,
+            },
+        )
+        self.moved = False
+
+    def resume(self) -> None:
+        """Go on where the checkpoint stands; without one, write the first, which shows that it can be written."""
+        if self.run.checkpoint is None:
+            return
+        saved = self.run.checkpoint.saved
+        if saved is None:
+            try:
+                self.write()
+            except (TypeError, NotImplementedError) as error:
+                raise IncompatibleError(f"checkpoint: {self.algorithm.label} cannot be resumed: {error}") from error
+            return
+        try:
+            self._load(saved)
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"checkpoint: {self.run.checkpoint.records.path} does not hold a state of {self.algorithm.label} on "
+                f"{self.run.program.name!r} ({type(error).__name__}: {error}); choose a new folder"
+            ) from error
+        self.run.checkpoint.saved = None
+        set_generators(saved["generators"])
+        self.run.notes["resumed"] = f"went on from a checkpoint after {self.done} of {self.limit} steps"
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
+        if saved["limit"] > self.limit:
+            raise ValueError(
+                f"checkpoint: it belongs to a run of {saved['limit']} steps, and now there are {self.limit}; give as "
+                "many or more, or choose a new folder"
+            )
+        self.state = self.algorithm.load_state_dict(self.state, saved["state"])
+        self.source.load_state_dict(saved["source"])
+        self.records.load_state_dict(saved["records"], self.run.data.device)
+        self.done, self.open, self.checks = self.records.steps, saved["open"], saved["checks"]
+        ending = saved["ending"]
+        self.ending = None if ending is None else Ending(ending["status"], ending["message"])
+        if self.checks and self.limit > saved["limit"] and not self._due(int(self.checks["step"][-1])):
+            self.checks = {name: values[:-1] for name, values in self.checks.items()}  # only the end made it due
+
+    def _due(self, step: int) -> bool:
+        return self.run.validation is not None and bool(self.run.validation.due(step, self.limit))
+
+    def finish(self) -> None:
+        """The last checkpoint: of a run that has ended, or that was interrupted between two steps."""
+        if self.run.checkpoint is not None and self.moved and not self.moving:
+            self.write()
 
 
-def _end(algorithm: Iterative, history: dict[str, list[Any]], checks: dict[str, list[float]], run: Run) -> str | None:
+def _end(algorithm: Iterative, history: Mapping[str, Any], run: Run) -> str | None:
     """Why the run ends here, if it does. A rule may look at a clock: of several processes the first one's counts."""
     with run.ranks.told():
-        why = algorithm.stop({**history, **checks})
+        why = algorithm.stop(history)
     early = run.ranks.same("early" if isinstance(why, EarlyStop) else None)
     why = run.ranks.same(None if why is None else str(why))
     return EarlyStop(why) if early is not None and why is not None else why
 
 
-def _append(history: dict[str, list[Any]], info: Mapping[str, Any], step: int) -> None:
-    """One row of the history; what this step did not record is missing (NaN)."""
-    for name in info:
-        history.setdefault(name, [float("nan")] * (step - 1))
-    for name, values in history.items():
-        values.append(info.get(name, float("nan")))
-
-
-def _floats(values: Sequence[Any]) -> list[float]:
-    """One synchronisation for a whole history of scalars."""
-    if values and all(isinstance(value, Tensor) for value in values):
-        return [float(v) for v in torch.stack([v.detach().double() for v in values]).cpu()]
-    return [float(v) for v in values]
+def _ending_written(ending: Ending) -> dict[str, Any] | None:
+    """What ends a run for good; an interruption does not."""
+    if ending.status is Status.INTERRUPTED:
+        return None
+    return {"status": str(ending.status), "message": ending.message}
 
 
 def _latest(info: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from ppl_gen.workspace.workspace import ProgramState, Workspace
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
+    from ppl_gen.fitting.checkpoint import Checkpoint
     from ppl_gen.fitting.posteriors.base import Posterior
 
 __all__ = ["Ending", "Info", "NonFiniteStepError", "Outcome", "Run", "Status"]
@@ -102,6 +103,7 @@ class Run:
     hooks: Sequence[Callable[[int, Info], None]] = ()
     validation: Any = None
     ranks: Ranks = ALONE  # the processes that learn together
+    checkpoint: Checkpoint | None = None
 
     @property
     def dtype(self) -> torch.dtype:

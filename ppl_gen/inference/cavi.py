@@ -63,6 +63,7 @@ class CAVI(Iterative):
     tolerance: float = 1e-10
 
     dtype: ClassVar[torch.dtype | None] = torch.float64
+    growing: ClassVar[Sequence[str]] = ("steps",)
 
     def __post_init__(self) -> None:
         require_whole("steps", self.steps)

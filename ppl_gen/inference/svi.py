@@ -76,6 +76,7 @@ class SVI(Iterative):
 
     subsamples: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
+    growing: ClassVar[Sequence[str]] = ("steps", "epochs")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objective", as_objective(self.objective))
@@ -178,6 +179,7 @@ class SVI(Iterative):
         return state, state.step(source)
 
     def state_dict(self, state: State) -> dict[str, Any]:
+        state.check()  # what is kept is finite: the steps before it cannot be made again
         return state.state_dict()
 
     def load_state_dict(self, state: State, saved: Mapping[str, Any]) -> State:

@@ -303,17 +303,23 @@ class State:
             "count": self.count,
             "params": dict(program.unconstrained),
             "buffers": dict(program.buffers),
+            "loose": self.run.workspace.loose_buffers(),
             "modules": {name: copy.deepcopy(m.state_dict()) for name, m in self.game.modules.items()},
             "optimisers": {name: copy.deepcopy(o.state_dict()) for name, o in self.optimisers.items()},
             "schedules": {name: copy.deepcopy(s.state_dict()) for name, s in self.schedules.items()},
             "game": {name: value.clone() for name, value in self.game_state.items()},
+            "begun": not self.first,
+            "unreached": {player: dict(values) for player, values in self.unreached.items()},
+            "ended": None if self.bad is None else str(self.bad),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on where the state of the same run stood that gave ``saved``."""
-        self.count, self.mark, self.bad = int(saved["count"]), None, None
+        self.count, self.mark, self.first = int(saved["count"]), None, not saved["begun"]
+        self.bad = None if saved["ended"] is None else NonFiniteStepError(saved["ended"], self.count)
+        self.unreached = {player: dict(values) for player, values in saved["unreached"].items()}
         self.failed = torch.full_like(self.failed, -1)
-        self.run.workspace.restore(saved["params"], saved["buffers"])
+        self.run.workspace.restore(saved["params"], saved["buffers"], saved["loose"])
         for name, module in self.game.modules.items():
             module.load_state_dict(saved["modules"][name])
         for name, optimiser in self.optimisers.items():

@@ -97,12 +97,12 @@ def atomically(path: Path, pointer: str, kind: str, write: Callable[[Path], str]
     return path
 
 
-def replace_file(path: Path, text: str, *, beside: Path | None = None) -> None:
+def replace_file(path: Path, content: str | bytes, *, beside: Path | None = None) -> None:
     """Write a file in one step, on the disk before the old one is gone; ``beside`` is where it is made."""
     new = (beside or path.parent) / f".{path.name}-{uuid.uuid4().hex[:12]}.tmp"
     try:
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(new, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)

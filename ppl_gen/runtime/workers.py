@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from ppl_gen.runtime import interrupts
+from ppl_gen.runtime.locks import locked
 
 __all__ = ["heeding", "initializer", "scratch", "spawning", "sweep", "unworried"]
 
@@ -146,7 +147,7 @@ def scratch() -> Iterator[Path]:
 
     sweep()
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    lock = _locked(folder)
+    lock = locked(folder)
     resource_tracker.register(str(folder), "folder")
     try:
         yield folder
@@ -162,21 +163,6 @@ def sweep() -> None:
     """Remove the folders of processes that were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # another's, or gone already
-            if time.time() - folder.stat().st_mtime > _FRESH and (lock := _locked(folder)) is not None:
+            if time.time() - folder.stat().st_mtime > _FRESH and (lock := locked(folder)) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
-
-
-def _locked(folder: Path) -> int | None:
-    """A lock on the folder, which ends with this process; None where another holds it or the system has none."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle

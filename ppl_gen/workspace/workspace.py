@@ -229,7 +229,24 @@ class Workspace:
         modules = self._adopted.values()
         return [(m, name, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
 
-    def restore(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    def _loose(self) -> dict[str, Tensor]:
+        """Buffers of networks that are called and not registered, by the order in which they were met."""
+        named = {id(part) for m in (*self.modules.values(), *self.others) for part in m.modules()}
+        loose = [module for key, module in self._adopted.items() if key not in named]
+        return {
+            f"{number} {type(module).__name__}.{name}": buffer
+            for number, module in enumerate(loose)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+
+    def loose_buffers(self) -> dict[str, Tensor]:
+        """Copies of the buffers that a `snapshot` leaves out: of networks without a `pyro.module` statement."""
+        return {name: buffer.detach().clone() for name, buffer in self._loose().items()}
+
+    def restore(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], loose: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Put in place what a `snapshot` of the same program held: unconstrained parameters and buffers by name."""
         leaves = self.leaves()
         with torch.no_grad():
@@ -238,6 +255,9 @@ class Workspace:
             for name, module in self.modules.items():
                 for key, buffer in module.named_buffers():
                     buffer.copy_(buffers[f"{name}$$${key}"])
+            known = self._loose() if loose else {}
+            for name, value in (loose or {}).items():
+                known[name].copy_(value)
 
     def unregistered(self) -> list[str]:
         """Modules that were called and hold trainable parameters Pyro does not know: they would silently not train."""

@@ -8,36 +8,20 @@ from typing import Any
 
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import pyro.infer
 import pytest
 import torch
 from programs import X8, both, both_guide, switch, switch_guide
-from torch import nn
+from resumable_runs import BITS, ROWS, RUNS, numbers, same
 
 import ppl_gen as pg
 from ppl_gen.data.batches import Batches
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.fitting.loop import iterate
-from ppl_gen.inference import CAVI, ELBO, EM, IWAE, SVI, Adversarial, ContrastiveDivergence
+from ppl_gen.inference import ELBO, EM, IWAE, SVI, Adversarial, ContrastiveDivergence
 from ppl_gen.inference.updates import CHECK, gradients
-from ppl_gen.models import denoising_diffusion, gan, gaussian_mixture, rbm
+from ppl_gen.models import denoising_diffusion, gan, rbm
 from ppl_gen.workspace.isolation import generators, set_generators
-
-BITS = (torch.rand(20, 6, generator=torch.Generator().manual_seed(1)) < 0.4).double()
-ROWS = torch.randn(30, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-PAIRS = torch.cat([ROWS[:15, 0] - 2.0, ROWS[15:, 0] + 2.0])
-
-
-def same(one: Any, other: Any) -> bool:
-    """Equal bit for bit, whatever they are made of."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other) or bool(torch.equal(torch.isnan(one), torch.isnan(other)) and one.isnan().all())
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 def _own(model: Any, guide: Any, x: torch.Tensor) -> torch.Tensor:
@@ -106,52 +90,6 @@ def test_equal_states_and_inputs_give_equal_losses_gradients_and_next_states(
     assert played
 
 
-def _batch_norm() -> Any:
-    net = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 2)).double()
-
-    def model(x: torch.Tensor) -> None:
-        pyro.module("net", net)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
-
-    def guide(x: torch.Tensor) -> None:
-        loc = pyro.param("loc", torch.zeros(2, dtype=x.dtype))
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc * x, 1.0).to_event(1))
-
-    return pg.Program(model, guide)
-
-
-def _decaying(optimiser: torch.optim.Optimizer) -> Any:
-    return torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.9)
-
-
-#: Program (made anew for each run), algorithm, data.
-RUNS: dict[str, tuple[Callable[[], Any], Any, Any]] = {
-    "one player, minibatches, schedule": (
-        lambda: pg.Program(both, both_guide),
-        SVI(steps=9, lr=0.05, batch_size=3, schedule=_decaying),
-        X8,
-    ),
-    "baselines": (lambda: pg.Program(switch, switch_guide), SVI(ELBO(enumerate=False), steps=9, lr=0.05), X8),
-    "batch normalisation and dropout": (_batch_norm, SVI(steps=9, lr=0.01, batch_size=7), ROWS),
-    "two players": (
-        lambda: gan(latent=2, hidden=(4,)),
-        SVI(Adversarial("wasserstein", critic_steps=2), steps=9, batch_size=8),
-        ROWS,
-    ),
-    "persistent chains": (
-        lambda: rbm(hidden=3),
-        SVI(ContrastiveDivergence(persistent=True), steps=9, batch_size=6, lr=0.05, optimiser="sgd"),
-        BITS,
-    ),
-    "EM": (lambda: gaussian_mixture(components=2), EM(steps=9, tolerance=0.0), PAIRS),
-    "EM by gradients": (lambda: gaussian_mixture(components=2), EM(steps=9, tolerance=0.0, m_step="gradient"), PAIRS),
-    "CAVI": (lambda: gaussian_mixture(components=2), CAVI(steps=9, tolerance=0.0), PAIRS),
-}
-
-
 class _Moved:
     """An algorithm whose run is stopped after some steps, its state moved into fresh objects, and gone on with."""
 
@@ -183,10 +121,6 @@ class _Moved:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_goes_on_in_fresh_objects_bit_for_bit(name: str, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made, algorithm, data = RUNS[name]
-
-    def numbers(fit: pg.Fit) -> dict[str, torch.Tensor]:
-        networks = {f"{n}/{k}": v for n, m in fit.extra_modules.items() for k, v in m.state_dict().items()}
-        return {**fit.state.unconstrained, **fit.state.buffers, **networks, **(fit.point or {})}
 
     torch.manual_seed(0)
     program = made()

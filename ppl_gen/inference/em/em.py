@@ -86,6 +86,7 @@ class EM(Iterative):
     m_step: Literal["auto", "offered", "derived", "gradient"] = "auto"
 
     dtype: ClassVar[torch.dtype | None] = torch.float64
+    growing: ClassVar[Sequence[str]] = ("steps",)
     vectors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
