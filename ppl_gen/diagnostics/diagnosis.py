@@ -11,11 +11,11 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.bridge import az_summary, to_tree
-from ppl_gen.diagnostics.export import affordable_rows, latent_summary_names, posterior_groups
 from ppl_gen.diagnostics.guide_weights import all_points, guide_weights
 from ppl_gen.diagnostics.lone_rows import lone_rows
 from ppl_gen.diagnostics.looks import drift, look_at_chains, look_at_draws, places_of
 from ppl_gen.diagnostics.missed import kept_look
+from ppl_gen.diagnostics.posterior_group import affordable_rows, latent_summary_names, posterior_groups
 from ppl_gen.diagnostics.second_look import SecondLook
 from ppl_gen.diagnostics.verdicts import (
     Cause,

@@ -15,6 +15,7 @@ from ppl_gen.bridge import to_tree
 from ppl_gen.data.batching import LARGE, Batch
 from ppl_gen.diagnostics.export import provenance
 from ppl_gen.diagnostics.labels import labels_of, variable_shapes
+from ppl_gen.diagnostics.posterior_group import as_array
 from ppl_gen.draws.observations import observed_rows
 from ppl_gen.draws.predictive import amortised
 from ppl_gen.weights.densities import derived
@@ -44,7 +45,7 @@ def excerpt(fit: Fit) -> Any:
         observed = {name: _first_rows(fit, name, value) for name, value in observed_rows(fit, fit.data).items()}
     rows = fit.data.rows
     entries = {**fit.data.entries, **{n: v for n, v in fit.data.constants.items() if isinstance(v, Tensor)}}
-    inputs = {name: _array(v[:ROWS] if name in fit.data.entries and v.ndim else v) for name, v in entries.items()}
+    inputs = {name: as_array(v[:ROWS] if name in fit.data.entries and v.ndim else v) for name, v in entries.items()}
     stats, unsampled = _statistics(fit)
     groups = {
         "posterior": posterior,
@@ -127,7 +128,7 @@ def _deterministic(fit: Fit, flat: Mapping[str, Tensor]) -> tuple[dict[str, np.n
     known = {name: value for name, value in flat.items() if not fit.info.sites[name].local}
     draws = [{name: value[i] for name, value in known.items()} for i in range(count)]
     rows = derived(fit, fit.data.batch(), draws)
-    return {name: _array(torch.stack([row[name] for row in rows])) for name in rows[0]}, ""
+    return {name: as_array(torch.stack([row[name] for row in rows])) for name in rows[0]}, ""
 
 
 def _head(fit: Fit, name: str, value: Tensor, lead: int = 0) -> Tensor:
@@ -140,19 +141,14 @@ def _head(fit: Fit, name: str, value: Tensor, lead: int = 0) -> Tensor:
 
 
 def _first_rows(fit: Fit, name: str, value: Tensor, lead: int = 0) -> np.ndarray:
-    return _array(_head(fit, name, torch.as_tensor(value), lead))
+    return as_array(_head(fit, name, torch.as_tensor(value), lead))
 
 
 def _statistics(fit: Fit) -> tuple[dict[str, np.ndarray], list[str]]:
     """A sampler's own numbers, or the losses of every step (whose names are also given: they are no draws)."""
     if fit.learned.stats:
-        return {name: _array(value) for name, value in fit.learned.stats.items()}, []
+        return {name: as_array(value) for name, value in fit.learned.stats.items()}, []
     wanted = [name for name in fit.records if name.endswith("loss")]
     wanted = wanted or [name for name in fit.records if name in ("elbo", "log_likelihood")]
     renamed = {"loss" if name == "program_loss" else name: np.asarray(fit.records[name]) for name in wanted}
     return renamed, list(renamed)
-
-
-def _array(value: Any) -> np.ndarray:
-    made: np.ndarray = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-    return made

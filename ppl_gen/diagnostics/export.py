@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,30 +17,25 @@ from ppl_gen.bridge import to_tree
 from ppl_gen.data.batching import Batch
 from ppl_gen.diagnostics.guide_weights import k_hats
 from ppl_gen.diagnostics.labels import labels_of, variable_shapes
+from ppl_gen.diagnostics.posterior_group import MAX_ELEMENTS, Groups, affordable_rows, as_array, posterior_groups
 from ppl_gen.diagnostics.wishes import checked_coords, checked_dims, checked_lengths
 from ppl_gen.draws.observations import observed_rows, rows_observed
-from ppl_gen.draws.predictive import amortised, prior_rows
+from ppl_gen.draws.predictive import prior_rows
 from ppl_gen.draws.replicates import prior_together, replicated
-from ppl_gen.enumeration.finite_globals import extended, summed_globals
 from ppl_gen.errors import require_whole
 from ppl_gen.handlers.last_site import UndrawableError
 from ppl_gen.handlers.sites import is_sample, log_density, scaled
 from ppl_gen.inference.guides.resolved import point_sites
 from ppl_gen.version import __version__
-from ppl_gen.weights.densities import densities, derived, joint_densities
+from ppl_gen.weights.densities import densities, joint_densities
 from ppl_gen.weights.psis import MIN_DRAWS
-from ppl_gen.weights.weighed import joint_draws
-from ppl_gen.workspace.isolation import isolated
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
 
-__all__ = ["affordable_rows", "latent_summary_names", "posterior_groups", "provenance", "to_arviz"]
-
-Groups = dict[str, dict[str, np.ndarray]]
+__all__ = ["provenance", "to_arviz"]
 
 _SPELT = 3  # observed sites whose names all stand in that of their joint log likelihood
-MAX_ELEMENTS = 20_000_000  # numbers of latent draws held at once: 160 MB
 
 
 def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None, coords: Any = None, dims: Any = None) -> Any:
@@ -68,8 +61,8 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None, coords: An
             pointwise = _add_log_likelihood(fit, batch, groups, kept, attrs)
         with contextlib.suppress(UndrawableError):
             _add_prior(fit, batch, groups, draws)
-        groups["observed_data"] = {name: _array(value) for name, value in observed_rows(fit, fit.data).items()}
-        inputs = {name: _array(v) for name, v in _named(fit, batch).items() if name not in groups["observed_data"]}
+        groups["observed_data"] = {name: as_array(value) for name, value in observed_rows(fit, fit.data).items()}
+        inputs = {name: as_array(v) for name, v in _named(fit, batch).items() if name not in groups["observed_data"]}
         groups["constant_data"] = inputs
     unsampled = _add_statistics(fit, groups, attrs, seed)
     attrs.update(provenance(fit))
@@ -108,83 +101,9 @@ def _add_prior(fit: Fit, batch: Batch, groups: Groups, draws: int) -> None:
     drawn = prior_together(fit.program.model, batch, count)
     shown = [info.shown(site.name) for site in info.select(kind="observed")]
     latent = [s.name for s in info.sites.values() if s.kind in ("latent", "deterministic") and s.name not in shown]
-    groups["prior"] = {name: _array(drawn[name])[None] for name in latent if name in drawn}
+    groups["prior"] = {name: as_array(drawn[name])[None] for name in latent if name in drawn}
     if info.select(kind="observed") and fit.program.energy is None:
-        groups["prior_predictive"] = {name: _array(drawn[name])[None] for name in shown if name in drawn}
-
-
-def affordable_rows(fit: Fit, draws: int) -> Fit:
-    """The fit with its first rows only, where ``draws`` draws of latents and observations of every row are too many.
-
-    Only where rows stand for themselves: an amortised guide, and no global latents. Inside ``fit.bound()``.
-    """
-    rows = fit.data.rows
-    if rows is None or fit.info.select(local=False) or not amortised(fit):
-        return fit
-    few = fit.data.template(2)
-    drawn = prior_rows(fit.program.model, few, 1)
-    cells = sum(value.numel() for value in drawn.values()) // 2
-    most = max(25, MAX_ELEMENTS // max(1, draws * cells))
-    return fit if rows <= most else replace(fit, data=fit.data.subset(torch.arange(most, device="cpu")))
-
-
-def posterior_groups(fit: Fit, draws: int, *, together: bool = False) -> tuple[Groups, dict[str, Any]]:
-    """The posterior group (chain x draw x shape) with deterministic sites; inside ``fit.bound()``.
-
-    ``together``: a guide's draws all at once, which is faster, by other random numbers than one after the other.
-    """
-    latents = {site.name for site in fit.info.select()}
-    posterior: dict[str, np.ndarray] = {}
-    if (held := _held_draws(fit)) is not None:
-        posterior = {name: _array(value) for name, value in held.items()}
-        wanted = [s.name for s in fit.info.select(kind="deterministic", local=False) if s.name not in posterior]
-        if wanted:
-            chains = len(next(iter(held.values())))
-            flat = {n: v.flatten(0, 1) for n, v in held.items()}
-            total = len(next(iter(flat.values())))
-            rows = derived(fit, fit.data.batch(), [{n: v[i] for n, v in flat.items()} for i in range(total)])
-            for name in wanted:
-                stacked = torch.stack([row[name] for row in rows])
-                posterior[name] = _array(stacked.unflatten(0, (chains, -1)))
-    elif latents:
-        known = extended(fit, _affordable_draws(fit, draws, together))
-        known = [{k: v for k, v in draw.items() if k in latents} for draw in known]
-        if known and known[0]:
-            extra = derived(fit, fit.data.batch(), known)
-            full = [draw | more for draw, more in zip(known, extra, strict=True)]
-            posterior = {name: _array(torch.stack([d[name] for d in full]))[None] for name in full[0]}
-    return {"posterior": posterior}, {"kind": fit.learned.kind}
-
-
-def _held_draws(fit: Fit) -> dict[str, Tensor] | None:
-    """All draws that the posterior holds with the finite globals that they summed out: chains x draws x shape, once."""
-    held = fit.learned.by_chain()
-    if held is None or not summed_globals(fit, held):
-        return None if held is None else dict(held)
-    if "finite globals" not in fit.computed:
-        flat = {name: value.flatten(0, 1) for name, value in held.items()}
-        chains, draws = next(iter(held.values())).shape[:2]
-        with isolated(fit.seed, dtype=fit.data.dtype):
-            full = extended(fit, [{name: value[i] for name, value in flat.items()} for i in range(chains * draws)])
-        stacked = {name: torch.stack([draw[name] for draw in full]) for name in full[0]}
-        fit.computed["finite globals"] = {n: v.unflatten(0, (chains, -1)) for n, v in stacked.items()}
-    found: dict[str, Tensor] = fit.computed["finite globals"]
-    return found
-
-
-def _affordable_draws(fit: Fit, draws: int, together: bool = False) -> list[dict[str, Tensor]]:
-    """``draws`` draws, or as many as stay within `MAX_ELEMENTS` numbers (25 at least): locals times rows are many."""
-    batch = fit.data.batch()
-    if not fit.learned.independent:
-        shapes = [(*site.batch_shape, *site.event_shape) for site in fit.info.select()]
-        size = sum(math.prod(shape) for shape in shapes)
-        return fit.learned.draw(min(draws, max(MIN_DRAWS, MAX_ELEMENTS // max(1, size))), batch)
-    first = fit.learned.draw(1, batch)
-    size = sum(torch.as_tensor(value).numel() for draw in first for value in draw.values())
-    count = min(draws, max(MIN_DRAWS, MAX_ELEMENTS // max(1, size)))
-    if together:
-        return joint_draws(fit, count, batch)
-    return [*first, *(fit.learned.draw(count - 1, batch) if count > 1 else [])]
+        groups["prior_predictive"] = {name: as_array(drawn[name])[None] for name in shown if name in drawn}
 
 
 def _affordable(draw: Mapping[str, Tensor]) -> int:
@@ -225,7 +144,7 @@ def _add_predictive(fit: Fit, batch: Batch, groups: Groups, kept: list[tuple[int
     kept = _thinned(kept, limit)
     values = [_values(fit, groups, place) for place in kept] or [{}] * min(100, limit)
     groups["posterior_predictive"] = {
-        name: _array(value).reshape(_chains(kept), -1, *value.shape[1:])
+        name: as_array(value).reshape(_chains(kept), -1, *value.shape[1:])
         for name, value in replicated(fit, batch, values).items()
     }
 
@@ -251,8 +170,8 @@ def _add_log_likelihood(
     name = "_".join(observed) if len(observed) <= _SPELT else f"{observed[0]}_to_{observed[-1]}"
     places: list[tuple[int, int] | None] = [*kept] or [None]
     values = [_values(fit, groups, place) if place is not None else {} for place in places]
-    rows = _array(densities(fit, batch, values)[0])
-    seen = _array(rows_observed(fit, batch)) if fit.info.data_plate else np.ones(rows.shape[-1], dtype=bool)
+    rows = as_array(densities(fit, batch, values)[0])
+    seen = as_array(rows_observed(fit, batch)) if fit.info.data_plate else np.ones(rows.shape[-1], dtype=bool)
     if not seen.all():
         rows, attrs["log_likelihood_rows"] = rows[..., seen], f"the {int(seen.sum())} that hold observations"
     groups["log_likelihood"] = {name: rows.reshape(_chains(kept), -1, *rows.shape[1:])}
@@ -264,7 +183,7 @@ def _add_log_likelihood(
 def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any], seed: int | None) -> list[str]:
     """A sampler's own numbers of each draw; else log p and log q where there is a guide, and the losses."""
     if fit.learned.stats:
-        groups["sample_stats"] = {name: _array(value) for name, value in fit.learned.stats.items()}
+        groups["sample_stats"] = {name: as_array(value) for name, value in fit.learned.stats.items()}
         return []
     statistics: dict[str, np.ndarray] = {}
     if fit.judged_by == "weights" and groups["posterior"]:
@@ -303,16 +222,12 @@ def _joint_densities(fit: Fit, count: int) -> tuple[np.ndarray, np.ndarray]:
         q = poutine.trace(fit.guide).get_trace(*batch.args, **batch.kwargs)
         log_q.append(float(sum(scaled(log_density(site), site).sum() for site in q.nodes.values() if is_sample(site))))
         draws.append({n: s["value"] for n, s in q.nodes.items() if is_sample(s) and n in fit.info.sites})
-    return _array(joint_densities(fit, batch, draws)), np.asarray(log_q)
+    return as_array(joint_densities(fit, batch, draws)), np.asarray(log_q)
 
 
 def _named(fit: Fit, batch: Batch) -> dict[str, Tensor]:
     every = {**batch.kwargs, **dict(zip(fit.data.positional, batch.args, strict=True))}
     return {name: value for name, value in every.items() if isinstance(value, Tensor)}
-
-
-def _array(value: Any) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
 def _reason(fit: Fit, group: str) -> str:
@@ -335,9 +250,3 @@ def provenance(fit: Fit) -> dict[str, Any]:
         "sampling_time": float(fit.cost.get("seconds", 0.0)),
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, pyro {pyro.__version__}",
     }
-
-
-def latent_summary_names(fit: Fit) -> list[str]:
-    """Sites a summary table shows: globals and what is derived from them; locals by row only when they are few."""
-    few = [s.name for s in fit.info.select(local=True) if not s.finite and (fit.data.rows or 0) <= 50]
-    return [s.name for s in fit.info.sites.values() if s.kind != "observed" and (not s.local or s.name in few)]

@@ -20,7 +20,8 @@ from ppl_gen.enumeration.finite_globals import extended, summed_globals
 from ppl_gen.handlers.followed import Watch
 from ppl_gen.inference.guides.guide_list import holds_rows
 from ppl_gen.program.info import ProgramInfo
-from ppl_gen.weights.particles import can_vectorise, global_draw, local_log_weights, sampled
+from ppl_gen.weights.log_weights import global_draw, sampled
+from ppl_gen.weights.particles import can_vectorise, local_log_weights
 from ppl_gen.weights.psis import row_subset, smoothed_with_k
 from ppl_gen.weights.summed_particles import can_sum_together
 from ppl_gen.weights.weighed import COST, affordable

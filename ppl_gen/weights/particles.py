@@ -3,71 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
-from ppl_gen.handlers.local_particles import LocalParticles
-from ppl_gen.handlers.sites import in_plate, is_sample, is_subsample, log_density, own_scale
-from ppl_gen.handlers.substitute import Substitute
+from ppl_gen.handlers.sites import is_subsample, own_scale
 from ppl_gen.program.checks import require_enumerable
 from ppl_gen.program.info import ProgramInfo
+from ppl_gen.weights.log_weights import LogWeights, collected, sampled, subsamples, traced, traced_together
 from ppl_gen.workspace.isolation import without_side_effects
 
-__all__ = [
-    "LogWeights",
-    "can_vectorise",
-    "global_draw",
-    "local_log_weights",
-    "log_weights_in_chunks",
-    "of_particle",
-    "sampled",
-]
+__all__ = ["can_vectorise", "local_log_weights", "log_weights_in_chunks", "of_particle"]
 
 MAX_ELEMENTS = 4_000_000  # numbers of one tensor, where no gradient asks for all particles together
-
-
-@dataclass(frozen=True)
-class LogWeights:
-    """log w of one batch, nats: ``rows`` particles x rows (None without sites in the data plate), ``globals`` a scalar.
-
-    Where a sum over a site outside the data plate ties the rows together, they are one: ``rows`` is particles x 1.
-
-    Of a global site at a given value, ``globals`` holds log p alone: log q is known to the call that drew it.
-    Where the program itself subsamples its data plate, ``scale`` is N / B, which belongs outside every logsumexp, and
-    ``subsample`` the rows it chose: further particles have to be given these, to be weights of the same rows.
-    """
-
-    rows: Tensor | None
-    globals: Tensor
-    scale: float = 1.0
-    subsample: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def sampled(
-    guide: Callable[..., Any] | None, batch: Batch, values: Mapping[str, Tensor] | None = None
-) -> poutine.Trace:
-    """A trace of the guide with some sites at given values."""
-    if guide is None:
-        return poutine.trace(lambda *a, **k: None).get_trace(*batch.args, **batch.kwargs)
-    with Substitute(values or {}):
-        return poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
-
-
-def global_draw(guide: Callable[..., Any] | None, batch: Batch, info: ProgramInfo) -> tuple[dict[str, Tensor], Tensor]:
-    """One draw of the guide's sites outside the data plate, auxiliary ones included, and log q of it (a scalar, nats).
-
-    Both from one call: a flow without an inverse cannot weigh the draw of an earlier one.
-    """
-    once = sampled(guide, batch)
-    sites = {n: s for n, s in once.nodes.items() if is_sample(s) and not _in_plate(s, info.data_plate)}
-    log_q = sum((_unplated(site, info).sum() for site in sites.values()), torch.zeros(()))
-    return {name: site["value"] for name, site in sites.items()}, torch.as_tensor(log_q)
 
 
 def can_vectorise(
@@ -89,13 +41,13 @@ def _same_one_by_one(
     model: Callable[..., Any], guide: Callable[..., Any] | None, info: ProgramInfo, batch: Batch
 ) -> bool:
     """A softmax over dim=1, say, takes the extra dimension without a word and means something else by it."""
-    p, q = _traced_together(model, guide, info, batch, 2, {})
-    together = _collect(p, q, info, 2, {})
+    p, q = traced_together(model, guide, info, batch, 2, {})
+    together = collected(p, q, info, 2, {})
     nodes = {name: site for trace in (p, q) for name, site in trace.nodes.items() if site["type"] == "sample"}
     for k in range(2):
         values = {n: of_particle(s, k, info) for n, s in nodes.items() if not s["is_observed"]}
-        alone_p, alone_q = _traced_alone(model, guide, batch, values)
-        alone = _collect(alone_p, alone_q, info, 1, {})
+        alone_p, alone_q = traced(model, guide, batch, values)
+        alone = collected(alone_p, alone_q, info, 1, {})
         if together.rows is None or alone.rows is None or together.rows.shape[1:] != alone.rows.shape[1:]:
             return False
         if not torch.allclose(together.rows[k], alone.rows[0], rtol=1e-3, atol=1e-3, equal_nan=True):
@@ -138,47 +90,14 @@ def local_log_weights(
     if vectorise and sums and not _inside_vmap():
         return _summed_together(model, guide, info, batch, particles, values, sums)
     if vectorise and not sums:
-        return _vectorised(model, guide, info, batch, particles, values)
+        p, q = traced_together(model, guide, info, batch, particles, values)
+        return collected(p, q, info, particles, values)
     drawn: list[LogWeights] = []
     for _ in range(particles):
         drawn.append(_single(model, guide, info, batch, values, sums))
         values = {**values, **drawn[-1].subsample}
     rows = None if drawn[0].rows is None else torch.stack([w.rows for w in drawn if w.rows is not None])
     return replace(drawn[0], rows=rows, globals=torch.stack([w.globals for w in drawn]).mean(0))
-
-
-def _vectorised(
-    model: Callable[..., Any],
-    guide: Callable[..., Any] | None,
-    info: ProgramInfo,
-    batch: Batch,
-    count: int,
-    values: Mapping[str, Tensor],
-) -> LogWeights:
-    p, q = _traced_together(model, guide, info, batch, count, values)
-    return _collect(p, q, info, count, values)
-
-
-def _traced_together(
-    model: Callable[..., Any],
-    guide: Callable[..., Any] | None,
-    info: ProgramInfo,
-    batch: Batch,
-    count: int,
-    values: Mapping[str, Tensor],
-) -> tuple[poutine.Trace, poutine.Trace]:
-    assert info.data_plate is not None
-    with LocalParticles(count, info.data_plate, info.plate_nesting):
-        return _traced_alone(model, guide, batch, values)
-
-
-def _traced_alone(
-    model: Callable[..., Any], guide: Callable[..., Any] | None, batch: Batch, values: Mapping[str, Tensor]
-) -> tuple[poutine.Trace, poutine.Trace]:
-    """Model replayed against guide, and the guide."""
-    q = sampled(guide, batch, values)
-    p = poutine.trace(poutine.replay(_substituted(model, values), trace=q)).get_trace(*batch.args, **batch.kwargs)
-    return p, q
 
 
 def log_weights_in_chunks(
@@ -215,8 +134,8 @@ def _single(
 ) -> LogWeights:
     """One particle, its rows without a dimension of particles."""
     if not sums:
-        p, q = _traced_alone(model, guide, batch, values)
-        weights = _collect(p, q, info, 1, values)
+        p, q = traced(model, guide, batch, values)
+        weights = collected(p, q, info, 1, values)
         return replace(weights, rows=None if weights.rows is None else weights.rows[0])
     from ppl_gen.enumeration.marginals import enumerated_trace, log_prior, row_log_density
 
@@ -228,10 +147,10 @@ def _single(
         model, batch.args, batch.kwargs, discrete=sums, values=known, plate_nesting=info.plate_nesting, varying=True
     )
     plate = info.rows_plate(sums)
-    rows, minus_q = row_log_density(p, plate), _collect(None, q, info, 1, values)
+    rows, minus_q = row_log_density(p, plate), collected(None, q, info, 1, values)
     if minus_q.rows is not None:
         rows = rows + (minus_q.rows[0] if plate is not None else minus_q.rows[0].sum())
-    return LogWeights(rows, log_prior(p, plate) + minus_q.globals, own_scale(p, plate), _subsamples(q))
+    return LogWeights(rows, log_prior(p, plate) + minus_q.globals, own_scale(p, plate), subsamples(q))
 
 
 def _summed_together(
@@ -249,7 +168,7 @@ def _summed_together(
     traces = [sampled(guide, batch, values) for _ in range(count)]
     drawn = [{n: s["value"] for n, s in q.nodes.items() if s["type"] == "sample"} for q in traces]
     rows, prior = summed_densities(model, info, batch, drawn, values, sums)
-    minus_q = [_collect(None, q, info, 1, values) for q in traces]
+    minus_q = [collected(None, q, info, 1, values) for q in traces]
     if minus_q[0].rows is not None:
         inside = torch.stack([w.rows[0] for w in minus_q if w.rows is not None])
         rows = rows + (inside if info.rows_plate(sums) is not None else inside.sum(-1, keepdim=True))
@@ -260,68 +179,3 @@ def _summed_together(
 def _inside_vmap() -> bool:
     """Whether all draws of the globals are under way at once: particles then go one by one, as before."""
     return torch._C._functorch.maybe_current_level() is not None
-
-
-def _subsamples(trace: poutine.Trace) -> dict[str, Tensor]:
-    return {n: s["value"] for n, s in trace.nodes.items() if s["type"] == "sample" and is_subsample(s)}
-
-
-def _substituted(model: Callable[..., Any], values: Mapping[str, Tensor]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with Substitute(values):
-            return model(*args, **kwargs)
-
-    return run if values else model
-
-
-def _collect(
-    p: poutine.Trace | None, q: poutine.Trace, info: ProgramInfo, count: int, values: Mapping[str, Tensor]
-) -> LogWeights:
-    """log p - log q by sites: ``rows`` count x rows, ``globals`` a scalar; without ``p`` minus log q alone."""
-    rows: Tensor | None = None
-    total = torch.zeros(())
-    for trace, sign in ((p, 1.0), (q, -1.0)):
-        for name, site in trace.nodes.items() if trace is not None else ():
-            if not is_sample(site):
-                continue
-            if trace is p and not site["is_observed"] and name not in q.nodes and name not in values:
-                continue  # drawn from the prior: the term and the proposal cancel
-            inside = _in_plate(site, info.data_plate)
-            if trace is q and name in values and not inside:
-                continue  # weighed when it was drawn
-            value = _unplated(site, info)
-            if inside:
-                value = _by_particle(value, info, count)
-                rows = sign * value if rows is None else rows + sign * value
-            else:
-                total = total + sign * value.sum()
-    chosen = {**(_subsamples(p) if p is not None else {}), **_subsamples(q)}
-    return LogWeights(rows, total, own_scale(q if p is None else p, info.data_plate), chosen)
-
-
-def _unplated(site: dict[str, Any], info: ProgramInfo) -> Tensor:
-    """The log density with the user's own scale and mask, without the data plate's N / B; in its batch shape, nats."""
-    value = log_density(site)
-    scale = site["scale"]
-    for frame in site["cond_indep_stack"]:
-        if frame.name == info.data_plate and frame.full_size and frame.full_size != frame.size:
-            scale = scale * frame.size / frame.full_size
-    if site["mask"] is not None:
-        value = torch.where(torch.as_tensor(site["mask"]), value, value.new_zeros(()))
-    return value * scale
-
-
-def _in_plate(site: dict[str, Any], plate: str | None) -> bool:
-    return in_plate(site, plate)
-
-
-def _by_particle(value: Tensor, info: ProgramInfo, count: int) -> Tensor:
-    """A site's log density, of its batch shape, as particles x rows: sum what lies right of the rows and between."""
-    dim = info.plate_dim if info.plate_dim is not None else -1
-    if dim < -1:
-        value = value.sum(tuple(range(dim + 1, 0)))
-    lead = info.plate_nesting + dim  # vectorised plates left of the data plate
-    value = value[(None,) * max(0, lead + 2 - value.dim())]
-    if lead:
-        value = value.sum(tuple(range(-1 - lead, -1)))
-    return value.expand(count, value.shape[-1])

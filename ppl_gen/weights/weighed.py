@@ -17,7 +17,8 @@ from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.enumeration.finite_globals import combinations, summed_globals
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.weights.densities import joint_densities
-from ppl_gen.weights.particles import can_vectorise, global_draw, log_weights_in_chunks
+from ppl_gen.weights.log_weights import global_draw
+from ppl_gen.weights.particles import can_vectorise, log_weights_in_chunks
 from ppl_gen.weights.sizes import Largest
 from ppl_gen.weights.summed_particles import can_sum_together
 from ppl_gen.weights.work import alone, density_work

@@ -13,7 +13,7 @@ from programs import X8, local, local_guide, losses, network, playing
 from torch import Tensor, nn
 
 import ppl_gen as pg
-from ppl_gen.diagnostics.export import affordable_rows
+from ppl_gen.diagnostics.posterior_group import affordable_rows
 from ppl_gen.diagnostics.units import active_units, code_means
 from ppl_gen.inference import ELBO, IWAE, SVI
 from ppl_gen.models import principal_components, vae
@@ -306,7 +306,9 @@ def test_exports_of_many_rows_keep_to_the_first_ones(monkeypatch: pytest.MonkeyP
     fit = pg.fit(vae(6, latent=2, hidden=(4,)), two_kinds(), SVI(steps=2), seed=0)
     with fit.bound():
         assert affordable_rows(fit, 100) is fit
-    monkeypatch.setattr("ppl_gen.diagnostics.export.MAX_ELEMENTS", 8 * 30 * 10)  # 8 numbers a row: 30 rows of 10 draws
+    monkeypatch.setattr(
+        "ppl_gen.diagnostics.posterior_group.MAX_ELEMENTS", 8 * 30 * 10
+    )  # 8 numbers a row: 30 rows of 10 draws
     with fit.bound():
         assert affordable_rows(fit, 10).data.rows == 30
         assert affordable_rows(fit, 1000).data.rows == 25, "25 at least"

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_gen.inference.em.coordinates import Affine
 from ppl_gen.inference.em.density_form import Reading
-from ppl_gen.inference.em.probe import Affine
 
 __all__ = ["Locations", "ProbabilityTable", "Ratios", "newton_maximum", "unequal"]
 

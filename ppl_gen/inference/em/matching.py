@@ -12,9 +12,10 @@ from torch import Tensor
 from torch import distributions as td
 
 from ppl_gen.inference.em.closed_forms import Locations, ProbabilityTable, Ratios, unequal
+from ppl_gen.inference.em.coordinates import Affine, Coordinates, unwrapped
 from ppl_gen.inference.em.density_form import Key, Reading
 from ppl_gen.inference.em.expectation import Problem
-from ppl_gen.inference.em.probe import Affine, Coordinates, DensityProbe, unwrapped
+from ppl_gen.inference.em.probe import DensityProbe
 
 __all__ = ["Derived", "matched"]
 

@@ -15,81 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributions as td
 from torch.distributions import Transform
 
 from ppl_gen.enumeration.enumerated_trace import packed_sites
+from ppl_gen.inference.em.coordinates import Affine, Coordinates, elementwise
 from ppl_gen.inference.em.density_form import Key, Reading, read
 from ppl_gen.inference.em.expectation import Problem
 
-__all__ = ["Affine", "Coordinates", "DensityProbe", "probed", "unwrapped"]
+__all__ = ["DensityProbe", "probed"]
 
 # Beyond these a probe takes longer, or its tables more memory (0.3 GB), than gradient steps would.
 _MOST_MOVES = 300
 _MOST_ENTRIES = 40_000_000
 _TOLERANCE = 1e-9
 _SLOPED = ("loc", "scale", "rate", "odds")
-
-
-class Coordinates:
-    """Unconstrained coordinates of the sites whose entries move independently of each other, as one vector."""
-
-    def __init__(self, transforms: Mapping[str, Transform], values: Mapping[str, Tensor]) -> None:
-        self.transforms = {n: t for n, t in transforms.items() if _elementwise(t) and values[n].is_floating_point()}
-        self.shapes = {name: values[name].shape for name in self.transforms}
-        self.slices: dict[str, slice] = {}
-        start = 0
-        for name, shape in self.shapes.items():
-            self.slices[name] = slice(start, start + shape.numel())
-            start += shape.numel()
-        self.size = start
-
-    def vector(self, values: Mapping[str, Tensor]) -> Tensor:
-        """All coordinates of the sites at ``values``, flattened and joined."""
-        parts = [t.inv(values[name]).reshape(-1) for name, t in self.transforms.items()]
-        return torch.cat(parts) if parts else torch.zeros(0)
-
-    def values(self, vector: Tensor) -> dict[str, Tensor]:
-        """The inverse of `vector`: the sites in their own shapes."""
-        return {
-            name: transform(vector[self.slices[name]].reshape(self.shapes[name]))
-            for name, transform in self.transforms.items()
-        }
-
-
-def unwrapped(transform: Transform) -> Transform:
-    """Without the dims that are only declared to belong to the event."""
-    while isinstance(transform, td.transforms.IndependentTransform):
-        transform = transform.base_transform
-    return transform
-
-
-def _elementwise(transform: Transform) -> bool:
-    return unwrapped(transform).domain.event_dim == 0
-
-
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """A parameter that is ``constant + columns @ coordinates[which]``, flattened; ``shape`` is its own.
-
-    ``constant``: positions; ``which``: numbers of coordinates in the whole vector; ``columns``: positions x these.
-    """
-
-    shape: torch.Size
-    constant: Tensor
-    which: Tensor
-    columns: Tensor
-
-    def at(self, vector: Tensor) -> Tensor:
-        """The parameter in its own shape, at a vector of all coordinates."""
-        if not len(self.which):
-            return self.constant.reshape(self.shape)
-        return (self.constant + self.columns @ vector[self.which]).reshape(self.shape)
-
-    def column(self, units: slice) -> tuple[Tensor, Tensor]:
-        """Positions x coordinates: the columns of those in ``units``; and the numbers of these within it."""
-        inside = (self.which >= units.start) & (self.which < units.stop)
-        return self.columns[:, inside], self.which[inside] - units.start
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +167,7 @@ def _moved(transform: Transform, value: Tensor, generator: torch.Generator) -> T
     """A random point near ``value``; for a table of probabilities, anywhere."""
     free = transform.inv(value)
     noise = _drawn(torch.randn, free, generator)
-    if _elementwise(transform):
+    if elementwise(transform):
         return transform(free + noise)
     return transform(noise)
 

@@ -13,10 +13,10 @@ from torch.distributions import Transform
 
 from ppl_gen.fitting.run import Run
 from ppl_gen.handlers.substitute import Median
+from ppl_gen.inference.em.coordinates import unwrapped
 from ppl_gen.inference.em.expectation import Expectation, Problem
 from ppl_gen.inference.em.gradient import spread
 from ppl_gen.inference.em.maximisation import Maximiser
-from ppl_gen.inference.em.probe import unwrapped
 
 __all__ = ["TRIAL_STEPS", "advanced", "candidates", "first_values"]
 

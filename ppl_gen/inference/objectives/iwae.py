@@ -17,7 +17,8 @@ from ppl_gen.inference.objectives.estimators import refuse_tied_rows
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
 from ppl_gen.program.checks import require_enumerable
 from ppl_gen.program.offers import Need
-from ppl_gen.weights.particles import can_vectorise, global_draw, local_log_weights
+from ppl_gen.weights.log_weights import global_draw
+from ppl_gen.weights.particles import can_vectorise, local_log_weights
 
 __all__ = ["IWAE"]
 
