@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import Dataset
+from ppl_gen.fitting.posteriors.base import Posterior, checked
 from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.program import Program
 from ppl_gen.runtime.ranks import ALONE, Ranks
@@ -19,7 +20,6 @@ from ppl_gen.workspace.workspace import ProgramState, Workspace
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
     from ppl_gen.fitting.checkpoint import Checkpoint
-    from ppl_gen.fitting.posteriors.base import Posterior
 
 __all__ = ["Ending", "Info", "NonFiniteStepError", "Outcome", "Run", "Status"]
 
@@ -150,5 +150,6 @@ class Outcome:
     guide: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
+        learned = checked(self.posterior)
         if self.guide is None:
-            self.guide = self.posterior.proposal
+            self.guide = learned.proposal

@@ -93,8 +93,7 @@ class Restored(Algorithm):
         self._compare(run.program.name, {name: made[name] for name in made if name in self.params or name in leaves})
         constraints: dict[str, Any] = {**get_param_store()._constraints, **outcome.state.constraints}
         state = ProgramState(self.params, {name: constraints[name] for name in self.params}, self.buffers)
-        held = self.rebuilt is not None and held_whole(type(outcome.posterior))
-        posterior = self._learned(outcome.guide) if held else outcome.posterior
+        posterior = outcome.posterior if self.rebuilt is None else self.rebuilt(outcome.guide)
         return replace(outcome, posterior=posterior, state=state, modules=self._filled(outcome.modules), ending=None)
 
     def _filled(self, modules: Mapping[str, Module]) -> dict[str, Module]:

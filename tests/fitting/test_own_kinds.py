@@ -2,136 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from own_kinds import KINDS, MEAN, SD, Exact, Grid, X, fitted, normal_mean
 
 import ppl_gen as pg
-from ppl_gen.extending import ChainPosterior, DrawsPosterior, Outcome, Posterior, Run
+from ppl_gen.extending import Outcome, Run
 from ppl_gen.fitting.posteriors.kinds import held_whole, kind_named
 from ppl_gen.inference import NUTS, Algorithm
-
-X = torch.linspace(2.0, 4.0, 20, dtype=torch.float64)
-MEAN, SD = float(X.sum()) / 20.01, 20.01**-0.5  # of the posterior of `normal_mean`
-
-
-def normal_mean(x: torch.Tensor) -> None:
-    loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
-
-
-class ClosedForm(Posterior):
-    """A normal distribution, given by two numbers: it has a density, and so weights."""
-
-    kind, noun, independent = "closed_form", "closed form", True
-    parts = ("normal",)
-
-    def __init__(self, loc: torch.Tensor, scale: torch.Tensor) -> None:
-        self.loc, self.scale = loc, scale
-
-    def draw(self, count: int, batch: Any) -> list[dict[str, torch.Tensor]]:
-        return [{"loc": dist.Normal(self.loc, self.scale).sample()} for _ in range(count)]
-
-    @property
-    def proposal(self) -> Any:
-        return self.guide
-
-    def guide(self, *args: Any, **kwargs: Any) -> None:
-        pyro.sample("loc", dist.Normal(self.loc, self.scale))
-
-    def tensors(self) -> Any:
-        return {"normal": {"loc": self.loc, "scale": self.scale}}
-
-    @classmethod
-    def rebuilt(cls, parts: Any, guide: Any) -> ClosedForm:
-        return cls(**parts["normal"])
-
-
-class Grid(Posterior):
-    """Nodes and their probabilities: draws of which there is no density."""
-
-    kind, noun = "grid", "nodes"
-    parts = ("grid",)
-
-    def __init__(self, nodes: torch.Tensor, weights: torch.Tensor) -> None:
-        self.nodes, self.weights = nodes, weights
-
-    def draw(self, count: int, batch: Any) -> list[dict[str, torch.Tensor]]:
-        return [{"loc": self.nodes[i]} for i in torch.multinomial(self.weights, count, replacement=True)]
-
-    def tensors(self) -> Any:
-        return {"grid": {"nodes": self.nodes, "weights": self.weights}}
-
-    @classmethod
-    def rebuilt(cls, parts: Any, guide: Any) -> Grid:
-        return cls(parts["grid"]["nodes"], parts["grid"]["weights"])
-
-
-class Ensemble(Posterior):
-    """Walkers, each a chain, that say how often they moved."""
-
-    kind, noun = "ensemble", "walkers"
-    parts = ("walkers", "moves")
-
-    def __init__(self, walkers: torch.Tensor, moves: torch.Tensor) -> None:
-        self.walkers, self.stats = walkers, {"accepted": moves}
-
-    def draw(self, count: int, batch: Any) -> list[dict[str, torch.Tensor]]:
-        flat = self.walkers.flatten(0, 1)
-        return [{"loc": flat[i]} for i in torch.linspace(0, len(flat) - 1, min(count, len(flat))).round().long()]
-
-    def by_chain(self) -> Any:
-        return {"loc": self.walkers}
-
-    @property
-    def judged_by(self) -> Any:
-        return "chains"
-
-    def tensors(self) -> Any:
-        return {"walkers": {"loc": self.walkers}, "moves": self.stats}
-
-    @classmethod
-    def rebuilt(cls, parts: Any, guide: Any) -> Ensemble:
-        return cls(parts["walkers"]["loc"], parts["moves"]["accepted"])
-
-
-@dataclass(frozen=True)
-class Exact(Algorithm):
-    """The exact posterior of `normal_mean`, ``wider`` than it by so many times, as one kind or another."""
-
-    kind: str
-    wider: float = 1.0
-    needs = (("data plate",),)
-
-    def run(self, run: Run) -> Outcome:
-        loc, sd = torch.tensor(MEAN, dtype=run.dtype), torch.tensor(SD * self.wider, dtype=run.dtype)
-        if self.kind == "closed_form":
-            return Outcome(ClosedForm(loc, sd))
-        if self.kind == "grid":
-            nodes = loc + sd * torch.linspace(-4.0, 4.0, 801, dtype=run.dtype)
-            return Outcome(Grid(nodes, dist.Normal(loc, sd).log_prob(nodes).exp()))
-        walkers = loc + sd * torch.randn(4, 500, dtype=run.dtype)
-        return Outcome(Ensemble(walkers, torch.ones(4, 500)))
-
-
-KINDS = ("closed_form", "grid", "ensemble")
-FITS: dict[str, pg.Fit] = {}
-
-
-def fitted(kind: str) -> pg.Fit:
-    if kind not in FITS:
-        FITS[kind] = pg.fit(normal_mean, X, Exact(kind), seed=0, progress=False)
-    return FITS[kind]
 
 
 @pytest.fixture(autouse=True)
@@ -235,95 +120,25 @@ def test_chains_without_a_diagnosis_are_diagnosed_without_their_program(tmp_path
     assert "r_hat" in frame.columns and frame.attrs["verdict"].startswith("trust: 4 chains agree")
 
 
-def test_a_kind_that_is_not_loaded_is_refused_by_name(tmp_path: Path) -> None:
-    class Strange(Grid):
-        kind = "strange"
-
-    fit = pg.fit(normal_mean, X, Exact("grid"), progress=False)
-    object.__setattr__(fit, "learned", Strange(fit.learned.nodes, fit.learned.weights))
-    path = fit.save(tmp_path / "kept")
-    Strange.kind = "stranger"  # as if the class were not there
-    with pytest.raises(ValueError, match="a posterior of the kind 'strange'.*import the module that defines it"):
-        pg.load(path, program=normal_mean)
-    assert "loc" in pg.load(path).to_arviz()["posterior"]
-    Strange.kind = "strange"
-    assert type(pg.load(path, program=normal_mean).learned) is Strange
-
-
-def test_one_word_means_one_class(tmp_path: Path) -> None:
-    """A class that takes the word of another is not held whole: what came back could be of either."""
-
-    class Rival(Grid):
-        kind = "grid_of_two"
-
-    class Twin(Grid):
-        kind = "grid_of_two"
-
-    class Chains(Grid):
-        kind = "chains"
-
-    assert kind_named("grid_of_two") is None and not held_whole(Rival) and not held_whole(Twin)
-    assert not held_whole(Chains) and kind_named("chains") is not Chains
-    fit = pg.fit(normal_mean, X, Exact("grid"), progress=False)
-    object.__setattr__(fit, "learned", Rival(fit.learned.nodes, fit.learned.weights))
-    with pytest.warns(UserWarning, match="a Rival, which is code"):
-        fit.save(tmp_path / "kept")
-
-
-def test_tensors_of_another_kind_are_refused(tmp_path: Path) -> None:
-    fit = fitted("ensemble")
-    path = fit.save(tmp_path / "kept")
-    file = path / "fit.json"
-    outer = json.loads(file.read_text())
-    meta = json.loads(outer["fit"])
-    assert meta["kind"] == "ensemble" and meta["judged_by"] == "chains"
-    meta["kind"] = "grid"
-    text = json.dumps(meta)
-    file.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "fit": text}))
-    with pytest.raises(ValueError, match="a tensor is named '(walkers/loc|moves/accepted)'"):
-        pg.load(path, program=normal_mean)
-
-
-class Silent(Grid):
-    """It does not say what sites it has values of, but its draws do."""
-
-
-@pytest.mark.parametrize(
-    "posterior",
-    [
-        ChainPosterior({"loc": torch.zeros(2, 5)}),
-        DrawsPosterior({"loc": torch.zeros(5)}),
-        Silent(torch.zeros(5), torch.ones(5)),
-    ],
-    ids=["chains", "draws", "own"],
-)
-def test_draws_of_a_part_of_what_rows_share_are_refused(posterior: Posterior) -> None:
-    """The rest was drawn from the prior by `fit.sample` and in the deterministic sites of `fit.diagnose()`."""
+def test_a_point_of_ones_own_is_a_point() -> None:
+    class Mode(Grid):
+        @property
+        def point(self) -> Any:
+            return {"loc": self.nodes[self.weights.argmax()]}
 
     @dataclass(frozen=True)
-    class Half(Algorithm):
+    class AtTheMode(Algorithm):
         needs = ()
 
         def run(self, run: Run) -> Outcome:
-            return Outcome(posterior)
+            nodes = torch.tensor([MEAN - 1.0, MEAN, MEAN + 1.0], dtype=run.dtype)
+            return Outcome(Mode(nodes, torch.tensor([0.0, 1.0, 0.0])))
 
-    def scaled(x: torch.Tensor) -> None:
-        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
-        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(loc, scale), obs=x)
-
-    with pytest.raises(pg.IncompatibleError, match="Half learned no posterior of scale.*its draws are of loc"):
-        pg.fit(scaled, X, Half())
-    assert pg.fit(normal_mean, X, Half(), progress=False).posterior(draws=3)["loc"].shape == (3,)
-
-
-@pytest.mark.parametrize("draws", [{}, {"loc": torch.zeros(2, 0)}, {"loc": torch.zeros(2, 3), "b": torch.zeros(3, 2)}])
-def test_draws_that_do_not_belong_together_are_refused(draws: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(ValueError, match="draws: expected chains x draws x shape"):
-        ChainPosterior(draws)
-    with pytest.raises(ValueError, match="draws: expected draws x shape"):
-        DrawsPosterior({name: value[0] for name, value in draws.items()})
+    fit = pg.fit(normal_mean, X, AtTheMode(), progress=False)
+    assert fit.point is not None and float(fit.point["loc"]) == pytest.approx(MEAN) and fit.judged_by is None
+    found = fit.evidence()
+    assert found.exact and "given one value of loc" in found.kind
+    assert found.mean == pytest.approx(float(dist.Normal(MEAN, 1.0).log_prob(X).mean()), abs=1e-6)
 
 
 def test_tables_and_reports_show_them_beside_others(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 
-__all__ = ["JudgedBy", "Parts", "Posterior", "check_sites", "spread"]
+__all__ = ["JudgedBy", "Parts", "Posterior", "check_sites", "checked", "spread"]
 
 #: What tells whether draws are right: importance weights of the guide, R-hat and effective sizes of chains, short
 #: chains that begin at the draws, or nothing (points have no draws to judge; how the run ended is all there is).
@@ -84,6 +84,8 @@ class Posterior(ABC):
     @property
     def judged_by(self) -> JudgedBy:
         """What tells whether the draws are right. Chains have to be `by_chain`, weights are those of `proposal`."""
+        if self.point is not None:
+            return None
         return "draws" if self.proposal is None else "weights"
 
     def tensors(self) -> Parts:
@@ -110,6 +112,33 @@ class Posterior(ABC):
         """
         for part, values in parts.items():
             check_sites(part, values, {}, known=False)
+
+
+def checked(posterior: Any) -> Posterior:
+    """What an algorithm hands back as its posterior, refused where its answers do not go together.
+
+    >>> checked({"loc": torch.zeros(())})
+    Traceback (most recent call last):
+    ...
+    TypeError: posterior: expected what was learned, such as PointPosterior({"loc": ...}), got dict
+    """
+    if not isinstance(posterior, Posterior):
+        given = posterior.__name__ if isinstance(posterior, type) else type(posterior).__name__
+        said = f'posterior: expected what was learned, such as PointPosterior({{"loc": ...}}), got {given}'
+        raise TypeError(f"{said}, a class" if isinstance(posterior, type) else said)
+    name, by, held = type(posterior).__name__, posterior.judged_by, posterior.by_chain()
+    if by not in ("weights", "chains", "draws", None):
+        raise ValueError(f"posterior: {name}.judged_by has to be 'weights', 'chains', 'draws' or None, got {by!r}")
+    if by == "chains" and not held:
+        raise ValueError(f"posterior: {name} is judged by chains, and its by_chain() gives none")
+    sizes = {tuple(value.shape[:2]) for value in (held or {}).values()}
+    sizes |= {tuple(value.shape[:2]) for value in posterior.stats.values()}
+    if held and (len(sizes) > 1 or len(size := next(iter(sizes))) < 2 or not size[0] * size[1]):
+        raise ValueError(
+            f"posterior: what {name}.by_chain() and its stats give has to be chains x draws x shape, as many chains "
+            f"and draws of all, got {sorted(sizes)}"
+        )
+    return posterior
 
 
 def check_sites(part: str, values: Mapping[str, Tensor], sites: Mapping[str, Sequence[Any]], *, known: bool) -> None:
