@@ -68,8 +68,7 @@ def opened(records: Numbered | None, every: Every, run: Run, recipe: Recipe, alg
         return
     _refuse_memory(run)
     now = identity(run, recipe, algorithm)
-    records.claim()
-    try:
+    with records.claimed():
         made = Checkpoint(records, every, {"kind": "fit", "identity": now})
         record = records.read()
         if record is not None:
@@ -79,8 +78,6 @@ def opened(records: Numbered | None, every: Every, run: Run, recipe: Recipe, alg
                 run.notes["checkpoint"] = f"an earlier one was read, as the last is not whole: {record.damaged}"
         run.checkpoint = made
         yield
-    finally:
-        records.release()
 
 
 def _refuse_memory(run: Run) -> None:

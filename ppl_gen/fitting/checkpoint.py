@@ -89,6 +89,10 @@ class Checkpoint:
             raise ValueError(f"{self.records.argument}: {self.records.path} holds no checkpoint of a fit") from error
         self.saved = record.tree
 
+    def begin(self) -> None:
+        """Time runs from here on: in another process, say."""
+        self._at, self._began = time.monotonic(), time.perf_counter()
+
     def due(self, step: int) -> bool:
         """Whether the steps or the time between two checkpoints have gone by."""
         if isinstance(self.every, int):

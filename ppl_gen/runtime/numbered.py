@@ -6,11 +6,13 @@ of the file of tensors. The two newest are kept, so that a kill at any moment, o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,24 +80,40 @@ class Numbered:
         names = [_NAME, _TEMPORARY, *([self.others] if self.others is not None else [])]
         return any(pattern.fullmatch(file.name) for pattern in names)
 
-    def claim(self) -> None:
+    def claim(self, patience: float = 0.0) -> None:
         """Make the folder and keep other processes from writing here until `release`, or the end of this process.
 
+        ``patience``: seconds to wait for another, which may be about to end.
+
         Raises:
-            ValueError: where another does.
+            ValueError: where another writes here.
         """
         self.check_place()
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock = locked(self.path)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{self.argument}: another run writes its {self.kind}s in {self.path} at this moment; wait for it, or "
-                "choose another folder"
-            ) from error
+        until = time.monotonic() + patience
+        while True:
+            try:
+                self._lock = locked(self.path)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= until:
+                    raise ValueError(
+                        f"{self.argument}: another run writes its {self.kind}s in {self.path} at this moment; wait for "
+                        "it, or choose another folder"
+                    ) from error
+            time.sleep(0.05)
         for file in self._entries():
             if _TEMPORARY.fullmatch(file.name):
                 file.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def claimed(self, patience: float = 0.0) -> Iterator[None]:
+        """`claim` on entering, `release` on leaving."""
+        self.claim(patience)
+        try:
+            yield
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Let others write here."""

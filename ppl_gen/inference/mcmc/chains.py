@@ -7,7 +7,9 @@ and an interrupted run keeps what was drawn.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -28,6 +30,7 @@ from ppl_gen.workspace.workspace import Workspace
 __all__ = ["run_chains", "workers"]
 
 _POLL = 0.2  # seconds between two looks at the workers
+_DYING = 5.0  # seconds in which a worker has noticed that its parent was killed
 _IDLE = 60  # seconds that workers stay for the next fit
 _WORTHWHILE = 6.0  # seconds: starting a worker costs about three, most of it importing torch and Pyro
 
@@ -35,19 +38,30 @@ Report = Callable[[Sequence[DrawTable]], None]
 
 
 def _run(chain: Chain, table: DrawTable, tick: Callable[[], None]) -> None:
-    with torch_threads(1), isolated(chain.seed, dtype=chain.dtype), validation_off(), whole_plates():
+    records = None if chain.checkpoint is None else chain.checkpoint.records
+    # A worker of a run that was killed may still be on its way to its end.
+    alone = contextlib.nullcontext() if records is None else records.claimed(_DYING)
+    with alone, torch_threads(1), isolated(chain.seed, dtype=chain.dtype), validation_off(), whole_plates():
         potential = chain.potential
         sample_chain(chain, potential.load() if isinstance(potential, Recording) else potential, table, tick)
 
 
-def _work(content: bytes, path: str) -> None:
-    """What a worker does: one chain into one file."""
+def _work(content: bytes, path: str, stop: str) -> None:
+    """What a worker does: one chain into one file; the file ``stop`` ends it between two iterations."""
     try:
         chain: Chain = pickle.loads(content)
     except Exception as error:
         raise _CannotTravel(f"{type(error).__name__}: {error}") from error
+    if chain.checkpoint is not None:
+        chain.checkpoint.begin()
+
+    def tick() -> None:
+        if os.path.exists(stop):
+            raise KeyboardInterrupt
+
     with Workspace(device=chain.device, dtype=chain.dtype, modules=dict(chain.modules)):
-        _run(chain, DrawTable.of(chain, Path(path), "r+"), lambda: None)
+        with contextlib.suppress(KeyboardInterrupt):
+            _run(chain, DrawTable.of(chain, Path(path), "r+"), tick)
 
 
 def workers(chains: int, seconds: float, device: torch.device | None) -> int:
@@ -110,17 +124,31 @@ def _side_by_side(chains: Sequence[Chain], processes: int, report: Report) -> tu
         paths = [folder / f"chain{i}" for i in range(len(chains))]
         tables = [DrawTable.of(chain, path) for chain, path in zip(chains, paths, strict=True)]
         executor = get_reusable_executor(max_workers=processes, timeout=_IDLE, **initializer())
-        interrupted = False
+        interrupted, stop = False, folder / "stop"
+        futures: list[Future[None]] = []
         try:
             with spawning():
-                futures = [executor.submit(_work, c, str(p)) for c, p in zip(contents, paths, strict=True)]
+                for content, path in zip(contents, paths, strict=True):
+                    futures.append(executor.submit(_work, content, str(path), str(stop)))
             _wait(futures, tables, report)
         except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and any(chain.checkpoint is not None for chain in chains):
+                stop.touch()
+                _wait_for_ends(futures)
             executor.shutdown(wait=True, kill_workers=True)
             if not isinstance(error, KeyboardInterrupt):
                 raise
             interrupted = True
         return [DrawTable(np.array(table.rows)) for table in tables], interrupted  # copies, as the files go
+
+
+def _wait_for_ends(futures: Sequence[Future[None]]) -> None:
+    """Until all chains have written what they have, at most an iteration later; a second Ctrl-C waits no longer."""
+    pending = set(futures)
+    with contextlib.suppress(KeyboardInterrupt):
+        while pending:
+            _, pending = wait(pending, timeout=_POLL)
+            check()
 
 
 def _wait(futures: Sequence[Future[None]], tables: Sequence[DrawTable], report: Report) -> None:

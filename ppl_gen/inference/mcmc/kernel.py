@@ -14,6 +14,9 @@ from pyro.infer.mcmc.adaptation import BlockMassMatrix
 from torch import Tensor
 
 from ppl_gen.capture.recording import Recording
+from ppl_gen.fitting.checkpoint import Checkpoint
+from ppl_gen.inference.mcmc.kernel_state import kernel_state, load_kernel_state
+from ppl_gen.workspace.isolation import generators, set_generators
 
 __all__ = ["STATISTICS", "Chain", "DrawTable", "Metric", "sample_chain"]
 
@@ -30,7 +33,8 @@ Function = Callable[[Tensor], tuple[Tensor, ...]]
 class Chain:
     """Everything that determines the draws of one chain.
 
-    ``potential`` is a recording, or a function that needs ``modules`` swapped in around it.
+    ``potential`` is a recording, or a function that needs ``modules`` swapped in around it. ``checkpoint`` is where it
+    is kept as it goes, and may hold how far it has come.
     """
 
     potential: Recording | Function
@@ -45,6 +49,12 @@ class Chain:
     dtype: torch.dtype
     device: torch.device | None = None
     modules: tuple[tuple[str, torch.nn.Module], ...] = ()
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def done(self) -> int:
+        """Iterations that its checkpoint holds."""
+        return 0 if self.checkpoint is None or self.checkpoint.saved is None else int(self.checkpoint.saved["step"])
 
     @property
     def iterations(self) -> int:
@@ -60,9 +70,12 @@ class DrawTable:
     @classmethod
     def of(cls, chain: Chain, path: Path | None = None, mode: str = "w+") -> DrawTable:
         shape = (chain.draws + 1, len(chain.start) + len(STATISTICS))
-        if path is None:
-            return cls(np.zeros(shape))
-        return cls(np.memmap(path, np.float64, mode, shape=shape))  # type: ignore[call-overload]
+        table = cls(np.zeros(shape) if path is None else np.memmap(path, np.float64, mode, shape=shape))  # type: ignore[call-overload]
+        if chain.done and mode == "w+":
+            assert chain.checkpoint is not None
+            rows = chain.checkpoint.saved["rows"]
+            table.rows[: len(rows)] = rows
+        return table
 
     def count(self, kept: int, done: int, gradients: int, divergences: int) -> None:
         self.rows[0, :4] = kept, done, gradients, divergences
@@ -177,26 +190,55 @@ class _Kernel(PyroNUTS):
 
 
 def sample_chain(chain: Chain, function: Function, table: DrawTable, tick: Callable[[], None]) -> None:
-    """Fill the table, one iteration of the kernel after another."""
-    kernel = _Kernel(function, chain)
+    """Fill the table, one iteration of the kernel after another; go on where the chain's checkpoint stands.
+
+    ``tick()`` may raise KeyboardInterrupt: what was drawn is kept.
+    """
+    if chain.done >= chain.iterations:
+        return
+    kernel, kept = _Kernel(function, chain), chain.checkpoint
     kernel.setup(chain.warmup)
     position = kernel.initial_params
-    kept = divergences = 0
-    for step in range(1, chain.iterations + 1):
-        before, acceptance = kernel.gradients, kernel.mean_acceptance
-        position = kernel.sample(position)
-        after_warmup = step - chain.warmup
-        if after_warmup > 0:
-            known, divergences = divergences, len(kernel.diagnostics()["divergences"])
-            if after_warmup % chain.thin == 0:
-                kept += 1
-                steps = kernel.gradients - before
-                # The kernel keeps a running mean only; its last term is this trajectory's own.
-                own = after_warmup * kernel.mean_acceptance - (after_warmup - 1) * acceptance
-                own = min(1.0, max(0.0, own))
-                depth = steps.bit_length()
-                statistics = divergences - known, kernel.energy, kernel.log_density, own, steps, depth, kernel.step_size
-                table.rows[kept, : -len(STATISTICS)] = position[_LATENTS].detach().cpu().numpy()
-                table.rows[kept, -len(STATISTICS) :] = statistics
-        table.count(kept, step, kernel.gradients, divergences)
-        tick()
+    if kept is not None and kept.saved is not None:
+        position = load_kernel_state(kernel, kept.saved["kernel"])
+        set_generators(kept.saved["generators"])
+    elif kept is not None:
+        _write(kept, 0, kernel, table)
+    for step in range(chain.done + 1, chain.iterations + 1):
+        position = _advance(kernel, chain, position, step, table)
+        try:
+            tick()
+        except KeyboardInterrupt:
+            if kept is not None:
+                _write(kept, step, kernel, table)
+            raise
+        if kept is not None and (step == chain.iterations or kept.due(step)):
+            _write(kept, step, kernel, table)
+
+
+def _advance(
+    kernel: _Kernel, chain: Chain, position: dict[str, Tensor], step: int, table: DrawTable
+) -> dict[str, Tensor]:
+    """One iteration, its draw and its counts in the table."""
+    before, acceptance, kept, known = kernel.gradients, kernel.mean_acceptance, table.kept, table.divergences
+    position = kernel.sample(position)
+    after_warmup, divergences = step - chain.warmup, known
+    if after_warmup > 0:
+        divergences = len(kernel.diagnostics()["divergences"])
+        if after_warmup % chain.thin == 0:
+            kept += 1
+            steps = kernel.gradients - before
+            # The kernel keeps a running mean only; its last term is this trajectory's own.
+            own = after_warmup * kernel.mean_acceptance - (after_warmup - 1) * acceptance
+            own = min(1.0, max(0.0, own))
+            depth = steps.bit_length()
+            statistics = divergences - known, kernel.energy, kernel.log_density, own, steps, depth, kernel.step_size
+            table.rows[kept, : -len(STATISTICS)] = position[_LATENTS].detach().cpu().numpy()
+            table.rows[kept, -len(STATISTICS) :] = statistics
+    table.count(kept, step, kernel.gradients, divergences)
+    return position
+
+
+def _write(kept: Checkpoint, step: int, kernel: _Kernel, table: DrawTable) -> None:
+    rows = np.array(table.rows[: table.kept + 1])
+    kept.write(step, {"step": step, "kernel": kernel_state(kernel), "generators": generators(), "rows": rows})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ppl_gen.capture.recording import Recording, RecordingRefused, record_checked
 from ppl_gen.errors import IncompatibleError, is_number, require_flag, require_whole
 from ppl_gen.fitting.algorithm import Algorithm
+from ppl_gen.fitting.checkpoint import Checkpoint
 from ppl_gen.fitting.posteriors.chains import ChainPosterior
 from ppl_gen.fitting.run import Ending, Outcome, Run
 from ppl_gen.inference.mcmc.chains import run_chains, workers
@@ -94,6 +95,9 @@ class NUTS(Algorithm):
 
     dtype: ClassVar[torch.dtype] = torch.float64
     vectors: ClassVar[bool] = True
+    growing: ClassVar[Sequence[str]] = ("draws",)
+    idle: ClassVar[Sequence[str]] = ("processes",)
+    resumable: ClassVar[bool] = True
     needs: ClassVar[Sequence[Need]] = (
         ("density",),
         ("latent sites",),
@@ -118,22 +122,56 @@ class NUTS(Algorithm):
 
     def run(self, run: Run) -> Outcome:
         """See `Algorithm.run`; raises KeyboardInterrupt if interrupted before anything was drawn."""
+        kept_in = self._begun(run)
+        drawn = all(part is not None and _steps_of(part) >= self.iterations for part in kept_in)
         with torch_threads(1):
             density = Unconstrained(run.joint, run.data.batch(), run.info)
             starts, seeds = self._starts(run, density)
-            potential, seconds = _potential(run, density, starts)
-        estimate = self.chains * (self.warmup + self.draws * self.thin) * _TREE_STEPS * (seconds + _TREE_SECONDS)
+            potential, seconds = (density.potential_and_gradient, 0.0) if drawn else _potential(run, density, starts)
+        estimate = self.chains * self.iterations * _TREE_STEPS * (seconds + _TREE_SECONDS)
         processes = self.processes or workers(self.chains, estimate, run.data.device)
         modules = () if isinstance(potential, Recording) else tuple(run.workspace.modules.items())
-        chains = [self._chain(run, potential, start, seed, modules) for start, seed in zip(starts, seeds, strict=True)]
+        chains = [
+            replace(self._chain(run, potential, start, seed, modules), checkpoint=part)
+            for start, seed, part in zip(starts, seeds, kept_in, strict=True)
+        ]
         report = _Report(run, self.chains, chains[0].iterations, self.warmup)
         tables, interrupted, here = run_chains(chains, processes, report)
+        if run.checkpoint is not None and not drawn:
+            run.checkpoint.write(sum(table.done for table in tables), {"draws": self.draws})
         if here is not None:
             run.notes["processes"] = f"the chains ran one after another: {here}"
         kept, length = _rectangle(tables, self.draws)
         if not kept:
             raise KeyboardInterrupt
         return self._outcome(run, density, kept, length, tables, interrupted)
+
+    @property
+    def iterations(self) -> int:
+        """Of one chain."""
+        return self.warmup + self.draws * self.thin
+
+    def _begun(self, run: Run) -> list[Checkpoint | None]:
+        """The checkpoint of each chain, if there are any.
+
+        Raises:
+            ValueError: where more draws were asked for before.
+        """
+        kept = run.checkpoint
+        if kept is None:
+            return [None] * self.chains
+        draws = 0 if kept.saved is None else int(kept.saved["draws"])
+        if draws > self.draws:
+            raise ValueError(
+                f"checkpoint: it belongs to chains of {draws} draws, and now there are {self.draws}; give as many or "
+                "more, or choose a new folder"
+            )
+        if draws < self.draws:
+            kept.write(0, {"draws": self.draws})
+        parts = [kept.part(f"chain {number}") for number in range(self.chains)]
+        if done := [_steps_of(part) for part in parts if part.saved is not None]:
+            run.notes["resumed"] = f"went on after {', '.join(map(str, done))} of {self.iterations} iterations"
+        return list(parts)
 
     def _starts(self, run: Run, density: Unconstrained) -> tuple[list[Tensor], list[int]]:
         """A starting point and a seed per chain; both follow from the fit's seed and the chain's number alone."""
@@ -228,6 +266,10 @@ class NUTS(Algorithm):
                 "divergences": divergences,
             },
         )
+
+
+def _steps_of(part: Checkpoint) -> int:
+    return 0 if part.saved is None else int(part.saved["step"])
 
 
 def _counted(number: int, noun: str) -> str:
