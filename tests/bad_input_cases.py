@@ -19,7 +19,7 @@ from pyro.infer.autoguide import AutoDelta, AutoDiscreteParallel, AutoNormal, Au
 from torch import Tensor, nn
 
 import ppl_gen as pg
-from ppl_gen import inference, models
+from ppl_gen import extending, inference, models
 from ppl_gen.diagnostics.units import active_units, code_means
 
 __all__ = ["CASES", "Case", "names"]
@@ -185,7 +185,7 @@ def names(folder: Path) -> dict[str, Any]:
     if not saved.exists():
         fitted().save(saved)
         text.write_text("no fit\n")
-    public = {name: getattr(module, name) for module in (models, inference) for name in module.__all__}
+    public = {name: getattr(module, name) for module in (models, inference, extending) for name in module.__all__}
     programs = (normal, guide, guide_of_another_name, guide_in_the_plate, guide_that_draws_x, guide_without_gradient)
     programs += (counts, no_plate, plate_of_another_name, columns_in_the_plate, observes_nothing, chances)
     programs += (forty_rows, keeps_a_name, sums_everything)

@@ -232,6 +232,17 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.fit(normal, x, SVI(steps=1), start="saved")  ->  start: expected a fit
         """,
     },
+    "Algorithms of your own": {
+        ValueError: """
+            ChainPosterior({})  ->  draws: expected chains x draws x shape, as many chains and draws of every site
+            ChainPosterior({"loc": x[0]})  ->  draws: expected chains x draws x shape, as many chains and draws of every site
+            DrawsPosterior({"loc": x, "scale": x[:3]})  ->  draws: expected draws x shape, as many draws of every site
+        """,
+        TypeError: """
+            Outcome({"loc": x[0, 0]})  ->  posterior: expected what was learned, such as PointPosterior
+            Outcome(PointPosterior)  ->  posterior: expected what was learned, such as PointPosterior
+        """,
+    },
     "Questions to a fit": {
         ValueError: """
             fit.evidence(x[:, :3])  ->  data: the fit of 'ppca' was made on x (rows, 4), and cannot take x (rows, 3)
