@@ -233,9 +233,9 @@ def posterior_class(file: Path, meta: Mapping[str, Any]) -> type[Posterior] | No
     found = kind_named(meta["kind"])
     if found is None or not held_whole(found):
         raise ValueError(
-            f"path: {file} holds a posterior of the kind {meta['kind']!r}, and there is not one class of this kind; "
-            "import the module that defines it (a class with this `kind`, derived from ppl_gen.extending.Posterior). "
-            "pg.load(path) without program= reads draws and history without it"
+            f"path: {file} holds a posterior of the kind {meta['kind']!r}, and no class of this kind is loaded, or "
+            "more than one; import the module that defines it (derived from ppl_gen.extending.Posterior). Without "
+            "program=, pg.load(path) reads draws and history"
         )
     return found
 

@@ -76,7 +76,7 @@ class Own(Iterative):
     def outcome(self, state: Any, run: Any) -> Outcome:
         values = run.workspace.snapshot()
         if self.posterior == "guide":
-            return Outcome(GuidePosterior(own_guide), values, guide=own_guide)
+            return Outcome(GuidePosterior(own_guide), values)
         if self.posterior == "point":
             return Outcome(PointPosterior({"theta": state}), modules={})
         return Outcome(OfParameters() if self.posterior == "parameters" else OutsideParameters(state), values)

@@ -46,7 +46,7 @@ class Given(Algorithm):
             return dist.MultivariateNormal(loc, scale_tril=pyro.param("factor", FACTOR.clone()))
 
         guide = guide_from_vector(run, self.made or vector)
-        return Outcome(GuidePosterior(guide), state=run.workspace.snapshot(), guide=guide)
+        return Outcome(GuidePosterior(guide), state=run.workspace.snapshot())
 
     def outline(self, run):
         return self.run(run)

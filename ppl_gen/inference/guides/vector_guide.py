@@ -75,7 +75,7 @@ def guide_from_vector(run: Run, distribution: Callable[[], TorchDistribution]) -
         ...             loc = pyro.param("loc", torch.zeros(1))
         ...             return dist.Normal(loc, 0.5).to_event(1)
         ...         guide = guide_from_vector(run, q)
-        ...         return Outcome(GuidePosterior(guide), state=run.workspace.snapshot(), guide=guide)
+        ...         return Outcome(GuidePosterior(guide), state=run.workspace.snapshot())
         >>> def model(x):
         ...     rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
         ...     with pyro.plate("data", len(x)):
