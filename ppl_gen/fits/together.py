@@ -39,7 +39,7 @@ def processes_of(fabric: Any, device: torch.device | None) -> tuple[Ranks, torch
             f"(pip install 'ppl_gen[fabric]'), got {type(fabric).__name__}"
         )
     _check_strategy(fabric)
-    if device is not None and device != fabric.device and device.type != fabric.device.type:
+    if device is not None and device not in (fabric.device, torch.device(fabric.device.type)):
         raise ValueError(f"device: this process's is {fabric.device}, as fabric says, got {device}; leave device out")
     if fabric.world_size == 1:
         return ALONE, fabric.device
@@ -73,6 +73,8 @@ def agree(run: Run, algorithm: Algorithm) -> None:
     """Raise ValueError on all processes if they were not given the same data, settings and program."""
     if run.ranks.alone:
         return
+    backend = torch.distributed.get_backend()
+    run.notes["processes"] = f"{run.ranks.world} ({backend}), each of which took its share of every batch"
     start = run.start.state.params if run.start is not None else {}
     shown = re.sub(r" at 0x[0-9a-f]+", "", f"{algorithm!r}")
     run.ranks.agree(

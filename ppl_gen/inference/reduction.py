@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ppl_gen.data.batches import Batches
 from ppl_gen.data.batching import Batch
@@ -34,7 +35,7 @@ class Together:
     def __init__(self, run: Run, modules: Sequence[nn.Module]) -> None:
         self.ranks, self.run, self.modules = run.ranks, run, modules
         self.streams = Streams(run.seed, run.ranks.rank, run.data.device)
-        self.written: dict[int, int] = {}
+        self.versions: dict[int, int] = {}
 
     def begin(self, leaves: Sequence[Tensor]) -> None:
         """All start from the first process's parameters, buffers and random numbers."""
@@ -46,7 +47,7 @@ class Together:
     @contextlib.contextmanager
     def batch(self, source: Batches) -> Iterator[Batch]:
         """This process's share of the next batch, for one update inside: draws for rows are its own, others common."""
-        self.written = {id(buffer): buffer._version for buffer in self._buffers()}
+        self.versions = {id(buffer): buffer._version for buffer in self._buffers()}
         with self.ranks.told(), self.streams.own(source.drawn):
             batch = source.next()
             assert batch.share is not None
@@ -61,7 +62,7 @@ class Together:
         The running statistics of networks that this update has written are averaged in place; a counter becomes that
         of the first process.
         """
-        buffers = [b for b in self._buffers() if self.written.get(id(b)) != b._version]
+        buffers = self._written()
         weights = [share.weight] * len(values)
         weights += [share.weight if b.is_floating_point() else float(self.ranks.first) for b in buffers]
         self.ranks.mark = self.streams.fingerprint()
@@ -75,10 +76,19 @@ class Together:
         for generator in self.streams.generators:
             generator.set_state(self.ranks.broadcast(generator.get_state()))
 
+    def _written(self) -> list[Tensor]:
+        """The buffers that this update wrote to: constants are not sent around."""
+        # torch's norms write without counting it in the version of the tensor.
+        normed = {id(b) for m in self._networks() if isinstance(m, _NormBase) and m.training for b in m.buffers()}
+        return [b for b in self._buffers() if id(b) in normed or self.versions.get(id(b)) != b._version]
+
     def _buffers(self) -> list[Tensor]:
-        found = {id(b): b for m in self.run.workspace.networks() for b in m._buffers.values() if b is not None}
-        found |= {id(b): b for module in self.modules for b in module.buffers()}
-        return list(found.values())
+        return list({id(b): b for m in self._networks() for b in m._buffers.values() if b is not None}.values())
+
+    def _networks(self) -> Iterator[nn.Module]:
+        yield from self.run.workspace.networks()
+        for module in self.modules:
+            yield from module.modules()
 
 
 def _weighted_sums(values: Sequence[Tensor], weights: Sequence[float], ranks: Ranks) -> list[Tensor]:

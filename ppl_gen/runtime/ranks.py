@@ -220,7 +220,8 @@ class Group(Ranks):
         elif isinstance(error, KeyboardInterrupt):
             place = _AT_ONCE
         with contextlib.suppress(*_HEARD):
-            self._meet(place, f"{type(error).__name__}: {error}")
+            said = str(error).strip().splitlines() or [""]
+            self._meet(place, f"{type(error).__name__}: {said[0]}")
 
     def _meet(self, place: int | None = None, text: str = "") -> None:
         """The short message that begins every exchange."""

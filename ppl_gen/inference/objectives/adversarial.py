@@ -157,6 +157,9 @@ class Adversarial(Objective):
         fused = all(p.device.type in ("cpu", "cuda", "mps") for p in params)
         return torch.optim.Adam(params, lr=rate, betas=betas, fused=fused or None)
 
+    def undivided(self, setting: Setting) -> str | None:
+        return None  # both players' losses are means over rows; of the records, ``spread`` is one of each part
+
     def build(self, setting: Setting) -> Game:
         return _AdversarialGame(self, setting)
 

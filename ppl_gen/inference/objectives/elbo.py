@@ -136,9 +136,11 @@ class _SampledGame(Game):
         surrogate, after = loss, dict[str, Tensor]()
         for name in self.estimators.score:
             local = self.setting.info.sites[name].local and not self.estimators.model_sums
-            cost = self._row_costs(guide, model) / rows if local else loss.detach()
+            # Of a row in nats, whatever the size of the batch: a baseline stays one where batches differ in size.
+            shown = (batch.rows or 1) if local else 1
+            cost = self._row_costs(guide, model) * (shown / rows) if local else loss.detach()
             term, after[name] = self._score_term(guide.nodes[name], cost.detach(), baseline.get(name))
-            surrogate = surrogate + term
+            surrogate = surrogate + term / shown
         return (surrogate, reconstruction / rows, kl / rows), after
 
     def _row_costs(self, guide: poutine.Trace, model: poutine.Trace) -> Tensor:
