@@ -23,6 +23,7 @@ from ppl_gen.capture.recording import RecordingRefused, record_checked
 from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.short_chains import Function, State, quenched, sampled, scale_of
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.fitting.posteriors.base import spread
 from ppl_gen.inference.unconstrained import Unconstrained
 from ppl_gen.program.info import ProgramInfo
 from ppl_gen.weights.weighed import numbers
@@ -96,7 +97,7 @@ def moved(
             return f"no short chains were run, as there are too many latent numbers ({density.size})"
         points = _points(density, draws)
         elsewhere = _elsewhere(density, points, dispersed, max(16, chains // 4)) if dispersed is not None else None
-        begun = points[_spread(len(points), chains)]
+        begun = points[spread(len(points), chains)]
         function = _together(density, begun)
         return _run(fit.info, density, function, points, begun, elsewhere, relabel)
     except PROGRAM_ERRORS as e:
@@ -129,10 +130,6 @@ def _brief(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-def _spread(total: int, count: int) -> Tensor:
-    return torch.linspace(0, total - 1, min(count, total)).round().long()
-
-
 def _points(density: Unconstrained, draws: Mapping[str, Tensor]) -> Tensor:
     """Draws x numbers: the unconstrained vectors of joint draws; those on the edge of a support are left out."""
     known = {name: draws[name] for name in density.sites}
@@ -152,7 +149,7 @@ def _points(density: Unconstrained, draws: Mapping[str, Tensor]) -> Tensor:
 def _elsewhere(density: Unconstrained, points: Tensor, prior: Mapping[str, Tensor] | None, count: int) -> Tensor:
     """Points x numbers, where further chains begin: draws pulled from the centre, and draws of the prior."""
     centre = points.median(0).values
-    wide = centre + WIDER * (points[_spread(len(points), count)] - centre)
+    wide = centre + WIDER * (points[spread(len(points), count)] - centre)
     if not prior:
         return wide
     known = {name: value for name, value in prior.items() if name in density.sites}

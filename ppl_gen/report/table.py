@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ppl_gen.report.posteriors import Apart, apart, posterior_words
+from ppl_gen.runtime.notebook import number
 
 if TYPE_CHECKING:
     import pandas
@@ -270,12 +271,12 @@ def as_text(comparison: Comparison, width: int = 100) -> str:
                 "algorithm": line.label,
                 "seed": str(line.seed),
                 "status": line.status,
-                title: _brief(record[value], 4),
+                title: number(record[value], 4),
                 "difference from best": "best" if best else _with_error(record["difference"], record["difference_se"]),
-                "shift/sd": _brief(record["shift_sd"], 2),
-                "sd ratio": _brief(record["sd_ratio"], 2),
-                "k-hat": _brief(record["pareto_k"], 2),
-                "seconds": _brief(record["seconds"], 1),
+                "shift/sd": number(record["shift_sd"], 2),
+                "sd ratio": number(record["sd_ratio"], 2),
+                "k-hat": number(record["pareto_k"], 2),
+                "seconds": number(record["seconds"], 1),
                 "verdict": line.grade,
             }
         )
@@ -288,10 +289,6 @@ def as_text(comparison: Comparison, width: int = 100) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([textwrap.fill(answer(comparison), width), "", *table, "", *said])
-
-
-def _brief(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
 def _with_error(value: float, error: float) -> str:
