@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import ppl_gen.bridge as bridge
-from ppl_gen.bridge import group, group_names, read_tree, to_tree, write_tree
+import ppl_gen.bridge.versions as bridge
+from ppl_gen.bridge import GROUPS, group, group_names, read_tree, to_tree, write_tree
 from ppl_gen.diagnostics.verdicts import Verdict, verdict_chains
 
 OLD = bridge._legacy()
-ROOT = Path(bridge.__file__).parents[1]
+ROOT = Path(bridge.__file__).parents[2]
 
 
 @pytest.fixture(params=["InferenceData", "DataTree"] if OLD else ["DataTree"])
@@ -74,7 +74,7 @@ def full_tree():
 def test_tree_holds_what_it_was_given(container):
     groups, tree = full_tree()
     assert type(tree).__name__ == container
-    assert group_names(tree) == [name for name in bridge.GROUPS if name in groups]
+    assert group_names(tree) == [name for name in GROUPS if name in groups]
     for name, variables in groups.items():
         for variable, value in variables.items():
             stored = group(tree, name)[variable]
@@ -263,7 +263,7 @@ def test_arviz_notice_is_silenced_where_it_is_due(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     code = (
-        "import warnings, ppl_gen.bridge as b; warnings.simplefilter('error', FutureWarning); b._arviz();"
+        "import warnings, ppl_gen.bridge.versions as b; warnings.simplefilter('error', FutureWarning); b._arviz();"
         "warnings.warn('other', FutureWarning)"
     )
     ours = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
