@@ -83,7 +83,7 @@ docs: $(VENV)/.docs
 # No index and no path is written down, so the same pins install from any mirror. 3.11 is the oldest Python: the
 # markers in the file choose for the newer ones.
 lock: $(READY)
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --group dev --upgrade \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra all --group dev --upgrade \
 		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
 clean:

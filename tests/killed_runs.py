@@ -20,9 +20,6 @@ from ppl_gen.fitting.algorithm import Iterative
 from ppl_gen.fitting.run import Outcome
 from ppl_gen.models import gaussian_mixture
 from ppl_gen.fitting.posteriors.points import PointPosterior
-from ppl_gen.comparison import processes
-
-processes.START = 0.0  # always in processes of their own
 
 def model(x):
     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))

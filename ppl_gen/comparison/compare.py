@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ppl_gen.comparison.processes import shared
+from ppl_gen.comparison.processes import side_by_side
 from ppl_gen.comparison.runner import Line, Task, inspected, one_by_one
 from ppl_gen.comparison.split import frozen_draws, split_rows
+from ppl_gen.comparison.spread import spread_over
 from ppl_gen.data.sources import collected
 from ppl_gen.errors import (
     is_number,
@@ -204,7 +205,7 @@ def compare(
     holdout: float = 0.2,
     test: Any = None,
     seeds: Sequence[int] = (0,),
-    n_jobs: int = 1,
+    n_jobs: int | None = None,
     particles: int = 100,
     draws: int = 500,
     threads: int = 1,
@@ -228,9 +229,10 @@ def compare(
             values are then in-sample, which maximum likelihood wins by construction, and the table says so.
         test: held-out rows of the user's choice; ``data`` is then used whole.
         seeds: one fit per algorithm and seed.
-        n_jobs: processes at most (joblib; -1: one per core). The numbers do not depend on it. The first fit is made
-            here; where the others would take no longer than workers to start, as the first lets expect, they are too,
-            and ``facts["processes"]`` says so.
+        n_jobs: fits at once, each in a process of its own, so that one that dies is a failed row (-1: one per core; 1:
+            one after another, in this process; starting processes takes a few seconds). None is 1 unless a surrounding
+            ``joblib.parallel_config`` says otherwise, such as ``parallel_config("dask")``; see `Fits on many machines`
+            in the documentation. The numbers do not depend on it.
         particles, draws: importance samples of local latents and posterior draws of globals, as in `Fit.evidence`.
         threads: of each fit, whatever ``n_jobs``, since sums in another order differ in their last bits. `pg.fit`
             gives the same bits under ``torch.set_num_threads(threads)``.
@@ -270,14 +272,15 @@ def compare(
                 "out; give test=..., or holdout=0 for in-sample values"
             )
         task = replace(task, mark=mark)
-        done, note = (one_by_one(task, jobs, progress), "") if n_jobs == 1 else shared(task, jobs, n_jobs, progress)
+        spread = spread_over(n_jobs)
+        done = one_by_one(task, jobs, progress) if spread is None else side_by_side(task, jobs, spread, progress)
     lines = [done[i] if i in done else _not_done(label, seed) for i, (label, _, seed) in enumerate(jobs)]
     from ppl_gen.comparison.provenance import facts_of
 
     settings = {"holdout": holdout, "seeds": seeds, "n_jobs": n_jobs, "particles": particles, "draws": draws}
     settings |= {"threads": threads, "device": device, "dtype": dtype}
-    facts = facts_of(task, info, algorithms, settings, given_test=test is not None)
-    facts["processes"] += note
+    shared_out = f"{'1' if spread is None else spread.text}, each fit on {threads} thread(s)"
+    facts = facts_of(task, info, algorithms, settings, given_test=test is not None, processes=shared_out)
     return Comparison(tuple(lines), recipe.name, held is None, facts, task.test)
 
 
@@ -295,6 +298,8 @@ def _check(algorithms: Any, holdout: Any, n_jobs: Any) -> None:
             got = f"the class {algorithm.__name__}" if kind else f"{algorithm!r}"
             raise TypeError(f"algorithms[{label!r}]: expected an algorithm, got {got}{hint}")
     require_number("holdout", holdout, 0.0, 1.0, "a share of the rows in [0, 1)")
+    if n_jobs is None:
+        return
     count = 0 if isinstance(n_jobs, bool) or not isinstance(n_jobs, numbers.Integral) else int(n_jobs)
     if count == 0 or count < -(os.cpu_count() or 1):  # joblib: -2 is all cores but one, and so on
         raise ValueError(f"n_jobs: expected a number of processes, or -1 for one per core, got {n_jobs!r}")

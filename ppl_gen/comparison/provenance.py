@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["facts_of", "versions", "written"]
 
-_USUAL = {"n_jobs": 1, "particles": 100, "draws": 500, "threads": 1, "device": None, "dtype": None}
+_USUAL = {"n_jobs": None, "particles": 100, "draws": 500, "threads": 1, "device": None, "dtype": None}
 
 
 def facts_of(
@@ -30,6 +30,7 @@ def facts_of(
     settings: Mapping[str, Any],
     *,
     given_test: bool,
+    processes: str,
 ) -> dict[str, str]:
     """Name -> sentence, in the order a reader asks for them."""
     train, held = row_count(task.train), row_count(task.test)
@@ -46,7 +47,7 @@ def facts_of(
         "rows": split,
         "seeds": ", ".join(map(str, seeds)),
         "evidence": f"{settings['draws']} posterior draws, {settings['particles']} importance samples",
-        "processes": f"{settings['n_jobs']}, each fit on {settings['threads']} thread(s)",
+        "processes": processes,
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "machine": f"{platform.system()} {platform.machine()}"
         + ("" if task.device is None else f", device {torch.device(task.device)}"),

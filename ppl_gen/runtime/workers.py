@@ -7,6 +7,8 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -104,12 +106,19 @@ def heeding(flag: Path, owner: int) -> Iterator[None]:
 @contextlib.contextmanager
 def spawning() -> Iterator[None]:
     """While workers are started: they are born deaf to signals, until they ignore them."""
+    from multiprocessing import resource_tracker
+
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # loky starts it on the way, and Python 3.11 lets signals in again then
+    with _deaf():
+        yield
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    from multiprocessing import resource_tracker
-
-    resource_tracker.ensure_running()  # loky starts it on the way, and Python 3.11 lets signals in again then
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -134,8 +143,8 @@ def unworried() -> Iterator[None]:
 def scratch() -> Iterator[Path]:
     """A temporary folder that is gone afterwards, whatever ends this process.
 
-    loky's own process removes it when this one is killed. Where that is killed too, the next `scratch` does: a lock
-    that the owner holds on the folder tells.
+    A small process removes it when this one is killed. Where that is killed too, the next `scratch` does: a lock that
+    the owner holds on the folder tells.
 
     >>> with scratch() as folder:
     ...     folder.is_dir()
@@ -143,20 +152,27 @@ def scratch() -> Iterator[Path]:
     >>> folder.exists()
     False
     """
-    from joblib.externals.loky.backend import resource_tracker
-
     sweep()
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     lock = locked(folder)
-    resource_tracker.register(str(folder), "folder")
+    with _deaf():
+        heir = subprocess.Popen([sys.executable, "-I", "-S", "-c", _HEIR, str(folder)], stdin=subprocess.PIPE)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():  # Windows keeps what is still mapped; loky's process tries again at the end
-            resource_tracker.unregister(str(folder), "folder")
+        heir.communicate()  # what is still mapped, Windows keeps: it tries again
         if lock is not None:
             os.close(lock)
+
+
+_HEIR = """
+import shutil, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+sys.stdin.read()
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
 
 
 def sweep() -> None:

@@ -19,9 +19,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import ppl_gen as pg
-from ppl_gen.comparison import processes
 from ppl_gen.comparison.provenance import written
-from ppl_gen.comparison.runner import one_by_one
 from ppl_gen.comparison.split import SPLIT_SEED, frozen_draws, split_rows
 from ppl_gen.data import Rows
 from ppl_gen.data.batching import as_dataset
@@ -209,8 +207,7 @@ def test_ctrl_c_keeps_what_is_done_and_ends_the_rest() -> None:
 
 
 @pytest.mark.timeout(600)  # two interpreters start
-def test_two_processes_give_the_same_bits(monkeypatch) -> None:
-    monkeypatch.setattr(processes, "START", 0.0)
+def test_two_processes_give_the_same_bits() -> None:
     net = nn.Linear(1, 1)
 
     def model(t, y=None):  # networks of the caller's own travel with their weights
@@ -260,46 +257,12 @@ def test_a_process_with_other_weights_is_found_out(tmp_path, monkeypatch) -> Non
         "        pyro.sample('x', dist.Normal(net(torch.ones(1)), 1.0), obs=x)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(processes, "START", 0.0)
     model = importlib.import_module("nets_of_mine").model
     try:
         said = pg.compare(model, rows(), {"a": SHORT, "b": SHORT}, n_jobs=2).messages.values()
     finally:
         sys.modules.pop("nets_of_mine")
     assert all("draws other values in another process" in text for text in said), said
-
-
-def test_small_fits_are_made_here_and_it_is_noted(monkeypatch) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("workers were started")
-
-    monkeypatch.setattr(processes, "side_by_side", never)
-    algorithms = {"a": SHORT, "b": SVI(steps=30, lr=0.05), "broken": Broken()}
-    one, two = (pg.compare(normal_mean, rows(), algorithms, n_jobs=n) for n in (1, 2))
-    pandas.testing.assert_frame_equal(
-        one.table().drop(columns="seconds"), two.table().drop(columns="seconds"), rtol=0, atol=0
-    )
-    assert "one process ran them all: the first took" in two.facts["processes"] and "ran" not in one.facts["processes"]
-
-
-@pytest.mark.parametrize("start", [1e-9, 0.5])
-def test_fits_that_take_longer_than_workers_to_start_go_to_workers(monkeypatch, start) -> None:
-    """At 1e-9 s the first is given up at its first step; at half a second it is kept, and the others are sent."""
-    sent = []
-
-    def seen(task, jobs, n_jobs, progress, parcels, known):
-        sent.extend(i for i in range(len(jobs)) if i not in known)
-        return one_by_one(task, jobs, False, known)
-
-    monkeypatch.setattr(processes, "side_by_side", seen)
-    monkeypatch.setattr(processes, "START", start)
-    if start == 0.5:
-        monkeypatch.setattr(processes, "worthwhile", lambda seconds, rest, n_jobs: (rest, n_jobs) == (2, 2))
-    algorithms = {"a": SHORT, "b": SHORT, "c": SHORT}
-    two = pg.compare(normal_mean, rows(), algorithms, n_jobs=2)
-    assert sent == ([0, 1, 2] if start < 0.5 else [1, 2])
-    for name, value in pg.compare(normal_mean, rows(), algorithms)["a"].params.items():
-        assert torch.equal(value, two["a"].params[name])
 
 
 def test_a_comparison_leaves_everything_as_it_was() -> None:

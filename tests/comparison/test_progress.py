@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import ppl_gen as pg
-from ppl_gen.comparison import processes
-from ppl_gen.comparison.processes import _begun, _running
+from ppl_gen.comparison.processes import _BEGUN, _mark, _running
 from ppl_gen.inference import NUTS, SVI
 from ppl_gen.inference.mcmc.nuts import _Report
 from ppl_gen.runtime.progress import Part, ProgressBar, called, rate
@@ -84,18 +83,17 @@ def test_chains_show_warm_up_apart_from_sampling(capsys, monkeypatch):
 
 def test_fits_under_way_are_those_begun_and_not_done(tmp_path):
     jobs, done = [("a", SVI(), 0), ("b", SVI(), 0), ("c", SVI(), 1)], {}
-    names = _running(tmp_path / "interrupted", jobs, done)
+    names = _running(tmp_path, jobs, done)
     assert names() == ""
     for i in (0, 2):
-        _begun(tmp_path / "interrupted", i).touch()
+        _mark(tmp_path, _BEGUN, i).touch()
     assert names() == "a, seed 0; c, seed 1"
     done[0] = None
     assert names() == "c, seed 1"
 
 
 @pytest.mark.timeout(600)  # two interpreters start
-def test_a_comparison_in_processes_shows_what_runs(capsys, monkeypatch):
-    monkeypatch.setattr(processes, "START", 0.0)
+def test_a_comparison_in_processes_shows_what_runs(capsys):
     result = pg.compare(model, X, {"a": SVI(steps=2000), "b": SVI(steps=2000)}, n_jobs=2, progress=True)
     assert result.table()["status"].tolist() == ["finished"] * 2
     assert "2/2" in capsys.readouterr().err

@@ -11,9 +11,12 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import threading
+import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +24,10 @@ import torch
 from ppl_gen.capture.recording import Recording
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.mcmc.kernel import Chain, DrawTable, sample_chain
+from ppl_gen.runtime.apart import call, died, inside, pickled, request, setting
 from ppl_gen.runtime.interrupts import check, hold
 from ppl_gen.runtime.threads import torch_threads
-from ppl_gen.runtime.workers import initializer, scratch, spawning, unworried
+from ppl_gen.runtime.workers import scratch
 from ppl_gen.workspace.isolation import isolated, validation_off
 from ppl_gen.workspace.workspace import Workspace
 
@@ -31,7 +35,6 @@ __all__ = ["run_chains", "workers"]
 
 _POLL = 0.2  # seconds between two looks at the workers
 _DYING = 5.0  # seconds in which a worker has noticed that its parent was killed
-_IDLE = 60  # seconds that workers stay for the next fit
 _WORTHWHILE = 6.0  # seconds: starting a worker costs about three, most of it importing torch and Pyro
 
 Report = Callable[[Sequence[DrawTable]], None]
@@ -46,22 +49,33 @@ def _run(chain: Chain, table: DrawTable, tick: Callable[[], None]) -> None:
         sample_chain(chain, potential.load() if isinstance(potential, Recording) else potential, table, tick)
 
 
-def _work(content: bytes, path: str, stop: str) -> None:
-    """What a worker does: one chain into one file; the file ``stop`` ends it between two iterations."""
-    try:
-        chain: Chain = pickle.loads(content)
-    except Exception as error:
-        raise _CannotTravel(f"{type(error).__name__}: {error}") from error
-    if chain.checkpoint is not None:
-        chain.checkpoint.begin()
+def _work(path: str, stop: str, content: bytes) -> bytes:
+    """What a process does: one chain into one file, until it is done or the file ``stop`` is there.
+
+    Gives the error that ended it, or None, pickled.
+    """
 
     def tick() -> None:
         if os.path.exists(stop):
             raise KeyboardInterrupt
 
-    with Workspace(device=chain.device, dtype=chain.dtype, modules=dict(chain.modules)):
-        with contextlib.suppress(KeyboardInterrupt):
-            _run(chain, DrawTable.of(chain, Path(path), "r+"), tick)
+    try:
+        try:
+            chain: Chain = pickle.loads(content)
+        except Exception as error:
+            raise _CannotTravel(f"{type(error).__name__}: {error}") from error
+        if chain.checkpoint is not None:
+            chain.checkpoint.begin()
+        with Workspace(device=chain.device, dtype=chain.dtype, modules=dict(chain.modules)):
+            with contextlib.suppress(KeyboardInterrupt):
+                _run(chain, DrawTable.of(chain, Path(path), "r+"), tick)
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        try:
+            return pickled(error)
+        except Exception:  # an error of the user's that holds what cannot travel
+            return pickled(RuntimeError(f"{type(error).__name__}: {error}"))
+    return pickled(None)
 
 
 def workers(chains: int, seconds: float, device: torch.device | None) -> int:
@@ -69,9 +83,8 @@ def workers(chains: int, seconds: float, device: torch.device | None) -> int:
     if chains == 1 or seconds < _WORTHWHILE or (device is not None and device.type != "cpu"):
         return 1
     from joblib import cpu_count
-    from joblib.parallel import get_active_backend
 
-    nested = get_active_backend()[0].nesting_level or multiprocessing.current_process().daemon
+    nested = inside() or multiprocessing.current_process().name != "MainProcess"
     return 1 if nested else min(chains, cpu_count())
 
 
@@ -111,38 +124,38 @@ def _here(chains: Sequence[Chain], report: Report) -> tuple[list[DrawTable], boo
 
 
 def _side_by_side(chains: Sequence[Chain], processes: int, report: Report) -> tuple[list[DrawTable], bool]:
-    # loky starts fresh interpreters that do not import the user's script, so that no __main__ guard is needed; forking
-    # a process whose torch has used threads can hang.
-    from joblib.externals.loky import get_reusable_executor
-    from joblib.externals.loky.backend.reduction import dumps
-
+    # Fresh interpreters do not import the user's script, so that no __main__ guard is needed; forking a process whose
+    # torch has used threads can hang.
     try:
-        contents = [bytes(dumps(chain)) for chain in chains]
+        contents = [pickled(chain) for chain in chains]
     except Exception as error:
         raise _CannotTravel(f"{type(error).__name__}: {error}") from error
-    with scratch() as folder, unworried():
+    over = threading.Event()
+    with scratch() as folder, ThreadPoolExecutor(processes, "ppl_gen-chain") as threads:
         paths = [folder / f"chain{i}" for i in range(len(chains))]
         tables = [DrawTable.of(chain, path) for chain, path in zip(chains, paths, strict=True)]
-        executor = get_reusable_executor(max_workers=processes, timeout=_IDLE, **initializer())
-        interrupted, stop = False, folder / "stop"
-        futures: list[Future[None]] = []
+        made, stop = setting(), folder / "stop"
+        asked = [request(_work, str(path), str(stop)) for path in paths]
+        futures = [
+            threads.submit(call, made, [task, content], None, None, over)
+            for task, content in zip(asked, contents, strict=True)
+        ]
+        interrupted = False
         try:
-            with spawning():
-                for content, path in zip(contents, paths, strict=True):
-                    futures.append(executor.submit(_work, content, str(path), str(stop)))
             _wait(futures, tables, report)
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and any(chain.checkpoint is not None for chain in chains):
+        except KeyboardInterrupt:
+            if any(chain.checkpoint is not None for chain in chains):
                 stop.touch()
                 _wait_for_ends(futures)
-            executor.shutdown(wait=True, kill_workers=True)
-            if not isinstance(error, KeyboardInterrupt):
-                raise
             interrupted = True
+        finally:
+            over.set()  # what still runs ends, and so do the threads that wait for it
+            for future in futures:
+                future.cancel()
         return [DrawTable(np.array(table.rows)) for table in tables], interrupted  # copies, as the files go
 
 
-def _wait_for_ends(futures: Sequence[Future[None]]) -> None:
+def _wait_for_ends(futures: Sequence[Future[tuple[str, Any]]]) -> None:
     """Until all chains have written what they have, at most an iteration later; a second Ctrl-C waits no longer."""
     pending = set(futures)
     with contextlib.suppress(KeyboardInterrupt):
@@ -151,18 +164,17 @@ def _wait_for_ends(futures: Sequence[Future[None]]) -> None:
             check()
 
 
-def _wait(futures: Sequence[Future[None]], tables: Sequence[DrawTable], report: Report) -> None:
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
-
+def _wait(futures: Sequence[Future[tuple[str, Any]]], tables: Sequence[DrawTable], report: Report) -> None:
     pending = set(futures)
     while pending:
         finished, pending = wait(pending, timeout=_POLL, return_when="FIRST_COMPLETED")
         for future in finished:
-            error = future.exception()
-            if isinstance(error, TerminatedWorkerError):
-                raise RuntimeError(
-                    "a worker process that ran a chain exited unexpectedly, perhaps for lack of memory; try processes=1"
-                ) from error
-            future.result()
+            kind, content = future.result()
+            if kind == "died":
+                raise RuntimeError(f"a process that ran a chain ended ({died(content)}); try processes=1")
+            if kind == "error":
+                raise RuntimeError(f"a process could not run a chain:\n{content.decode(errors='replace')}")
+            if error := pickle.loads(content):
+                raise error
         report(tables)
         check()
