@@ -158,8 +158,8 @@ def test_what_the_package_imports_is_declared_and_what_is_declared_is_imported()
     declared = {_name(r) for extra, rows in _declared().items() if extra != "dev" for r in rows}
     declared -= {"ppl-gen"}  # the extra "all" is made of the others
     assert not used - declared - {"arviz-base", "arviz-stats", "arviz-plots"}
-    # xarray loads these two by itself when it writes a file; joblib loads what runs a cluster.
-    assert not declared - used - {"h5netcdf", "h5py"} - CLUSTERS
+    # xarray loads the first two by itself when it writes a file; a Fabric is made by the user; joblib loads clusters.
+    assert not declared - used - {"h5netcdf", "h5py", "lightning-fabric"} - CLUSTERS
 
 
 def test_errors_name_extras_that_exist() -> None:
