@@ -75,6 +75,7 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.compare(normal, x, {"a": SVI(steps=1)}, progress=3)  ->  progress: expected True, False or None, got 3
         """,
         TypeError: """
+            pg.fit(normal, x, SVI(steps=1), fabric=2)  ->  fabric: expected a lightning_fabric.Fabric
             pg.fit(normal, x, SVI(steps=1), dtype=torch.float16)  ->  dtype: expected torch.float32 or torch.float64, got torch.float16
             pg.compare(normal, x, {"a": SVI(steps=1)}, dtype="float64")  ->  dtype: expected torch.float32 or torch.float64, got 'float64'
             pg.compare(normal, x, {"a": SVI(steps=1)}, seeds=np.int64(3))  ->  seeds: expected several whole numbers

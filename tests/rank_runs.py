@@ -239,6 +239,21 @@ def chained(x: torch.Tensor) -> None:
         pyro.sample(f"x{i}", dist.Normal(loc, 1.0), obs=x[i])
 
 
+def centred(x: torch.Tensor) -> None:
+    """What a row adds depends on the others."""
+    loc = pyro.param("loc", torch.tensor(0.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc + x.mean(), 1.0), obs=x)
+
+
+def tied(x: torch.Tensor) -> None:
+    """One finite latent of all rows, summed out in the model."""
+    loc = pyro.param("loc", torch.tensor([0.0, 1.0]))
+    k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(torch.where(k > 0, loc[0], loc[1]), 1.0), obs=x)
+
+
 def at(step: int, act: Callable[[], None], rank: int, here: int) -> list[Callable[..., None]]:
     """A callback of one process only."""
     return [lambda now, info: act() if now == step else None] if rank == here else []
@@ -289,6 +304,8 @@ def endings(fabric: Any) -> dict[str, Any]:
         "local points": lambda: pg.fit(rowwise, X, svi(), **two),
         "no plate": lambda: pg.fit(chained, X[:4], svi(), **two),
         "one row": lambda: pg.fit(normal, X, svi(batch_size=1), **two),
+        "coupled rows": lambda: pg.fit(centred, X, svi(), **two),
+        "tied rows": lambda: pg.fit(pg.Program(tied, lambda x: None), X, svi(), **two),
         "joint logsumexp": lambda: pg.fit(normal, X, svi(IWAE(particles=3)), **two),
         "chunks": lambda: pg.fit(GAUSSIAN, BITS, svi(IWAE(particles=4, chunk=2)), **two),
         "Renyi": lambda: pg.fit(GAUSSIAN, BITS, svi(pyro.infer.RenyiELBO(num_particles=2)), **two),

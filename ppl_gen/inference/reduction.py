@@ -23,6 +23,11 @@ from ppl_gen.workspace.streams import Streams
 
 __all__ = ["Together"]
 
+OWN = (
+    "random numbers that do not follow the rows (dropout, gamma and other draws that reject, augmented batches) are "
+    "each process's own: the losses have the law of one process's, and other values"
+)
+
 
 class Together:
     """What the processes that learn one fit do around each step: noise, one sum, statistics of networks.
@@ -53,6 +58,8 @@ class Together:
             assert batch.share is not None
             with RankNoise(self.run.info.data_plate, batch.share, self.streams):
                 yield batch
+        if self.streams.drawn:
+            self.run.notes.setdefault("noise", OWN)
         if not self.ranks.alike:
             self._in_step()
 
@@ -98,8 +105,18 @@ def _weighted_sums(values: Sequence[Tensor], weights: Sequence[float], ranks: Ra
         dtype = torch.promote_types(dtype, value.dtype) if value.is_floating_point() else dtype
     # Zero, and not zero times a value that may be infinite: who holds no rows has no say.
     own = [
-        v.detach().to(dtype).flatten() * w if w else torch.zeros(v.numel(), dtype=dtype, device=v.device)
+        v.detach().flatten().to(dtype) if w else torch.zeros(v.numel(), dtype=dtype, device=v.device)
         for v, w in zip(values, weights, strict=True)
     ]
-    pieces = ranks.all_reduce(torch.cat(own)).split([v.numel() for v in values])
-    return [torch.empty_like(v).copy_(p.view(v.shape)) for v, p in zip(values, pieces, strict=True)]
+    flat = torch.cat(own)
+    for piece, weight in zip(flat.split([v.numel() for v in values]), weights, strict=True):
+        piece.mul_(weight)
+    pieces = ranks.all_reduce(flat).split([v.numel() for v in values])
+    return [_as(value, piece) for value, piece in zip(values, pieces, strict=True)]
+
+
+def _as(value: Tensor, piece: Tensor) -> Tensor:
+    """A flat piece in the shape, strides and dtype of a value; numbers, which histories keep, let go of the whole."""
+    if piece.numel() > 1 and value.dtype is piece.dtype and value.is_contiguous():
+        return piece.view(value.shape)
+    return torch.empty_like(value).copy_(piece.view(value.shape))

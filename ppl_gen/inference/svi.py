@@ -25,7 +25,7 @@ from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Game, Setting
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.inference.outside import refuse_rows_outside
-from ppl_gen.inference.spread import as_shared, refuse_undivided, rows_each
+from ppl_gen.inference.spread import as_shared, refuse_coupled, refuse_undivided, rows_each
 from ppl_gen.inference.updates import OPTIMISERS, State
 from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.guide_checks import check_masked
@@ -172,6 +172,7 @@ class SVI(Iterative):
             if shared.minibatches and guide is not None:
                 refuse_row_parameters(run, guide, whole)
             game = started(self.objective, shared)
+        refuse_coupled(game, run)
         _continue(game, run)
         return State(self, run, game, guide, probe)
 

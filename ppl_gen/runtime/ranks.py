@@ -89,7 +89,7 @@ class Ranks:
         """Wait until all are here."""
 
     def all_reduce(self, value: Tensor) -> Tensor:
-        """The sum of ``value`` over all processes, bit for bit the same on each."""
+        """The sum of ``value`` over all processes, bit for bit the same on each; ``value`` may be overwritten by it."""
         return value
 
     def broadcast(self, value: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ class Group(Ranks):
 
     def _summed(self, value: Tensor) -> Tensor:
         with self._unbroken():
-            moved = value.detach().to(self.device, copy=True).contiguous()
+            moved = value.detach().to(self.device).contiguous()
             torch.distributed.all_reduce(moved)
             return moved.to(value.device)
 

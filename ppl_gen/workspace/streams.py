@@ -36,6 +36,7 @@ class Streams:
         if device is not None and device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             self.generators.append(torch.cuda.default_generators[index])
+        self.drawn = False  # whether the last update took numbers from the own stream
         self._other: list[Tensor] = []  # where the stream stands that is not in use
 
     @contextlib.contextmanager
@@ -44,9 +45,11 @@ class Streams:
         kept, self._other = generators(), self._states()
         entropy = np.random.SeedSequence([self.seed, 2, self.rank, number])
         pyro.set_rng_seed(int(entropy.generate_state(1, np.uint32)[0]))
+        fresh = self._states()
         try:
             yield
         finally:
+            self.drawn = not all(map(torch.equal, fresh, self._states()))
             set_generators(kept)
             self._set(self._other)
 

@@ -69,6 +69,7 @@ def test_two_processes_give_the_curve_of_one_at_the_same_global_batch(runs: Any,
     records = [{k: v for k, v in found["records"].items() if k != "spread"} for found in (first, alone)]
     assert largest(*records) <= CURVE
     assert largest(first["params"], alone["params"]) <= CURVE
+    assert "noise" not in first["notes"]
     losses = alone["records"]["program_loss"]
     assert max(losses) - min(losses) > 1e3 * CURVE  # there was something to follow
 
@@ -87,6 +88,7 @@ def test_both_processes_return_the_same_fit(runs: Any, name: str) -> None:
 def test_running_statistics_are_those_of_all_rows(runs: Any) -> None:
     found = both(runs, "endings")[0]["batch norm"]["buffers"]
     assert found["net$$$1.num_batches_tracked"] == [30.0]
+    assert "every process normalises by its own share" in both(runs, "endings")[0]["batch norm"]["notes"]["batch norm"]
     assert found["net$$$1.running_mean"] != [0.0] * 4 and found["net$$$1.running_var"] != [1.0] * 4
 
 
@@ -96,6 +98,7 @@ def test_two_processes_learn_what_one_does_where_their_noise_is_their_own(runs: 
     first = both(runs, "endings")[0]["other noise"]
     alone = pg.fit(rank_runs.dropping(), rank_runs.ROWS, rank_runs.svi(batch_size=10, steps=60), seed=3)
     one, two = (sum(losses[-20:]) / 20 for losses in (alone.records["program_loss"], first["records"]["program_loss"]))
+    assert "each process's own" in first["notes"]["noise"]
     assert one != two and abs(one - two) < 5 * 0.16
     assert first["records"]["program_loss"][0] > two + 5 * 0.16  # and it has learned something
 
@@ -162,6 +165,8 @@ REFUSED = {
     "local points": "an autoguide holds one set of parameters per row",
     "no plate": "it has no plate over its rows",
     "one row": "cannot share a batch of 1 row(s)",
+    "coupled rows": "depends on the other rows of its batch",
+    "tied rows": "are summed out in the model, which minibatches do not allow",
     "joint logsumexp": "with all rows inside of it",
     "chunks": "draws every chunk twice",
     "Renyi": "may hold all rows inside one logarithm",
