@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ppl_gen.comparison.kept import opened
 from ppl_gen.comparison.processes import side_by_side
-from ppl_gen.comparison.runner import Line, Task, inspected, one_by_one
+from ppl_gen.comparison.runner import Line, Task, finished_lines, inspected, one_by_one
 from ppl_gen.comparison.split import frozen_draws, split_rows
 from ppl_gen.comparison.spread import spread_over
 from ppl_gen.data.sources import collected
@@ -212,6 +213,7 @@ def compare(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     progress: bool | None = None,
+    folder: str | Path | None = None,
 ) -> Comparison:
     r"""Fit ``program`` with every algorithm under every seed, and judge all fits by log p(x) of the same held-out rows.
 
@@ -238,6 +240,9 @@ def compare(
             gives the same bits under ``torch.set_num_threads(threads)``.
         device, dtype: as for `pg.fit`.
         progress: progress bars; None: in terminals and notebooks only.
+        folder: where the comparison is kept as it goes. Called again, it makes no finished row again (but those that
+            ended with an error), and goes on with those that were under way, to the same numbers. Algorithms and seeds
+            may be added; another comparison is refused. See ``checkpoint`` of `pg.fit`.
 
     Raises:
         ValueError, TypeError: before anything runs, for a mistake in program, data or settings.
@@ -256,15 +261,15 @@ def compare(
     require_device(device)
     require_dtype(dtype)
     require_flag("progress", progress, optional=True)
+    place = None if folder is None else as_path(folder, "folder").absolute()
     jobs = [(label, algorithm, seed) for label, algorithm in algorithms.items() for seed in seeds]
     recipe = as_recipe(program)
     with listening():
         with allowed():
             data, test = collected(data), collected(test)
             train, held = (data, test) if test is not None or not holdout else split_rows(data, holdout, program)
-            task = Task(
-                recipe, train, frozen_draws(data if held is None else held), particles, draws, threads, device, dtype
-            )
+            rows = frozen_draws(data if held is None else held)
+            task = Task(recipe, train, rows, particles, draws, threads, device, dtype, folder=place)
         info, mark = inspected(task)
         if info.data_plate is None and held is not None and test is None:
             raise ValueError(
@@ -273,7 +278,12 @@ def compare(
             )
         task = replace(task, mark=mark)
         spread = spread_over(n_jobs)
-        done = one_by_one(task, jobs, progress) if spread is None else side_by_side(task, jobs, spread, progress)
+        with opened(task, algorithms):
+            known = finished_lines(task, jobs)
+            if spread is None:
+                done = one_by_one(task, jobs, progress, known)
+            else:
+                done = side_by_side(task, jobs, spread, progress, known)
     lines = [done[i] if i in done else _not_done(label, seed) for i, (label, _, seed) in enumerate(jobs)]
     from ppl_gen.comparison.provenance import facts_of
 
@@ -281,6 +291,8 @@ def compare(
     settings |= {"threads": threads, "device": device, "dtype": dtype}
     shared_out = f"{'1' if spread is None else spread.text}, each fit on {threads} thread(s)"
     facts = facts_of(task, info, algorithms, settings, given_test=test is not None, processes=shared_out)
+    if place is not None:
+        facts["rows kept"] = f"{len(known)} of {len(jobs)} were finished before, and not made again"
     return Comparison(tuple(lines), recipe.name, held is None, facts, task.test)
 
 

@@ -9,13 +9,16 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
 
+from ppl_gen.comparison.kept import keep, kept_line, place_of
+from ppl_gen.comparison.lines import Job, Line, Task
 from ppl_gen.data.batching import Batch, as_dataset
+from ppl_gen.diagnostics.diagnosis import DRAWS
 from ppl_gen.diagnostics.verdicts import Verdict
 from ppl_gen.draws.new_data import check_columns
 from ppl_gen.errors import FitWarning, IncompatibleError, NonFiniteError
@@ -26,67 +29,17 @@ from ppl_gen.fits.result import Fit, Status
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.program.missing import refuse_read_nan
-from ppl_gen.program.program import Program, Recipe, with_known_kwargs
+from ppl_gen.program.program import Program, with_known_kwargs
 from ppl_gen.runtime.interrupts import allowed, taken
 from ppl_gen.runtime.progress import called
 from ppl_gen.runtime.threads import torch_threads
 
 if TYPE_CHECKING:
-    import pandas
-
-    from ppl_gen.evidence.estimates import Evidence
     from ppl_gen.program.info import ProgramInfo
 
-__all__ = ["Callback", "Job", "Line", "Task", "inspected", "line_of", "one_by_one"]
+__all__ = ["Callback", "Job", "Line", "Task", "inspected", "finished_lines", "line_of", "one_by_one"]
 
-Job = tuple[str, Algorithm, int]
-_TRUST = {"trust": "trusted", "doubtful": "doubtful", "do not trust": "not trusted"}
 Callback = Callable[[int, Mapping[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Line:
-    """One algorithm under one seed: its fit where there is one, and what the yardsticks say of it."""
-
-    label: str
-    seed: int
-    status: str
-    message: str
-    seconds: float = math.nan
-    fit: Fit | None = None
-    evidence: Evidence | None = None
-    verdict: Verdict | None = None
-    pareto_k: float = math.nan
-    summary: pandas.DataFrame | None = None
-    traceback: str = ""
-    undiagnosed: str = ""
-
-    @property
-    def grade(self) -> str:
-        """How far the fit can be trusted, in a word or two."""
-        if self.fit is None:
-            return "no fit"
-        return "not diagnosed" if self.verdict is None else _TRUST[self.verdict.grade]
-
-    @property
-    def verdict_text(self) -> str:
-        """The verdict in a sentence or two, or why there is none."""
-        return self.undiagnosed if self.verdict is None else str(self.verdict)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What all fits of a comparison share; ``mark`` tells whether another process holds the same program."""
-
-    recipe: Recipe
-    train: Any
-    test: Any
-    particles: int = 100
-    draws: int = 500
-    threads: int = 1
-    device: str | torch.device | None = None
-    dtype: torch.dtype | None = None
-    mark: str = ""
 
 
 def inspected(task: Task) -> tuple[ProgramInfo, str]:
@@ -150,24 +103,22 @@ def one_by_one(
 def line_of(
     task: Task, label: str, algorithm: Algorithm, seed: int, progress: bool | None, callbacks: Sequence[Callback] = ()
 ) -> Line:
-    """One fit and its yardsticks; whatever goes wrong is what the line says."""
+    """One fit and its yardsticks; whatever goes wrong is what the line says. Kept, where the task has a folder."""
+    line = _made(task, label, algorithm, seed, progress, callbacks)
+    keep(task, line)
+    return line
+
+
+def _made(
+    task: Task, label: str, algorithm: Algorithm, seed: int, progress: bool | None, callbacks: Sequence[Callback]
+) -> Line:
     began = time.perf_counter()
     kept, text, trail = None, "", ""
     with torch_threads(task.threads):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FitWarning)  # the row has a verdict
-                result = learn(
-                    task.recipe,
-                    task.train,
-                    algorithm,
-                    seed=seed,
-                    device=task.device,
-                    dtype=task.dtype,
-                    progress=progress,
-                    callbacks=callbacks,
-                )
-                return _judged(task, label, result)
+                return _judged(task, label, _learned(task, label, algorithm, seed, progress, callbacks))
         except IncompatibleError as error:
             status, text = str(Status.INCOMPATIBLE), str(error)
         except NonFiniteError as error:
@@ -179,6 +130,48 @@ def line_of(
     return Line(
         label, seed, status, text, seconds, kept, None, verdict, traceback=trail, undiagnosed=f"no fit: {status}"
     )
+
+
+def _learned(
+    task: Task, label: str, algorithm: Algorithm, seed: int, progress: bool | None, callbacks: Sequence[Callback] = ()
+) -> Fit:
+    return learn(
+        task.recipe,
+        task.train,
+        algorithm,
+        seed=seed,
+        device=task.device,
+        dtype=task.dtype,
+        progress=progress,
+        callbacks=callbacks,
+        checkpoint=None if task.folder is None else place_of(task.folder, label, seed) / "run",
+    )
+
+
+def finished_lines(task: Task, jobs: Sequence[Job]) -> dict[int, Line]:
+    """The lines that are finished in the task's folder, by the place of their job; no step is made for them."""
+    found: dict[int, Line] = {}
+    for i, (label, algorithm, seed) in enumerate(jobs if task.folder is not None else ()):
+        if (kept := kept_line(task, label, seed)) is not None:
+            line, fitted = kept
+            found[i] = _regained(task, algorithm, line) if fitted else line
+    return found
+
+
+def _regained(task: Task, algorithm: Algorithm, line: Line) -> Line:
+    """The line with its fit again, from its checkpoint."""
+    with torch_threads(task.threads), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)
+        try:
+            fit: Fit | None = _learned(task, line.label, algorithm, line.seed, False)
+        except NonFiniteError as error:
+            fit = error.fit
+    assert fit is not None
+    if line.verdict is not None:
+        fit.computed["verdict"] = fit.computed["verdict", DRAWS] = line.verdict
+    if line.summary is not None:
+        fit.computed["diagnosis"] = line.summary.copy()
+    return replace(line, fit=fit)
 
 
 def _judged(task: Task, label: str, result: Fit) -> Line:

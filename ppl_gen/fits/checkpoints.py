@@ -8,18 +8,19 @@ from typing import Any
 
 import pyro
 
+from ppl_gen.data.batching import Dataset
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.fits.identity import differing, identity, plain_parts
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.fitting.checkpoint import DEFAULT_EVERY, Checkpoint, Every, require_every
 from ppl_gen.fitting.run import Run
-from ppl_gen.program.program import Recipe
+from ppl_gen.program.program import Program, Recipe
 from ppl_gen.runtime.atomic import as_path
 from ppl_gen.runtime.numbered import Numbered
 from ppl_gen.workspace.closures import Remembered, functions_of
 from ppl_gen.workspace.isolation import without_side_effects
 
-__all__ = ["checked_place", "opened"]
+__all__ = ["checked_place", "opened", "refuse_memory"]
 
 _SHOWN = 5
 
@@ -38,10 +39,7 @@ def checked_place(
             raise ValueError("every: it says how often a checkpoint is written; give checkpoint=folder too")
         return None, DEFAULT_EVERY
     interval = DEFAULT_EVERY if every is None else require_every(every)
-    try:
-        folder = as_path(checkpoint)
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("path:", "checkpoint:", 1)) from None
+    folder = as_path(checkpoint, "checkpoint")
     if not algorithm.resumable:
         raise IncompatibleError(
             f"checkpoint: a run of {algorithm.label} cannot be kept and gone on with, as {type(algorithm).__name__} "
@@ -66,7 +64,7 @@ def opened(records: Numbered | None, every: Every, run: Run, recipe: Recipe, alg
     if records is None:
         yield
         return
-    _refuse_memory(run)
+    refuse_memory(run.program, run.data)
     now = identity(run, recipe, algorithm)
     with records.claimed():
         made = Checkpoint(records, every, {"kind": "fit", "identity": now})
@@ -80,10 +78,14 @@ def opened(records: Numbered | None, every: Every, run: Run, recipe: Recipe, alg
         yield
 
 
-def _refuse_memory(run: Run) -> None:
-    """What a program changes in Python each time it runs is in no checkpoint, and it may count steps for a schedule."""
-    batch, parts = run.data.glimpse(), plain_parts(run.program)
-    before = Remembered(functions_of(run.program))
+def refuse_memory(program: Program, data: Dataset, argument: str = "checkpoint") -> None:
+    """What a program changes in Python each time it runs is in no checkpoint, and it may count steps for a schedule.
+
+    Raises:
+        IncompatibleError: naming what it changes.
+    """
+    batch, parts = data.glimpse(), plain_parts(program)
+    before = Remembered(functions_of(program))
     with without_side_effects(), pyro.get_param_store().scope():
         for part in parts:
             with contextlib.suppress(*PROGRAM_ERRORS):  # it is not called as in a run: the run will tell
@@ -92,9 +94,9 @@ def _refuse_memory(run: Run) -> None:
     before.put_back()
     if changed:
         raise IncompatibleError(
-            f"checkpoint: the program {run.program.name!r} changes {', '.join(changed)} as it runs, which a checkpoint "
+            f"{argument}: the program {program.name!r} changes {', '.join(changed)} as it runs, which a checkpoint "
             "cannot hold. Keep it in a buffer (register_buffer), give what counts steps as data (pg.by_step), or leave "
-            "checkpoint out"
+            f"{argument} out"
         )
 
 

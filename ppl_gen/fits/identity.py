@@ -63,7 +63,7 @@ def of_program(program: Program, recipe: Recipe | None, data: Dataset, workspace
     batch = data.glimpse()
     # In a parameter store of its own: what begins at random values must not begin here, from other rows.
     with without_side_effects(), pyro.get_param_store().scope():
-        learned = learned_of(plain_parts(program), batch, list(workspace.modules.values()))
+        learned = learned_of(plain_parts(program), batch, workspace.modules.values())
     return described(program, recipe, learned, also=_ALSO)
 
 
@@ -79,9 +79,9 @@ def _parts(guide: Any) -> Iterable[Any]:
     return guide.modules() if isinstance(guide, torch.nn.Module) else ()
 
 
-def of_algorithm(algorithm: Algorithm) -> dict[str, Any]:
-    """Its settings one by one, without those that a run may be given more of and those that change no number."""
-    left_out = {*algorithm.growing, *algorithm.idle}
+def of_algorithm(algorithm: Algorithm, *, growing: bool = False) -> dict[str, Any]:
+    """Its settings one by one, without those that change no number and (unless asked) that may be raised."""
+    left_out = {*algorithm.idle, *(() if growing else algorithm.growing)}
     own: Any = algorithm
     parts = {f.name: getattr(own, f.name) for f in fields(own)} if is_dataclass(own) else {}
     described = settings_of({f"algorithm.{name}": value for name, value in parts.items() if name not in left_out})

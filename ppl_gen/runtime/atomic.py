@@ -30,11 +30,11 @@ _ELSEWHERE = 7 * 24 * 3600.0  # the same where another machine is said to write 
 _mine: set[str] = set()  # contents that this process is writing now
 
 
-def as_path(path: object) -> Path:
+def as_path(path: object, name: str = "path") -> Path:
     """A path from text or a `Path`; raises TypeError for anything else, ValueError for one that cannot be."""
     if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path: expected text or a Path, got {type(path).__name__}")
-    require_spelt("path", path)
+        raise TypeError(f"{name}: expected text or a Path, got {type(path).__name__}")
+    require_spelt(name, path)
     return Path(path).expanduser()
 
 
