@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import dataclasses
+import datetime
 import inspect
 import runpy
 import sys
@@ -136,6 +137,7 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0",
     jobs: Annotated[int, typer.Option(help="Processes; the numbers do not depend on it.")] = 1,
     out: Annotated[Path | None, typer.Option(help="An .html report, or a folder for table, fits and report.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Keep rows and runs here, and go on from what is there.")] = None,
 ) -> int:
     """Fit a program with several algorithms and judge them on the same held-out rows."""
     import ppl_gen as pg
@@ -145,7 +147,7 @@ def compare(
         raise Misuse(f"--seeds: expected whole numbers such as 0,1,2, got {seeds!r}")
     numbers = [int(seed) for seed in seeds.split(",")]
     made = program_of(program)
-    result = pg.compare(made, data_of(data, made), chosen, holdout=holdout, seeds=numbers, n_jobs=jobs)
+    result = pg.compare(made, data_of(data, made), chosen, holdout=holdout, seeds=numbers, n_jobs=jobs, folder=folder)
     return _shown(result, out)
 
 
@@ -160,13 +162,15 @@ def fit(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps, for algorithms that have them.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate, for algorithms that have one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to save the fit in.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Keep the run here, and go on from what is there.")] = None,
+    every: Annotated[str | None, typer.Option(help="How often: steps (500) or a time (30s, 5m); a minute.")] = None,
 ) -> int:
     """Fit a program with one algorithm, and say whether to trust it."""
     import ppl_gen as pg
 
     chosen = algorithm_of(algorithm, {k: v for k, v in {"steps": steps, "lr": lr}.items() if v is not None})
-    made = program_of(program)
-    result = pg.fit(made, data_of(data, made), chosen, seed=seed)
+    made, interval = program_of(program), None if every is None else _interval(every)
+    result = pg.fit(made, data_of(data, made), chosen, seed=seed, checkpoint=checkpoint, every=interval)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pg.FitWarning)  # the line below says it
         summary = result.diagnose()  # before the fit is printed, which then shows its verdict
@@ -294,6 +298,16 @@ def _made(maker: Callable[..., Any], name: str, options: Mapping[str, Any]) -> A
         return maker(**options)
     except (TypeError, ValueError) as error:
         raise Misuse(f"{name}: {error}") from error
+
+
+def _interval(text: str) -> int | datetime.timedelta:
+    """500 is a number of steps, 30s and 5m are times."""
+    number, unit = (text, "") if text.isdigit() else (text[:-1], text[-1:])
+    if not number.isdigit() or int(number) < 1 or unit not in ("", "s", "m"):
+        raise Misuse(f"--every: expected steps such as 500, or a time such as 30s or 5m, got {text!r}")
+    if not unit:
+        return int(number)
+    return datetime.timedelta(**{"seconds" if unit == "s" else "minutes": int(number)})
 
 
 def _options(text: str) -> dict[str, Any]:

@@ -181,10 +181,11 @@ def damaged(folder: Path, how: str) -> Path:
 
 def names(folder: Path) -> dict[str, Any]:
     """What the expressions of `CASES` speak of; ``folder`` takes the files."""
-    saved, text = folder / "saved", folder / "notes.txt"
+    saved, text, kept = folder / "saved", folder / "notes.txt", folder / "kept"
     if not saved.exists():
         fitted().save(saved)
         text.write_text("no fit\n")
+        pg.fit(normal, rows(), inference.SVI(steps=2), checkpoint=kept, progress=False)
     public = {name: getattr(module, name) for module in (models, inference, extending) for name in module.__all__}
     programs = (normal, guide, guide_of_another_name, guide_in_the_plate, guide_that_draws_x, guide_without_gradient)
     programs += (counts, no_plate, plate_of_another_name, columns_in_the_plate, observes_nothing, chances)
@@ -208,7 +209,7 @@ def names(folder: Path) -> dict[str, Any]:
         },
         **{"x": rows(), "y": labels(), "fit": fitted(), "with_value": with_value},
         **{"active_units": active_units, "code_means": code_means},
-        **{"saved": saved, "text": text, "damaged": functools.partial(damaged, saved)},
+        **{"saved": saved, "text": text, "kept": kept, "damaged": functools.partial(damaged, saved)},
     }
 
 

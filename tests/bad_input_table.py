@@ -219,6 +219,13 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.fit(normal, x, SVI(steps=1), seed=0.5)  ->  seed: expected
             pg.fit(normal, x, SVI(steps=1), device="abacus")  ->  device: 
             pg.fit(normal, x, SVI(steps=1), validate_every=0)  ->  validate_every: expected
+            pg.fit(normal, x, SVI(steps=1), every=10)  ->  every: it says how often a checkpoint is written; give checkpoint=
+            pg.fit(normal, x, SVI(steps=1), checkpoint="run", every=0)  ->  every: expected at least 1 step
+            pg.fit(normal, x, SVI(steps=1), checkpoint=text)  ->  checkpoint: 
+            pg.fit(normal, x, SVI(steps=1), checkpoint=kept)  ->  checkpoint: it belongs to a run of 2 steps, and now there are 1
+            pg.fit(normal, x, SVI(steps=2, lr=0.5), checkpoint=kept)  ->  checkpoint: 
+            pg.fit(normal, x + 1.0, SVI(steps=2), checkpoint=kept)  ->  checkpoint: 
+            pg.compare(normal, x, {"SVI": SVI(steps=1)}, folder=text)  ->  folder: 
             pg.fit(normal, x, SVI(steps=1), validation=x[:, :3])  ->  validation: expected 'x' of shape
             pg.fit(gan(4), x, SVI(Adversarial(), steps=1), start=fit)  ->  start: that fit is of the program 'ppca'
         """,
@@ -226,6 +233,10 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             Adversarial(critic="perceptron")  ->  critic: expected a torch network or None
             SVI(objective="ELBO")  ->  objective: expected
             SVI(schedule="cosine")  ->  schedule: expected a function
+            pg.fit(normal, x, SVI(steps=1), checkpoint="run", every=0.5)  ->  every: expected a whole number of steps, or a time
+            pg.fit(normal, x, SVI(steps=1), checkpoint="run", every="30s")  ->  every: expected a whole number of steps, or a time
+            pg.fit(normal, x, SVI(steps=1), checkpoint=3)  ->  checkpoint: expected text or a Path
+            pg.compare(normal, x, {"SVI": SVI(steps=1)}, folder=3)  ->  folder: expected text or a Path
             pg.fit(normal, x, SVI)  ->  algorithm: expected an instance such as SVI()
             pg.fit(normal, x, "SVI")  ->  algorithm: expected an instance
             pg.fit(normal, x, SVI(steps=1), dtype="float64")  ->  dtype: expected torch.float32 or torch.float64

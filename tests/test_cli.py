@@ -52,6 +52,24 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_fits_and_comparisons_go_on_from_their_folders(folder, capsys):
+    fit = ["fit", "mine.py:model", "x.npy", "--algorithm", "SVI:steps=40", "--checkpoint", "run", "--every", "10"]
+    code, first, _ = _said(capsys, fit)
+    assert code == 0 and len(list((folder / "run").glob("*.json"))) == 2
+    before = sorted(file.name for file in (folder / "run").iterdir())
+    code, again, _ = _said(capsys, fit)
+    assert code == 0 and before == sorted(file.name for file in (folder / "run").iterdir())
+    assert first.splitlines()[:-1] == again.splitlines()[:-1], "the same table"
+    code, _, err = _said(capsys, [*fit, "--seed", "1"])
+    assert code == 1 and "run belongs to another fit: seed was 0, is 1" in err
+    for wrong in ("0", "3h", "s", "often", "-5"):
+        code, _, err = _said(capsys, [*fit[:-1], wrong])
+        assert code == 2 and "--every" in err
+    compare = ["compare", "mine.py:model", "x.npy", "--algorithm", "SVI:steps=20", "--folder", "kept"]
+    assert [_said(capsys, compare)[0] for _ in range(2)] == [0, 0]
+    assert len([place for place in (folder / "kept").iterdir() if place.is_dir()]) == 1
+
+
 def _said(capsys, arguments):
     code = main(arguments)
     output = capsys.readouterr()

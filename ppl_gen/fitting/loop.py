@@ -147,7 +147,9 @@ class _Course:
             ) from error
         self.run.checkpoint.saved = None
         set_generators(saved["generators"])
-        self.run.notes["resumed"] = f"went on from a checkpoint after {self.done} of {self.limit} steps"
+        over = self.ending is not None or (self.done == self.limit and not self.open)
+        how = "as it had ended" if over else "went on from a checkpoint"
+        self.run.notes["resumed"] = f"{how} after {self.done} of {self.limit} steps"
 
     def _load(self, saved: Mapping[str, Any]) -> None:
         if saved["limit"] > self.limit:
