@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.batching import Constant, Dataset, as_dataset
+from ppl_gen.data.on_disk import is_on_disk, on_disk
 from ppl_gen.data.rows import Rows
 from ppl_gen.data.sources import collected
 from ppl_gen.program.program import Program, Recipe
@@ -117,6 +118,8 @@ def _taken(data: Any, index: Tensor) -> Any:
         return {name: _taken(value, index) if _has_rows(value) else value for name, value in data.items()}
     if _columns(data):
         return type(data)(_taken(value, index) if _has_rows(value) else value for value in data)
+    if is_on_disk(data):
+        return on_disk(data).chosen(index)
     if isinstance(data, Tensor):
         return data[index.to(data.device)]
     return np.asarray(data)[index.numpy()]

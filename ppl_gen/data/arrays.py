@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_gen.data.on_disk import WHOLE, NonFiniteRowsError, RowsOnDisk, is_on_disk, on_disk
+
 __all__ = ["FILL", "as_array", "check_extent", "check_finite", "equal", "shared", "where_missing"]
 
 #: What to do about values that are not finite.
@@ -20,9 +22,9 @@ FILL = (
 
 
 def as_array(value: Any, name: str) -> Any:
-    """One entry as a tensor (a memory map as it is); raises TypeError, naming it, for what holds no real numbers."""
-    if isinstance(value, np.memmap):
-        return value
+    """One entry as a tensor (a file as `RowsOnDisk`); raises TypeError, naming it, for what holds no real numbers."""
+    if is_on_disk(value):
+        return on_disk(value)
     if isinstance(value, Tensor):
         _check_kind(name, value.layout is torch.strided, "a sparse tensor; pass .to_dense()")
         _check_kind(name, value.device.type != "meta", "a meta tensor, which holds none; pass one on a device")
@@ -75,7 +77,9 @@ def check_finite(name: str, value: Any, dtype: torch.dtype, hint: str = FILL) ->
     """Raise ValueError for NaN, infinity, or what is that in ``dtype``; ``hint`` ends the message."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"data {name!r}: expected a finite number, got {value}")
-    if not isinstance(value, Tensor | np.ndarray) or isinstance(value, np.memmap):
+    if isinstance(value, RowsOnDisk):
+        return _check_file(name, value, dtype)
+    if not isinstance(value, Tensor | np.ndarray):
         return
     tensor = value if isinstance(value, Tensor) else shared(value)
     if not tensor.is_floating_point():
@@ -88,6 +92,18 @@ def check_finite(name: str, value: Any, dtype: torch.dtype, hint: str = FILL) ->
         raise ValueError(
             f"data {name!r}: {count} value(s) are NaN or infinite{beyond}, the first at index {first}; {hint}"
         )
+
+
+def _check_file(name: str, value: RowsOnDisk, dtype: torch.dtype) -> None:
+    """Only of what is small are all rows looked at before they are used; of the others, as they are read."""
+    if value.dtype.kind == "f" and value.nbytes <= WHOLE:
+        row = 0
+        for piece in value.pieces():
+            bad = _beyond(piece, dtype).reshape(len(piece), -1).any(1)
+            if bool(bad.any()):
+                row += int(bad.nonzero()[0])
+                raise ValueError(f"data {name!r}: row {row} holds a value that is NaN or infinite; {FILL}")
+            row += len(piece)
 
 
 def _beyond(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,7 +119,11 @@ def where_missing(name: str, value: Any, dtype: torch.dtype) -> str:
     """
     try:
         check_finite(name, value, dtype)
+    except NonFiniteRowsError:
+        raise
     except ValueError as error:
+        if isinstance(value, RowsOnDisk):
+            return str(error)
         tensor = value if isinstance(value, Tensor) else None if isinstance(value, float) else shared(value)
         if tensor is None or bool((_beyond(tensor, dtype) & ~tensor.isnan()).any()):
             raise
@@ -113,6 +133,10 @@ def where_missing(name: str, value: Any, dtype: torch.dtype) -> str:
 
 def equal(one: Any, two: Any) -> bool:
     """Whether two entries or constants hold the same, number for number, however deep they stand in lists and dicts."""
+    if isinstance(one, RowsOnDisk):
+        return one.same_as(two) if isinstance(two, RowsOnDisk | Tensor | np.ndarray) else False
+    if isinstance(two, RowsOnDisk):
+        return equal(two, one)
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return one is two or (one.shape == two.shape and _same_numbers(one, two.to(one)))
     if type(one) is not type(two):

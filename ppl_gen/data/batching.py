@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppl_gen.data.arrays import check_extent, check_finite, equal, shared, where_missing
 from ppl_gen.data.calls import ByStep, Constant, as_call, by_step
+from ppl_gen.data.on_disk import WHOLE, RowsOnDisk, is_on_disk, on_disk
 from ppl_gen.data.rows import Rows
 from ppl_gen.data.sources import collected
 from ppl_gen.runtime.ranks import Share
@@ -87,6 +88,8 @@ class Dataset:
         return Batch(args, kwargs, rows, self.rows if total is None else total, index, self.order)
 
     def _rows(self, value: Any, index: Tensor | None) -> Any:
+        if isinstance(value, RowsOnDisk):
+            return value.whole("a call of the model on all of the data") if index is None else value.take(index)
         if index is None:
             return value
         if isinstance(value, np.ndarray):
@@ -99,7 +102,7 @@ class Dataset:
 
     def _as_given(self, name: str, value: Any) -> Any:
         dim = self.dim(name) if name in self.entries else 0
-        if not dim:
+        if not dim or isinstance(value, RowsOnDisk):
             return value
         return value.movedim(0, dim) if isinstance(value, Tensor) else np.moveaxis(value, 0, dim)
 
@@ -128,7 +131,17 @@ class Dataset:
 
     def glimpse(self) -> Batch:
         """What a look at a program runs it on: all rows, or the first few of large data."""
-        return self.head(FEW) if self.elements > LARGE else self.batch()
+        return self.head(FEW) if self.elements > LARGE or self.beyond_memory else self.batch()
+
+    def most(self) -> Batch:
+        """All rows; of a file that is too large for that, the first few."""
+        return self.head(FEW) if self.beyond_memory else self.batch()
+
+    @property
+    def beyond_memory(self) -> str:
+        """How large the files of entries are that are too large for a call of the model on all rows; else empty."""
+        size = sum(value.nbytes for value in self.entries.values() if isinstance(value, RowsOnDisk))
+        return f"{size / 2**30:.1f} GiB" if size > WHOLE else ""
 
     def template(self, rows: int) -> Batch:
         """``rows`` rows, the data's own repeated as often as needed: the shape on which new rows are drawn."""
@@ -143,7 +156,10 @@ class Dataset:
         mine, theirs = ({**data.entries, **data.constants} for data in (self, other))
         if self.rows != other.rows or mine.keys() != theirs.keys() or self.on_batch is not other.on_batch:
             return False
-        return all(equal(self._placed(value), other._placed(theirs[name])) for name, value in mine.items())
+        return all(equal(self._compared(value), other._compared(theirs[name])) for name, value in mine.items())
+
+    def _compared(self, value: Any) -> Any:
+        return value if isinstance(value, RowsOnDisk) else self._placed(value)
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """All rows in order, at most ``size`` at a time; each chunk counts as the whole (no rescaling)."""
@@ -155,7 +171,10 @@ class Dataset:
 
     def subset(self, index: Tensor) -> Dataset:
         """A dataset of the rows of ``index`` only."""
-        entries = {name: self._rows(value, index) for name, value in self.entries.items()}
+        entries = {
+            name: value.chosen(index) if isinstance(value, RowsOnDisk) else self._rows(value, index)
+            for name, value in self.entries.items()
+        }
         return replace(self, entries=entries, rows=len(index), original=self._chosen(entries, index))
 
     def _chosen(self, entries: dict[str, Any], index: Tensor) -> Any:
@@ -167,7 +186,7 @@ class Dataset:
         rest = {} if not isinstance(self.original, Mapping) else dict(self.original)
         for name, value in rest.items():
             if isinstance(value, Tensor | np.ndarray) and value.ndim and len(value) == self.rows:
-                rest[name] = entries[name] if name in entries else self._rows(value, index)
+                rest[name] = entries[name] if name in entries else _rest(value, index)
         if self.on_batch is not None:
             return Rows({**rest, **entries}, self.on_batch)
         return {**{name: Constant(value) for name, value in self.constants.items()}, **rest, **entries}
@@ -234,11 +253,20 @@ def _rows_first(value: Any, dim: int) -> Any:
     dim = min(dim, value.ndim - 1)
     if dim <= 0:
         return value
+    if isinstance(value, RowsOnDisk):
+        raise ValueError(f"data_dim: rows of data on disk come first, got dimension {dim}; write the file transposed")
     return value.movedim(dim, 0).contiguous() if isinstance(value, Tensor) else np.moveaxis(value, dim, 0)
 
 
+def _rest(value: Any, index: Tensor) -> Any:
+    """Rows of what only a recipe reads."""
+    if is_on_disk(value):
+        return on_disk(value).chosen(index)
+    return shared(value[index.numpy()]) if isinstance(value, np.ndarray) else value[index.to(value.device)]
+
+
 def _elements(value: Any) -> int:
-    if isinstance(value, Tensor | np.ndarray):
+    if isinstance(value, Tensor | np.ndarray | RowsOnDisk):
         return int(np.prod(value.shape))
     if isinstance(value, Mapping):
         return sum(map(_elements, value.values()))

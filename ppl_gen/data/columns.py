@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.arrays import shared
+from ppl_gen.data.on_disk import RowsOnDisk
 
 __all__ = ["column_notes"]
 
@@ -66,7 +67,9 @@ def _is_mask(value: Any) -> bool:
 
 def _table(value: Any) -> Tensor | None:
     """Rows x columns of an entry whose columns mean something one by one; None for others."""
-    if isinstance(value, np.ndarray) and not isinstance(value, np.memmap):
+    if isinstance(value, RowsOnDisk) and value.ndim in (1, 2):
+        value = value[:_ROWS] if value.shape[-1] <= _MOST or value.ndim == 1 else None
+    if isinstance(value, np.ndarray):
         value = shared(value)
     if not isinstance(value, Tensor) or value.ndim not in (1, 2) or len(value) < 3 or value.dtype is torch.bool:
         return None

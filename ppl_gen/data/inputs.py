@@ -11,16 +11,20 @@ from torch import Tensor
 
 from ppl_gen.data.arrays import FILL, as_array, check_extent, check_finite
 from ppl_gen.data.batching import Constant
+from ppl_gen.data.on_disk import WHOLE, RowsOnDisk, is_on_disk, on_disk
 from ppl_gen.data.sources import Columns, collected
 from ppl_gen.errors import require_whole
 
-__all__ = ["active_steps", "check_width", "entries", "row_shape", "row_width", "sequences"]
+__all__ = ["active_steps", "check_width", "entries", "row_shape", "row_width", "seen_in_part", "sequences"]
 
+LOOK = 10_000  # rows of a large file that a recipe looks at, where these tell enough: the shape, where weights start
 _MASK = 'leave missing entries out by a mask, True where observed: {"x": torch.nan_to_num(x), "mask": ~x.isnan()}'
 
 
-def entries(data: Any, program: str, *names: str) -> list[Tensor | None]:
+def entries(data: Any, program: str, *names: str, few: bool = False) -> list[Tensor | None]:
     """The entries of the data that a program reads, in order; data without names are the first. Missing ones are None.
+
+    ``few``: of a file too large for memory, some rows from all over it are enough; others refuse such a file.
 
     Raises:
         ValueError: if the first is missing, or one has no rows, is not finite or has squares that are not.
@@ -37,7 +41,14 @@ def entries(data: Any, program: str, *names: str) -> list[Tensor | None]:
         listed = f"only {', '.join(there)}" if there else "none"
         raise ValueError(f"data: {program} reads the entry {names[0]!r}, got {listed}")
     hint = _MASK if "mask" in names else FILL
-    return [None if found.get(name) is None else _numbers(found[name], name, hint) for name in names]
+    return [None if found.get(name) is None else _numbers(found[name], name, hint, program, few) for name in names]
+
+
+def seen_in_part(data: Any) -> bool:
+    """Whether the entry x lies in a file too large for memory, of which ``entries(..., few=True)`` gives some rows."""
+    found = data if isinstance(data, Mapping) else _in_order(data, ("x",))
+    value = found.get("x")
+    return is_on_disk(value) and on_disk(value).nbytes > WHOLE
 
 
 def check_width(name: str, given: int | None, least: int = 1) -> None:
@@ -56,7 +67,7 @@ def row_shape(data: Any, program: str) -> tuple[int, ...]:
         >>> row_shape({"x": torch.zeros(10, 1, 8, 8)}, "vae")
         (1, 8, 8)
     """
-    (x,) = entries(data, program, "x")
+    (x,) = entries(data, program, "x", few=True)
     assert x is not None  # the first entry
     if x.dim() < 2:
         raise ValueError(
@@ -112,8 +123,12 @@ def sequences(data: Any, program: str) -> tuple[Tensor, Tensor]:
     return x, active_steps(x, lengths)
 
 
-def _numbers(value: Any, name: str, hint: str) -> Tensor:
-    array = torch.as_tensor(as_array(value.value if isinstance(value, Constant) else value, name))
+def _numbers(value: Any, name: str, hint: str, program: str, few: bool) -> Tensor:
+    array = as_array(value.value if isinstance(value, Constant) else value, name)
+    if isinstance(array, RowsOnDisk):
+        check_extent(name, array)
+        part = few and array.nbytes > WHOLE
+        array = array.probe(LOOK) if part else array.whole(f"{program}, for the constants that it computes,")
     check_extent(name, array)
     check_finite(name, array, array.dtype, hint)
     _check_square(name, array)

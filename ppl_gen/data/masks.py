@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.arrays import shared
+from ppl_gen.data.on_disk import is_on_disk, on_disk
 from ppl_gen.data.sources import collected
 from ppl_gen.errors import IncompatibleError
 
@@ -33,6 +34,10 @@ def looks_like_mask(name: str, value: Any, entries: Mapping[str, Any]) -> bool:
     >>> looks_like_mask("x_mask", [0, 1], {"x": x}), looks_like_mask("b", x > 0, {"x": x}), looks_like_mask("b", x, {})
     (True, True, False)
     """
+    if value is None:
+        return False
+    if is_on_disk(value):
+        value = on_disk(value)[: max(1, min(len(value), _MOST))] if len(value) else None
     if value is None:
         return False
     try:

@@ -11,12 +11,14 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.bridge import az_summary, to_tree
+from ppl_gen.diagnostics.grades import graded
 from ppl_gen.diagnostics.guide_weights import all_points, guide_weights
 from ppl_gen.diagnostics.lone_rows import lone_rows
 from ppl_gen.diagnostics.looks import drift, look_at_chains, look_at_draws, places_of
 from ppl_gen.diagnostics.missed import kept_look
 from ppl_gen.diagnostics.posterior_group import affordable_rows, latent_summary_names, posterior_groups
 from ppl_gen.diagnostics.second_look import SecondLook
+from ppl_gen.diagnostics.trends import moving
 from ppl_gen.diagnostics.verdicts import (
     Cause,
     Verdict,
@@ -58,6 +60,9 @@ def diagnose(fit: Fit, *, draws: int = DRAWS, seed: int | None = None) -> pandas
     by = fit.judged_by
     if by == "chains":
         frame = chain_table(posterior, fit.learned.stats)
+    elif by == "weights" and _out_of_reach(fit):
+        frame = _frame(posterior, chains=False)
+        frame.attrs["pareto_k"] = math.nan
     elif by == "weights":
         frame = _frame(posterior, chains=False)
         weights = guide_weights(fit, draws)
@@ -78,6 +83,8 @@ def _judged(fit: Fit, draws: int) -> Verdict:
         by = fit.judged_by
         if by == "chains":
             fit.computed[key] = _judged_chains(fit)
+        elif by in ("weights", "draws") and not _game(fit) and not all_points(fit) and _out_of_reach(fit):
+            fit.computed[key] = _unjudged(fit)
         elif by == "weights" and not _game(fit) and not all_points(fit):
             fit.computed[key] = _judged_guide(fit, draws)
         elif by == "draws" and fit.info.select():
@@ -166,6 +173,20 @@ def _judged_guide(fit: Fit, draws: int) -> Verdict:
         cause=_cause(fit),
     )
     return with_points(found, points)
+
+
+def _out_of_reach(fit: Fit) -> bool:
+    """Whether to hold a posterior against its density takes all rows of a file too large for memory, many times."""
+    return bool(fit.data.beyond_memory and fit.info.select(local=False))
+
+
+def _unjudged(fit: Fit) -> Verdict:
+    found = (
+        f"the posterior of what all rows share was not held against the density, which takes all {fit.data.rows} rows, "
+        f"{fit.data.beyond_memory} in a file, for every draw"
+    )
+    still = moving(_trend(fit), fit.data.rows or 1, _networks(fit))
+    return graded([(1, found, "Fit some of the rows, in memory, and ask for the verdict of that fit"), *still], "")
 
 
 def _judged_draws(fit: Fit) -> Verdict:

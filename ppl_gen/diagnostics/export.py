@@ -64,7 +64,7 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None, coords: An
         groups["observed_data"] = {name: as_array(value) for name, value in observed_rows(fit, fit.data).items()}
         inputs = {name: as_array(v) for name, v in _named(fit, batch).items() if name not in groups["observed_data"]}
         groups["constant_data"] = inputs
-    unsampled = _add_statistics(fit, groups, attrs, seed)
+    unsampled = _add_statistics(fit, groups, attrs, seed, weighed=not whole.data.beyond_memory)
     attrs.update(provenance(fit))
     if fit is not whole:
         attrs["rows"] = f"the first {fit.data.rows} of {whole.data.rows}"
@@ -180,13 +180,15 @@ def _add_log_likelihood(
     return fit.info.data_plate or "row", np.flatnonzero(seen).tolist()
 
 
-def _add_statistics(fit: Fit, groups: Groups, attrs: dict[str, Any], seed: int | None) -> list[str]:
+def _add_statistics(
+    fit: Fit, groups: Groups, attrs: dict[str, Any], seed: int | None, *, weighed: bool = True
+) -> list[str]:
     """A sampler's own numbers of each draw; else log p and log q where there is a guide, and the losses."""
     if fit.learned.stats:
         groups["sample_stats"] = {name: as_array(value) for name, value in fit.learned.stats.items()}
         return []
     statistics: dict[str, np.ndarray] = {}
-    if fit.judged_by == "weights" and groups["posterior"]:
+    if fit.judged_by == "weights" and groups["posterior"] and weighed:
         count = next(iter(groups["posterior"].values())).shape[1]
         with fit.bound(seed):
             log_p, log_q = _joint_densities(fit, count)

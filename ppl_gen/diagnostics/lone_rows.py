@@ -34,6 +34,8 @@ def lone_rows(fit: Fit) -> list[int]:
     observed = [site for site in info.select(kind="observed") if site.local and not site.discrete]
     if "density" not in info.offers or not observed or any(not site.finite for site in info.select(local=True)):
         return []
+    if fit.data.beyond_memory:  # all rows are nudged in one go
+        return []
     with fit.bound():
         batch = fit.data.batch()
         try:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_gen.data.batching import FEW
 from ppl_gen.draws.predictive import amortised, prior_rows
 from ppl_gen.enumeration.finite_globals import extended, summed_globals
 from ppl_gen.weights.densities import derived
@@ -30,9 +31,12 @@ MAX_ELEMENTS = 20_000_000  # numbers of latent draws held at once: 160 MB
 def affordable_rows(fit: Fit, draws: int) -> Fit:
     """The fit with its first rows only, where ``draws`` draws of latents and observations of every row are too many.
 
-    Only where rows stand for themselves: an amortised guide, and no global latents. Inside ``fit.bound()``.
+    Only where rows stand for themselves (an amortised guide, and no global latents), or lie in a file that is too large
+    for memory. Inside ``fit.bound()``.
     """
     rows = fit.data.rows
+    if fit.data.beyond_memory and (amortised(fit) or not fit.info.select(local=True)):
+        return replace(fit, data=fit.data.subset(torch.arange(FEW, device="cpu")))  # what the draws do not depend on
     if rows is None or fit.info.select(local=False) or not amortised(fit):
         return fit
     few = fit.data.template(2)

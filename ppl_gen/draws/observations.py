@@ -20,7 +20,7 @@ __all__ = ["entry_mask", "observed_rows", "rows_observed"]
 
 def observed_rows(fit: Fit, data: Dataset) -> dict[str, Tensor]:
     """Values of the observed sites in their shapes, NaN where a mask hides them; call inside ``fit.bound()``."""
-    batch = data.batch()
+    batch = data.most()
     trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
     names = [site.name for site in fit.info.select(kind="observed")]
     return {fit.info.shown(name): _seen(trace.nodes[name]) for name in names if name in trace.nodes}

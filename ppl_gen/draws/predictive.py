@@ -118,7 +118,9 @@ def posterior_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[s
     _refuse_prior(fit)
     dataset = fit.dataset(data)
     with fit.bound(seed):
-        batch = dataset.batch()
+        shared = fit.info.data_plate and not fit.info.predicted
+        shared = shared and not fit.info.select(local=True) and not fit.info.select(kind="deterministic")
+        batch = dataset.most() if shared else dataset.batch()
         latents = latent_draws(fit, batch, draws, training=dataset.same_rows(fit.data))
         extended = [_whole(fit, values | deterministic(fit, batch, values)) for values in latents]
     return _stacked(extended)

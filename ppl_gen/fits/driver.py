@@ -14,6 +14,7 @@ import torch
 
 from ppl_gen.data.batching import Dataset
 from ppl_gen.data.columns import column_notes
+from ppl_gen.data.on_disk import nan_read
 from ppl_gen.data.sources import collected
 from ppl_gen.diagnostics.complaints import warn_if_bad
 from ppl_gen.errors import (
@@ -149,6 +150,8 @@ def fit(
         if ranks.taken():  # it came after the last step: nothing is missing, but a script has to hear of it
             result = replace(result, status=Status.INTERRUPTED, message=f"interrupted at the end: {result.message}")
     if result.status is Status.DIVERGED:
+        if read := nan_read(result.data):
+            result = replace(result, message=f"{result.message} ({read})")
         raise NonFiniteError(result.message, result)
     if ranks.first:
         warn_if_bad(result)

@@ -27,6 +27,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
+from ppl_gen.data.on_disk import RowsOnDisk, is_on_disk, on_disk
 from ppl_gen.handlers.params import InitialValues
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class _Description:
             self._add_object(name, value, depth + 1)
 
     def _add_object(self, name: str, value: Any, depth: int) -> None:
-        if isinstance(value, Tensor | np.ndarray):
+        if isinstance(value, Tensor | np.ndarray | RowsOnDisk):
             self.entries[name] = _shape(value) if id(value) in self._learned else _tensor(value)
         elif isinstance(value, types.FunctionType):
             self._function(name, value, depth)
@@ -325,12 +326,16 @@ def _source_hash(function: Callable[..., Any]) -> str | None:
     return _hash(ast.unparse(tree))
 
 
-def _shape(value: Tensor | np.ndarray) -> list[Any]:
+def _shape(value: Tensor | np.ndarray | RowsOnDisk) -> list[Any]:
     return ["value", f"{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"]
 
 
-def _tensor(value: Tensor | np.ndarray) -> list[Any]:
+def _tensor(value: Tensor | np.ndarray | RowsOnDisk) -> list[Any]:
     """Shape and numbers; of many numbers their norm and projections on fixed signs, which differ where they do."""
+    if is_on_disk(value):
+        rows = on_disk(value)
+        return ["tensor", rows.dtype.kind, list(rows.shape), _tensor(rows.probe())[3]]
+    assert not isinstance(value, RowsOnDisk)  # which is on disk
     if isinstance(value, Tensor):
         if value.is_meta or value.layout is not torch.strided:
             return _shape(value)

@@ -56,7 +56,7 @@ def _require_shared(algorithm: Algorithm | None, run: Run, outcome: Outcome) -> 
     known = learned.sites
     if not known:
         with Workspace(outcome.state, device=run.data.device, dtype=run.data.dtype), isolated():
-            known = learned.draw(1, run.data.batch())[0]
+            known = learned.draw(1, run.data.most())[0]
     if lacking := [name for name in shared if name not in known]:
         label = "the algorithm" if algorithm is None else algorithm.label
         raise IncompatibleError(
@@ -77,7 +77,7 @@ def _with_guide(run: Run, outcome: Outcome) -> ProgramInfo:
     if outcome.guide is None or run.info.guide_sites is not None:
         return run.info
     with Workspace(outcome.state, device=run.data.device, dtype=run.data.dtype), isolated():
-        batch = run.data.batch()
+        batch = run.data.most()
         fewer, known = (lambda: run.data.head((batch.rows or 2) // 2)), run.info.predicted
         info = dry_run(run.program, batch, guide=outcome.guide, fewer=fewer, predicted=known)
         return info.as_tried(run.info)

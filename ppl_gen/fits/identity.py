@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Dataset
 from ppl_gen.data.calls import ByStep
+from ppl_gen.data.on_disk import is_on_disk, on_disk
 from ppl_gen.fits.fingerprint import described, differences, learned_of, settings_of
 from ppl_gen.fitting.algorithm import Algorithm, Iterative
 from ppl_gen.fitting.run import Run
@@ -112,6 +113,9 @@ def hash_of(value: Tensor | np.ndarray) -> str:
     >>> hash_of(torch.zeros(2)) == hash_of(torch.ones(2))
     False
     """
+    if is_on_disk(value):
+        rows = on_disk(value)
+        return f"{list(rows.shape)} {rows.dtype} of {hash_of(rows.probe())}"
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
         word, shape = _word(value.dtype), tuple(value.shape)

@@ -13,7 +13,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from ppl_gen.arguments import require_choice
-from ppl_gen.data.inputs import entries
+from ppl_gen.data.inputs import entries, seen_in_part
 from ppl_gen.errors import require_positive, require_whole
 
 __all__ = ["Kind", "Likelihood", "check_likelihood", "check_rows", "chosen_likelihood"]
@@ -149,7 +149,7 @@ class CategoricalPixels(Likelihood):
 
 def check_rows(data: Any, program: str, shape: Sequence[int]) -> Tensor:
     """The entry x of ``data``, rows x ``shape``; raises ValueError for rows of another shape than ``shape``."""
-    (rows,) = entries(data, program, "x")
+    (rows,) = entries(data, program, "x", few=True)
     assert rows is not None  # the first entry
     if tuple(rows.shape[1:]) != tuple(shape):
         raise ValueError(
@@ -162,6 +162,8 @@ def chosen_likelihood(
     kind: Kind, data: Any, shape: Sequence[int], *, scale: float | None, levels: int | None, program: str
 ) -> Likelihood:
     """The likelihood ``kind`` for the entry x of ``data``; see `vae` for what "auto" takes.
+
+    Of a file too large for memory it sees rows from all over it, and starts from these.
 
     Raises:
         ValueError: for rows of another shape, or outside of the support.
@@ -178,6 +180,11 @@ def chosen_likelihood(
     wide = wide.to(torch.get_default_dtype())
     seen = _as_handed_out(data, wide)
     outside = (seen < 0) | (seen > 1)
+    if kind == "auto" and seen_in_part(data):
+        raise ValueError(
+            f'likelihood: "auto" looks at all of the data, and these lie in a file too large for that; say which '
+            f'{program} is to have, such as likelihood="normal"'
+        )
     if kind == "auto":
         kind = "normal" if scale is not None or bool(outside.any()) else "bernoulli"
     if kind == "bernoulli":

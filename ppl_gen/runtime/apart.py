@@ -86,6 +86,7 @@ def _made() -> Callable[..., tuple[str, Any]]:
         whoever wants the answer; where it can be seen and its lock is gone, so is the call. ``stop``: an event that
         ends the call. Returns ("answer", bytes), ("error", traceback) or ("died", exit code).
         """
+        import atexit
         import contextlib
         import json
         import os
@@ -99,6 +100,16 @@ def _made() -> Callable[..., tuple[str, Any]]:
         kept = vars(sys.modules.setdefault("_ppl_gen_apart", types.ModuleType("_ppl_gen_apart")))
         mine = os.getpid()  # a fork has no claim on what its parent started
         lock, idle = kept.setdefault(f"lock{mine}", threading.Lock()), kept.setdefault(f"idle{mine}", {})
+
+        def leave() -> None:
+            for process, source in [pair for waiting in idle.values() for pair in waiting]:
+                closed(process, source)
+            idle.clear()
+
+        with lock:
+            if not kept.get(f"leaving{mine}"):
+                kept[f"leaving{mine}"] = True
+                atexit.register(leave)
         kind = json.dumps(setting, sort_keys=True)
         near = owner if owner is not None and os.path.exists(owner) else None
         code = (
