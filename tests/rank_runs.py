@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import ppl_gen as pg
+from ppl_gen.data.rows import Rows
 from ppl_gen.fitting.stopping import Patience, Plateau
 from ppl_gen.inference import ELBO, EM, IWAE, NUTS, SVI, Adversarial
 from ppl_gen.models import gaussian_mixture, vae
@@ -32,6 +33,13 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 X = numbers(11) + 2.0
 ROWS = torch.cat([numbers(14, 2), numbers(13, 2, seed=1) + 4.0])
 BITS = (numbers(27, 6, seed=2) > 0).float()
+
+
+def binarised(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch | {"x": torch.bernoulli(batch["x"])}
+
+
+GREY = Rows({"x": numbers(27, 6, seed=2).sigmoid()}, binarised)
 
 
 def normal(x: torch.Tensor) -> None:
@@ -115,6 +123,7 @@ CURVES: dict[str, tuple[Any, Any, SVI]] = {
     "enumerated mixture": (gaussian_mixture(2), ROWS, svi(batch_size=10)),
     "summed in the guide": (pg.Program(digits, digits_guide), BITS, svi(batch_size=10)),
     "vae": (vae(latent=2, hidden=16), BITS, svi(batch_size=10)),
+    "rows drawn anew": (vae(latent=2, hidden=16), GREY, svi(batch_size=10)),
     "local noise beside globals": (GAUSSIAN, BITS, svi(batch_size=7, clip_norm=1.0)),
     "iwae": (GAUSSIAN, BITS, svi(IWAE(particles=3), batch_size=10)),
     "score function": (FLIPS, BITS, svi(batch_size=10)),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ppl_gen.data.arrays import shared
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.data.calls import ByStep
-from ppl_gen.runtime.ranks import ALONE, Ranks
+from ppl_gen.runtime.ranks import ALONE, Ranks, Share
 
 __all__ = ["Batches"]
 
@@ -42,6 +43,10 @@ class Batches:
         self._strata = _strata(data, stratify)
         self._drawn = 0
         moving = data.on_batch is not None or any(isinstance(value, ByStep) for value in data.constants.values())
+        #: Around what is drawn anew for the rows of a share, where several processes learn together.
+        self.around: Callable[[Share], contextlib.AbstractContextManager[object]] = lambda share: (
+            contextlib.nullcontext()
+        )
         self._whole = self._all_rows() if size is None and not moving else None
         if size is not None:
             if data.rows is None:
@@ -80,7 +85,10 @@ class Batches:
         if self.ranks.alone:
             return self.data.batch(index, step=step)
         share = self.ranks.share(len(index))
-        return replace(self.data.batch(index[share.first : share.first + share.count], step=step), share=share)
+        drawing = contextlib.nullcontext() if self.data.on_batch is None else self.around(share)
+        with drawing:
+            batch = self.data.batch(index[share.first : share.first + share.count], step=step)
+        return replace(batch, share=share)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the source stands: how many batches were drawn, what is left of this epoch, and its generator.

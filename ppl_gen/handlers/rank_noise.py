@@ -9,6 +9,7 @@ no such share, and is drawn from the process's own stream: independent from proc
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from ppl_gen.runtime.ranks import Share
 if TYPE_CHECKING:
     from ppl_gen.workspace.streams import Streams
 
-__all__ = ["RankNoise"]
+__all__ = ["RankNoise", "rows_noise"]
 
 _ATEN = torch.ops.aten
 _FILLS = {
@@ -61,6 +62,13 @@ class RankNoise(Messenger):
             rows = contextlib.nullcontext()
         with self.streams.common(), rows:
             msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+
+
+@contextlib.contextmanager
+def rows_noise(share: Share, streams: Streams) -> Iterator[None]:
+    """Around what draws for the rows of a batch, which come first: these random numbers are a share too."""
+    with streams.common(), _RowNoise(0, share, streams):
+        yield
 
 
 class _RowNoise(TorchDispatchMode):

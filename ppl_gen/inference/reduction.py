@@ -17,14 +17,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from ppl_gen.data.batches import Batches
 from ppl_gen.data.batching import Batch
 from ppl_gen.fitting.run import Run
-from ppl_gen.handlers.rank_noise import RankNoise
+from ppl_gen.handlers.rank_noise import RankNoise, rows_noise
 from ppl_gen.runtime.ranks import Ranks, Share
 from ppl_gen.workspace.streams import Streams
 
 __all__ = ["Together"]
 
 OWN = (
-    "random numbers that do not follow the rows (dropout, gamma and other draws that reject, augmented batches) are "
+    "random numbers that do not follow the rows (dropout, gamma and other draws that reject) are "
     "each process's own: the losses have the law of one process's, and other values"
 )
 
@@ -54,6 +54,7 @@ class Together:
         """This process's share of the next batch, for one update inside: draws for rows are its own, others common."""
         self.versions = {id(buffer): buffer._version for buffer in self._buffers()}
         with self.ranks.told(), self.streams.own(source.drawn):
+            source.around = lambda share: rows_noise(share, self.streams)
             batch = source.next()
             assert batch.share is not None
             with RankNoise(self.run.info.data_plate, batch.share, self.streams):

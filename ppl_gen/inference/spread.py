@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.fitting.run import Run
-from ppl_gen.handlers.rank_noise import RankNoise
+from ppl_gen.handlers.rank_noise import RankNoise, rows_noise
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.game import Game, Setting
 from ppl_gen.runtime.ranks import Share
@@ -115,13 +115,14 @@ def refuse_coupled(game: Game, run: Run) -> None:
 def _tried(game: Game, player: str, run: Run, share: Share, rows: int) -> float | None:
     """The loss of a share of the first rows; None where it takes random numbers that are not those of its rows."""
     index = torch.arange(share.first, share.first + share.count, device="cpu")
-    batch: Batch = run.data.batch(index, total=rows, step=0)
     streams = Streams(run.seed, 0, run.data.device)
     with without_side_effects(), validation_off(), streams.own(0):
         with streams.common():
             torch.manual_seed(0)
             state = game.init(run.data.batch(torch.arange(rows, device="cpu"), total=rows, step=0))
             torch.manual_seed(0)
+        with rows_noise(share, streams):
+            batch: Batch = run.data.batch(index, total=rows, step=0)
         with RankNoise(run.info.data_plate, share, streams):
             loss, _ = game.loss(player, batch, state)
     return None if streams.drawn else float(loss.value)
