@@ -281,6 +281,8 @@ def endings(fabric: Any) -> dict[str, Any]:
     rank = fabric.global_rank
     far = torch.cat([X[:-1] - 4.0, torch.tensor([100.0])])
     short, two = svi(batch_size=4), dict(fabric=fabric, seed=3)
+    long = svi(batch_size=7, steps=30, stop_rule=Plateau(window=100))
+    folder = {**two, "checkpoint": Path(sys.argv[1]) / "kept", "every": 5}
     quick = {"steps": 400, "batch_size": 5, "lr": 0.05}
     signalled = at(7, lambda: os.kill(os.getpid(), signal.SIGINT), rank, 1)
     clock = svi(steps=400, stop_rule=lambda history: "time is up" if rank == 0 else None)
@@ -313,6 +315,11 @@ def endings(fabric: Any) -> dict[str, Any]:
         "local points": lambda: pg.fit(rowwise, X, svi(), **two),
         "no plate": lambda: pg.fit(chained, X[:4], svi(), **two),
         "one row": lambda: pg.fit(normal, X, svi(batch_size=1), **two),
+        "kept, interrupted": lambda: pg.fit(GAUSSIAN, BITS, long, callbacks=at(13, interrupting, rank, 1), **folder),
+        "kept, gone on": lambda: pg.fit(GAUSSIAN, BITS, long, **folder),
+        "kept, finished": lambda: pg.fit(GAUSSIAN, BITS, long, **folder),
+        "kept, in one go": lambda: pg.fit(GAUSSIAN, BITS, long, **two),
+        "kept, another fit": lambda: pg.fit(GAUSSIAN, BITS, svi(batch_size=10), checkpoint=folder["checkpoint"], **two),
         "coupled rows": lambda: pg.fit(centred, X, svi(), **two),
         "tied rows": lambda: pg.fit(pg.Program(tied, lambda x: None), X, svi(), **two),
         "joint logsumexp": lambda: pg.fit(normal, X, svi(IWAE(particles=3)), **two),

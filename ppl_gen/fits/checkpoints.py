@@ -12,7 +12,7 @@ from ppl_gen.data.batching import Dataset
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.fits.identity import differing, identity, plain_parts
 from ppl_gen.fitting.algorithm import Algorithm
-from ppl_gen.fitting.checkpoint import DEFAULT_EVERY, Checkpoint, Every, require_every
+from ppl_gen.fitting.checkpoint import DEFAULT_EVERY, Checkpoint, Every, Followed, require_every
 from ppl_gen.fitting.run import Run
 from ppl_gen.program.program import Program, Recipe
 from ppl_gen.runtime.atomic import as_path
@@ -25,9 +25,7 @@ __all__ = ["checked_place", "opened", "refuse_memory"]
 _SHOWN = 5
 
 
-def checked_place(
-    checkpoint: Any, every: Any, algorithm: Algorithm, *, alone: bool = True
-) -> tuple[Numbered | None, Every]:
+def checked_place(checkpoint: Any, every: Any, algorithm: Algorithm) -> tuple[Numbered | None, Every]:
     """The folder and the interval, refused before anything runs.
 
     Raises:
@@ -45,10 +43,6 @@ def checked_place(
             f"checkpoint: a run of {algorithm.label} cannot be kept and gone on with, as {type(algorithm).__name__} "
             "does not implement state_dict(state) and load_state_dict(state, saved); leave checkpoint out"
         )
-    if not alone:
-        raise IncompatibleError(
-            "checkpoint: a fit that several processes learn together (fabric=) cannot be kept; leave one of the two out"
-        )
     records = Checkpoint.folder(folder.absolute())
     records.check_place()
     return records, interval
@@ -58,6 +52,8 @@ def checked_place(
 def opened(records: Numbered | None, every: Every, run: Run, recipe: Recipe, algorithm: Algorithm) -> Iterator[None]:
     """``run.checkpoint``, with what the last one held; nobody else writes in its folder meanwhile.
 
+    Of several processes that learn together the first reads and writes, and hands the others what it has read.
+
     Raises:
         ValueError: where another fit's are there (what differs is named), or all that are there are damaged.
     """
@@ -65,6 +61,11 @@ def opened(records: Numbered | None, every: Every, run: Run, recipe: Recipe, alg
         yield
         return
     refuse_memory(run.program, run.data)
+    if not run.ranks.first:
+        run.checkpoint = Followed(records, every)
+        run.checkpoint.shared(run.ranks)
+        yield
+        return
     now = identity(run, recipe, algorithm)
     with records.claimed():
         made = Checkpoint(records, every, {"kind": "fit", "identity": now})
@@ -74,6 +75,7 @@ def opened(records: Numbered | None, every: Every, run: Run, recipe: Recipe, alg
             _compare(records, record.facts.get("identity"), now)
             if record.damaged:
                 run.notes["checkpoint"] = f"an earlier one was read, as the last is not whole: {record.damaged}"
+        made.shared(run.ranks)
         run.checkpoint = made
         yield
 

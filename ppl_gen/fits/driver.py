@@ -133,7 +133,7 @@ def fit(
     recipe = as_recipe(program)
     _check_start(recipe, start)
     _check_callbacks(callbacks)
-    kept = checked_place(checkpoint, every, algorithm, alone=ranks.alone)
+    kept = checked_place(checkpoint, every, algorithm)
     asked = dtype
     with listening(), ranks.told():
         with allowed():

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ppl_gen.runtime.numbered import Numbered, Record
+from ppl_gen.runtime.ranks import Ranks
+from ppl_gen.runtime.trees import packed, unpacked
 
-__all__ = ["DEFAULT_EVERY", "Checkpoint", "Every", "require_every"]
+__all__ = ["DEFAULT_EVERY", "Checkpoint", "Every", "Followed", "require_every"]
 
 #: A number of steps, or a time.
 Every = int | datetime.timedelta
@@ -122,7 +124,25 @@ class Checkpoint:
                 )
         return made
 
+    def shared(self, ranks: Ranks) -> None:
+        """All processes that learn one fit go on from what the first one has read."""
+        if ranks.alone:
+            return
+        raw = ranks.handed(None if self.saved is None else packed(self.saved))
+        self.saved = None if raw is None else unpacked(raw)
+
     @staticmethod
     def folder(path: Path, argument: str = "checkpoint") -> Numbered:
         """The records of a run at ``path``, with folders for its parts."""
         return Numbered(path, argument, others=_PARTS)
+
+
+@dataclass
+class Followed(Checkpoint):
+    """The checkpoints of a run in a process that leaves the writing to the first one."""
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def write(self, step: int, tree: Any) -> None:
+        return None

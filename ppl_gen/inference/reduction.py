@@ -41,6 +41,7 @@ class Together:
         self.ranks, self.run, self.modules = run.ranks, run, modules
         self.streams = Streams(run.seed, run.ranks.rank, run.data.device)
         self.versions: dict[int, int] = {}
+        self.stale = False  # whether random numbers were put back, to those of the first process's devices
 
     def begin(self, leaves: Sequence[Tensor]) -> None:
         """All start from the first process's parameters, buffers and random numbers."""
@@ -52,6 +53,9 @@ class Together:
     @contextlib.contextmanager
     def batch(self, source: Batches) -> Iterator[Batch]:
         """This process's share of the next batch, for one update inside: draws for rows are its own, others common."""
+        if self.stale:
+            self._in_step()
+            self.stale = False
         self.versions = {id(buffer): buffer._version for buffer in self._buffers()}
         with self.ranks.told(), self.streams.own(source.drawn):
             source.around = lambda share: rows_noise(share, self.streams)

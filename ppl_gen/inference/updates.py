@@ -320,6 +320,8 @@ class State:
         self.unreached = {player: dict(values) for player, values in saved["unreached"].items()}
         self.failed = torch.full_like(self.failed, -1)
         self.run.workspace.restore(saved["params"], saved["buffers"], saved["loose"])
+        if self.together is not None:
+            self.together.stale = True
         for name, module in self.game.modules.items():
             module.load_state_dict(saved["modules"][name])
         for name, optimiser in self.optimisers.items():

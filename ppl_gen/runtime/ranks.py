@@ -100,6 +100,10 @@ class Ranks:
         """What the first process says."""
         return text
 
+    def handed(self, raw: bytes | None) -> bytes | None:
+        """What the first process holds; what the others hold is not asked."""
+        return raw
+
     def agree(self, facts: Mapping[str, str]) -> None:
         """Raise on all processes if a fact is not the same on all.
 
@@ -159,12 +163,17 @@ class Group(Ranks):
             return moved.to(value.device)
 
     def same(self, text: str | None) -> str | None:
-        said = list((text or "").encode()) if self.first else []
-        size = int(self.broadcast(torch.tensor(-1 if text is None else len(said), dtype=torch.long, device="cpu")))
-        if size < 0:
-            return None
-        letters = said if self.first else [0] * size
-        return bytes(self.broadcast(torch.tensor(letters, dtype=torch.uint8, device="cpu")).tolist()).decode()
+        raw = self.handed(None if text is None else text.encode())
+        return None if raw is None else raw.decode()
+
+    def handed(self, raw: bytes | None) -> bytes | None:
+        size = int(self.broadcast(torch.tensor(-1 if raw is None else len(raw), dtype=torch.long, device="cpu")))
+        if size <= 0:
+            return None if size else b""
+        held = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        if self.first and raw is not None:
+            held = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        return self.broadcast(held).numpy().tobytes()
 
     def agree(self, facts: Mapping[str, str]) -> None:
         table = torch.zeros(self.world, len(facts), dtype=torch.long, device="cpu")

@@ -85,6 +85,22 @@ def test_both_processes_return_the_same_fit(runs: Any, name: str) -> None:
         assert first[what] == second[what], what
 
 
+def test_a_run_goes_on_from_what_the_first_process_kept_to_the_same_bits(runs: Any) -> None:
+    for found in both(runs, "endings"):
+        assert found["kept, interrupted"]["status"] == "interrupted" and found["kept, interrupted"]["steps"] == 14
+        assert found["kept, gone on"]["notes"]["resumed"] == "went on from a checkpoint after 14 of 30 steps"
+        for what in ("records", "params", "buffers", "status", "steps"):
+            assert found["kept, gone on"][what] == found["kept, in one go"][what] == found["kept, finished"][what], what
+    first, second = both(runs, "endings")
+    assert first["kept, gone on"]["params"] == second["kept, gone on"]["params"]
+
+
+def test_the_checkpoints_of_another_fit_are_refused_on_all(runs: Any) -> None:
+    first, second = (found["kept, another fit"] for found in both(runs, "endings"))
+    assert first["error"] == "ValueError" and "belongs to another fit" in first["said"]
+    assert second["error"] == "RankError" and "belongs to another fit" in second["said"]
+
+
 def test_running_statistics_are_those_of_all_rows(runs: Any) -> None:
     found = both(runs, "endings")[0]["batch norm"]["buffers"]
     assert found["net$$$1.num_batches_tracked"] == [30.0]
