@@ -13,7 +13,7 @@ import torch
 
 from ppl_gen.comparison.kept import opened
 from ppl_gen.comparison.processes import side_by_side
-from ppl_gen.comparison.runner import Line, Task, finished_lines, inspected, one_by_one
+from ppl_gen.comparison.runner import Line, Setup, finished_lines, inspected, one_by_one
 from ppl_gen.comparison.split import frozen_draws, split_rows
 from ppl_gen.comparison.spread import spread_over
 from ppl_gen.data.sources import collected
@@ -45,8 +45,8 @@ class Comparison:
     """What `compare` found: one line per algorithm and seed, every one judged on the same rows.
 
     ``lines`` in the order given; ``in_sample`` is True where no rows were held out, and then the values favour maximum
-    likelihood by construction; ``facts`` says what was compared (data, split, versions, the call); ``judged`` are the
-    rows that all fits were judged on.
+    likelihood by construction; ``facts`` says what was compared (data, split, versions, the call); ``test_rows`` are
+    those that all fits were judged on.
 
     Example:
         >>> import pyro, torch, ppl_gen as pg
@@ -66,7 +66,7 @@ class Comparison:
     program: str
     in_sample: bool = False
     facts: Mapping[str, str] = field(default_factory=dict)
-    judged: Any = field(default=None, compare=False)
+    test_rows: Any = field(default=None, compare=False)
     computed: dict[Any, Any] = field(init=False, default_factory=dict, compare=False)  # draws of globals, made once
 
     def __getitem__(self, key: str | tuple[str, int]) -> Fit:
@@ -269,31 +269,31 @@ def compare(
             data, test = collected(data), collected(test)
             train, held = (data, test) if test is not None or not holdout else split_rows(data, holdout, program)
             rows = frozen_draws(data if held is None else held)
-            task = Task(recipe, train, rows, particles, draws, threads, device, dtype, folder=place)
-        info, mark = inspected(task)
+            setup = Setup(recipe, train, rows, particles, draws, threads, device, dtype, folder=place)
+        info, fingerprint = inspected(setup)
         if info.data_plate is None and held is not None and test is None:
             raise ValueError(
                 f"holdout: the program {recipe.name!r} has no data plate, so its rows cannot be separated and held "
                 "out; give test=..., or holdout=0 for in-sample values"
             )
-        task = replace(task, mark=mark)
+        setup = replace(setup, fingerprint=fingerprint)
         spread = spread_over(n_jobs)
-        with opened(task, algorithms):
-            known = finished_lines(task, jobs)
+        with opened(setup, algorithms):
+            known = finished_lines(setup, jobs)
             if spread is None:
-                done = one_by_one(task, jobs, progress, known)
+                done = one_by_one(setup, jobs, progress, known)
             else:
-                done = side_by_side(task, jobs, spread, progress, known)
+                done = side_by_side(setup, jobs, spread, progress, known)
     lines = [done[i] if i in done else _not_done(label, seed) for i, (label, _, seed) in enumerate(jobs)]
     from ppl_gen.comparison.provenance import facts_of
 
     settings = {"holdout": holdout, "seeds": seeds, "n_jobs": n_jobs, "particles": particles, "draws": draws}
     settings |= {"threads": threads, "device": device, "dtype": dtype}
     shared_out = f"{'1' if spread is None else spread.text}, each fit on {threads} thread(s)"
-    facts = facts_of(task, info, algorithms, settings, given_test=test is not None, processes=shared_out)
+    facts = facts_of(setup, info, algorithms, settings, given_test=test is not None, processes=shared_out)
     if place is not None:
         facts["rows kept"] = f"{len(known)} of {len(jobs)} were finished before, and not made again"
-    return Comparison(tuple(lines), recipe.name, held is None, facts, task.test)
+    return Comparison(tuple(lines), recipe.name, held is None, facts, setup.test)
 
 
 def _check(algorithms: Any, holdout: Any, n_jobs: Any) -> None:

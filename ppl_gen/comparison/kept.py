@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ppl_gen.comparison.lines import Line, Task
+from ppl_gen.comparison.lines import Line, Setup
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.diagnostics.verdicts import Verdict
 from ppl_gen.errors import IncompatibleError
@@ -48,14 +48,14 @@ def place_of(folder: Path, label: str, seed: int) -> Path:
 
 
 @contextlib.contextmanager
-def opened(task: Task, algorithms: Mapping[str, Algorithm]) -> Iterator[None]:
-    """Nobody else writes in the task's folder meanwhile; nothing is done for a task without one.
+def opened(setup: Setup, algorithms: Mapping[str, Algorithm]) -> Iterator[None]:
+    """Nobody else writes in the setup's folder meanwhile; nothing is done for a setup without one.
 
     Raises:
         ValueError: where another comparison stands there; what differs is named.
         IncompatibleError: for an algorithm whose runs cannot be kept, or a program that cannot be gone on with.
     """
-    if task.folder is None:
+    if setup.folder is None:
         yield
         return
     for label, algorithm in algorithms.items():
@@ -64,8 +64,8 @@ def opened(task: Task, algorithms: Mapping[str, Algorithm]) -> Iterator[None]:
                 f"folder: {label!r} cannot be kept and gone on with, as {type(algorithm).__name__} does not implement "
                 "state_dict(state) and load_state_dict(state, saved); leave folder out"
             )
-    records = Numbered(task.folder, "folder", "comparison", _CELLS)
-    now, settings = _identity(task), {label: _settings(algorithm) for label, algorithm in algorithms.items()}
+    records = Numbered(setup.folder, "folder", "comparison", _CELLS)
+    now, settings = _identity(setup), {label: _settings(algorithm) for label, algorithm in algorithms.items()}
     with records.claimed():
         known: dict[str, Any] = {}
         if (record := records.read()) is not None:
@@ -75,18 +75,18 @@ def opened(task: Task, algorithms: Mapping[str, Algorithm]) -> Iterator[None]:
         yield
 
 
-def _identity(task: Task) -> dict[str, Any]:
-    place = None if task.device is None else torch.device(task.device)
-    entries: dict[str, Any] = {name: getattr(task, name) for name in ("particles", "draws", "threads")} | {
+def _identity(setup: Setup) -> dict[str, Any]:
+    place = None if setup.device is None else torch.device(setup.device)
+    entries: dict[str, Any] = {name: getattr(setup, name) for name in ("particles", "draws", "threads")} | {
         "device": str(place or "cpu"),
-        "dtype": str(task.dtype),
+        "dtype": str(setup.dtype),
     }
-    made = prepared(task.recipe, task.train, dtype=task.dtype, device=place, training=False)
-    with torch_threads(task.threads), allowed(), made as (built, dataset, workspace):
+    made = prepared(setup.recipe, setup.train, dtype=setup.dtype, device=place, training=False)
+    with torch_threads(setup.threads), allowed(), made as (built, dataset, workspace):
         refuse_memory(built, dataset, "folder")
-        held = as_dataset(task.test, built.model, read=dataset.read, data_dim=dataset.data_dim, missing=True)
+        held = as_dataset(setup.test, built.model, read=dataset.read, data_dim=dataset.data_dim, missing=True)
         entries |= of_data("training rows", dataset) | of_data("held-out rows", held)
-        program = of_program(built, task.recipe, dataset, workspace)
+        program = of_program(built, setup.recipe, dataset, workspace)
     return {"program": program, "entries": entries, "versions": versions()}
 
 
@@ -122,24 +122,24 @@ def _different_settings(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list
     return differing({**same, "entries": kept}, {**same, "entries": now})
 
 
-def kept_line(task: Task, label: str, seed: int) -> tuple[Line, bool] | None:
+def kept_line(setup: Setup, label: str, seed: int) -> tuple[Line, bool] | None:
     """A finished row, without its fit, and whether there is one; None where the row is not finished."""
-    assert task.folder is not None
-    record = Numbered(place_of(task.folder, label, seed), "folder", _ROW, _RUN).read()
+    assert setup.folder is not None
+    record = Numbered(place_of(setup.folder, label, seed), "folder", _ROW, _RUN).read()
     if record is None:
         return None
     try:
         return _line(record.tree), bool(record.tree["fit"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"folder: {task.folder} holds no row of {label!r}, seed {seed}") from error
+        raise ValueError(f"folder: {setup.folder} holds no row of {label!r}, seed {seed}") from error
 
 
-def keep(task: Task, line: Line) -> None:
+def keep(setup: Setup, line: Line) -> None:
     """Write a row that would come out the same if it were made again; its fit is in its own checkpoint."""
     broken = line.fit is None and line.status == Status.FAILED  # an error that may have been the machine's
-    if task.folder is None or broken or line.status == Status.INTERRUPTED:
+    if setup.folder is None or broken or line.status == Status.INTERRUPTED:
         return
-    Numbered(place_of(task.folder, line.label, line.seed), "folder", _ROW, _RUN).write({"kind": _ROW}, _tree(line))
+    Numbered(place_of(setup.folder, line.label, line.seed), "folder", _ROW, _RUN).write({"kind": _ROW}, _tree(line))
 
 
 def _tree(line: Line) -> dict[str, Any]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ppl_gen.evidence.estimates import Evidence
 
-__all__ = ["Job", "Line", "Task"]
+__all__ = ["Job", "Line", "Setup"]
 
 Job = tuple[str, Algorithm, int]
 _TRUST = {"trust": "trusted", "doubtful": "doubtful", "do not trust": "not trusted"}
@@ -56,8 +56,8 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Task:
-    """What all fits of a comparison share; ``mark`` tells whether another process holds the same program."""
+class Setup:
+    """What all fits of a comparison share; ``fingerprint`` tells whether another process holds the same program."""
 
     recipe: Recipe
     train: Any
@@ -67,5 +67,5 @@ class Task:
     threads: int = 1
     device: str | torch.device | None = None
     dtype: torch.dtype | None = None
-    mark: str = ""
+    fingerprint: str = ""
     folder: Path | None = None  # where rows are kept, and their runs as they go

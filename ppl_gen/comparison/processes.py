@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ppl_gen.comparison.runner import Job, Line, Task, inspected, line_of
+from ppl_gen.comparison.runner import Job, Line, Setup, inspected, line_of
 from ppl_gen.comparison.spread import Spread
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.fits.result import Status
@@ -21,17 +21,19 @@ from ppl_gen.runtime.workers import heeding, scratch, spawning, unworried
 
 __all__ = ["side_by_side"]
 
-_FLAG, _TASK, _BEGUN, _LOST = "interrupted", "task", "begun", "lost"  # files of a comparison that runs
+_FLAG, _SETUP, _BEGUN, _LOST = "interrupted", "setup", "begun", "lost"  # files of a comparison that runs
 
 
-def _parcels(task: Task, jobs: Sequence[Job]) -> tuple[bytes, list[tuple[str, bytes, int]]]:
-    """The task, and every job, as bytes."""
-    sent = _pickled(replace(task, device=None if task.device is None else str(task.device)), "the program or the data")
+def _parcels(setup: Setup, jobs: Sequence[Job]) -> tuple[bytes, list[tuple[str, bytes, int]]]:
+    """The setup, and every job, as bytes."""
+    sent = _pickled(
+        replace(setup, device=None if setup.device is None else str(setup.device)), "the program or the data"
+    )
     return sent, [(label, _pickled(algorithm, label), seed) for label, algorithm, seed in jobs]
 
 
 def side_by_side(
-    task: Task,
+    setup: Setup,
     jobs: Sequence[Job],
     spread: Spread,
     progress: bool | None,
@@ -46,16 +48,16 @@ def side_by_side(
     Raises:
         TypeError: if program, data or an algorithm cannot be sent to another process.
     """
-    parcels, done, excuses = _parcels(task, jobs), dict(known or {}), 1
+    parcels, done, excuses = _parcels(setup, jobs), dict(known or {}), 1
     with scratch() as folder, unworried(), telling((folder / _FLAG).touch):
-        (folder / _TASK).write_bytes(parcels[0])
+        (folder / _SETUP).write_bytes(parcels[0])
         try:
             with ProgressBar(progress, "comparison", _running(folder, jobs, done)) as shown:
                 while left := [i for i in range(len(jobs)) if i not in done]:
                     if shown is not None:
                         shown(len(done), len(jobs), "")
                     try:
-                        for i, line in _results(task, jobs, spread, parcels, left, folder):
+                        for i, line in _results(setup, jobs, spread, parcels, left, folder):
                             if line is not None:
                                 done[i] = line
                             if shown is not None:
@@ -76,7 +78,7 @@ def side_by_side(
 
 
 def _results(
-    task: Task,
+    setup: Setup,
     jobs: Sequence[Job],
     spread: Spread,
     parcels: tuple[bytes, list[tuple[str, bytes, int]]],
@@ -86,18 +88,18 @@ def _results(
     """The lines of the jobs ``left`` as they come; None for one that Ctrl-C came before."""
     from joblib import delayed
 
-    task_sent = spread.sendable(parcels[0], folder / _TASK)
+    setup_sent = spread.sendable(parcels[0], folder / _SETUP)
     made = setting()
     calls = []
     for i in left:
         asked = request(_remote, folder, os.getpid(), i, *parcels[1][i])
-        calls.append(delayed(_called)(call, i, made, [asked, task_sent], str(_mark(folder, _LOST, i)), str(folder)))
+        calls.append(delayed(_called)(call, i, made, [asked, setup_sent], str(_mark(folder, _LOST, i)), str(folder)))
     with spawning():
         results = spread.pool(len(left))(calls)
     for i, kind, content in results:
         label, _, seed = jobs[i]
         if kind == "answer":
-            yield i, _received(task, pickle.loads(content)) if content else None
+            yield i, _received(setup, pickle.loads(content)) if content else None
             continue
         if kind == "died":
             why, trail = f"its process ended before the fit was judged: {died(content)}", ""
@@ -147,7 +149,7 @@ def _remote(folder: Path, owner: int, index: int, label: str, algorithm: bytes, 
     """
     if not folder.exists():
         return _fitted(sent, label, algorithm, seed)
-    flag, content = folder / _FLAG, sent or (folder / _TASK).read_bytes()
+    flag, content = folder / _FLAG, sent or (folder / _SETUP).read_bytes()
     try:
         with heeding(flag, owner):
             if flag.exists():
@@ -160,14 +162,14 @@ def _remote(folder: Path, owner: int, index: int, label: str, algorithm: bytes, 
 
 
 def _fitted(sent: bytes, label: str, algorithm: bytes, seed: int) -> bytes:
-    task: Task = pickle.loads(sent)
-    if inspected(task)[1] != task.mark:
+    setup: Setup = pickle.loads(sent)
+    if inspected(setup)[1] != setup.fingerprint:
         text = (
             "the program draws other values in another process: a module that it imports makes random numbers, such as "
             "the first weights of a network. Make them in a pg.Recipe, or use n_jobs=1"
         )
         return _pickled(Line(label, seed, str(Status.FAILED), text), label)
-    line = line_of(task, label, pickle.loads(algorithm), seed, False)
+    line = line_of(setup, label, pickle.loads(algorithm), seed, False)
     if line.fit is not None:  # the rows are at home already
         bare = replace(line.fit, data=replace(line.fit.data, entries={}, constants={}, original=None, on_batch=None))
         bare.computed.update(line.fit.computed)  # what was judged once
@@ -178,11 +180,11 @@ def _fitted(sent: bytes, label: str, algorithm: bytes, seed: int) -> bytes:
         return _pickled(replace(line, fit=None, message=f"{line.message}; its fit is lost: {error}"), label)
 
 
-def _received(task: Task, line: Line) -> Line:
+def _received(setup: Setup, line: Line) -> Line:
     if line.fit is None:
         return line
     kept = line.fit.data
-    rows = as_dataset(task.train, line.fit.program.model, like=kept, missing=True)
+    rows = as_dataset(setup.train, line.fit.program.model, like=kept, missing=True)
     whole = replace(line.fit, data=rows)
     whole.computed.update(line.fit.computed)
     return replace(line, fit=whole)

@@ -14,7 +14,7 @@ from ppl_gen.comparison.split import SPLIT_SEED, row_count
 from ppl_gen.data.batching import Constant, Dataset
 
 if TYPE_CHECKING:
-    from ppl_gen.comparison.runner import Task
+    from ppl_gen.comparison.runner import Setup
     from ppl_gen.program.info import ProgramInfo
     from ppl_gen.program.program import Recipe
 
@@ -24,7 +24,7 @@ _USUAL = {"n_jobs": None, "particles": 100, "draws": 500, "threads": 1, "device"
 
 
 def facts_of(
-    task: Task,
+    setup: Setup,
     info: ProgramInfo,
     algorithms: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -33,7 +33,7 @@ def facts_of(
     processes: str,
 ) -> dict[str, str]:
     """Name -> sentence, in the order a reader asks for them."""
-    train, held = row_count(task.train), row_count(task.test)
+    train, held = row_count(setup.train), row_count(setup.test)
     if given_test:
         split = f"{train} rows to train on, {held} given as held out"
     elif not settings["holdout"]:
@@ -42,17 +42,17 @@ def facts_of(
         split = f"{train} rows to train on, {held} held out, drawn at random under seed {SPLIT_SEED}"
     seeds = settings["seeds"]
     return {
-        "program": _program_text(task.recipe),
-        "training data": described(task.train),
+        "program": _program_text(setup.recipe),
+        "training data": described(setup.train),
         "rows": split,
         "seeds": ", ".join(map(str, seeds)),
         "evidence": f"{settings['draws']} posterior draws, {settings['particles']} importance samples",
         "processes": processes,
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "machine": f"{platform.system()} {platform.machine()}"
-        + ("" if task.device is None else f", device {torch.device(task.device)}"),
+        + ("" if setup.device is None else f", device {torch.device(setup.device)}"),
         "offers": ", ".join(sorted(info.offers)),
-        "call": _call(task.recipe, algorithms, settings, given_test),
+        "call": _call(setup.recipe, algorithms, settings, given_test),
     }
 
 

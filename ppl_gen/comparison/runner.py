@@ -16,7 +16,7 @@ import torch
 from pyro import poutine
 
 from ppl_gen.comparison.kept import keep, kept_line, place_of
-from ppl_gen.comparison.lines import Job, Line, Task
+from ppl_gen.comparison.lines import Job, Line, Setup
 from ppl_gen.data.batching import Batch, as_dataset
 from ppl_gen.diagnostics.diagnosis import DRAWS
 from ppl_gen.diagnostics.verdicts import Verdict
@@ -37,32 +37,32 @@ from ppl_gen.runtime.threads import torch_threads
 if TYPE_CHECKING:
     from ppl_gen.program.info import ProgramInfo
 
-__all__ = ["Callback", "Job", "Line", "Task", "inspected", "finished_lines", "line_of", "one_by_one"]
+__all__ = ["Callback", "Job", "Line", "Setup", "inspected", "finished_lines", "line_of", "one_by_one"]
 
 Callback = Callable[[int, Mapping[str, Any]], None]
 
 
-def inspected(task: Task) -> tuple[ProgramInfo, str]:
-    """Dry-run the program on the training rows and check the held-out ones; with a mark of what it draws on a few.
+def inspected(setup: Setup) -> tuple[ProgramInfo, str]:
+    """Dry-run the program on the training rows and check the held-out ones; with a fingerprint of what it draws.
 
-    The mark is the hash of one run of model and guide under a fixed seed: a process that imported a module of networks
-    again holds other weights, and draws something else.
+    The fingerprint is the hash of one run of model and guide on a few rows under a fixed seed: a process that imported
+    a module of networks again holds other weights, and draws something else.
 
     Raises:
         ValueError, TypeError: as `pg.check` does, or where the held-out rows are unlike the training rows.
     """
-    place = None if task.device is None else torch.device(task.device)
-    made = prepared(task.recipe, task.train, dtype=task.dtype, device=place, training=False)
-    with torch_threads(task.threads), allowed(), made as (built, dataset, _):
+    place = None if setup.device is None else torch.device(setup.device)
+    made = prepared(setup.recipe, setup.train, dtype=setup.dtype, device=place, training=False)
+    with torch_threads(setup.threads), allowed(), made as (built, dataset, _):
         info = preparing.inspected(built, dataset)
-        held = as_dataset(task.test, built.model, read=dataset.read, data_dim=dataset.data_dim, missing=True)
+        held = as_dataset(setup.test, built.model, read=dataset.read, data_dim=dataset.data_dim, missing=True)
         check_columns("test", held, dataset)
         refuse_read_nan(built.model, held)
         with torch.no_grad():
-            return info, _mark(built, dataset.head(64))
+            return info, _fingerprint(built, dataset.head(64))
 
 
-def _mark(program: Program, batch: Batch) -> str:
+def _fingerprint(program: Program, batch: Batch) -> str:
     digest = hashlib.sha256()
     guide = program.guide if _is_plain_guide(program.guide) else None
     for part in (unobserved(program.model), guide and with_known_kwargs(guide)):
@@ -85,7 +85,7 @@ def _is_plain_guide(guide: Any) -> bool:
 
 
 def one_by_one(
-    task: Task, jobs: Sequence[Job], progress: bool | None, known: Mapping[int, Line] | None = None
+    setup: Setup, jobs: Sequence[Job], progress: bool | None, known: Mapping[int, Line] | None = None
 ) -> dict[int, Line]:
     """The lines by the place of their job, all but the ``known`` made here; an interrupted one is the last."""
     done: dict[int, Line] = dict(known or {})
@@ -94,31 +94,31 @@ def one_by_one(
             if i in done:
                 continue
             with called(f"{label}, seed {seed} ({i + 1} of {len(jobs)})"):
-                done[i] = line_of(task, label, algorithm, seed, progress)
+                done[i] = line_of(setup, label, algorithm, seed, progress)
             if taken() or done[i].status == Status.INTERRUPTED:
                 break
     return done
 
 
 def line_of(
-    task: Task, label: str, algorithm: Algorithm, seed: int, progress: bool | None, callbacks: Sequence[Callback] = ()
+    setup: Setup, label: str, algorithm: Algorithm, seed: int, progress: bool | None, callbacks: Sequence[Callback] = ()
 ) -> Line:
-    """One fit and its yardsticks; whatever goes wrong is what the line says. Kept, where the task has a folder."""
-    line = _made(task, label, algorithm, seed, progress, callbacks)
-    keep(task, line)
+    """One fit and its yardsticks; whatever goes wrong is what the line says. Kept, where the setup has a folder."""
+    line = _made(setup, label, algorithm, seed, progress, callbacks)
+    keep(setup, line)
     return line
 
 
 def _made(
-    task: Task, label: str, algorithm: Algorithm, seed: int, progress: bool | None, callbacks: Sequence[Callback]
+    setup: Setup, label: str, algorithm: Algorithm, seed: int, progress: bool | None, callbacks: Sequence[Callback]
 ) -> Line:
     began = time.perf_counter()
     kept, text, trail = None, "", ""
-    with torch_threads(task.threads):
+    with torch_threads(setup.threads):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FitWarning)  # the row has a verdict
-                return _judged(task, label, _learned(task, label, algorithm, seed, progress, callbacks))
+                return _judged(setup, label, _learned(setup, label, algorithm, seed, progress, callbacks))
         except IncompatibleError as error:
             status, text = str(Status.INCOMPATIBLE), str(error)
         except NonFiniteError as error:
@@ -133,37 +133,37 @@ def _made(
 
 
 def _learned(
-    task: Task, label: str, algorithm: Algorithm, seed: int, progress: bool | None, callbacks: Sequence[Callback] = ()
+    setup: Setup, label: str, algorithm: Algorithm, seed: int, progress: bool | None, callbacks: Sequence[Callback] = ()
 ) -> Fit:
     return learn(
-        task.recipe,
-        task.train,
+        setup.recipe,
+        setup.train,
         algorithm,
         seed=seed,
-        device=task.device,
-        dtype=task.dtype,
+        device=setup.device,
+        dtype=setup.dtype,
         progress=progress,
         callbacks=callbacks,
-        checkpoint=None if task.folder is None else place_of(task.folder, label, seed) / "run",
+        checkpoint=None if setup.folder is None else place_of(setup.folder, label, seed) / "run",
     )
 
 
-def finished_lines(task: Task, jobs: Sequence[Job]) -> dict[int, Line]:
-    """The lines that are finished in the task's folder, by the place of their job; no step is made for them."""
+def finished_lines(setup: Setup, jobs: Sequence[Job]) -> dict[int, Line]:
+    """The lines that are finished in the setup's folder, by the place of their job; no step is made for them."""
     found: dict[int, Line] = {}
-    for i, (label, algorithm, seed) in enumerate(jobs if task.folder is not None else ()):
-        if (kept := kept_line(task, label, seed)) is not None:
+    for i, (label, algorithm, seed) in enumerate(jobs if setup.folder is not None else ()):
+        if (kept := kept_line(setup, label, seed)) is not None:
             line, fitted = kept
-            found[i] = _regained(task, algorithm, line) if fitted else line
+            found[i] = _regained(setup, algorithm, line) if fitted else line
     return found
 
 
-def _regained(task: Task, algorithm: Algorithm, line: Line) -> Line:
+def _regained(setup: Setup, algorithm: Algorithm, line: Line) -> Line:
     """The line with its fit again, from its checkpoint."""
-    with torch_threads(task.threads), warnings.catch_warnings():
+    with torch_threads(setup.threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)
         try:
-            fit: Fit | None = _learned(task, line.label, algorithm, line.seed, False)
+            fit: Fit | None = _learned(setup, line.label, algorithm, line.seed, False)
         except NonFiniteError as error:
             fit = error.fit
     assert fit is not None
@@ -174,11 +174,11 @@ def _regained(task: Task, algorithm: Algorithm, line: Line) -> Line:
     return replace(line, fit=fit)
 
 
-def _judged(task: Task, label: str, result: Fit) -> Line:
+def _judged(setup: Setup, label: str, result: Fit) -> Line:
     line = Line(label, result.seed, str(result.status), result.message, float(result.cost["seconds"]), result)
     try:
         with allowed():
-            line = replace(line, evidence=result.evidence(task.test, particles=task.particles, draws=task.draws))
+            line = replace(line, evidence=result.evidence(setup.test, particles=setup.particles, draws=setup.draws))
     except KeyboardInterrupt:
         return replace(line, status=str(Status.INTERRUPTED), message="interrupted before it was judged")
     except IncompatibleError as error:  # a program without a density has no held-out value: the row says so

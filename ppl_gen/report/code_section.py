@@ -56,7 +56,7 @@ class _Coded:
         return torch.Size(self.fit.info.sites[self.site].event_shape).numel()
 
 
-def coded(fits: Mapping[str, Fit], judged: Any, *, in_sample: bool) -> tuple[list[Group], list[str], list[str]]:
+def coded(fits: Mapping[str, Fit], test_rows: Any, *, in_sample: bool) -> tuple[list[Group], list[str], list[str]]:
     """Groups of pictures, a sentence on the active units of each fit, and why some are not drawn.
 
     All are empty where no fit has codes. A chain of noisy copies of the rows (`denoising_diffusion`) is no code.
@@ -64,7 +64,7 @@ def coded(fits: Mapping[str, Fit], judged: Any, *, in_sample: bool) -> tuple[lis
     shown, problems = [], []
     for label, fit in fits.items():
         try:
-            one = _with_codes(label, fit, judged)
+            one = _with_codes(label, fit, test_rows)
         except Exception as error:  # a picture that cannot be drawn must not cost the report
             problems.append(f"{label}: {type(error).__name__}: {error}")
             continue
@@ -87,7 +87,7 @@ def coded(fits: Mapping[str, Fit], judged: Any, *, in_sample: bool) -> tuple[lis
     return [group for group in groups if group.pictures], _units(shown, problems), problems
 
 
-def _with_codes(label: str, fit: Fit, judged: Any) -> _Coded | None:
+def _with_codes(label: str, fit: Fit, test_rows: Any) -> _Coded | None:
     if fit.program.time_steps is not None:
         return None
     try:
@@ -95,16 +95,16 @@ def _with_codes(label: str, fit: Fit, judged: Any) -> _Coded | None:
         pictured(fit)
     except IncompatibleError:
         return None
-    rows = fit.data if judged is None else fit.dataset(judged)
-    labels = _labels(judged, rows.rows)
+    rows = fit.data if test_rows is None else fit.dataset(test_rows)
+    labels = _labels(test_rows, rows.rows)
     if rows.rows is not None and rows.rows > ROWS:
         rows, labels = rows.subset(torch.arange(ROWS)), None if labels is None else labels[:ROWS]
     return _Coded(label, fit, rows, site, labels)
 
 
-def _labels(judged: Any, rows: int | None) -> np.ndarray | None:
+def _labels(test_rows: Any, rows: int | None) -> np.ndarray | None:
     """The entry that looks like labels: one whole number for each row, of 2 to 20 different ones."""
-    for value in judged.values() if isinstance(judged, Mapping) else ():
+    for value in test_rows.values() if isinstance(test_rows, Mapping) else ():
         if isinstance(value, Tensor | np.ndarray) and value.ndim == 1 and len(value) == rows:
             found = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
             if found.dtype.kind in "iu" and 2 <= len(np.unique(found)) <= 20:

@@ -49,7 +49,7 @@ def page(comparison: Comparison) -> str:
     fits = {label: fit for label in style if (fit := _first_fit(comparison, label)) is not None}
     densities, left_out, without = _densities(fits, style)
     predictive, no_predictive = _predictive(fits, style)
-    groups, units, no_codes = coded(fits, comparison.judged, in_sample=comparison.in_sample)
+    groups, units, no_codes = coded(fits, comparison.test_rows, in_sample=comparison.in_sample)
     return environment.from_string(source).render(
         program=comparison.program,
         answer=answer(comparison),

@@ -413,7 +413,7 @@ def comparison():
 
 
 def test_the_report_shows_codes_of_held_out_rows(comparison) -> None:
-    assert set(comparison.judged) == {"x", "y"} and len(comparison.judged["x"]) == 12
+    assert set(comparison.test_rows) == {"x", "y"} and len(comparison.test_rows["x"]) == 12
     text = page(comparison)
     parsed = Page(text)
     assert (
@@ -426,10 +426,10 @@ def test_the_report_shows_codes_of_held_out_rows(comparison) -> None:
         assert base64.b64decode(image["src"].split(",", 1)[1]).startswith(b"\x89PNG")
         assert len(image["alt"]) > 20 and len(image["src"]) < 200_000
     for label in ("ELBO", "I<W>AE"):
-        found = active_units(comparison[label], comparison.judged)
+        found = active_units(comparison[label], comparison.test_rows)
         assert f"{label}: {int(found.active.sum())} of 2 units of z active" in parsed.text
     assert "I<W>AE" not in text and any("coloured by label" in image["alt"] for image in pictures)
-    rows, again = reconstructed(comparison["ELBO"], comparison["ELBO"].dataset(comparison.judged), 8)
+    rows, again = reconstructed(comparison["ELBO"], comparison["ELBO"].dataset(comparison.test_rows), 8)
     error = float((rows - again).square().mean())
     assert f"ELBO, mean squared error {error:.3g}" in pictures[0]["alt"]
 
