@@ -83,7 +83,7 @@ def _identity(setup: Setup) -> dict[str, Any]:
     }
     made = prepared(setup.recipe, setup.train, dtype=setup.dtype, device=place, training=False)
     with torch_threads(setup.threads), allowed(), made as (built, dataset, workspace):
-        refuse_memory(built, dataset, "folder")
+        refuse_memory(built, dataset, workspace, "folder")
         held = as_dataset(setup.test, built.model, read=dataset.read, data_dim=dataset.data_dim, missing=True)
         entries |= of_data("training rows", dataset) | of_data("held-out rows", held)
         program = of_program(built, setup.recipe, dataset, workspace)

@@ -19,6 +19,7 @@ from ppl_gen.runtime.atomic import as_path
 from ppl_gen.runtime.numbered import Numbered
 from ppl_gen.workspace.closures import Remembered, functions_of
 from ppl_gen.workspace.isolation import without_side_effects
+from ppl_gen.workspace.workspace import Workspace
 
 __all__ = ["checked_place", "opened", "refuse_memory"]
 
@@ -60,7 +61,7 @@ def opened(records: Numbered | None, every: Every, run: Run, recipe: Recipe, alg
     if records is None:
         yield
         return
-    refuse_memory(run.program, run.data)
+    refuse_memory(run.program, run.data, run.workspace)
     if not run.ranks.first:
         run.checkpoint = Followed(records, every)
         run.checkpoint.shared(run.ranks)
@@ -80,7 +81,7 @@ def opened(records: Numbered | None, every: Every, run: Run, recipe: Recipe, alg
         yield
 
 
-def refuse_memory(program: Program, data: Dataset, argument: str = "checkpoint") -> None:
+def refuse_memory(program: Program, data: Dataset, workspace: Workspace, argument: str = "checkpoint") -> None:
     """What a program changes in Python each time it runs is in no checkpoint, and it may count steps for a schedule.
 
     Raises:
@@ -88,7 +89,7 @@ def refuse_memory(program: Program, data: Dataset, argument: str = "checkpoint")
     """
     batch, parts = data.glimpse(), plain_parts(program)
     before = Remembered(functions_of(program))
-    with without_side_effects(), pyro.get_param_store().scope():
+    with without_side_effects(), pyro.get_param_store().scope(), workspace.looking():
         for part in parts:
             with contextlib.suppress(*PROGRAM_ERRORS):  # it is not called as in a run: the run will tell
                 part(*batch.args, **batch.kwargs)

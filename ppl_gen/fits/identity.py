@@ -63,7 +63,7 @@ def of_program(program: Program, recipe: Recipe | None, data: Dataset, workspace
     """The program described, inside the workspace of a run."""
     batch = data.glimpse()
     # In a parameter store of its own: what begins at random values must not begin here, from other rows.
-    with without_side_effects(), pyro.get_param_store().scope():
+    with without_side_effects(), pyro.get_param_store().scope(), workspace.looking():
         learned = learned_of(plain_parts(program), batch, workspace.modules.values())
     return described(program, recipe, learned, also=_ALSO)
 

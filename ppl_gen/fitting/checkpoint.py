@@ -7,6 +7,7 @@ import numbers
 import re
 import time
 import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,7 @@ class Checkpoint:
     saved: Any = None
     seconds: float = 0.0
     _last: int = 0
+    _kept: int = 0
     _at: float = field(default_factory=time.monotonic)
     _began: float = field(default_factory=time.perf_counter)
 
@@ -87,6 +89,7 @@ class Checkpoint:
         facts = record.facts
         try:
             self.run, self._last, self.seconds = str(facts["run"]), int(facts["step"]), float(facts["seconds"])
+            self._kept = self._last
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.records.argument}: {self.records.path} holds no checkpoint of a fit") from error
         self.saved = record.tree
@@ -105,7 +108,24 @@ class Checkpoint:
         """The run is at ``step``, and goes on from ``tree``."""
         spent = self.seconds + time.perf_counter() - self._began
         self.records.write({**self.facts, "run": self.run, "step": step, "seconds": spent}, tree)
-        self._last, self._at = step, time.monotonic()
+        self._last = self._kept = step
+        self._at = time.monotonic()
+
+    def keep(self, step: int, tree: Any) -> None:
+        """`write`, where a disk that is full is no reason to lose the run: it is tried again after the next interval.
+
+        Warns:
+            UserWarning: where nothing could be written.
+        """
+        try:
+            self.write(step, tree)
+        except OSError as error:
+            self._last, self._at = step, time.monotonic()
+            warnings.warn(
+                f"checkpoint: nothing could be written after step {step} ({error}); the run goes on, and the last "
+                f"checkpoint stands at step {self._kept}",
+                stacklevel=2,
+            )
 
     def part(self, name: str) -> Checkpoint:
         """The checkpoints of one part of this run, such as ``"chain 0"``, in a folder below.

@@ -32,10 +32,10 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
     except FloatingPointError as error:
         course.diverged(error)
     try:
-        outcome = algorithm.outcome(course.state, run)
+        outcome = course.outcome()
     except FloatingPointError as error:  # from here on the outcome is the last finite state
         course.diverged(error)
-        outcome = algorithm.outcome(course.state, run)
+        outcome = course.outcome()
     course.finish()
     own_failure = outcome.ending is not None and outcome.ending.status is Status.FAILED
     if not own_failure or (course.ending is not None and course.ending.status is Status.DIVERGED):
@@ -98,9 +98,16 @@ class _Course:
             self.ending = Ending(Status.STOPPED if isinstance(why, EarlyStop) else Status.CONVERGED, str(why))
             return
         if run.validation is not None and run.validation.due(step, self.limit):
-            run.validation.record(self.checks, step, run, algorithm.outcome(self.state, run))
+            outcome = self.outcome()
+            with run.workspace.asking():
+                run.validation.record(self.checks, step, run, outcome)
         if run.progress is not None and (step == self.limit or step % max(1, self.limit // 200) == 0):
             run.progress(step, self.limit, _latest({name: values[-1] for name, values in history.items()}))
+
+    def outcome(self) -> Outcome:
+        """The result at this state."""
+        with self.run.workspace.asking():
+            return self.algorithm.outcome(self.state, self.run)
 
     def diverged(self, error: FloatingPointError) -> None:
         """The run ends at the last finite state; the history ends before the step that was not finite."""
@@ -109,10 +116,11 @@ class _Course:
         self.records.cut(self.done)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
-    def write(self) -> None:
-        """Put all that the run goes on from on the disk."""
+    def write(self, *, first: bool = False) -> None:
+        """Put all that the run goes on from on the disk; the ``first`` shows that it can be."""
         assert self.run.checkpoint is not None
-        self.run.checkpoint.write(
+        keep = self.run.checkpoint.write if first else self.run.checkpoint.keep
+        keep(
             self.done,
             {
                 "limit": self.limit,
@@ -134,7 +142,7 @@ class _Course:
         saved = self.run.checkpoint.saved
         if saved is None:
             try:
-                self.write()
+                self.write(first=True)
             except (TypeError, NotImplementedError) as error:
                 raise IncompatibleError(f"checkpoint: {self.algorithm.label} cannot be resumed: {error}") from error
             return

@@ -71,6 +71,7 @@ class Workspace:
         self._given = dict(modules or {})
         self._state = state or ProgramState()
         self._adopted: dict[int, nn.Module] = {}
+        self._guests: set[int] = set()  # of these, what only a question called
         self._owned: dict[int, nn.Parameter] = {}
         self._undo: list[Callable[[], None]] = []
         self._stack = contextlib.ExitStack()
@@ -231,7 +232,7 @@ class Workspace:
 
     def _loose(self) -> dict[str, Tensor]:
         """Buffers of networks that are called and not registered, by the order in which they were met."""
-        named = {id(part) for m in (*self.modules.values(), *self.others) for part in m.modules()}
+        named = {id(part) for m in (*self.modules.values(), *self.others) for part in m.modules()} | self._guests
         loose = [module for key, module in self._adopted.items() if key not in named]
         return {
             f"{number} {type(module).__name__}.{name}": buffer
@@ -239,6 +240,25 @@ class Workspace:
             for name, buffer in module._buffers.items()
             if buffer is not None
         }
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """Networks that are first called inside belong to a question about the run, and not to what is learned."""
+        before = set(self._adopted)
+        try:
+            yield
+        finally:
+            self._guests |= set(self._adopted) - before
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Networks that are registered inside and were not before are not known by these names afterwards."""
+        before = set(self.modules)
+        try:
+            yield
+        finally:
+            for name in set(self.modules) - before:
+                del self.modules[name]
 
     def loose_buffers(self) -> dict[str, Tensor]:
         """Copies of the buffers that a `snapshot` leaves out: of networks without a `pyro.module` statement."""

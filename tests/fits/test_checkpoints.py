@@ -10,9 +10,11 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pyro.infer
 import pytest
 import torch
 from programs import X8, both, both_guide
+from pyro.infer.autoguide import AutoLaplaceApproximation
 from resumable_runs import RUNS, numbers, same
 from torch import nn
 
@@ -23,6 +25,7 @@ from ppl_gen.fitting.algorithm import Iterative
 from ppl_gen.fitting.run import Outcome
 from ppl_gen.fitting.stopping import Patience
 from ppl_gen.inference import IWAE, SVI
+from ppl_gen.runtime.numbered import Numbered
 
 
 def interrupting(after: int) -> Callable[[int, Any], None]:
@@ -378,3 +381,67 @@ def test_a_fit_with_checkpoints_is_the_fit_without(tmp_path: Path) -> None:
         for more in ({}, {"checkpoint": tmp_path})
     )
     assert same(all_of(plain), all_of(kept))
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = SVI(steps=12, lr=0.1)
+    whole, write, full = pg.fit(_normal, X8, algorithm, progress=False), Numbered.write, [False]
+
+    def fails(self: Any, *args: Any) -> None:
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        write(self, *args)
+
+    def fill(step: int, info: Any) -> None:
+        full[0] = step >= 5
+
+    monkeypatch.setattr(Numbered, "write", fails)
+    settings: dict[str, Any] = {"progress": False, "checkpoint": tmp_path, "every": 2}
+    with pytest.warns(UserWarning, match="nothing could be written after step .*No space left.* stands at step 4"):
+        fit = pg.fit(_normal, X8, algorithm, callbacks=[fill], **settings)
+    full[0] = False
+    assert same(all_of(whole), all_of(fit)) and same(all_of(whole), all_of(pg.fit(_normal, X8, algorithm, **settings)))
+    full[0] = True
+    with pytest.raises(OSError, match="No space left"):  # before the first step it can still be mended
+        pg.fit(_normal, X8, algorithm, **{**settings, "checkpoint": tmp_path / "other"})
+
+
+def test_what_only_a_question_called_is_not_kept(tmp_path: Path) -> None:
+    """The second stage of a Laplace approximation is a network of its own, made anew for every outcome."""
+    program = pg.Program(_normal, AutoLaplaceApproximation)
+
+    def learned(**settings: Any) -> pg.Fit:
+        algorithm = SVI(steps=9, lr=0.1)
+        return pg.fit(program, X8, algorithm, progress=False, validation=X8, validate_every=2, **settings)
+
+    whole = learned()
+    learned(checkpoint=tmp_path, callbacks=[interrupting(5)])
+    assert same(all_of(whole), all_of(learned(checkpoint=tmp_path)))
+    assert same(all_of(whole), all_of(learned(checkpoint=tmp_path)))
+
+
+OF_PYRO = {
+    "Trace_ELBO": pyro.infer.Trace_ELBO(num_particles=2, vectorize_particles=True),
+    "TraceGraph_ELBO": pyro.infer.TraceGraph_ELBO(),
+    "TraceMeanField_ELBO": pyro.infer.TraceMeanField_ELBO(),
+    "TraceEnum_ELBO": pyro.infer.TraceEnum_ELBO(),
+    "TraceTMC_ELBO": pyro.infer.TraceTMC_ELBO(),
+    "RenyiELBO": pyro.infer.RenyiELBO(alpha=0.5, num_particles=2, vectorize_particles=True),
+    "ReweightedWakeSleep": pyro.infer.ReweightedWakeSleep(),
+    "EnergyDistance": pyro.infer.EnergyDistance(num_particles=2),
+    "a bound method": pyro.infer.TraceEnum_ELBO().differentiable_loss,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*no sample sites configured for enumeration:UserWarning")
+@pytest.mark.parametrize("name", OF_PYRO)
+def test_pyros_objectives_keep_state_of_their_own_and_go_on(name: str, tmp_path: Path) -> None:
+    """They look at a program when first called, and drew random numbers for it, once more where a run went on."""
+
+    def learned(**settings: Any) -> pg.Fit:
+        algorithm = SVI(OF_PYRO[name], steps=9, lr=0.05)
+        return pg.fit(pg.Program(both, both_guide), X8, algorithm, progress=False, **settings)
+
+    whole = learned()
+    learned(checkpoint=tmp_path, callbacks=[interrupting(4)])
+    assert same(all_of(whole), all_of(learned(checkpoint=tmp_path)))

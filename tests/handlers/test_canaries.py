@@ -53,6 +53,14 @@ def _() -> None:
     assert node["type"] == "sample" and type(node["fn"]).__name__ == "_Subsample"
 
 
+@canary("ELBO._guess_max_plate_nesting counts the plates of any object with max_plate_nesting")
+def _() -> None:
+    elbo = TraceEnum_ELBO()
+    assert elbo.max_plate_nesting == float("inf")
+    pyro.infer.ELBO._guess_max_plate_nesting(elbo, mixture, lambda x: None, (X,), {})
+    assert elbo.max_plate_nesting == 1
+
+
 @canary('infer["_deterministic"] of pyro.deterministic')
 def _() -> None:
     node = poutine.trace(lambda: pyro.deterministic("twice", torch.ones(2))).get_trace().nodes["twice"]

@@ -241,4 +241,5 @@ def _advance(
 
 def _write(kept: Checkpoint, step: int, kernel: _Kernel, table: DrawTable) -> None:
     rows = np.array(table.rows[: table.kept + 1])
-    kept.write(step, {"step": step, "kernel": kernel_state(kernel), "generators": generators(), "rows": rows})
+    write = kept.keep if step else kept.write
+    write(step, {"step": step, "kernel": kernel_state(kernel), "generators": generators(), "rows": rows})

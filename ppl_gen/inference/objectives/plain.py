@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from ppl_gen.handlers.sites import nothing, parallel
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
 from ppl_gen.program.offers import Need
+from ppl_gen.workspace.isolation import validation_off, without_side_effects
 
 __all__ = ["LossFunction", "PyroObjective", "as_objective"]
 
@@ -68,6 +70,7 @@ class _PyroGame(Game):
     def __init__(self, elbo: Any, setting: Setting) -> None:
         self.elbo, self.setting = elbo, setting
         self.surrogate = hasattr(type(elbo), "differentiable_loss")
+        _count_plates(elbo, setting)
         if setting.minibatches and isinstance(elbo, RenyiELBO | ReweightedWakeSleep | TraceTMC_ELBO):
             self.notes = {"bound": "none: this class of Pyro's puts N / B inside its logsumexp; IWAE() does not"}
 
@@ -95,6 +98,17 @@ class _PyroGame(Game):
         for p, grad in zip(leaves, kept + [None] * (len(leaves) - len(kept)), strict=True):
             p.grad = grad
         return value + linear
+
+
+def _count_plates(elbo: Any, setting: Setting) -> None:
+    """Now, and not in the first loss, which would draw random numbers for it: where a run goes on, once more."""
+    vectorised = getattr(elbo, "vectorize_particles", False)  # EnergyDistance is no ELBO and has it
+    if not vectorised and not isinstance(elbo, TraceEnum_ELBO | TraceTMC_ELBO):
+        return
+    if getattr(elbo, "max_plate_nesting", 0) == math.inf:
+        probe = setting.probe
+        with without_side_effects(), validation_off():
+            PyroELBO._guess_max_plate_nesting(elbo, setting.model, setting.guide or nothing, probe.args, probe.kwargs)
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,9 @@ class LossFunction(Objective):
             raise TypeError(
                 f"objective: {self.label} is called as {self.label}(model, guide, *data), and cannot be: {error}"
             ) from None
-        return _FunctionGame(ordered(copy.deepcopy(self.function), batch.order, lead=2), setting, self.label)
+        own = copy.deepcopy(self.function)
+        _count_plates(getattr(own, "__self__", own), setting)  # of `TraceEnum_ELBO().differentiable_loss`, say
+        return _FunctionGame(ordered(own, batch.order, lead=2), setting, self.label)
 
 
 class _FunctionGame(Game):
