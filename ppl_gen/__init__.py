@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppl_gen.data import load_data
 from ppl_gen.data.batching import by_step, constant
-from ppl_gen.errors import FitWarning, IncompatibleError, MissingExtraError, NonFiniteError
+from ppl_gen.errors import FitWarning, IncompatibleError, MissingExtraError, NonFiniteError, RankError
 from ppl_gen.fits.driver import fit
 from ppl_gen.fits.driver import inspect_program as check
 from ppl_gen.fits.prior import prior_predictive
@@ -28,6 +28,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "Program",
+    "RankError",
     "Recipe",
     "Status",
     "by_step",

@@ -20,6 +20,7 @@ __all__ = [
     "IncompatibleError",
     "MissingExtraError",
     "NonFiniteError",
+    "RankError",
     "is_number",
     "require_callable",
     "require_device",
@@ -47,6 +48,10 @@ class FitWarning(UserWarning):
 
 class MissingExtraError(ImportError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+class RankError(RuntimeError):
+    """Another of the processes that learn one fit together failed, or is gone; its own error says more."""
 
 
 #: What a user's program may raise when it is run on rows, values or shapes that it was not written for.

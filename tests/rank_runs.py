@@ -308,6 +308,9 @@ def endings(fabric: Any) -> dict[str, Any]:
         "other rows": lambda: pg.fit(normal, X[rank:], short, **two),
         "another seed": lambda: pg.fit(normal, X, short, fabric=fabric, seed=rank),
         "other settings": lambda: pg.fit(normal, X, svi(lr=0.01 + rank), **two),
+        "checkpoints of one": lambda: pg.fit(
+            normal, X, short, checkpoint=folder["checkpoint"] if rank else None, **two
+        ),
         "bad data on one": lambda: pg.fit(normal, X if rank == 0 else X.log(), short, **two),
         "continued": lambda: pg.fit(normal, X, short, start=first, **two),
         "EM": lambda: pg.fit(gaussian_mixture(2), ROWS, EM(), **two),

@@ -112,6 +112,7 @@ def fit(
     Raises:
         IncompatibleError: the program does not offer what the algorithm needs; both sides are printed.
         NonFiniteError: a loss or gradient was not finite; ``error.fit`` is the last finite state.
+        RankError: another of the processes of ``fabric`` failed; its own error was raised there.
         ValueError, TypeError: for a mistake in program, data or settings, before anything changes.
 
     Example:
@@ -191,7 +192,7 @@ def _fitted(
                 run.hooks = tuple(callbacks)
                 if validation is not None:
                     run.validation = Validation(validation, validate_every, run.program, dataset)
-                agree(run, algorithm)
+                agree(run, algorithm, kept=kept[0] is not None)
                 with opened(*kept, run, recipe, algorithm):
                     began = time.perf_counter()
                     outcome = algorithm.run(run)

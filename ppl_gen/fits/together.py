@@ -69,8 +69,11 @@ def refuse_lone(algorithm: Algorithm, ranks: Ranks) -> None:
         )
 
 
-def agree(run: Run, algorithm: Algorithm) -> None:
-    """Raise ValueError on all processes if they were not given the same data, settings and program."""
+def agree(run: Run, algorithm: Algorithm, *, kept: bool) -> None:
+    """Raise ValueError on all processes if they were not given the same data, settings and program.
+
+    ``kept``: whether checkpoints are.
+    """
     if run.ranks.alone:
         return
     backend = torch.distributed.get_backend()
@@ -87,6 +90,7 @@ def agree(run: Run, algorithm: Algorithm) -> None:
             "sites of the program": ", ".join(f"{s.name} {s.distribution}" for s in run.info.sites.values()),
             "start": _values(start),
             "validation": "none" if run.validation is None else _look(run.validation.data),
+            "checkpoint": "a folder" if kept else "none",
             "validate_every": str(getattr(run.validation, "every", None)),
         }
     )

@@ -38,7 +38,8 @@ class Algorithm(ABC):
     #: Whether a vector outside of every plate is read as one draw, as if it ended in ``.to_event(1)``.
     vectors: ClassVar[bool] = False
 
-    #: Whether several processes can learn together, each from its share of every batch (``fit(..., fabric=)``).
+    #: Whether several processes can learn together (``fit(..., fabric=)``): batches are then shares of batches, and a
+    #: step makes the same of them everywhere, by ``run.ranks.all_reduce``, weighed by ``batch.share.weight``.
     spreads: ClassVar[bool] = False
 
     @property
@@ -140,7 +141,7 @@ class Iterative(Algorithm):
 
     def source(self, run: Run) -> Batches:
         """Where batches come from: the whole data unless the algorithm says otherwise."""
-        return Batches(run.data, None, run.seed)
+        return Batches(run.data, None, run.seed, ranks=run.ranks)
 
     def stop(self, history: Mapping[str, Sequence[float]]) -> str | None:
         """A pure function of the history: the sentence that says why it has converged, or None."""

@@ -14,17 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ppl_gen.errors import RankError
 from ppl_gen.runtime.interrupts import check, taken
 
-__all__ = ["ALONE", "Group", "RankError", "Ranks", "Share"]
+__all__ = ["ALONE", "Group", "Ranks", "Share"]
 
 _WORDS = 400  # characters of an error that the other processes are told
 _ERROR, _NOT_FINITE, _AT_ONCE, _SIGNAL = range(4)  # places in the short message
 _CODE = 2**24  # below this, fingerprints and their squares add up without overflow
-
-
-class RankError(RuntimeError):
-    """Another of the processes that learn this fit failed; its own error says more."""
 
 
 class _NotFiniteThere(FloatingPointError):

@@ -165,6 +165,7 @@ DIFFERENT = {
     "other rows": "rows of the data",
     "another seed": "seed",
     "other settings": "algorithm",
+    "checkpoints of one": "checkpoint",
 }
 
 
