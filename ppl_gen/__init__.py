@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppl_gen.data import load_data
 from ppl_gen.data.batching import by_step, constant
+from ppl_gen.data.streams import stream
 from ppl_gen.errors import FitWarning, IncompatibleError, MissingExtraError, NonFiniteError, RankError
 from ppl_gen.fits.driver import fit
 from ppl_gen.fits.driver import inspect_program as check
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "load_data",
     "prior_predictive",
+    "stream",
 ]
 
 

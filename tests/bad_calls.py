@@ -201,11 +201,17 @@ def targets() -> list[Target]:
     ]
 
 
+def _streamed(batches: Any, rows: int) -> Any:
+    """A stream is looked at when it is used."""
+    return pg.check(normal, pg.stream(batches, rows=rows))
+
+
 def _driver() -> Iterator[Target]:
     quick = {"program": normal, "data": _numbers(), "algorithm": SVI(steps=1)}
     yield Target("pg.fit", pg.fit, {**quick, "progress": False})
     yield Target("pg.check", pg.check, {"program": normal, "data": _numbers()})
     yield Target("pg.prior_predictive", pg.prior_predictive, {"program": normal, "data": _numbers(), **_TINY})
+    yield Target("pg.stream", _streamed, {"batches": [_numbers()], "rows": len(_numbers())})
     small = {"particles": 2, "draws": 2, "progress": False}
     yield Target(
         "pg.compare", pg.compare, {"program": normal, "data": _numbers(10), "algorithms": {"a": SVI(steps=1)}, **small}

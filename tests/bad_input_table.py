@@ -293,10 +293,16 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             codes(fit, draws=0)  ->  draws: expected
             bits_per_character(fit, x[0])  ->  data: the fit of 'ppca'
             pg.prior_predictive(normal, x, draws=0)  ->  draws: expected
+            pg.stream([x], rows=0)  ->  rows: expected
+            pg.fit(normal, pg.stream([x], rows=2), SVI(steps=1))  ->  rows: expected those of one pass, got 2
+            pg.fit(normal, pg.stream([x], rows=len(x)), SVI(steps=1, batch_size=2))  ->  batch_size: the batches of a stream
+            pg.compare(normal, pg.stream([x], rows=len(x)), {"SVI": SVI()})  ->  holdout: rows of a stream
             pg.prior_predictive(normal, x, draws=1, seed=-1)  ->  seed: expected
             pg.prior_predictive(normal, x[:0], draws=1)  ->  data 'x': expected at least one row
         """,
         TypeError: """
+            pg.stream(iter([x]), rows=10)  ->  batches: a list_iterator can be walked through once
+            pg.stream(x, rows=10)  ->  batches: expected an iterable of batches
             fit.sample(3, given=[1.0])  ->  given: expected a mapping
             fit.sample(3, given={"z": "code"})  ->  given: 'z': expected numbers
             fit.evidence(x.numpy().astype(str))  ->  data 'x': expected a tensor or an array of numbers

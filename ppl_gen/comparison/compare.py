@@ -17,6 +17,7 @@ from ppl_gen.comparison.runner import Line, Setup, finished_lines, inspected, on
 from ppl_gen.comparison.split import frozen_draws, split_rows
 from ppl_gen.comparison.spread import spread_over
 from ppl_gen.data.sources import collected
+from ppl_gen.data.streams import Stream
 from ppl_gen.errors import (
     is_number,
     require_device,
@@ -267,6 +268,8 @@ def compare(
     with listening():
         with allowed():
             data, test = collected(data), collected(test)
+            if isinstance(data if test is None and not holdout else test, Stream):
+                raise ValueError("test: evidence is of rows, and a stream hands out batches; pass an array as test=...")
             train, held = (data, test) if test is not None or not holdout else split_rows(data, holdout, program)
             rows = frozen_draws(data if held is None else held)
             setup = Setup(recipe, train, rows, particles, draws, threads, device, dtype, folder=place)

@@ -12,6 +12,7 @@ import torch
 
 from ppl_gen.comparison.split import SPLIT_SEED, row_count
 from ppl_gen.data.batching import Constant, Dataset
+from ppl_gen.data.streams import Stream
 
 if TYPE_CHECKING:
     from ppl_gen.comparison.runner import Setup
@@ -77,6 +78,8 @@ def described(data: Any) -> str:
     >>> described(torch.zeros(3, 2))
     '(3, 2) float32'
     """
+    if isinstance(data, Stream):
+        return f"a stream of {data.rows} rows, in batches such as {described(data.first)}"
     if isinstance(data, Dataset):
         data = dict(data.entries)
     if not isinstance(data, Mapping):

@@ -14,6 +14,7 @@ from ppl_gen.data.batching import Constant, Dataset, as_dataset
 from ppl_gen.data.on_disk import is_on_disk, on_disk
 from ppl_gen.data.rows import Rows
 from ppl_gen.data.sources import collected
+from ppl_gen.data.streams import Stream
 from ppl_gen.program.program import Program, Recipe
 from ppl_gen.workspace.isolation import isolated
 
@@ -38,6 +39,8 @@ def split_rows(data: Any, share: float, program: Any = None) -> tuple[Any, Any]:
         >>> train.shape, test.shape, sorted([*train.tolist(), *test.tolist()]) == list(range(10))
         (torch.Size([8]), torch.Size([2]), True)
     """
+    if isinstance(data, Stream):
+        raise ValueError("holdout: rows of a stream are not at hand to be held out; give test=..., or holdout=0")
     data = collected(data)
     model = program.model if isinstance(program, Program) else program
     if model is not None and not isinstance(model, Recipe):
@@ -90,6 +93,8 @@ def _has_rows(value: Any) -> bool:
 
 
 def row_count(data: Any) -> int:
+    if isinstance(data, Stream):
+        return data.rows
     if isinstance(data, Dataset):
         sizes = {name: len(value) for name, value in data.entries.items()}
     elif isinstance(data, Mapping):

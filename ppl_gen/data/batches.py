@@ -14,6 +14,8 @@ from torch import Tensor
 from ppl_gen.data.arrays import shared
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.data.calls import ByStep
+from ppl_gen.data.streamed import StreamedRows, Walk
+from ppl_gen.errors import IncompatibleError
 from ppl_gen.runtime.ranks import ALONE, Ranks, Share
 
 __all__ = ["Batches"]
@@ -42,12 +44,13 @@ class Batches:
         self._order = torch.empty(0, dtype=torch.long, device="cpu")
         self._strata = _strata(data, stratify)
         self._drawn = 0
+        self._walk = self._walked()
         moving = data.on_batch is not None or any(isinstance(value, ByStep) for value in data.constants.values())
         #: Around what is drawn anew for the rows of a share, where several processes learn together.
         self.around: Callable[[Share], contextlib.AbstractContextManager[object]] = lambda share: (
             contextlib.nullcontext()
         )
-        self._whole = self._all_rows() if size is None and not moving else None
+        self._whole = self._all_rows() if size is None and not moving and self._walk is None else None
         if size is not None:
             if data.rows is None:
                 raise ValueError("batch_size: minibatches need rows, and this data has none (entries are constants)")
@@ -58,17 +61,30 @@ class Batches:
     @property
     def per_epoch(self) -> int:
         """Batches in one pass over the rows."""
-        return 1 if self.size is None or self.data.rows is None else -(-self.data.rows // self.size)
+        size = self.data.streamed or self.size
+        return 1 if size is None or self.data.rows is None else -(-self.data.rows // size)
 
     def next(self) -> Batch:
         """The next batch; the last one of an epoch may be shorter."""
         self._drawn += 1
+        if self._walk is not None:
+            return self._walk.next(self._drawn - 1)
         if self.size is None:
             return self._whole if self._whole is not None else self._all_rows(self._drawn - 1)
         if not len(self._order):
             self._order = self._shuffled()
         index, self._order = self._order[: self.size], self._order[self.size :]
         return self._part(index, self._drawn - 1)
+
+    def _walked(self) -> Walk | None:
+        """Through a stream, whose batches are as they come."""
+        if not isinstance(self.data, StreamedRows):
+            return None
+        if self.size is not None:
+            raise ValueError("batch_size: the batches of a stream are as they come; leave it out")
+        if not self.ranks.alone:
+            raise IncompatibleError("fabric: a stream hands whole batches to one process; pass rows that can be shared")
+        return Walk(self.data)
 
     @property
     def drawn(self) -> int:
@@ -101,12 +117,15 @@ class Batches:
         >>> [torch.equal(source.next().index, other.next().index) for _ in range(9)].count(False)
         0
         """
-        return {"generator": self._generator.get_state(), "order": self._order.clone(), "drawn": self._drawn}
+        own = {"generator": self._generator.get_state(), "order": self._order.clone(), "drawn": self._drawn}
+        return own if self._walk is None else own | {"walk": self._walk.state_dict()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on where the source of the same data stood that gave ``saved``."""
         self._generator.set_state(saved["generator"])
         self._order, self._drawn = saved["order"].clone(), int(saved["drawn"])
+        if self._walk is not None:
+            self._walk.load_state_dict(saved["walk"])
 
     def _shuffled(self) -> Tensor:
         assert self.data.rows is not None
@@ -125,6 +144,8 @@ class Batches:
 def _strata(data: Dataset, stratify: str | None) -> list[Tensor] | None:
     if stratify is None:
         return None
+    if data.streamed is not None:
+        raise ValueError("stratify: the order of a stream is its own; leave it out")
     if not isinstance(stratify, str) or stratify not in data.entries:
         raise ValueError(f"stratify: no entry {stratify!r} in the data; there is {', '.join(data.entries)}")
     value = data.entries[stratify]

@@ -13,7 +13,8 @@ from ppl_gen.data.arrays import FILL, as_array, check_extent, check_finite
 from ppl_gen.data.batching import Constant
 from ppl_gen.data.on_disk import WHOLE, RowsOnDisk, is_on_disk, on_disk
 from ppl_gen.data.sources import Columns, collected
-from ppl_gen.errors import require_whole
+from ppl_gen.data.streams import Stream
+from ppl_gen.errors import IncompatibleError, require_whole
 
 __all__ = ["active_steps", "check_width", "entries", "row_shape", "row_width", "seen_in_part", "sequences"]
 
@@ -34,6 +35,13 @@ def entries(data: Any, program: str, *names: str, few: bool = False) -> list[Ten
         >>> entries({"x": [1.0, 2.0], "label": [0, 1]}, "gaussian_mixture", "x", "lengths")
         [tensor([1., 2.], dtype=torch.float64), None]
     """
+    if isinstance(data, Stream):
+        if not few:
+            raise IncompatibleError(
+                f"data: {program} computes constants from all of the rows, and a stream hands out batches; pass rows "
+                "in memory or in a file, or an instance of the program that was made for them"
+            )
+        data = data.first
     data = collected(data)
     found = data if isinstance(data, Mapping) else _in_order(data, names)
     if found.get(names[0]) is None:  # nothing else is asked of the mapping: what nobody reads may be misspelt
@@ -46,6 +54,8 @@ def entries(data: Any, program: str, *names: str, few: bool = False) -> list[Ten
 
 def seen_in_part(data: Any) -> bool:
     """Whether the entry x lies in a file too large for memory, of which ``entries(..., few=True)`` gives some rows."""
+    if isinstance(data, Stream):
+        return True
     found = data if isinstance(data, Mapping) else _in_order(data, ("x",))
     value = found.get("x")
     return is_on_disk(value) and on_disk(value).nbytes > WHOLE

@@ -13,6 +13,7 @@ from torch import Tensor
 from ppl_gen.data.arrays import shared
 from ppl_gen.data.on_disk import is_on_disk, on_disk
 from ppl_gen.data.sources import collected
+from ppl_gen.data.streams import Stream
 from ppl_gen.errors import IncompatibleError
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def refuse_unread_masks(rows: Dataset, names: Collection[str], program: str) -> 
 
     What it hides would be taken for data, without a word.
     """
-    data, entries = _named(collected(rows.original)), rows.entries
+    original = rows.original.first if isinstance(rows.original, Stream) else rows.original
+    data, entries = _named(collected(original)), rows.entries
     values = {
         name: getattr(data[name], "value", data[name]) for name in sorted(names) if name in data
     }  # of pg.constant

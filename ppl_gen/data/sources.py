@@ -36,7 +36,10 @@ def collected(data: Any) -> Any:
         single = data.collate_fn is torch.utils.data.default_convert  # of a loader that does not batch
         return _stacked(data.dataset, torch.utils.data.default_collate if single else data.collate_fn)
     if isinstance(data, torch.utils.data.IterableDataset):
-        raise TypeError("data: an IterableDataset has no known number of rows; pass a map-style Dataset or a tensor")
+        raise TypeError(
+            "data: an IterableDataset has no known number of rows; pass pg.stream(DataLoader(dataset, batch_size=100), "
+            "rows=...), a map-style Dataset or a tensor"
+        )
     if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, Mapping):
         return _stacked(data, torch.utils.data.default_collate)
     return data
@@ -58,7 +61,10 @@ def _check_sampler(loader: Any) -> None:
 
 def _stacked(dataset: Any, collate: Any) -> Any:
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
-        raise TypeError("data: the loader's dataset has no known number of rows; pass a map-style Dataset or a tensor")
+        raise TypeError(
+            "data: the loader's dataset has no known number of rows; pass pg.stream(loader, rows=...), a map-style "
+            "Dataset or a tensor"
+        )
     if not len(dataset):
         raise ValueError("data: the dataset holds no items; expected at least one row")
     if isinstance(dataset, torch.utils.data.TensorDataset) and collate is torch.utils.data.default_collate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,6 +65,7 @@ def diagnose(fit: Fit, *, draws: int = DRAWS, seed: int | None = None) -> pandas
         frame = _frame(posterior, chains=False)
         frame.attrs["pareto_k"] = math.nan
     elif by == "weights":
+        fit = fit if fit.data.streamed is None else replace(fit, data=fit.data.excerpt())
         frame = _frame(posterior, chains=False)
         weights = guide_weights(fit, draws)
         frame.attrs["pareto_k"] = math.nan if weights.k is None else weights.k
@@ -154,6 +156,8 @@ def judged_chains(
 
 
 def _judged_guide(fit: Fit, draws: int) -> Verdict:
+    if fit.data.streamed is not None:  # its rows stand for themselves: those at hand are judged
+        return _judged_guide(replace(fit, data=fit.data.excerpt()), draws)
     weights, points = guide_weights(fit, draws), _points(fit)
     look = kept_look(fit, draws) if not points else ""
     found = verdict_variational(
@@ -183,7 +187,7 @@ def _out_of_reach(fit: Fit) -> bool:
 def _unjudged(fit: Fit) -> Verdict:
     found = (
         f"the posterior of what all rows share was not held against the density, which takes all {fit.data.rows} rows, "
-        f"{fit.data.beyond_memory} in a file, for every draw"
+        f"{fit.data.beyond_memory}, for every draw"
     )
     still = moving(_trend(fit), fit.data.rows or 1, _networks(fit))
     return graded([(1, found, "Fit some of the rows, in memory, and ask for the verdict of that fit"), *still], "")

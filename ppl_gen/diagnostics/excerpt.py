@@ -109,9 +109,10 @@ def _batch(fit: Fit) -> Batch:
     """What a guide is called with: the first rows where it follows them, or where only globals are drawn of many."""
     rows = fit.data.rows
     if rows is None or rows <= ROWS:
-        return fit.data.batch()
+        return fit.data.most()
     local = {site.name for site in fit.info.select(local=True)}.intersection(fit.info.guide_sites or {})
-    if amortised(fit) or (not local and fit.data.elements > LARGE and fit.info.data_plate):
+    large = fit.data.elements > LARGE or fit.data.beyond_memory
+    if amortised(fit) or (not local and large and fit.info.data_plate):
         return fit.data.head(ROWS)
     return fit.data.batch()
 

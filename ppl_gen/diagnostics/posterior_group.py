@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_gen.data.batching import FEW
 from ppl_gen.draws.predictive import amortised, prior_rows
 from ppl_gen.enumeration.finite_globals import extended, summed_globals
 from ppl_gen.weights.densities import derived
@@ -36,7 +35,7 @@ def affordable_rows(fit: Fit, draws: int) -> Fit:
     """
     rows = fit.data.rows
     if fit.data.beyond_memory and (amortised(fit) or not fit.info.select(local=True)):
-        return replace(fit, data=fit.data.subset(torch.arange(FEW, device="cpu")))  # what the draws do not depend on
+        return replace(fit, data=fit.data.excerpt())  # what the draws do not depend on
     if rows is None or fit.info.select(local=False) or not amortised(fit):
         return fit
     few = fit.data.template(2)

@@ -86,12 +86,12 @@ def _without_each(logs: Tensor) -> Tensor:
 def weighed_parameters(fit: Fit, draws: int, particles: int) -> tuple[list[dict[str, Tensor]], Tensor] | None:
     """Draws of the globals from a guide, and normalised log weights (draws) that make them draws of the posterior.
 
-    None where weights cannot be had, would cost more than the evidence itself (over `MAX_ELEMENTS` numbers), or, with
-    latents of rows in the guide, are too noisy to be used; call inside ``fit.bound()``.
+    None where weights cannot be had, would cost more than the evidence itself (over `MAX_ELEMENTS` numbers, or data
+    that are not in memory), or, with latents of rows in the guide, are too noisy to be used. Inside ``fit.bound()``.
     """
     info = fit.info
     guided = info.guide_sites or {}
-    if fit.judged_by != "weights" or "density" not in info.offers or point_sites(info):
+    if fit.judged_by != "weights" or "density" not in info.offers or point_sites(info) or fit.data.beyond_memory:
         return None
     local = any(site.local and site.name in guided for site in info.select())
     sums = bool(summed_globals(fit, guided))

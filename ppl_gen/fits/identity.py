@@ -93,7 +93,7 @@ def of_data(kind: str, data: Dataset) -> dict[str, Any]:
     """The entries and constants of a data set, by hashes of their numbers."""
     rest = data.original if isinstance(data.original, Mapping) else {}
     arrays = {k: v for k, v in rest.items() if isinstance(v, Tensor | np.ndarray) and k in data.read}
-    arrays |= data.entries
+    arrays |= data.entries  # of a stream, of its first batch
     found: dict[str, Any] = {f"{kind}: {name}": hash_of(value) for name, value in arrays.items()}
     for name, value in data.constants.items():
         settled = value.at(None) if isinstance(value, ByStep) else value

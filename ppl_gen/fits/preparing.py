@@ -16,6 +16,7 @@ from ppl_gen.data.arrays import shared
 from ppl_gen.data.batching import Dataset, as_dataset, is_double, is_single
 from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.data.names import Read
+from ppl_gen.data.streams import Stream
 from ppl_gen.enumeration.broadcasting import unenumerable
 from ppl_gen.fits.result import Fit
 from ppl_gen.fits.together import refuse_lone
@@ -48,6 +49,8 @@ def dtype_of(data: Any) -> torch.dtype:
     """
     if isinstance(data, Dataset):
         return data.dtype or torch.float32
+    if isinstance(data, Stream):
+        return dtype_of(data.first)
     values = list(data.values()) if isinstance(data, Mapping) else data if isinstance(data, tuple) else [data]
     if any(is_double(value) for value in values):
         return torch.float64

@@ -76,6 +76,8 @@ def _left_out(data: Dataset) -> str | None:
     """Why the training data are not saved with a fit, or None when they are."""
     if data.on_batch is not None:
         return "are redrawn for every batch, by a function that is not saved"
+    if data.streamed is not None:
+        return "came as a stream"
     size = sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in _entries(data).values())
     if size > MAX_DATA:
         return "were too large to be saved with the fit"

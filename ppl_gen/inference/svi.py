@@ -29,7 +29,7 @@ from ppl_gen.inference.spread import as_shared, refuse_coupled, refuse_undivided
 from ppl_gen.inference.updates import OPTIMISERS, State
 from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.guide_checks import check_masked
-from ppl_gen.program.offers import Need
+from ppl_gen.program.offers import Need, require
 from ppl_gen.workspace.isolation import without_side_effects
 from ppl_gen.workspace.workspace import ProgramState
 
@@ -128,7 +128,10 @@ class SVI(Iterative):
         return 50
 
     def check(self, run: Run) -> None:
-        size = rows_each(run, self.batch_size)
+        if run.data.streamed is not None:
+            require(self.label, (("data plate",),), run.program.name, run.info.offers)
+            self.source(run)  # refuses a batch size
+        size = run.data.streamed or rows_each(run, self.batch_size)
         if run.data.rows is not None and size is not None and size < run.data.rows:
             with as_shared(run, self.batch_size):
                 self._check_minibatches(run, size)
@@ -154,7 +157,8 @@ class SVI(Iterative):
         guide = resolved_guide(run) if self.objective.uses_guide else None
         # All of it, on every process: what is made and looked at here is the same everywhere.
         first = Batches(run.data, self.batch_size, run.seed, self.stratify)
-        whole = first.next() if self.batch_size is not None else run.data.batch()
+        size = run.data.streamed or self.batch_size
+        whole = run.data.most() if run.data.streamed else first.next() if size is not None else run.data.batch()
         probe = as_whole(whole)
         if guide is not None:
             with without_side_effects():
@@ -164,7 +168,7 @@ class SVI(Iterative):
             check_jacobians(guide, probe)
         if self.objective.uses_guide:
             check_masked(run.info, run.info.guide_sites)
-        minibatches = self.batch_size is not None and run.data.rows is not None and self.batch_size < run.data.rows
+        minibatches = size is not None and run.data.rows is not None and size < run.data.rows
         setting = Setting(run.program, run.joint, guide, run.info, probe, minibatches)
         refuse_undivided(self.objective, setting, run)
         shared = replace(setting, minibatches=minibatches or not run.ranks.alone)

@@ -56,12 +56,13 @@ def density_work(fit: Fit) -> Work:
 
 def _counted(fit: Fit) -> Work:
     rows = fit.data.rows
-    if fit.info.data_plate is not None and rows is not None and rows > ROWS:
-        few = _once(fit, fit.data.head(ROWS))
+    if fit.info.data_plate is not None and rows is not None and (rows > ROWS or fit.data.beyond_memory):
+        head = fit.data.head(ROWS)
+        few = _once(fit, head)
         if few is not None:
-            return Work(few.numbers * rows // ROWS, few.operations)
+            return Work(few.numbers * rows // (head.rows or ROWS), few.operations)
     # A guide that holds parameters of every row is asked for all of them: once, as each judged draw does.
-    return _once(fit, fit.data.batch()) or Work(0, 0)  # who asks for the density itself hears why it has none
+    return _once(fit, fit.data.most()) or Work(0, 0)  # who asks for the density itself hears why it has none
 
 
 def _once(fit: Fit, batch: Batch) -> Work | None:

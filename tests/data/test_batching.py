@@ -214,9 +214,9 @@ class Unsized(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     ("source", "error", "said"),
     [
-        (Endless(), TypeError, "IterableDataset has no known number of rows; pass a map-style Dataset or a tensor"),
-        (DataLoader(Endless()), TypeError, "no known number of rows; pass a map-style Dataset or a tensor"),
-        (Unsized(), TypeError, "no known number of rows; pass a map-style Dataset or a tensor"),
+        (Endless(), TypeError, "IterableDataset has no known number of rows; pass pg.stream"),
+        (DataLoader(Endless()), TypeError, "no known number of rows; pass pg.stream"),
+        (Unsized(), TypeError, "no known number of rows; pass pg.stream"),
         (Items(lambda i: "a", 2), TypeError, "items of the dataset collate to list; expected tensors or a mapping"),
         (Items(lambda i: X[i], 0), ValueError, "the dataset holds no items; expected at least one row"),
         (TensorDataset(X[:0]), ValueError, "the dataset holds no items"),

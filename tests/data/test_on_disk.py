@@ -132,7 +132,7 @@ def test_a_fit_and_a_split_of_a_file_are_those_of_the_array(tmp_path) -> None:
 @pytest.fixture
 def small(monkeypatch):
     """The file of `MANY` counts as too large for memory."""
-    for module in (files, sys.modules["ppl_gen.data.arrays"], sys.modules["ppl_gen.data.batching"]):
+    for module in (files, sys.modules["ppl_gen.data.arrays"], sys.modules["ppl_gen.data.dataset"]):
         monkeypatch.setattr(module, "WHOLE", MANY.nbytes - 1)
     monkeypatch.setattr("ppl_gen.data.columns._ROWS", 256)
     monkeypatch.setattr("ppl_gen.data.inputs.LOOK", 256)
