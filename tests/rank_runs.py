@@ -195,6 +195,19 @@ def unseeded() -> pg.Program:
     return pg.Program(model)
 
 
+def frozen() -> pg.Program:
+    """The same, with weights that no fit learns."""
+    torch.seed()
+    net = nn.Sequential(nn.Linear(2, 3).requires_grad_(False), nn.Linear(3, 1))
+
+    def model(x: torch.Tensor) -> None:
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(net(x).squeeze(-1), 1.0), obs=x[:, 0])
+
+    return pg.Program(model)
+
+
 def dropping() -> pg.Recipe:
     """Noise outside of sites, and draws that reject and try again: other random numbers than one process has."""
 
@@ -292,6 +305,7 @@ def endings(fabric: Any) -> dict[str, Any]:
         "batch norm": lambda: pg.fit(normed(), ROWS, svi(batch_size=10), **two),
         "warned": lambda: pg.fit(unseeded(), unscaled, svi(), **two),
         "unseeded": lambda: pg.fit(unseeded(), ROWS, svi(batch_size=10), **two),
+        "frozen, unseeded": lambda: pg.fit(frozen(), ROWS, svi(batch_size=10), **two),
         "other noise": lambda: pg.fit(dropping(), ROWS, svi(batch_size=10, steps=60), **two),
         "not finite": lambda: pg.fit(cracked, far, svi(lr=0.1, steps=40), **two),
         "not finite at first": lambda: pg.fit(cracked, far * float("1e30"), svi(), **two),

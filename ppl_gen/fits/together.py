@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import re
-import zlib
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ppl_gen.data.batching import Dataset
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.fitting.run import Run
-from ppl_gen.runtime.ranks import ALONE, Group, Ranks
+from ppl_gen.runtime.ranks import ALONE, Group, Ranks, number_of
 
 __all__ = ["agree", "processes_of", "refuse_lone"]
 
@@ -88,7 +84,7 @@ def agree(run: Run, algorithm: Algorithm, *, kept: bool) -> None:
             "data": _look(run.data),
             "dtype": str(run.dtype),
             "sites of the program": ", ".join(f"{s.name} {s.distribution}" for s in run.info.sites.values()),
-            "start": _values(start),
+            "start": number_of(start),
             "validation": "none" if run.validation is None else _look(run.validation.data),
             "checkpoint": "a folder" if kept else "none",
             "validate_every": str(getattr(run.validation, "every", None)),
@@ -103,13 +99,4 @@ def _look(data: Dataset) -> str:
         index = torch.linspace(0, data.rows - 1, _ROWS, device="cpu", dtype=torch.float64).long()
     some = {name: data._rows(value, index) for name, value in data.entries.items()}
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in data.entries.items())
-    return f"{shapes}, of numbers {_values(some)}"
-
-
-def _values(values: Mapping[str, Any]) -> str:
-    number = 0
-    for name in sorted(values):
-        value = values[name]
-        array = value.detach().cpu().resolve_conj().numpy() if isinstance(value, Tensor) else np.asarray(value)
-        number = zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(name.encode(), number))
-    return f"{number:08x}"
+    return f"{shapes}, of numbers {number_of(some)}"

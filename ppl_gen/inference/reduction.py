@@ -18,7 +18,7 @@ from ppl_gen.data.batches import Batches
 from ppl_gen.data.batching import Batch
 from ppl_gen.fitting.run import Run
 from ppl_gen.handlers.rank_noise import RankNoise, rows_noise
-from ppl_gen.runtime.ranks import Ranks, Share
+from ppl_gen.runtime.ranks import Ranks, Share, number_of
 from ppl_gen.workspace.streams import Streams
 
 __all__ = ["Together"]
@@ -44,7 +44,18 @@ class Together:
         self.stale = False  # whether random numbers were put back, to those of the first process's devices
 
     def begin(self, leaves: Sequence[Tensor]) -> None:
-        """All start from the first process's parameters, buffers and random numbers."""
+        """All start from the first process's parameters, buffers and random numbers.
+
+        Raises:
+            ValueError: where frozen weights differ: no fit holds them, so that the others' would stay with the program.
+        """
+        frozen = {
+            f"{i}.{name}": p
+            for i, module in enumerate(self._networks())
+            for name, p in module._parameters.items()
+            if p is not None and not p.requires_grad
+        }
+        self.ranks.agree({"frozen weights": number_of(frozen)})
         with torch.no_grad():
             for tensor in [*leaves, *self._buffers()]:
                 tensor.copy_(self.ranks.broadcast(tensor))
@@ -71,12 +82,12 @@ class Together:
     def reduced(self, values: Sequence[Tensor], share: Share) -> list[Tensor]:
         """The means of ``values`` over all rows of the batch, bit for bit the same everywhere, by one exchange.
 
-        The running statistics of networks that this update has written are averaged in place; a counter becomes that
-        of the first process.
+        The running statistics of networks that this update has written are averaged in place. Whole numbers, such as
+        counts, become those of the first process.
         """
         buffers = self._written()
-        weights = [share.weight] * len(values)
-        weights += [share.weight if b.is_floating_point() else float(self.ranks.first) for b in buffers]
+        whole = float(self.ranks.first)
+        weights = [share.weight if v.is_floating_point() else whole for v in (*values, *buffers)]
         self.ranks.mark = self.streams.fingerprint()
         means = _weighted_sums([*values, *buffers], weights, self.ranks)
         with torch.no_grad():

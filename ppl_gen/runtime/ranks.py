@@ -10,14 +10,16 @@ import contextlib
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ppl_gen.errors import RankError
 from ppl_gen.runtime.interrupts import check, taken
 
-__all__ = ["ALONE", "Group", "Ranks", "Share"]
+__all__ = ["ALONE", "Group", "Ranks", "Share", "number_of"]
 
 _WORDS = 400  # characters of an error that the other processes are told
 _ERROR, _NOT_FINITE, _AT_ONCE, _SIGNAL = range(4)  # places in the short message
@@ -125,6 +127,20 @@ class Ranks:
     def noted(self) -> Iterator[None]:
         """The same, but a KeyboardInterrupt raised inside ends the run after the next step, on all processes."""
         yield
+
+
+def number_of(values: Mapping[str, Any]) -> str:
+    """A number by which processes tell whether they hold the same tensors or arrays under the same names.
+
+    >>> number_of({"x": torch.zeros(2)}) == number_of({"x": torch.ones(2)})
+    False
+    """
+    number = 0
+    for name in sorted(values):
+        value = values[name]
+        array = value.detach().cpu().resolve_conj().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        number = zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(name.encode(), number))
+    return f"{number:08x}"
 
 
 #: The default: no other process.

@@ -161,6 +161,7 @@ def test_rules_end_both_at_the_same_step(runs: Any, name: str, status: str) -> N
 
 
 DIFFERENT = {
+    "frozen, unseeded": "frozen weights",
     "other data": "data",
     "other rows": "rows of the data",
     "another seed": "seed",
