@@ -7,7 +7,7 @@ import inspect
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Number
+from numbers import Number, Real
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,7 @@ def as_call(data: Any, model: Callable[..., Any], read: Collection[str] = ()) ->
         raise TypeError(
             "data: expected rows, got None; where the program is a density without data, pass an empty tuple"
         )
-    if isinstance(data, tuple) and data and len(parameters) == 1 and all(isinstance(v, int | float) for v in data):
+    if isinstance(data, tuple) and data and len(parameters) == 1 and all(isinstance(v, Real | np.bool_) for v in data):
         data = list(data)  # rows of a model of one argument
     named = isinstance(data, Mapping) or _has_columns(data, parameters)
     open_kind = inspect.Parameter.VAR_KEYWORD if named else inspect.Parameter.VAR_POSITIONAL

@@ -142,6 +142,8 @@ def test_a_model_of_one_argument_leaves_labels_out_and_says_so() -> None:
     fit = pg.fit(model, TensorDataset(X, torch.arange(12)), FAST, seed=0)
     assert "column 1 of the dataset" in fit.notes["left out"]
     assert pg.fit(model, (1.0, 2.0, 3.0), FAST, seed=0).data.rows == 3
+    for dtype in (np.int64, np.float32, np.bool_):  # numpy's numbers are numbers too
+        assert pg.fit(model, tuple(np.ones(3, dtype=dtype)), FAST, seed=0).data.rows == 3
 
 
 def test_labels_are_no_setting() -> None:
