@@ -170,7 +170,7 @@ def ended(
 
 
 def _killed(signals: list[tuple[float, int]]) -> bool:
-    return signals[-1][1] == signal.SIGKILL  # what lives on would hold the pipe open
+    return bool(signals) and signals[-1][1] == signal.SIGKILL  # what lives on would hold the pipe open
 
 
 def _left(session: int, patience: float) -> list[int]:

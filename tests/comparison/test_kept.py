@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from killed_runs import ended
 
 import ppl_gen as pg
 from ppl_gen.errors import IncompatibleError
@@ -203,3 +205,21 @@ def test_crafted_rows_are_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^folder: .*holds 'notes.txt'"):
         (tmp_path / "notes.txt").write_text("x")
         compared(tmp_path, {"EM": EM(steps=3)})
+
+
+KILLED = """
+algorithms = {"short": SVI(steps=40, lr=0.05), "EM": EM(steps=2), "long": SVI(steps=1500, lr=0.05), "last": EM(steps=3)}
+result = pg.compare(gaussian_mixture(components=2), ROWS.double(), algorithms, draws=20, folder=FOLDER)
+print(result.table().drop(columns=["seconds"]).to_json(double_precision=15))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes under /proc")
+def test_a_comparison_killed_again_and_again_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    text = KILLED.replace("FOLDER", repr(str(tmp_path)))
+    for seconds in (0.3, 1.0, 2.5, 4.0):
+        killed = ended(text, [(seconds, signal.SIGKILL)])
+        assert killed.code == -signal.SIGKILL and killed.orphans == 0
+    rest, whole = (ended(one, [], patience=300.0).out for one in (text, KILLED.replace("FOLDER", "None")))
+    assert rest[1] == whole[1] and rest[1].startswith("{") and rest[-1] == whole[-1] == "AS BEFORE"
