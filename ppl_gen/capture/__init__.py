@@ -1,1 +1,1 @@
-"""Recording what a program computes, to replay it without the Python that made it."""
+"""What a program computes, captured as a tape of tensor operations, and replayed without the Python that made it."""

@@ -19,7 +19,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ppl_gen.capture.recording import RecordingRefused, record_checked
+from ppl_gen.capture.replay import record_checked
+from ppl_gen.capture.tape import RecordingRefused
 from ppl_gen.data.batching import Dataset
 from ppl_gen.diagnostics.short_chains import Function, State, quenched, sampled, scale_of
 from ppl_gen.errors import PROGRAM_ERRORS

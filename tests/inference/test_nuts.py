@@ -20,7 +20,7 @@ from pyro.ops.stats import effective_sample_size
 from torch import nn
 
 import ppl_gen as pg
-from ppl_gen.capture.recording import record_checked
+from ppl_gen.capture.replay import record_checked
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.inference import EM, NUTS
 from ppl_gen.inference.mcmc.kernel import Metric

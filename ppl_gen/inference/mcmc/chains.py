@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ppl_gen.capture.recording import Recording
+from ppl_gen.capture.replay import Recording
 from ppl_gen.handlers.whole_plates import whole_plates
 from ppl_gen.inference.mcmc.kernel import Chain, DrawTable, sample_chain
 from ppl_gen.runtime.apart import call, died, inside, pickled, request, setting

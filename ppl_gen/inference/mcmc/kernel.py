@@ -13,7 +13,7 @@ from pyro.infer.mcmc import NUTS as PyroNUTS
 from pyro.infer.mcmc.adaptation import BlockMassMatrix
 from torch import Tensor
 
-from ppl_gen.capture.recording import Recording
+from ppl_gen.capture.replay import Recording
 from ppl_gen.fitting.checkpoint import Checkpoint
 from ppl_gen.inference.mcmc.kernel_state import kernel_state, load_kernel_state
 from ppl_gen.workspace.isolation import generators, set_generators

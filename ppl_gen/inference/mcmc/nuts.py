@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppl_gen.capture.recording import Recording, RecordingRefused, record_checked
+from ppl_gen.capture.replay import Recording, record_checked
+from ppl_gen.capture.tape import RecordingRefused
 from ppl_gen.errors import IncompatibleError, is_number, require_flag, require_whole
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.fitting.checkpoint import Checkpoint

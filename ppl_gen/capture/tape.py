@@ -1,0 +1,334 @@
+"""Recording a function as a tape of tensor operations.
+
+A Pyro program spends most of a small step in effect handlers and distribution objects. The tape keeps only the operations
+that depend on the inputs or on random draws, gradients included; everything else becomes a constant. It is replayed
+as a straight line of Python (`ppl_gen.capture.replay`) or compiled (`ppl_gen.capture.compiled`). Recording takes a few
+times as long as the function itself and imports nothing, unlike tracing by `torch.fx`, which imports the compiler.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
+
+__all__ = ["Call", "Constant", "RecordingRefused", "Slot", "Tape", "record"]
+
+_aten = torch.ops.aten
+#: These read the shape of their argument and not its numbers.
+_SHAPE_ONLY = {
+    _aten.zeros_like,
+    _aten.ones_like,
+    _aten.full_like,
+    _aten.empty_like,
+    _aten.new_zeros,
+    _aten.new_ones,
+    _aten.new_full,
+    _aten.new_empty,
+}
+#: These write running averages although their schema does not say so.
+_WRITES_STATISTICS = {_aten.native_batch_norm, _aten.cudnn_batch_norm, _aten.miopen_batch_norm}
+_NOTHING = {_aten.detach, _aten.alias}
+
+
+class RecordingRefused(RuntimeError):
+    """The function cannot be replayed from a tape; the message says which operation stands in the way."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a tensor that differs from replay to replay."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Constant:
+    """What is the same in every replay: a tensor, a number, a dtype ..."""
+
+    value: Any
+
+
+Leaf = Slot | Constant
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation: its arguments, flattened, and the slots of its results (None for those that are no tensors)."""
+
+    operation: Any
+    inputs: tuple[Leaf, ...]
+    structure: TreeSpec
+    outputs: tuple[Slot | None, ...]
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers."""
+        return torch.Tag.nondeterministic_seeded in self.operation.tags
+
+    @property
+    def writes(self) -> bool:
+        """Whether it changes one of its arguments."""
+        return bool(self.operation._schema.is_mutable) or self.operation.overloadpacket in _WRITES_STATISTICS
+
+
+@dataclass(frozen=True)
+class Tape:
+    """The operations of a function in order; the first ``inputs`` slots are its inputs.
+
+    ``results`` are the leaves of what it returned, of the tree ``structure``. ``outside`` are the tensors that it read
+    and that were neither inputs nor made inside, with their versions: numbers frozen as they were.
+    """
+
+    inputs: int
+    calls: tuple[Call, ...]
+    results: tuple[Leaf, ...]
+    structure: TreeSpec
+    outside: tuple[tuple[Tensor, int], ...]
+
+    @property
+    def stale(self) -> bool:
+        """Whether a tensor whose numbers were frozen was written into since."""
+        return any(_version(tensor) != version for tensor, version in self.outside)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a replay draws random numbers."""
+        return any(call.draws for call in self.calls)
+
+
+def record(
+    function: Callable[[], Any], inputs: Sequence[Tensor], *, draws: bool = False, writable: Collection[int] = ()
+) -> Tape:
+    """Run ``function`` once and record what it computes from ``inputs``, which it uses through its closure.
+
+    Control flow and every number read into Python are frozen as they are now. Reading a number that depends on the
+    inputs, by ``.item()``, ``if``, ``.numpy()`` and the like, is refused. A replay serves inputs of the same shapes,
+    dtypes and devices.
+
+    Args:
+        function: what to record; its result is any tree of tensors.
+        inputs: the tensors that differ from replay to replay, as the very objects that the function uses.
+        draws: whether random draws are recorded (made afresh in every replay, from the same generators) or refused.
+        writable: places among the ``inputs`` of tensors that may be written into, such as buffers.
+
+    Raises:
+        RecordingRefused: for operations whose result cannot be replayed: shapes or Python numbers that depend on the
+            inputs, draws from other generators than torch's, writing into tensors that are not the function's own.
+
+    Example:
+        >>> x = torch.tensor([1.0, 3.0])
+        >>> tape = record(lambda: (x * 2.0).square().sum(), [x])
+        >>> [call.operation.name() for call in tape.calls]
+        ['aten::mul.Tensor', 'aten::pow.Tensor_Scalar', 'aten::sum']
+    """
+    others = np.random.get_state()[1:3], random.getstate()
+    with _Readings() as readings, _Recorder(inputs, draws, writable) as recorder:
+        readings.recorder = recorder
+        results = function()
+    now = np.random.get_state()[1:3], random.getstate()
+    if now[1] != others[1] or now[0][1] != others[0][1] or not np.array_equal(now[0][0], others[0][0]):
+        raise RecordingRefused("it draws from NumPy's or Python's random numbers, which a replay would repeat")
+    return recorder.tape(results)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        raise RecordingRefused(f"a tensor of layout {tensor.layout} takes part") from None
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@dataclass(frozen=True)
+class _Noted:
+    operation: Any
+    inputs: list[Any]
+    structure: TreeSpec
+    outputs: list[Any]
+
+
+class _Readings(TorchFunctionMode):
+    """Ways from a tensor to its numbers that no operation shows: refused for what depends on the inputs."""
+
+    recorder: _Recorder | None = None
+    _HIDDEN = frozenset(
+        {
+            torch.Tensor.numpy,
+            torch.Tensor.tolist,
+            torch.Tensor.__array__,
+            torch.Tensor.__dlpack__,
+            torch.Tensor.data_ptr,
+        }
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        if func in self._HIDDEN and self.recorder is not None:
+            self.recorder.refuse_reading(func, args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every operation; knows which memory was made inside, depends on the inputs, or was written into."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import the compiler to switch it off
+
+    def __init__(self, inputs: Sequence[Tensor], draws: bool, writable: Collection[int]) -> None:
+        super().__init__()
+        self.inputs, self.draws = list(inputs), draws
+        self.noted: list[_Noted] = []
+        self.made: set[int] = set()
+        self.dependent = {_storage(tensor) for tensor in inputs}
+        self.writable = {_storage(inputs[place]) for place in writable}
+        self.written: set[int] = set()
+        self.known = {id(tensor) for tensor in inputs}
+        self.outside: dict[int, tuple[Tensor, int]] = {}
+
+    def refuse_reading(self, func: Any, tensor: Tensor) -> None:
+        """Numbers that differ from replay to replay must not be read into Python."""
+        if isinstance(tensor, Tensor) and _storage(tensor) in self.dependent:
+            raise RecordingRefused(f"Tensor.{func.__name__} reads numbers that depend on the inputs")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs, structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        dependent = drawn or any(_storage(t) in self.dependent for t in tensors)
+        self._refuse(func, tensors, dependent, drawn)
+        if func._schema.is_mutable:
+            self._note_writes(func, args, kwargs, dependent)
+        elif func.overloadpacket in _WRITES_STATISTICS and args[5]:
+            for tensor in _tensors(args[3:5]):
+                self._note_write(func, tensor, True)
+        for tensor in tensors:
+            if id(tensor) not in self.known and _storage(tensor) not in self.made:
+                self.outside.setdefault(id(tensor), (tensor, _version(tensor)))
+        result = func(*args, **kwargs)
+        outputs = tree_leaves(result)
+        made = {_storage(t) for t in _tensors(outputs)}
+        self.made |= made - {_storage(t) for t in tensors}
+        self.known |= {id(t) for t in _tensors(outputs)}
+        if dependent and func.overloadpacket not in _SHAPE_ONLY:
+            self.dependent |= made
+        self.noted.append(_Noted(func, inputs, structure, outputs))  # holds the tensors, so that no id is used twice
+        return result
+
+    def _refuse(self, func: Any, tensors: list[Tensor], dependent: bool, drawn: bool) -> None:
+        if drawn and not self.draws:
+            raise RecordingRefused(f"{func} draws random numbers")
+        if not dependent:
+            return
+        returns = func._schema.returns
+        if len(returns) > 1 and any(isinstance(part.type, torch.ListType) for part in returns):
+            raise RecordingRefused(f"{func} returns lists beside tensors")
+        if torch.Tag.data_dependent_output in func.tags:
+            raise RecordingRefused(f"{func} reads a number that depends on the inputs")
+        # Indexing by integers has the shape of the indices; only masks make the shape depend on values.
+        mask = func is not _aten.index.Tensor or any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
+        if torch.Tag.dynamic_output_shape in func.tags and mask:
+            raise RecordingRefused(f"the shape of the result of {func} depends on the inputs")
+        if torch.Tag.inplace_view in func.tags:
+            raise RecordingRefused(f"{func} changes the shape of a tensor in place")
+        if any(_storage(t) in self.dependent and id(t) not in self.known for t in tensors):
+            raise RecordingRefused(f"{func} sees an input through a tensor of unknown origin")
+
+    def _note_writes(self, func: Any, args: Any, kwargs: Any, dependent: bool) -> None:
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            for tensor in _tensors(args[place] if place < len(args) else kwargs.get(argument.name)):
+                self._note_write(func, tensor, dependent)
+
+    def _note_write(self, func: Any, tensor: Tensor, dependent: bool) -> None:
+        storage = _storage(tensor)
+        if storage not in self.made and storage not in self.writable:
+            raise RecordingRefused(f"{func} writes into a tensor that was made outside")
+        self.written.add(storage)
+        if dependent:
+            self.dependent.add(storage)
+
+    def tape(self, results: Any) -> Tape:
+        """The operations that matter, tensors numbered."""
+        leaves, structure = tree_flatten(results)
+        live, slots = self.dependent | self.written, _Slots(self.inputs)
+        calls: list[Call] = []
+        for noted in self.noted:
+            packet = noted.operation.overloadpacket
+            looked_at = noted.outputs if packet in _SHAPE_ONLY else [noted.inputs, noted.outputs]
+            if not any(_storage(t) in live for t in _tensors(looked_at)):
+                continue
+            if packet in _NOTHING and slots.stands_for(noted.outputs[0], noted.inputs[0]):
+                continue
+            inputs = slots.read(noted.inputs)
+            calls.append(Call(noted.operation, inputs, noted.structure, slots.write(noted.outputs)))
+        found = slots.read(leaves)
+        frozen = tuple(pair for pair in self.outside.values() if _storage(pair[0]) not in self.dependent)
+        return Tape(len(self.inputs), tuple(_needed(calls, found)), found, structure, frozen)
+
+
+class _Slots:
+    """Numbers of tensors, in the order in which they came up."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.numbers = {id(tensor): Slot(place) for place, tensor in enumerate(inputs)}
+        self.following = len(inputs)
+
+    def stands_for(self, alias: Tensor, tensor: Tensor) -> bool:
+        """Give ``alias`` the slot of ``tensor``, if it has one."""
+        if id(tensor) not in self.numbers:
+            return False
+        self.numbers[id(alias)] = self.numbers[id(tensor)]
+        return True
+
+    def read(self, leaves: list[Any]) -> tuple[Leaf, ...]:
+        """Slot or constant of each leaf; constants carry no gradient, as the tape holds its own."""
+        found: list[Leaf] = []
+        for leaf in leaves:
+            slot = self.numbers.get(id(leaf)) if isinstance(leaf, Tensor) else None
+            found.append(slot or Constant(leaf.detach() if isinstance(leaf, Tensor) else leaf))
+        return tuple(found)
+
+    def write(self, leaves: list[Any]) -> tuple[Slot | None, ...]:
+        found: list[Slot | None] = []
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                found.append(None)
+                continue
+            if id(leaf) not in self.numbers:
+                self.numbers[id(leaf)] = Slot(self.following)
+                self.following += 1
+            found.append(self.numbers[id(leaf)])
+        return tuple(found)
+
+
+def _needed(calls: Sequence[Call], results: Sequence[Leaf]) -> Iterator[Call]:
+    """Those that the results need, that change something, or that draw: a draw less would shift all after it."""
+    needed = {leaf for leaf in results if isinstance(leaf, Slot)}
+    kept: list[Call] = []
+    for call in reversed(calls):
+        if call.writes or call.draws or not needed.isdisjoint(call.outputs):
+            kept.append(call)
+            needed |= {leaf for leaf in call.inputs if isinstance(leaf, Slot)}
+    return reversed(kept)
+
+
