@@ -40,15 +40,15 @@ class Recording:
         return replay
 
 
-def recording(tape: Tape) -> Recording:
-    """The text of a tape: a function of its inputs that returns the leaves of the result.
+def recording(tape: Tape, inputs: Sequence[int] | None = None) -> Recording:
+    """The text of a tape: a function of its inputs, or of those at some places, that returns the leaves of the result.
 
     >>> x = torch.tensor([1.0, 3.0])
     >>> text = recording(record(lambda: (x.exp(), x.sum() * 2), [x]))
     >>> text.load()(torch.tensor([0.0, 1.0]))[1]
     tensor(2.)
     """
-    return _Writer(tape).written()
+    return _Writer(tape, range(tape.inputs) if inputs is None else inputs).written()
 
 
 def record_checked(function: Callable[[Tensor], tuple[Tensor, ...]], points: Sequence[Tensor]) -> Recording:
@@ -82,8 +82,8 @@ def _operation(name: str) -> Callable[..., Any]:
 class _Writer:
     """Writes one tape down."""
 
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
+    def __init__(self, tape: Tape, inputs: Sequence[int]) -> None:
+        self.tape, self.inputs = tape, inputs
         self.operations: dict[str, int] = {}
         self.constants: list[Any] = []
         self.places: dict[int, int] = {}  # of constants, by identity
@@ -100,7 +100,7 @@ class _Writer:
         for slot, place in last.items():
             if slot not in results:
                 dying.setdefault(place, []).append(self._name(slot))
-        lines = [f"def replay({', '.join(f'v{i}' for i in range(tape.inputs))}):", "  with no_grad():"]
+        lines = [f"def replay({', '.join(f'v{i}' for i in self.inputs)}):", "  with no_grad():"]
         for place, call in enumerate(tape.calls):
             lines.append(f"    {self._call(call)}")
             if place in dying:

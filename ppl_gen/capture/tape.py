@@ -100,6 +100,13 @@ class Tape:
         return any(_version(tensor) != version for tensor, version in self.outside)
 
     @property
+    def used(self) -> tuple[int, ...]:
+        """The places of the inputs that take part."""
+        leaves = [leaf for call in self.calls for leaf in call.inputs] + list(self.results)
+        read = {leaf.number for leaf in leaves if isinstance(leaf, Slot)}
+        return tuple(place for place in range(self.inputs) if place in read)
+
+    @property
     def draws(self) -> bool:
         """Whether a replay draws random numbers."""
         return any(call.draws for call in self.calls)

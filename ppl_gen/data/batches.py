@@ -50,7 +50,7 @@ class Batches:
         self.around: Callable[[Share], contextlib.AbstractContextManager[object]] = lambda share: (
             contextlib.nullcontext()
         )
-        self._whole = self._all_rows() if size is None and not moving and self._walk is None else None
+        self.whole = self._all_rows() if size is None and not moving and self._walk is None else None
         if size is not None:
             if data.rows is None:
                 raise ValueError("batch_size: minibatches need rows, and this data has none (entries are constants)")
@@ -70,7 +70,7 @@ class Batches:
         if self._walk is not None:
             return self._walk.next(self._drawn - 1)
         if self.size is None:
-            return self._whole if self._whole is not None else self._all_rows(self._drawn - 1)
+            return self.whole if self.whole is not None else self._all_rows(self._drawn - 1)
         if not len(self._order):
             self._order = self._shuffled()
         index, self._order = self._order[: self.size], self._order[self.size :]

@@ -104,6 +104,7 @@ class Run:
     validation: Any = None
     ranks: Ranks = ALONE  # the processes that learn together
     checkpoint: Checkpoint | None = None
+    compile: str | bool = "auto"
 
     @property
     def dtype(self) -> torch.dtype:

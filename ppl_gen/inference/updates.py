@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +12,22 @@ from torch import Tensor
 
 from ppl_gen.data.batches import Batches
 from ppl_gen.data.batching import Batch
+from ppl_gen.data.calls import ByStep
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.fitting.run import NonFiniteStepError, Run
+from ppl_gen.inference.captured import Steps
+from ppl_gen.inference.gradients import Step, gradients
 from ppl_gen.inference.impossible import impossible
-from ppl_gen.inference.objectives.game import Game, GameState, Player
+from ppl_gen.inference.objectives.game import Game, Player
 from ppl_gen.inference.reduction import Together
 from ppl_gen.inference.rollback import Mark
+from ppl_gen.workspace.closures import functions_of
 from ppl_gen.workspace.isolation import validation_off
 
 if TYPE_CHECKING:
     from ppl_gen.inference.svi import SVI
 
-__all__ = ["CHECK", "OPTIMISERS", "State", "Step", "gradients"]
+__all__ = ["CHECK", "OPTIMISERS", "State"]
 
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -37,34 +40,6 @@ OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 #: Steps between two readings of the flag that says whether all losses were finite.
 CHECK = 50
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step of one player came to; nothing in it is synchronised with the device."""
-
-    value: Tensor
-    parts: Mapping[str, Tensor]
-    gradients: list[Tensor]
-    state: GameState
-
-
-def gradients(game: Game, player: str, leaves: Sequence[Tensor], batch: Batch, state: GameState) -> Step:
-    """Losses, gradients and the next state of one player on one batch: the one function that a captured graph replaces.
-
-    A leaf that the loss does not touch gets a zero gradient.
-    """
-    loss, state = game.loss(player, batch, state)
-    if not loss.value.requires_grad:
-        raise IncompatibleError(f"the loss of player {player!r} depends on none of its parameters: nothing to learn")
-    grads = torch.autograd.grad(loss.value, list(leaves), allow_unused=True)
-    filled = [torch.zeros_like(p) if g is None else _laid_out(g, p) for p, g in zip(leaves, grads, strict=True)]
-    return Step(loss.value.detach(), loss.parts, filled, {name: value.detach() for name, value in state.items()})
-
-
-def _laid_out(grad: Tensor, leaf: Tensor) -> Tensor:
-    """Autograd may return an expanded gradient (that of a sum, say); fused optimisers read raw memory."""
-    return grad if grad.stride() == leaf.stride() else torch.empty_like(leaf).copy_(grad)
 
 
 class State:
@@ -95,6 +70,7 @@ class State:
                 + (f" but those it keeps fixed ({fixed})" if fixed else "")
             )
         self.game_state = game.init(probe)
+        self.steps = self._steps()
         device = next(iter(self.leaves["program"].values())).device
         self.failed = torch.full((), -1, dtype=torch.long, device=device)
         self.together: Together | None = None
@@ -173,6 +149,7 @@ class State:
     def round(self, source: Batches, *, checked: bool = False) -> dict[str, Tensor | float]:
         """All players in turn; ``checked`` raises at once where a loss or a gradient is not finite."""
         info: dict[str, Tensor | float] = {}
+        self.steps.whole = source.whole
         for player in self.game.players:
             for _ in range(player.updates):
                 if self.together is None:
@@ -181,7 +158,26 @@ class State:
                     with self.together.batch(source) as batch:
                         info.update(self._update(player, batch, checked))
         self.count += 1
+        self.steps.after_round()
         return info
+
+    def _steps(self) -> Steps:
+        run, svi = self.run, self.svi
+        own = [svi.schedule, svi.stop_rule, run.data.on_batch, *run.hooks]  # they run between steps
+        named = svi.optimiser.values() if isinstance(svi.optimiser, Mapping) else [svi.optimiser]
+        own += [choice for choice in named if choice is not None and not isinstance(choice, str)]
+        moving = any(isinstance(value, ByStep) for value in run.data.constants.values())
+        return Steps(
+            self.game,
+            run.workspace,
+            self.leaves,
+            functions_of(run.program, self.guide),
+            run.compile,
+            svi.limit(run),
+            run.data.constants,
+            run.data.positional,
+            moving or any(part is not None for part in own),
+        )
 
     def _update(self, player: Player, batch: Batch, checked: bool) -> dict[str, Tensor | float]:
         leaves = list(self.leaves[player.name].values())
@@ -190,9 +186,11 @@ class State:
         buffers = self.run.workspace.buffers() if checked or self.first else []
         if self.first:
             step = self._validated(player, leaves, batch)
-        else:
+        elif checked:
             with validation_off():
                 step = gradients(self.game, player.name, leaves, batch, self.game_state)
+        else:
+            step = self.steps(player.name, batch, self.game_state)
         step = self.reduce(step, batch)
         if player.name not in self.unreached:
             named = zip(self.leaves[player.name].items(), step.gradients, strict=True)

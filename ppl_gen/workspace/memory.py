@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["unremembered"]
+__all__ = ["remembered", "unremembered"]
 
 
 @contextlib.contextmanager
@@ -33,6 +33,11 @@ def unremembered() -> Iterator[None]:
         for module, state, made in kept.values():
             if _made_so_far(module) == made:
                 _put_back(module, state)
+
+
+def remembered(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes that are not torch's own, containers copied: for `watch` to compare."""
+    return {name: _shallow(value) for name, value in _remembered(module)}
 
 
 def _remembered(module: nn.Module) -> list[tuple[str, Any]]:

@@ -19,7 +19,8 @@ from ppl_gen.data.batches import Batches
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.fitting.loop import iterate
 from ppl_gen.inference import ELBO, EM, IWAE, SVI, Adversarial, ContrastiveDivergence
-from ppl_gen.inference.updates import CHECK, gradients
+from ppl_gen.inference.gradients import gradients
+from ppl_gen.inference.updates import CHECK
 from ppl_gen.models import denoising_diffusion, gan, rbm
 from ppl_gen.workspace.isolation import generators, set_generators
 

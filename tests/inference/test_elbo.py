@@ -37,7 +37,7 @@ from torch import nn
 
 import ppl_gen as pg
 from ppl_gen.inference import ELBO, SVI
-from ppl_gen.inference.updates import gradients
+from ppl_gen.inference.gradients import gradients
 from ppl_gen.models import denoising_diffusion
 
 

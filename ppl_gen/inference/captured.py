@@ -1,0 +1,327 @@
+"""Training steps captured: what a player computes on a batch, replayed without the Python of the program.
+
+The first steps run the program itself. Then, for each player and each shape of batch, its step is recorded as a tape of
+tensor operations, replayed once beside the program under the same random numbers, and used from there on if both agree;
+it is compared again once in `VERIFY` steps. A program that cannot be captured runs as it is, and the fit says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from ppl_gen.capture.compiled import CannotCompileError, compiled, seconds_saved
+from ppl_gen.capture.replay import recording
+from ppl_gen.capture.tape import RecordingRefused, Tape, record
+from ppl_gen.data.batching import Batch
+from ppl_gen.data.calls import ByStep
+from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.inference.gradients import Step, gradients
+from ppl_gen.inference.objectives.game import Game, GameState
+from ppl_gen.workspace.isolation import generators, set_generators, validation_off
+from ppl_gen.workspace.memory import unremembered
+from ppl_gen.workspace.watch import Watch
+from ppl_gen.workspace.workspace import Workspace
+
+__all__ = ["EAGER", "Steps"]
+
+EAGER = 2  # steps of the program itself, the first of them with all checks
+VERIFY = 1000  # steps from one comparison with the program to the next
+LOOK = 50  # steps from one look at what the program holds in Python to the next
+SHAPES = 4  # kinds of batches of one player that are captured
+AGAIN = 3  # times that a step is captured anew because something frozen has changed
+FEW = 100  # steps: for fewer, capturing costs more than it saves
+WORTHWHILE = 8.0  # seconds that compiling has to save; it takes 3 to 8
+
+
+@dataclass
+class _Way:
+    """One captured step: the function, which of the inputs it takes, and how its results are named."""
+
+    tape: Tape
+    replay: Callable[..., Sequence[Any]]
+    inputs: Sequence[int]
+    parts: tuple[str, ...]
+    states: tuple[str, ...]
+    kept: Any  # what its key identifies by address
+    used: int = 0
+
+    def step(self, inputs: Sequence[Tensor]) -> Step:
+        value, *rest = self.replay(*[inputs[place] for place in self.inputs])
+        parts, state = len(self.parts), len(rest) - len(self.states)
+        return Step(
+            value,
+            dict(zip(self.parts, rest[:parts], strict=True)),
+            list(rest[parts:state]),
+            dict(zip(self.states, rest[state:], strict=True)),
+        )
+
+
+@dataclass
+class Steps:
+    """The steps of one run, by the program itself or by what was captured of it.
+
+    ``mode`` is the user's ``compile``; ``limit`` the number of steps of the run; ``watched`` whether functions of
+    the user run between steps, so that something frozen may change; ``whole`` the batch that never changes, if there is
+    one.
+    """
+
+    game: Game
+    workspace: Workspace
+    leaves: Mapping[str, Mapping[str, Tensor]]
+    functions: Sequence[Callable[..., Any]]
+    mode: str | bool
+    limit: int
+    constants: Mapping[str, Any]
+    positional: Sequence[str]
+    watched: bool
+    whole: Batch | None = None
+    path: str = "eager"
+    reason: str = ""
+    seconds: float = 0.0
+    done: int = 0
+    _watch: Watch | None = None
+    _ways: dict[Any, _Way] = field(default_factory=dict)
+    _again: int = 0
+    note: str = ""  # why it was not compiled
+
+    def __post_init__(self) -> None:
+        if self.mode is False:
+            self.reason = "compile=False"
+        elif self.mode == "auto" and self.limit < FEW:
+            self.reason = f"for {self.limit} steps, capturing costs more than it saves"
+        self._moving = [name for name, value in self.constants.items() if isinstance(value, ByStep)]
+        self._params = [leaf for leaves in self.leaves.values() for leaf in leaves.values()]
+        self._detached = [leaf.detach() for leaf in self._params]
+
+    def __call__(self, player: str, batch: Batch, state: GameState) -> Step:
+        """Losses, gradients and the next state of ``player`` on ``batch``."""
+        if not self.reason and self.done >= EAGER:
+            way, batch = self._way(player, batch, state)
+            if way is not None:
+                way.used += 1
+                if way.used % VERIFY == 0:
+                    return self._verified(way, player, batch, state)
+                return way.step(self._inputs(batch, state))
+        return self._program(player, batch, state)
+
+    def after_round(self) -> None:
+        """To be called after each round of all players."""
+        self.done += 1
+        if self.reason:
+            return
+        if self.done == EAGER - 1:
+            self._watch = self._looked()
+        elif self.done == EAGER or (self.done > EAGER and (self.watched or self.done % LOOK == 0)):
+            self._look()
+
+    def _program(self, player: str, batch: Batch, state: GameState) -> Step:
+        with validation_off():
+            return gradients(self.game, player, list(self.leaves[player].values()), batch, state)
+
+    # ------------------------------------------------------------------------------------------- what is frozen
+    def _modules(self) -> list[nn.Module]:
+        extra = [part for module in self.game.modules.values() for part in module.modules()]
+        return list({id(m): m for m in [*self.workspace.networks(), *extra]}.values())
+
+    def _looked(self) -> Watch:
+        return Watch([*self.functions, self.game.loss], self._modules())
+
+    def _look(self) -> None:
+        """Whether all that is frozen is as it was: else capture anew, or let the program run."""
+        assert self._watch is not None
+        changed = self._watch.changed()
+        stale = any(way.tape.stale for way in self._ways.values())
+        if not changed and not stale:
+            return
+        what = ", ".join(changed) or "a tensor that the program reads from outside"
+        self._ways.clear()
+        self._again += 1
+        if self.done == EAGER or self._again > AGAIN:
+            how = "changes as the program runs" if self.done == EAGER else "keeps changing during the run"
+            self._refuse(f"{what} {how}; what changes by step can be passed as pg.by_step(...)")
+        else:
+            self._watch = self._looked()
+
+    def _refuse(self, reason: str) -> None:
+        self.path, self.reason = "eager", reason
+        self._ways.clear()
+
+    # --------------------------------------------------------------------------------------------------- inputs
+    def _buffers(self) -> list[Tensor]:
+        return [b for module in self._modules() for b in module._buffers.values() if b is not None]
+
+    def _inputs(self, batch: Batch, state: GameState) -> list[Tensor]:
+        """All that may differ from step to step: parameters, buffers, the game's state, the batch."""
+        return [*self._detached, *self._buffers(), *state.values(), *self._tensors(batch)]
+
+    def _tensors(self, batch: Batch) -> list[Tensor]:
+        if batch is self.whole:
+            return []
+        return [leaf for leaf in self._parts(batch) if isinstance(leaf, Tensor)]
+
+    @staticmethod
+    def _parts(batch: Batch) -> list[Any]:
+        top = [*batch.args, *batch.kwargs.values()]
+        if any(isinstance(value, dict | list | tuple) for value in top):
+            top = tree_flatten(top)[0]
+        return top if batch.index is None else [*top, batch.index]
+
+    def _with_tensors(self, batch: Batch) -> Batch:
+        """The batch with the numbers that change by step as tensors, so that they are inputs and not constants."""
+        if not self._moving:
+            return batch
+        like = self._params[0]
+        args, kwargs = list(batch.args), dict(batch.kwargs)
+        for name in self._moving:
+            place: Any = self.positional.index(name) if name in self.positional else name
+            where: Any = args if isinstance(place, int) else kwargs
+            if type(where[place]) is float:
+                where[place] = torch.tensor(where[place], dtype=like.dtype, device=like.device)
+        return replace(batch, args=tuple(args), kwargs=kwargs)
+
+    def _key(self, player: str, batch: Batch) -> tuple[Any, ...]:
+        if batch is self.whole:
+            return (player,)
+        return (player, batch.rows, batch.total, *map(_kind, self._parts(batch)))
+
+    # -------------------------------------------------------------------------------------------------- capture
+    def _way(self, player: str, batch: Batch, state: GameState) -> tuple[_Way | None, Batch]:
+        given, batch = batch, self._with_tensors(batch)
+        key = self._key(player, batch)
+        way = self._ways.get(key)
+        if way is not None:
+            return way, batch
+        if sum(other[0] == player for other in self._ways) >= SHAPES:
+            self._refuse("the batches differ in shape, or in what they hold beside tensors, from step to step")
+            return None, given
+        began = time.perf_counter()
+        try:
+            way = self._ways[key] = self._captured(player, batch, state)
+        except (RecordingRefused, *PROGRAM_ERRORS) as error:
+            self._refuse(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            return None, given
+        finally:
+            self.seconds += time.perf_counter() - began
+        return way, batch
+
+    def _captured(self, player: str, batch: Batch, state: GameState) -> _Way:
+        """Record the step, compile it where that pays, and compare it with the program."""
+        state = {name: value.clone() for name, value in state.items()}  # objects of their own, whatever they alias
+        names: list[tuple[str, ...]] = []
+
+        def one() -> list[Tensor]:
+            step = self._program(player, batch, state)
+            names[:] = [tuple(step.parts), tuple(step.state)]
+            return [step.value, *step.parts.values(), *step.gradients, *step.state.values()]
+
+        with self._put_back_after() as (buffers, _):
+            inputs, first = [*self._params, *buffers, *state.values(), *self._tensors(batch)], len(self._params)
+            tape = record(one, inputs, draws=True, writable=range(first, first + len(buffers)))
+            if any(now is not before for now, before in zip(self._buffers(), buffers, strict=True)):
+                raise RecordingRefused("a module puts a new tensor in place of a buffer; write into it by copy_()")
+        way = _Way(tape, recording(tape, tape.used).load(), tape.used, names[0], names[1], self._parts(batch))
+        self.path = "graph"
+        if self._worth_compiling(tape):
+            self._compile(way, batch, state)
+        problem = self._difference(way, player, batch, state)
+        if problem and self.path == "inductor":
+            way.replay, self.path = recording(tape, tape.used).load(), "graph"
+            self.note = f"compiled, {problem}"
+            problem = self._difference(way, player, batch, state)
+        if problem:
+            raise RecordingRefused(problem)
+        return way
+
+    def _compile(self, way: _Way, batch: Batch, state: GameState) -> None:
+        with self._put_back_after():
+            inputs = self._inputs(batch, state)
+            try:
+                way.replay = compiled(way.tape, [inputs[place] for place in way.inputs])
+                self.path = "inductor"
+            except CannotCompileError as error:
+                self.note = str(error)
+
+    @contextlib.contextmanager
+    def _put_back_after(self) -> Iterator[tuple[list[Tensor], Callable[[], None]]]:
+        """Buffers, generators and what modules remember are on exit as they were; and a function that makes them so."""
+        buffers, numbers = self._buffers(), generators()
+        kept = [buffer.clone() for buffer in buffers]
+
+        def put_back() -> None:
+            with torch.no_grad():
+                for buffer, value in zip(buffers, kept, strict=True):
+                    buffer.copy_(value)
+            set_generators(numbers)
+
+        try:
+            with unremembered():
+                yield buffers, put_back
+        finally:
+            put_back()
+
+    def _worth_compiling(self, tape: Tape) -> bool:
+        if self.mode == "auto":
+            return not self.note and seconds_saved(tape) * (self.limit - self.done) >= WORTHWHILE
+        return self.mode == "inductor" and not self.note
+
+    # ------------------------------------------------------------------------------------------------- agreement
+    def _difference(self, way: _Way, player: str, batch: Batch, state: GameState) -> str:
+        """What of the replay differs from the program at this step, in words; everything is left as it was."""
+        with self._put_back_after() as (buffers, put_back):
+            theirs = self._program(player, batch, state)
+            drawn, after = torch.get_rng_state(), [buffer.clone() for buffer in buffers]
+            put_back()
+            ours = way.step(self._inputs(batch, state))
+            if not torch.equal(torch.get_rng_state(), drawn):
+                return "it draws other random numbers than the program"
+            return _unlike(ours, theirs) or ("" if all(map(_close, buffers, after)) else "its buffers differ")
+
+    def _verified(self, way: _Way, player: str, batch: Batch, state: GameState) -> Step:
+        problem = self._difference(way, player, batch, state)
+        if problem:
+            self._refuse(f"after {self.done} steps, {problem}")
+            return self._program(player, batch, state)
+        return way.step(self._inputs(batch, state))
+
+
+def _kind(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype
+    return leaf if isinstance(leaf, bool | int | float | str | None) else id(leaf)
+
+
+def _unlike(ours: Step, theirs: Step) -> str:
+    """The first of losses, parts, gradients and next state that differs, in words; "" where none does."""
+    if not bool(theirs.value.isfinite()):
+        return "" if not bool(ours.value.isfinite()) else "its loss is finite and the program's is not"
+    pairs = [("its loss differs", ours.value, theirs.value)]
+    pairs += [(f"its {name} differs", ours.parts[name], value) for name, value in theirs.parts.items()]
+    pairs += [(f"its next {name} differs", ours.state[name], value) for name, value in theirs.state.items()]
+    for said, one, other in pairs:
+        if not _close(one, other):
+            return f"{said} from the program's under the same random numbers"
+    largest = max((float(grad.abs().max()) for grad in theirs.gradients if grad.numel()), default=0.0)
+    if not all(_close(a, b, largest) for a, b in zip(ours.gradients, theirs.gradients, strict=True)):
+        return "its gradients differ from the program's under the same random numbers"
+    return ""
+
+
+def _close(one: Tensor, other: Tensor, largest: float = 0.0) -> bool:
+    """Equal up to 1e-5 of the norm (1e-10 in float64), or of a thousandth of the largest entry of its like."""
+    if one.shape != other.shape or one.dtype != other.dtype or one.stride() != other.stride():
+        return False
+    if not other.is_floating_point():
+        return torch.equal(one, other)
+    tolerance = 1e-10 if other.dtype is torch.float64 else 1e-5
+    same = one == other
+    apart = torch.where(same | (one.isnan() & other.isnan()), torch.zeros_like(one), one - other)
+    bound = torch.linalg.vector_norm(other.nan_to_num(0.0, 0.0, 0.0)) + 1e-3 * largest + 1e-3
+    return bool(torch.linalg.vector_norm(apart) <= tolerance * bound)
