@@ -54,7 +54,7 @@ def compiled(tape: Tape, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any
             from torch._inductor.compile_fx import compile_fx
 
             with torch.no_grad(), config.patch(fallback_random=True, compile_threads=1):
-                function = compile_fx(module, examples)
+                function: Any = compile_fx(module, examples)
                 function(*examples)  # it is compiled at the first call
     except Exception as error:  # whatever a compiler throws, the run goes on by the other path
         raise CannotCompileError(_reason(error)) from error
@@ -111,9 +111,7 @@ def _module(tape: Tape) -> tuple[torch.fx.GraphModule, list[Tensor]]:
     return torch.fx.GraphModule(torch.nn.Module(), graph), constants
 
 
-def _add(
-    graph: torch.fx.Graph, call: Call, nodes: dict[Slot, torch.fx.Node], places: dict[int, torch.fx.Node]
-) -> None:
+def _add(graph: torch.fx.Graph, call: Call, nodes: dict[Slot, torch.fx.Node], places: dict[int, torch.fx.Node]) -> None:
     def node(leaf: Slot | Constant) -> Any:
         if isinstance(leaf, Slot):
             return nodes[leaf]

@@ -35,7 +35,7 @@ class Recording:
         space: dict[str, Any] = {f"c{i}": value for i, value in enumerate(self.constants)}
         space |= {f"f{i}": _operation(name) for i, name in enumerate(self.operations)}
         space["no_grad"] = torch.no_grad
-        exec(compile(self.source, "<recording>", "exec"), space)  # noqa: S102: its own text, of operations and numbers
+        exec(compile(self.source, "<recording>", "exec"), space)  # its own text, of operations and numbers alone
         replay: Replay = space["replay"]
         return replay
 

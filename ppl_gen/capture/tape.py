@@ -137,14 +137,19 @@ def record(
         >>> [call.operation.name() for call in tape.calls]
         ['aten::mul.Tensor', 'aten::pow.Tensor_Scalar', 'aten::sum']
     """
-    others = np.random.get_state()[1:3], random.getstate()
+    others = _other_generators()
     with _Readings() as readings, _Recorder(inputs, draws, writable) as recorder:
         readings.recorder = recorder
         results = function()
-    now = np.random.get_state()[1:3], random.getstate()
-    if now[1] != others[1] or now[0][1] != others[0][1] or not np.array_equal(now[0][0], others[0][0]):
+    if _other_generators() != others:
         raise RecordingRefused("it draws from NumPy's or Python's random numbers, which a replay would repeat")
     return recorder.tape(results)
+
+
+def _other_generators() -> tuple[Any, ...]:
+    """Where NumPy's and Python's generators stand."""
+    name, keys, place, *_ = np.random.get_state(legacy=True)
+    return name, bytes(np.asarray(keys)), place, random.getstate()
 
 
 def _storage(tensor: Tensor) -> int:
@@ -337,5 +342,3 @@ def _needed(calls: Sequence[Call], results: Sequence[Leaf]) -> Iterator[Call]:
             kept.append(call)
             needed |= {leaf for leaf in call.inputs if isinstance(leaf, Slot)}
     return reversed(kept)
-
-

@@ -27,7 +27,7 @@ _ENDINGS = {"converged": "good", "finished": "good", "stopped": "fair", "interru
 
 def fit_html(fit: Fit) -> str:
     """A fit: how it ended, what it cost, how the history went, and its parameters."""
-    cost = [f"{value:.1f} s" if name == "seconds" else _counted(name, value) for name, value in fit.cost.items()]
+    cost = [_counted(name, value) for name, value in fit.cost.items()]
     facts = {
         "status": f"{mark(_ENDINGS.get(str(fit.status), 'bad'))}<b>{escape(str(fit.status))}</b>: "
         f"{escape(fit.message) or 'no message'}",
@@ -50,8 +50,12 @@ def _judged(fit: Fit) -> str:
     return f"{mark(tone)}<b>{escape(found.grade)}</b>: {escape(found.reason)}.{advice}"
 
 
-def _counted(name: str, value: float) -> str:
+def _counted(name: str, value: float | str) -> str:
     words = name.replace("_", " ")
+    if isinstance(value, str):
+        return f"{words}: {value}"
+    if words.endswith("seconds"):
+        return f"{value:.1f} s{f' for {kind}' if (kind := words.removesuffix('seconds').strip()) else ''}"
     return f"{value:.6g} {words.removesuffix('s') if value == 1 else words}"
 
 

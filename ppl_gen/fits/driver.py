@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ def fit(
     fabric: Any = None,
     checkpoint: str | Path | None = None,
     every: int | datetime.timedelta | None = None,
+    compile: str | bool = "auto",
 ) -> Fit:
     """Learn ``program`` from ``data`` with ``algorithm``; everything that was passed in stays as it was.
 
@@ -99,6 +100,10 @@ def fit(
             the fit goes on where the last checkpoint stands, to the same bits (on a CPU); a finished one is returned at
             once. ``steps``, ``epochs`` and the ``draws`` of chains may be raised; another fit is refused.
         every: how often: a number of steps, or a `datetime.timedelta`; a minute when None.
+        compile: how training steps are computed. ``"graph"`` replays what the program computed, without its Python;
+            ``"inductor"`` compiles that; False runs the program at every step; ``"auto"`` chooses by the number of
+            steps. What was captured is checked against the program, and random numbers are the same on all paths.
+            ``fit.cost`` says which path ran, what building it cost and why no other was taken.
 
     Warns:
         FitWarning: once, where chains are bad (what they did, and what to do next), or where columns of the data of
@@ -134,19 +139,22 @@ def fit(
     recipe = as_recipe(program)
     _check_start(recipe, start)
     _check_callbacks(callbacks)
+    _check_compile(compile)
     kept = checked_place(checkpoint, every, algorithm)
     asked = dtype
     with listening(), ranks.told():
         with allowed():
             data = collected(data)
-        rest = (seed, place, validation, validate_every, progress, callbacks, start, recipe is program, ranks, kept)
+        rest = _Rest(
+            seed, place, validation, validate_every, progress, callbacks, start, recipe is program, ranks, kept, compile
+        )
         try:
-            result = _fitted(recipe, data, algorithm, asked or algorithm.dtype, *rest)
+            result = _fitted(recipe, data, algorithm, asked or algorithm.dtype, rest)
         except MixedDtypesError:
             given = dtype_of(data) is torch.float64 or (start is not None and start.data.dtype is torch.float64)
             if asked is not None or algorithm.dtype is not torch.float64 or given:
                 raise
-            result = _fitted(recipe, data, algorithm, torch.float32, *rest)
+            result = _fitted(recipe, data, algorithm, torch.float32, rest)
             result = replace(result, notes={**result.notes, "dtype": SINGLE})
         if ranks.taken():  # it came after the last step: nothing is missing, but a script has to hear of it
             result = replace(result, status=Status.INTERRUPTED, message=f"interrupted at the end: {result.message}")
@@ -159,24 +167,27 @@ def fit(
     return result
 
 
-def _fitted(
-    recipe: Recipe,
-    data: Any,
-    algorithm: Algorithm,
-    dtype: torch.dtype | None,
-    seed: int,
-    place: torch.device | None,
-    validation: Any,
-    validate_every: int | None,
-    progress: bool | None,
-    callbacks: Sequence[Callable[[int, Mapping[str, Any]], None]],
-    start: Fit | None,
-    scaled: bool,
-    ranks: Ranks,
-    kept: tuple[Numbered | None, Every],
-) -> Fit:
+@dataclass(frozen=True)
+class _Rest:
+    """What `fit` was asked for beside program, data and algorithm, checked."""
+
+    seed: int
+    place: torch.device | None
+    validation: Any
+    validate_every: int | None
+    progress: bool | None
+    callbacks: Sequence[Callable[[int, Mapping[str, Any]], None]]
+    start: Fit | None
+    scaled: bool
+    ranks: Ranks
+    kept: tuple[Numbered | None, Every]
+    compile: str | bool
+
+
+def _fitted(recipe: Recipe, data: Any, algorithm: Algorithm, dtype: torch.dtype | None, rest: _Rest) -> Fit:
     """The fit in one dtype, whatever became of it."""
-    with isolated(seed, dtype=dtype or dtype_of(data)), torch.inference_mode(False), torch.enable_grad():
+    place, start = rest.place, rest.start
+    with isolated(rest.seed, dtype=dtype or dtype_of(data)), torch.inference_mode(False), torch.enable_grad():
         with allowed():
             built, dataset = built_from(recipe, data, dtype, place, start)
         state = start.state if start is not None else None
@@ -184,16 +195,17 @@ def _fitted(
         modules = modules_of(built, start)
         with Workspace(state, device=place, dtype=dataset.dtype, modules=modules) as workspace, plates:
             with allowed():
-                run = checked_run(algorithm, built, dataset, workspace, seed, start, validation, ranks)
-                run.notes |= column_notes(dataset.entries, scaled=scaled)
-            with ProgressBar(progress, algorithm.label) as report, allowed():
+                run = checked_run(algorithm, built, dataset, workspace, rest.seed, start, rest.validation, rest.ranks)
+                run.notes |= column_notes(dataset.entries, scaled=rest.scaled)
+                run.compile = rest.compile
+            with ProgressBar(rest.progress, algorithm.label) as report, allowed():
                 run.progress = report
                 before = Remembered(functions_of(built))
-                run.hooks = tuple(callbacks)
-                if validation is not None:
-                    run.validation = Validation(validation, validate_every, run.program, dataset)
-                agree(run, algorithm, kept=kept[0] is not None)
-                with opened(*kept, run, recipe, algorithm):
+                run.hooks = tuple(rest.callbacks)
+                if rest.validation is not None:
+                    run.validation = Validation(rest.validation, rest.validate_every, run.program, dataset)
+                agree(run, algorithm, kept=rest.kept[0] is not None)
+                with opened(*rest.kept, run, recipe, algorithm):
                     began = time.perf_counter()
                     outcome = algorithm.run(run)
                     seconds = time.perf_counter() - began + (run.checkpoint.seconds if run.checkpoint else 0.0)
@@ -271,6 +283,11 @@ def _checked(
 def _check_callbacks(callbacks: Any) -> None:
     if not isinstance(callbacks, Sequence) or isinstance(callbacks, str | bytes) or not all(map(callable, callbacks)):
         raise TypeError(f"callbacks: expected a list of functions of a step and its info, got {callbacks!r}")
+
+
+def _check_compile(compile: Any) -> None:
+    if compile is not False and compile not in ("auto", "graph", "inductor"):
+        raise ValueError(f'compile: expected "auto", "graph", "inductor" or False, got {compile!r}')
 
 
 def _check_start(recipe: Recipe, start: Fit | None) -> None:

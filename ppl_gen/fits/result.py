@@ -57,7 +57,7 @@ class Fit:
     status: Status = Status.FINISHED
     message: str = ""
     seed: int = 0
-    cost: Mapping[str, float] = field(default_factory=dict)
+    cost: Mapping[str, float | str] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     recipe: Recipe | None = None
     guide_source: str | None = None  # what makes guide and posterior again: see `ppl_gen.inference.restore`

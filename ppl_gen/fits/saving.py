@@ -114,7 +114,7 @@ def _meta(fit: Fit) -> dict[str, Any]:
         "status": str(fit.status),
         "message": fit.message,
         "seed": fit.seed,
-        "cost": {name: float(v) if isinstance(v, float) else int(v) for name, v in fit.cost.items() if np.isfinite(v)},
+        "cost": {name: _plain(v) for name, v in fit.cost.items() if isinstance(v, str) or np.isfinite(v)},
         "notes": {name: str(note) for name, note in {**fit.notes, **_not_kept(fit)}.items()},
         "records": {name: [repr(float(v)) for v in values] for name, values in fit.records.items()},
         "checks": {name: [repr(float(v)) for v in values] for name, values in fit.checks.items()},
@@ -155,3 +155,8 @@ def _not_kept(fit: Fit) -> dict[str, str]:
 def _guide_source(fit: Fit) -> str | None:
     own = not held_whole(type(fit.learned))
     return "lost" if own and fit.guide_source != "own" else fit.guide_source
+
+
+def _plain(value: float | str) -> float | int | str:
+    """A number of NumPy's as one of Python's."""
+    return value if isinstance(value, str) else float(value) if isinstance(value, float) else int(value)

@@ -105,8 +105,11 @@ def _seed(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
 
 
-def _cost(value: Any) -> bool:
-    return _number(value) and 0 <= value < _LARGEST
+def _costs(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    words = {name for name in value if name in ("path", "path_reason")}
+    return all(_text(v) if n in words else _number(v) and 0 <= v < _LARGEST for n, v in value.items())
 
 
 def _fingerprint(value: Any) -> bool:
@@ -151,7 +154,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "status": (f"one of {', '.join(_STATUS)}", _one_of(*_STATUS)),
     "message": ("text", _text),
     "seed": ("a whole number of at least 0 and below 2**32", _seed),
-    "cost": ("numbers of at least 0 by name", _table(_cost)),
+    "cost": ("numbers of at least 0 by name, and words of the path", _costs),
     "notes": ("texts by name", _table(_text)),
     "records": ("columns of numerals, equally long, by name", _columns(_numeral)),
     "checks": ("columns of numerals, equally long, by name", _columns(_numeral)),

@@ -147,7 +147,7 @@ class Outcome:
     ending: Ending | None = None
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)
     checks: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    cost: Mapping[str, float] = field(default_factory=dict)
+    cost: Mapping[str, float | str] = field(default_factory=dict)
     guide: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:

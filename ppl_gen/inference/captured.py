@@ -95,6 +95,8 @@ class Steps:
     def __post_init__(self) -> None:
         if self.mode is False:
             self.reason = "compile=False"
+        elif self.mode == "alone":
+            self.reason = "several processes learn together"
         elif self.mode == "auto" and self.limit < FEW:
             self.reason = f"for {self.limit} steps, capturing costs more than it saves"
         self._moving = [name for name, value in self.constants.items() if isinstance(value, ByStep)]
@@ -125,6 +127,26 @@ class Steps:
     def _program(self, player: str, batch: Batch, state: GameState) -> Step:
         with validation_off():
             return gradients(self.game, player, list(self.leaves[player].values()), batch, state)
+
+    def cost(self) -> dict[str, float | str]:
+        """Which path ran, what building it took, and why no other was taken: for `Fit.cost`."""
+        said = self.reason or self.note
+        built: dict[str, float | str] = {"path": self.path, "capture_seconds": self.seconds}
+        return {**built, "path_reason": said} if said else built
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which path ran so far: a run that goes on takes the same one."""
+        return {"done": self.done, "path": self.path, "reason": self.reason, "note": self.note, "again": self._again}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on by the path of the run that gave ``saved``; it is captured anew at the next step."""
+        self.done, self.path, self.note = int(saved["done"]), saved["path"], saved["note"]
+        self._again = int(saved["again"])
+        self._ways.clear()
+        if self.done > EAGER:
+            self.reason, self.mode = saved["reason"], self.path
+        if not self.reason and self.done >= EAGER - 1:
+            self._watch = self._looked()
 
     # ------------------------------------------------------------------------------------------- what is frozen
     def _modules(self) -> list[nn.Module]:

@@ -215,7 +215,7 @@ class SVI(Iterative):
             posterior,
             values,
             modules=copy.deepcopy(dict(state.game.modules)),  # the workspace puts back what it finds on exit
-            cost={"gradient_evaluations": evaluations},
+            cost={"gradient_evaluations": evaluations, **state.steps.cost()},
             guide=guide,
             ending=None if failed is None else Ending("failed", failed),
         )

@@ -172,7 +172,7 @@ class State:
             run.workspace,
             self.leaves,
             functions_of(run.program, self.guide),
-            run.compile,
+            run.compile if run.ranks.alone else "alone",
             svi.limit(run),
             run.data.constants,
             run.data.positional,
@@ -309,6 +309,7 @@ class State:
             "begun": not self.first,
             "unreached": {player: dict(values) for player, values in self.unreached.items()},
             "ended": None if self.bad is None else str(self.bad),
+            "path": self.steps.state_dict(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -327,6 +328,7 @@ class State:
         for name, schedule in self.schedules.items():
             schedule.load_state_dict(copy.deepcopy(saved["schedules"][name]))
         self.game_state = {name: value.clone() for name, value in saved["game"].items()}
+        self.steps.load_state_dict(saved["path"])
 
 
 def _fusable(params: Sequence[Tensor]) -> bool:

@@ -48,6 +48,7 @@ def _network(x):
 
 NETWORK = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
 
+
 def _pieces(x):
     (whole,) = x.split(3)
     first, rest = x.split([1, 2])

@@ -49,7 +49,7 @@ def killing(after: int) -> Callable[[int, Any], None]:
 def all_of(fit: pg.Fit) -> dict[str, Any]:
     """What has to be equal: numbers, history, checks, ending, counts."""
     told = {"status": str(fit.status), "message": fit.message}
-    cost = {name: value for name, value in fit.cost.items() if name != "seconds"}
+    cost = {name: value for name, value in fit.cost.items() if "seconds" not in name}
     notes = {name: note for name, note in fit.notes.items() if name != "resumed"}
     records = {name: torch.tensor(values, dtype=torch.float64) for name, values in fit.records.items()}
     return {**numbers(fit), **records, "checks": fit.checks, "told": told, "cost": cost, "notes": notes}

@@ -17,8 +17,8 @@ from fixtures import float64_under
 import ppl_gen as pg
 from ppl_gen.data.batching import Batch
 from ppl_gen.inference import ELBO, IWAE, SVI, ContrastiveDivergence
-from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.inference.gradients import gradients
+from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.models import rbm
 from ppl_gen.models.energy.rbm import BoltzmannMachine, GibbsRows
 from ppl_gen.program.dry_run import dry_run
