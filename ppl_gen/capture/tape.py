@@ -1,16 +1,18 @@
 """Recording a function as a tape of tensor operations.
 
-A Pyro program spends most of a small step in effect handlers and distribution objects. The tape keeps only the operations
-that depend on the inputs or on random draws, gradients included; everything else becomes a constant. It is replayed
-as a straight line of Python (`ppl_gen.capture.replay`) or compiled (`ppl_gen.capture.compiled`). Recording takes a few
-times as long as the function itself and imports nothing, unlike tracing by `torch.fx`, which imports the compiler.
+A Pyro program spends most of a small step in effect handlers and distribution objects. The tape keeps only the
+operations that depend on the inputs or on random draws, gradients included; everything else becomes a constant. It is
+replayed as a straight line of Python (`ppl_gen.capture.replay`) or compiled (`ppl_gen.capture.compiled`). Recording
+takes a few times as long as the function itself and imports nothing, unlike tracing by `torch.fx`.
 """
 
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,6 +161,16 @@ def _storage(tensor: Tensor) -> int:
         raise RecordingRefused(f"a tensor of layout {tensor.layout} takes part") from None
 
 
+def _reader(func: Any) -> str:
+    """Where in the user's code, or that of another library, a number is read: the innermost line that is not torch's."""
+    for frame, line in traceback.walk_stack(None):
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "ppl_gen.capture.")) and module != "torch":
+            by = "if, float() or .item()" if "scalar" in str(func) else str(getattr(func, "__name__", func))
+            return f"{by} in {Path(frame.f_code.co_filename).name}, line {line}"
+    return str(func)
+
+
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
@@ -214,11 +226,12 @@ class _Recorder(TorchDispatchMode):
         self.written: set[int] = set()
         self.known = {id(tensor) for tensor in inputs}
         self.outside: dict[int, tuple[Tensor, int]] = {}
+        self.reshaped = False  # in place: then a tensor and its alias are two
 
     def refuse_reading(self, func: Any, tensor: Tensor) -> None:
         """Numbers that differ from replay to replay must not be read into Python."""
         if isinstance(tensor, Tensor) and _storage(tensor) in self.dependent:
-            raise RecordingRefused(f"Tensor.{func.__name__} reads numbers that depend on the inputs")
+            raise RecordingRefused(f"numbers that depend on the inputs are read into Python, by {_reader(func)}")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -254,13 +267,15 @@ class _Recorder(TorchDispatchMode):
         if len(returns) > 1 and any(isinstance(part.type, torch.ListType) for part in returns):
             raise RecordingRefused(f"{func} returns lists beside tensors")
         if torch.Tag.data_dependent_output in func.tags:
-            raise RecordingRefused(f"{func} reads a number that depends on the inputs")
+            raise RecordingRefused(f"a number that depends on the inputs is read into Python, by {_reader(func)}")
         # Indexing by integers has the shape of the indices; only masks make the shape depend on values.
         mask = func is not _aten.index.Tensor or any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
         if torch.Tag.dynamic_output_shape in func.tags and mask:
             raise RecordingRefused(f"the shape of the result of {func} depends on the inputs")
         if torch.Tag.inplace_view in func.tags:
-            raise RecordingRefused(f"{func} changes the shape of a tensor in place")
+            self.reshaped = True
+            if any(_storage(t) not in self.made for t in tensors[:1]):
+                raise RecordingRefused(f"{func} changes the shape of a tensor that was made outside")
         if any(_storage(t) in self.dependent and id(t) not in self.known for t in tensors):
             raise RecordingRefused(f"{func} sees an input through a tensor of unknown origin")
 
@@ -289,7 +304,7 @@ class _Recorder(TorchDispatchMode):
             looked_at = noted.outputs if packet in _SHAPE_ONLY else [noted.inputs, noted.outputs]
             if not any(_storage(t) in live for t in _tensors(looked_at)):
                 continue
-            if packet in _NOTHING and slots.stands_for(noted.outputs[0], noted.inputs[0]):
+            if packet in _NOTHING and not self.reshaped and slots.stands_for(noted.outputs[0], noted.inputs[0]):
                 continue
             inputs = slots.read(noted.inputs)
             calls.append(Call(noted.operation, inputs, noted.structure, slots.write(noted.outputs)))

@@ -98,7 +98,8 @@ class Steps:
         elif self.mode == "alone":
             self.reason = "several processes learn together"
         elif self.mode == "auto" and self.limit < FEW:
-            self.reason = f"for {self.limit} steps, capturing costs more than it saves"
+            self.reason = f"for {self.limit} steps, capturing would cost more than it saves"
+        self._preset = self.reason
         self._moving = [name for name, value in self.constants.items() if isinstance(value, ByStep)]
         self._params = [leaf for leaves in self.leaves.values() for leaf in leaves.values()]
         self._detached = [leaf.detach() for leaf in self._params]
@@ -136,15 +137,16 @@ class Steps:
 
     def state_dict(self) -> dict[str, Any]:
         """Which path ran so far: a run that goes on takes the same one."""
-        return {"done": self.done, "path": self.path, "reason": self.reason, "note": self.note, "again": self._again}
+        reason = "" if self.reason == self._preset else self.reason
+        return {"done": self.done, "path": self.path, "reason": reason, "note": self.note, "again": self._again}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on by the path of the run that gave ``saved``; it is captured anew at the next step."""
-        self.done, self.path, self.note = int(saved["done"]), saved["path"], saved["note"]
-        self._again = int(saved["again"])
+        self.done, self.note, self._again = int(saved["done"]), saved["note"], int(saved["again"])
+        self.reason = self._preset or saved["reason"]
         self._ways.clear()
-        if self.done > EAGER:
-            self.reason, self.mode = saved["reason"], self.path
+        if self.mode == "auto" and saved["path"] != "eager":
+            self.mode = saved["path"]
         if not self.reason and self.done >= EAGER - 1:
             self._watch = self._looked()
 

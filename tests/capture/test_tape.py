@@ -84,10 +84,22 @@ def test_function_may_give_what_does_not_depend_on_the_argument() -> None:
 OUTSIDE = torch.zeros(3, dtype=torch.float64)
 
 REFUSED = {
-    "item": (lambda x: (x * x[0].item(),), "reads a number"),
-    "if": (lambda x: (x if x.sum() > 0 else -x,), "reads a number"),
-    "numpy": (lambda x: (x * float(np.asarray(x.detach())[0]),), "reads numbers"),
-    "list": (lambda x: (x * x.tolist()[0],), "reads numbers"),
+    "item": (
+        lambda x: (x * x[0].item(),),
+        "a number that depends on the inputs is read into Python, by if, float\\(\\) or .item\\(\\) in test_tape.py, line",
+    ),
+    "if": (
+        lambda x: (x if x.sum() > 0 else -x,),
+        "a number that depends on the inputs is read into Python, by if, float\\(\\) or .item\\(\\) in test_tape.py, line",
+    ),
+    "numpy": (
+        lambda x: (x * float(np.asarray(x.detach())[0]),),
+        "numbers that depend on the inputs are read into Python, by .* in test_tape.py",
+    ),
+    "list": (
+        lambda x: (x * x.tolist()[0],),
+        "numbers that depend on the inputs are read into Python, by .* in test_tape.py",
+    ),
     "NumPy's draws": (lambda x: (x * np.random.rand(),), "NumPy"),
     "random": (lambda x: (x + torch.randn(3, dtype=x.dtype),), "random"),
     "mask": (lambda x: (x[x > 0],), "shape"),

@@ -232,14 +232,14 @@ class _EnumeratedGuideGame(Game):
     def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
         from pyro.infer import TraceEnum_ELBO
 
-        from ppl_gen.handlers.private import dice_elbo
+        from ppl_gen.handlers.expectation import expected_elbo
 
         total = torch.zeros(())
         elbo = TraceEnum_ELBO(max_plate_nesting=self.setting.info.plate_nesting)
         with RescalePlate(self.setting.info.data_plate, batch.total):
             for _ in range(self.particles):
                 for model, guide in elbo._get_traces(self.model, self.guide, batch.args, batch.kwargs):
-                    total = total - dice_elbo(model, guide) / self.particles
+                    total = total - expected_elbo(model, guide) / self.particles
         return Loss(total / (batch.total or 1)), state
 
 
