@@ -143,6 +143,7 @@ class Steps:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on by the path of the run that gave ``saved``; it is captured anew at the next step."""
         self.done, self.note, self._again = int(saved["done"]), saved["note"], int(saved["again"])
+        self.path = saved["path"]
         self.reason = self._preset or saved["reason"]
         self._ways.clear()
         if self.mode == "auto" and saved["path"] != "eager":

@@ -30,7 +30,9 @@ class Mark:
         return count - self.count >= min(FAR, max(NEAR, self.count))
 
     def _go_back(self, state: State) -> None:
+        path = state.steps.state_dict()
         state.load_state_dict(self.state)
+        state.steps.load_state_dict(path)  # which path ran is a fact about the run, and no part of where it stands
         for module, name, kept in self.buffers:
             module._buffers[name] = kept.clone()
         self.source.load_state_dict(self.rows)

@@ -16,8 +16,10 @@ __all__ = ["Watch"]
 class Watch:
     """All that functions and modules hold in Python, apart from parameters and buffers, as it was when this was made.
 
+    >>> def program(settings):
+    ...     return lambda: settings["beta"]
     >>> layer, settings = nn.Dropout(0.5), {"beta": 0.1}
-    >>> watch = Watch([lambda: settings["beta"]], [layer])
+    >>> watch = Watch([program(settings)], [layer])
     >>> watch.changed()
     []
     >>> _ = layer.eval(), settings.update(beta=0.2)
