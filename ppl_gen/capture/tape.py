@@ -162,7 +162,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _reader(func: Any) -> str:
-    """Where in the user's code, or that of another library, a number is read: the innermost line that is not torch's."""
+    """Where a number is read, in the user's code or another library's: the innermost line that is not torch's."""
     for frame, line in traceback.walk_stack(None):
         module = frame.f_globals.get("__name__", "")
         if not module.startswith(("torch.", "ppl_gen.capture.")) and module != "torch":

@@ -42,8 +42,8 @@ def _in_place_of_pyros() -> Iterator[None]:
         traceenum_elbo.Dice = outer
 
 
-class _Expectation(Dice):  # type: ignore[misc]
-    def compute_expectation(self, costs: Mapping[Any, Sequence[Tensor]]) -> Tensor:
+class _Expectation(Dice):
+    def compute_expectation(self, costs: Mapping[Any, Sequence[Any]]) -> Tensor:
         """The sum over ordinals of sum_z q(z) cost(z), a scalar."""
         total = torch.zeros(())
         with shared_intermediates() as cache:
@@ -58,11 +58,9 @@ class _Expectation(Dice):  # type: ignore[misc]
         return total
 
 
-def _marginals(
-    factors: list[Tensor], terms: Sequence[Tensor], ordinal: Any, ring: MarginalRing
-) -> dict[frozenset[str], Tensor]:
+def _marginals(factors: list[Any], terms: Sequence[Any], ordinal: Any, ring: MarginalRing) -> dict[frozenset[str], Any]:
     """For the dims of each cost, the probabilities of the values along them."""
-    asked: dict[frozenset[str], Tensor] = {}
+    asked: dict[frozenset[str], Any] = {}
     wanted = {frozenset(term._pyro_dims): term for term in terms}
     for factor in factors:
         key = frozenset(factor._pyro_dims)
@@ -70,7 +68,7 @@ def _marginals(
             asked.setdefault(key, factor)
     for key, term in wanted.items():
         if key not in asked:  # nothing is drawn there: weights of 1, whose gradient is what is asked for
-            one = torch.zeros_like(term)
+            one: Any = torch.zeros_like(term)
             one._pyro_dims = term._pyro_dims
             factors.append(one)
             asked[key] = one
@@ -78,7 +76,7 @@ def _marginals(
     for query in asked.values():
         require_backward(query)
     ring.sumproduct(factors, summed)._pyro_backward()
-    found = {}
+    found: dict[frozenset[str], Any] = {}
     for key, query in asked.items():
         found[key] = query._pyro_backward_result.exp()
         found[key]._pyro_dims = query._pyro_dims
