@@ -38,6 +38,7 @@ _SHAPE_ONLY = {
 }
 #: These write running averages although their schema does not say so.
 _WRITES_STATISTICS = {_aten.native_batch_norm, _aten.cudnn_batch_norm, _aten.miopen_batch_norm}
+_SMALL = 10_000
 _NOTHING = {_aten.detach, _aten.alias}
 
 
@@ -82,24 +83,43 @@ class Call:
         return bool(self.operation._schema.is_mutable) or self.operation.overloadpacket in _WRITES_STATISTICS
 
 
+class Outside:
+    """A tensor that a recording has read, and how it was then: numbers of small ones, versions of others."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor, _version(tensor)
+        self.numbers = tensor.detach().clone() if tensor.numel() <= _SMALL else None
+
+    @property
+    def changed(self) -> bool:
+        """Whether it was written into, and holds other numbers where these are known."""
+        now = _version(self.tensor)
+        if now == self.version:
+            return False
+        if self.numbers is None or not torch.equal(self.tensor, self.numbers):
+            return True
+        self.version = now
+        return False
+
+
 @dataclass(frozen=True)
 class Tape:
     """The operations of a function in order; the first ``inputs`` slots are its inputs.
 
     ``results`` are the leaves of what it returned, of the tree ``structure``. ``outside`` are the tensors that it read
-    and that were neither inputs nor made inside, with their versions: numbers frozen as they were.
+    and that were neither inputs nor made inside, frozen as they were.
     """
 
     inputs: int
     calls: tuple[Call, ...]
     results: tuple[Leaf, ...]
     structure: TreeSpec
-    outside: tuple[tuple[Tensor, int], ...]
+    outside: tuple[Outside, ...]
 
     @property
     def stale(self) -> bool:
         """Whether a tensor whose numbers were frozen was written into since."""
-        return any(_version(tensor) != version for tensor, version in self.outside)
+        return any(outside.changed for outside in self.outside)
 
     @property
     def used(self) -> tuple[int, ...]:
@@ -225,7 +245,7 @@ class _Recorder(TorchDispatchMode):
         self.writable = {_storage(inputs[place]) for place in writable}
         self.written: set[int] = set()
         self.known = {id(tensor) for tensor in inputs}
-        self.outside: dict[int, tuple[Tensor, int]] = {}
+        self.outside: dict[int, Tensor] = {}
         self.reshaped = False  # in place: then a tensor and its alias are two
 
     def refuse_reading(self, func: Any, tensor: Tensor) -> None:
@@ -247,7 +267,7 @@ class _Recorder(TorchDispatchMode):
                 self._note_write(func, tensor, True)
         for tensor in tensors:
             if id(tensor) not in self.known and _storage(tensor) not in self.made:
-                self.outside.setdefault(id(tensor), (tensor, _version(tensor)))
+                self.outside.setdefault(id(tensor), tensor)
         result = func(*args, **kwargs)
         outputs = tree_leaves(result)
         made = {_storage(t) for t in _tensors(outputs)}
@@ -309,7 +329,7 @@ class _Recorder(TorchDispatchMode):
             inputs = slots.read(noted.inputs)
             calls.append(Call(noted.operation, inputs, noted.structure, slots.write(noted.outputs)))
         found = slots.read(leaves)
-        frozen = tuple(pair for pair in self.outside.values() if _storage(pair[0]) not in self.dependent)
+        frozen = tuple(Outside(tensor) for tensor in self.outside.values() if _storage(tensor) not in self.dependent)
         return Tape(len(self.inputs), tuple(_needed(calls, found)), found, structure, frozen)
 
 

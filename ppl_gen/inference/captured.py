@@ -90,6 +90,8 @@ class Steps:
     _watch: Watch | None = None
     _ways: dict[Any, _Way] = field(default_factory=dict)
     _again: int = 0
+    _by_value: bool = False  # numbers that change by step are part of what is captured, and no inputs
+    _times: dict[Any, int] = field(default_factory=dict)
     note: str = ""  # why it was not compiled
 
     def __post_init__(self) -> None:
@@ -106,23 +108,23 @@ class Steps:
 
     def __call__(self, player: str, batch: Batch, state: GameState) -> Step:
         """Losses, gradients and the next state of ``player`` on ``batch``."""
-        if not self.reason and self.done >= EAGER:
-            way, batch = self._way(player, batch, state)
+        if not self.reason and self.done > EAGER:
+            way, taken = self._way(player, batch, state)
             if way is not None:
                 way.used += 1
                 if way.used % VERIFY == 0:
-                    return self._verified(way, player, batch, state)
-                return way.step(self._inputs(batch, state))
+                    return self._verified(way, player, taken, batch, state)
+                return way.step(self._inputs(taken, state))
         return self._program(player, batch, state)
 
-    def after_round(self) -> None:
-        """To be called after each round of all players."""
-        self.done += 1
+    def begin_round(self) -> None:
+        """To be called before each round of all players, after whatever the user's functions did since the last."""
+        done, self.done = self.done, self.done + 1
         if self.reason:
             return
-        if self.done == EAGER - 1:
+        if done == EAGER - 1:
             self._watch = self._looked()
-        elif self.done == EAGER or (self.done > EAGER and (self.watched or self.done % LOOK == 0)):
+        elif done == EAGER or (done > EAGER and (self.watched or done % LOOK == 0)):
             self._look()
 
     def _program(self, player: str, batch: Batch, state: GameState) -> Step:
@@ -148,7 +150,7 @@ class Steps:
         self._ways.clear()
         if self.mode == "auto" and saved["path"] != "eager":
             self.mode = saved["path"]
-        if not self.reason and self.done >= EAGER - 1:
+        if not self.reason and self.done >= EAGER:
             self._watch = self._looked()
 
     # ------------------------------------------------------------------------------------------- what is frozen
@@ -169,8 +171,8 @@ class Steps:
         what = ", ".join(changed) or "a tensor that the program reads from outside"
         self._ways.clear()
         self._again += 1
-        if self.done == EAGER or self._again > AGAIN:
-            how = "changes as the program runs" if self.done == EAGER else "keeps changing during the run"
+        if self.done == EAGER + 1 or self._again > AGAIN:
+            how = "changes from step to step" if self.done == EAGER + 1 else "keeps changing during the run"
             self._refuse(f"{what} {how}; what changes by step can be passed as pg.by_step(...)")
         else:
             self._watch = self._looked()
@@ -201,7 +203,7 @@ class Steps:
 
     def _with_tensors(self, batch: Batch) -> Batch:
         """The batch with the numbers that change by step as tensors, so that they are inputs and not constants."""
-        if not self._moving:
+        if not self._moving or self._by_value:
             return batch
         like = self._params[0]
         args, kwargs = list(batch.args), dict(batch.kwargs)
@@ -224,21 +226,32 @@ class Steps:
         way = self._ways.get(key)
         if way is not None:
             return way, batch
+        if self._by_value and not self._held(key):
+            return None, given
         if sum(other[0] == player for other in self._ways) >= SHAPES:
             self._refuse("the batches differ in shape, or in what they hold beside tensors, from step to step")
             return None, given
         began = time.perf_counter()
         try:
-            way = self._ways[key] = self._captured(player, batch, state)
+            way = self._ways[key] = self._captured(player, batch, given, state)
         except (RecordingRefused, *PROGRAM_ERRORS) as error:
-            self._refuse(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            if batch is not given:  # with a tensor in place of a number that changes by step it is another program
+                self._by_value, self.note = True, f"the program ran while {', '.join(self._moving)} changed by step"
+            else:
+                self._refuse(str(error).splitlines()[0] if str(error) else type(error).__name__)
             return None, given
         finally:
             self.seconds += time.perf_counter() - began
         return way, batch
 
-    def _captured(self, player: str, batch: Batch, state: GameState) -> _Way:
-        """Record the step, compile it where that pays, and compare it with the program."""
+    def _held(self, key: tuple[Any, ...]) -> bool:
+        """Whether the numbers that may change by step have not done so for a while."""
+        times = self._times.get(key, 0) + 1
+        self._times = {key: times, **{other: n for other, n in self._times.items() if other[1:3] != key[1:3]}}
+        return times > LOOK
+
+    def _captured(self, player: str, batch: Batch, given: Batch, state: GameState) -> _Way:
+        """Record the step on a batch, compile it where that pays, and compare it with the program on it as given."""
         state = {name: value.clone() for name, value in state.items()}  # objects of their own, whatever they alias
         names: list[tuple[str, ...]] = []
 
@@ -256,11 +269,11 @@ class Steps:
         self.path = "graph"
         if self._worth_compiling(tape):
             self._compile(way, batch, state)
-        problem = self._difference(way, player, batch, state)
+        problem = self._difference(way, player, batch, given, state)
         if problem and self.path == "inductor":
             way.replay, self.path = recording(tape, tape.used).load(), "graph"
             self.note = f"compiled, {problem}"
-            problem = self._difference(way, player, batch, state)
+            problem = self._difference(way, player, batch, given, state)
         if problem:
             raise RecordingRefused(problem)
         return way
@@ -298,10 +311,10 @@ class Steps:
         return self.mode == "inductor" and not self.note
 
     # ------------------------------------------------------------------------------------------------- agreement
-    def _difference(self, way: _Way, player: str, batch: Batch, state: GameState) -> str:
+    def _difference(self, way: _Way, player: str, batch: Batch, given: Batch, state: GameState) -> str:
         """What of the replay differs from the program at this step, in words; everything is left as it was."""
         with self._put_back_after() as (buffers, put_back):
-            theirs = self._program(player, batch, state)
+            theirs = self._program(player, given, state)
             drawn, after = torch.get_rng_state(), [buffer.clone() for buffer in buffers]
             put_back()
             ours = way.step(self._inputs(batch, state))
@@ -309,11 +322,11 @@ class Steps:
                 return "it draws other random numbers than the program"
             return _unlike(ours, theirs) or ("" if all(map(_close, buffers, after)) else "its buffers differ")
 
-    def _verified(self, way: _Way, player: str, batch: Batch, state: GameState) -> Step:
-        problem = self._difference(way, player, batch, state)
+    def _verified(self, way: _Way, player: str, batch: Batch, given: Batch, state: GameState) -> Step:
+        problem = self._difference(way, player, batch, given, state)
         if problem:
-            self._refuse(f"after {self.done} steps, {problem}")
-            return self._program(player, batch, state)
+            self._refuse(f"after {self.done - 1} steps, {problem}")
+            return self._program(player, given, state)
         return way.step(self._inputs(batch, state))
 
 

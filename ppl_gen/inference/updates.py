@@ -150,6 +150,7 @@ class State:
         """All players in turn; ``checked`` raises at once where a loss or a gradient is not finite."""
         info: dict[str, Tensor | float] = {}
         self.steps.whole = source.whole
+        self.steps.begin_round()
         for player in self.game.players:
             for _ in range(player.updates):
                 if self.together is None:
@@ -158,7 +159,6 @@ class State:
                     with self.together.batch(source) as batch:
                         info.update(self._update(player, batch, checked))
         self.count += 1
-        self.steps.after_round()
         return info
 
     def _steps(self) -> Steps:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Remembered", "functions_of", "same_again"]
+__all__ = ["Remembered", "alike", "functions_of", "same", "same_again"]
 
 _DEPTH = 4  # of containers and objects within each other
 _ITEMS = 10_000  # of one container, numbers of one array, objects behind one variable: beyond that it is data,
@@ -165,7 +165,7 @@ class Remembered:
             if not isinstance(cell.cell_contents, nn.Module):
                 cell.cell_contents = value
 
-        self._keep(name, lambda: cell.cell_contents is value, undo)
+        self._keep(name, lambda: same(cell.cell_contents, value), undo)
 
     def _entry(self, name: str, where: dict[str, Any], key: str) -> None:
         value = where[key]
@@ -174,7 +174,7 @@ class Remembered:
             if not isinstance(where.get(key), nn.Module):
                 where[key] = value
 
-        self._keep(name, lambda: where.get(key) is value, undo)
+        self._keep(name, lambda: same(where.get(key), value), undo)
 
     def _items(self, name: str, where: dict[str, Any], depth: int) -> None:
         """A namespace: which names it has, and what each stands for."""
@@ -185,7 +185,7 @@ class Remembered:
             where.clear()
             where.update(kept | made)
 
-        self._keep(name, lambda: _alike(where, kept), undo)
+        self._keep(name, lambda: alike(where, kept), undo)
         look = (
             self._variable if depth <= 1 else self._value
         )  # attributes of a model that is an object are its variables
@@ -196,7 +196,7 @@ class Remembered:
         if len(value) > _ITEMS:
             return
         kept = value.copy()
-        self._keep(name, _alike, _refill, value, kept)
+        self._keep(name, alike, _refill, value, kept)
         self._parts(name, kept.values() if isinstance(kept, dict) else kept, depth)
 
     def _parts(self, name: str, parts: Iterable[Any], depth: int) -> None:
@@ -238,13 +238,18 @@ def _networks(now: Any, before: Any) -> dict[Any, Any]:
     return {key: value for key, value in now.items() if isinstance(value, nn.Module) and key not in before}
 
 
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two containers hold the same objects: nothing is asked of these themselves."""
+def alike(one: Any, other: Any) -> bool:
+    """Whether two containers hold the same objects, or equal plain values: nothing is asked of the objects."""
     if len(one) != len(other):
         return False
     if isinstance(one, dict):
-        return all(a is b and one[a] is other[b] for a, b in zip(one, other, strict=True))
-    return one == other if isinstance(one, set) else all(a is b for a, b in zip(one, other, strict=True))
+        return all(same(a, b) and same(one[a], other[b]) for a, b in zip(one, other, strict=True))
+    return one == other if isinstance(one, set) else all(map(same, one, other))
+
+
+def same(one: Any, other: Any) -> bool:
+    """The same object, or equal plain values."""
+    return one is other or (type(one) in _PLAIN and type(one) is type(other) and bool(one == other))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ppl_gen.workspace.closures import Remembered
+from ppl_gen.workspace.closures import Remembered, alike, same
 from ppl_gen.workspace.memory import remembered
 
 __all__ = ["Watch"]
@@ -47,12 +47,6 @@ class Watch:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """The same object, or plain values that are equal: a container that was filled again is another."""
     if type(one) in (dict, list, set):
-        return type(one) is type(other) and len(one) == len(other) and bool(_parts(one) == _parts(other))
-    return one is other or (isinstance(one, bool | int | float | str) and type(one) is type(other) and one == other)
-
-
-def _parts(container: Any) -> list[int]:
-    values = container.items() if isinstance(container, dict) else [(0, value) for value in container]
-    return [hash((key, id(value))) for key, value in values]
+        return type(one) is type(other) and alike(one, other)
+    return same(one, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,15 @@ def mixture(x: torch.Tensor) -> None:
         pyro.sample("x", dist.Normal(locs[k], 1.0).to_event(1), obs=x)
 
 
+def scaled() -> pg.Program:
+    def model(x: torch.Tensor, beta: float) -> None:
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 3.0 * beta).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0 + beta).to_event(1), obs=x)
+
+    return pg.Program(model)
+
+
 def coder(layers: Callable[[], list[nn.Module]] = list) -> Callable[[], pg.Program]:
     """An autoencoder whose encoder has further layers."""
 
@@ -101,7 +111,6 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "score function": (_score, {"objective": ELBO(enumerate=False)}),
     "network, last batch smaller": (coder(), {"batch_size": 8}),
     "importance weighted": (coder(), {"objective": IWAE(particles=5), "batch_size": 8}),
-    "in chunks": (coder(), {"objective": IWAE(particles=5, chunk=2)}),
     "dropout": (coder(lambda: [nn.Dropout(0.5)]), {"batch_size": 10}),
     "batch normalisation": (coder(lambda: [nn.BatchNorm1d(8)]), {"batch_size": 10}),
     "clipped, scheduled": (
@@ -109,8 +118,8 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         {"clip_norm": 0.1, "schedule": lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5), "optimiser": "rmsprop"},
     ),
     "two players": (lambda: gan(), {"objective": Adversarial(), "batch_size": 10}),
-    "gradient penalty": (lambda: gan(), {"objective": Adversarial("wasserstein", constraint="gradient")}),
-    "clipped critic": (lambda: gan(), {"objective": Adversarial("wasserstein", constraint="clip")}),
+    "gradient penalty": (lambda: gan(), {"objective": Adversarial("wasserstein", penalty="gradient")}),
+    "clipped critic": (lambda: gan(), {"objective": Adversarial("wasserstein", penalty="clip")}),
     "persistent chains": (
         lambda: rbm(hidden=3),
         {"objective": ContrastiveDivergence(persistent=True, chains=4), "batch_size": 8},
@@ -133,17 +142,26 @@ def test_noise_is_fresh_at_every_step() -> None:
 
 def test_what_changes_by_step_is_an_input() -> None:
     data = {"x": X, "beta": pg.by_step(lambda step: min(1.0, 0.1 + step / 8), final=1.0)}
-    own, captured = both(coder(), data, batch_size=10)
-    assert captured.cost["path"] == "graph"
+    own, captured = both(scaled, data, batch_size=10)
+    assert captured.cost["path"] == "graph" and "path_reason" not in captured.cost
     # beta is a tensor of the fit's dtype here and a Python number there: float32 rounds both to the same 24 bits.
     assert torch.allclose(torch.tensor(own.records["program_loss"]), torch.tensor(captured.records["program_loss"]))
-    flat = both(coder(), {"x": X, "beta": 1.0}, batch_size=10)[1]
+    flat = both(scaled, {"x": X, "beta": 1.0}, batch_size=10)[1]
     assert abs(flat.records["program_loss"][4] - own.records["program_loss"][4]) > 1e-3, "beta matters"
+
+
+def test_where_a_tensor_would_change_the_program_it_runs_until_the_number_holds_still() -> None:
+    """With a weight that is a tensor nobody can tell whether both sides of a divergence have the same."""
+    data = {"x": X, "beta": pg.by_step(lambda step: min(1.0, 0.1 + step / 8), final=1.0)}
+    own, captured = both(coder(), data, steps=12 + 2 * LOOK)
+    check_equal(own, captured)
+    assert captured.cost["path_reason"] == "the program ran while beta changed by step"
 
 
 def _annealed(settings: dict[str, float]) -> Callable[[], pg.Program]:
     def program() -> pg.Program:
         made = coder()()
+        settings["beta"] = 1.0
 
         def model(x: torch.Tensor) -> None:
             made.model(x, settings["beta"])
@@ -170,7 +188,6 @@ def test_a_closure_that_a_callback_changes_is_seen() -> None:
     own, captured = both(_annealed(settings), callbacks=[once])
     check_equal(own, captured)
     own, captured = both(_annealed(settings), steps=20, callbacks=[always])
-    check_equal(own, captured, "eager") if captured.cost["capture_seconds"] else None
     assert own.records == captured.records and captured.cost["path"] == "eager"
     assert "settings" in captured.cost["path_reason"] and "pg.by_step" in captured.cost["path_reason"]
 
@@ -208,7 +225,7 @@ def test_a_tensor_from_outside_that_is_written_into_is_seen() -> None:
     def late(step: int, info: Any) -> None:
         outside.fill_(1.0 if step < 5 else 0.01)
 
-    check_equal(*both(lambda: model, callbacks=[late]))
+    check_equal(*both(lambda: outside.fill_(1.0) is None or model, callbacks=[late]))
 
 
 def _counting() -> Callable[[torch.Tensor], None]:
@@ -248,7 +265,7 @@ def _growing() -> pg.Program:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
-    "counter": (_counting, X, "calls changes as the program runs"),
+    "counter": (_counting, X, "calls changes from step to step"),
     "if": (lambda: _reading, X, r"read into Python, by if, float\(\) or .item\(\) in test_captured.py, line"),
     "NumPy's draws": (lambda: _drawing, X, "NumPy's or Python's random numbers"),
     "shapes": (_growing, {"x": X, "width": pg.by_step(lambda step: step + 1, final=1)}, "differ in shape"),
@@ -260,7 +277,7 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_why(case: str) -> None:
     program, data, reason = REFUSED[case]
     own, captured = both(program, data)
     assert captured.cost["path"] == "eager" and own.records == captured.records
-    assert pytest.importorskip("re").search(reason, str(captured.cost["path_reason"]))
+    assert re.search(reason, str(captured.cost["path_reason"]))
     assert own.cost["path_reason"] == "compile=False"
 
 
