@@ -286,7 +286,7 @@ def _check_callbacks(callbacks: Any) -> None:
 
 
 def _check_compile(compile: Any) -> None:
-    if compile is not False and compile not in ("auto", "graph", "inductor"):
+    if compile is not False and not (isinstance(compile, str) and compile in ("auto", "graph", "inductor")):
         raise ValueError(f'compile: expected "auto", "graph", "inductor" or False, got {compile!r}')
 
 
