@@ -13,6 +13,8 @@ from typing import Any
 from ppl_gen.comparison.runner import Job, Line, Setup, inspected, line_of
 from ppl_gen.comparison.spread import Spread
 from ppl_gen.data.batching import as_dataset
+from ppl_gen.data.on_disk import as_received, for_sending
+from ppl_gen.data.streamed import StreamedRows
 from ppl_gen.fits.result import Status
 from ppl_gen.runtime.apart import call, died, pickled, request, setting
 from ppl_gen.runtime.interrupts import taken, telling
@@ -27,7 +29,13 @@ _FLAG, _SETUP, _BEGUN, _LOST = "interrupted", "setup", "begun", "lost"  # files 
 def _parcels(setup: Setup, jobs: Sequence[Job]) -> tuple[bytes, list[tuple[str, bytes, int]]]:
     """The setup, and every job, as bytes."""
     sent = _pickled(
-        replace(setup, device=None if setup.device is None else str(setup.device)), "the program or the data"
+        replace(
+            setup,
+            train=for_sending(setup.train),
+            test=for_sending(setup.test),
+            device=None if setup.device is None else str(setup.device),
+        ),
+        "the program or the data",
     )
     return sent, [(label, _pickled(algorithm, label), seed) for label, algorithm, seed in jobs]
 
@@ -163,6 +171,7 @@ def _remote(folder: Path, owner: int, index: int, label: str, algorithm: bytes, 
 
 def _fitted(sent: bytes, label: str, algorithm: bytes, seed: int) -> bytes:
     setup: Setup = pickle.loads(sent)
+    setup = replace(setup, train=as_received(setup.train), test=as_received(setup.test))
     if inspected(setup)[1] != setup.fingerprint:
         text = (
             "the program draws other values in another process: a module that it imports makes random numbers, such as "
@@ -171,7 +180,10 @@ def _fitted(sent: bytes, label: str, algorithm: bytes, seed: int) -> bytes:
         return _pickled(Line(label, seed, str(Status.FAILED), text), label)
     line = line_of(setup, label, pickle.loads(algorithm), seed, False)
     if line.fit is not None:  # the rows are at home already
-        bare = replace(line.fit, data=replace(line.fit.data, entries={}, constants={}, original=None, on_batch=None))
+        kept: Any = {"entries": {}, "constants": {}, "original": None, "on_batch": None}
+        if isinstance(line.fit.data, StreamedRows):
+            kept |= {"stream": None, "made": None}
+        bare = replace(line.fit, data=replace(line.fit.data, **kept))
         bare.computed.update(line.fit.computed)  # what was judged once
         line = replace(line, fit=bare)
     try:

@@ -7,7 +7,7 @@ fill the process with pages of the file: they count as resident, and each costs 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,16 @@ from torch import Tensor
 
 from ppl_gen.errors import IncompatibleError
 
-__all__ = ["WHOLE", "NonFiniteRowsError", "RowsOnDisk", "is_on_disk", "nan_read", "on_disk"]
+__all__ = [
+    "WHOLE",
+    "NonFiniteRowsError",
+    "RowsOnDisk",
+    "as_received",
+    "for_sending",
+    "is_on_disk",
+    "nan_read",
+    "on_disk",
+]
 
 WHOLE = 2**30  # bytes of one entry that are brought into memory at once without a word
 _BLOCK = 16 * 2**20  # bytes that are read at a time
@@ -45,6 +54,22 @@ def on_disk(value: Any) -> RowsOnDisk:
     return (
         value if isinstance(value, RowsOnDisk) else RowsOnDisk(_mapped(value) if isinstance(value, Tensor) else value)
     )
+
+
+def for_sending(data: Any) -> Any:
+    """``data`` with rows in files for memory maps and the like, which would be sent as all of their numbers."""
+    return _changed(data, lambda value: on_disk(value) if is_on_disk(value) else value)
+
+
+def as_received(data: Any) -> Any:
+    """What `for_sending` was given: the arrays themselves, which recipes may compute with."""
+    return _changed(data, lambda v: v.source if isinstance(v, RowsOnDisk) and v.index is None else v)
+
+
+def _changed(data: Any, change: Callable[[Any], Any]) -> Any:
+    if type(data) is dict:
+        return {name: change(value) for name, value in data.items()}
+    return tuple(map(change, data)) if type(data) is tuple else change(data)
 
 
 def nan_read(data: Any) -> str:

@@ -20,7 +20,7 @@ from ppl_gen.comparison.split import split_rows
 from ppl_gen.data import on_disk as files
 from ppl_gen.data.batches import Batches
 from ppl_gen.data.batching import as_dataset
-from ppl_gen.data.on_disk import RowsOnDisk, is_on_disk, on_disk
+from ppl_gen.data.on_disk import RowsOnDisk, as_received, for_sending, is_on_disk, on_disk
 from ppl_gen.errors import IncompatibleError, NonFiniteError
 from ppl_gen.inference import EM, NUTS, SVI
 from ppl_gen.models import gaussian_mixture, vae
@@ -127,6 +127,17 @@ def test_a_fit_and_a_split_of_a_file_are_those_of_the_array(tmp_path) -> None:
         found = pg.fit(model, mine, algorithm).evidence(rows[:9])
         assert isinstance(mine, RowsOnDisk) and torch.equal(mine[:], torch.from_numpy(wanted))
         assert torch.equal(found.values, pg.fit(model, wanted, algorithm).evidence(X[:9]).values)
+
+
+def test_processes_are_sent_the_name_of_a_file(tmp_path) -> None:
+    rows = saved(tmp_path, np.random.default_rng(0).normal(size=(50_000, 3)).astype(np.float32))
+    for data in (rows, {"x": rows, "label": [1]}, (rows,), torch_file(tmp_path)):
+        content = pickle.dumps(for_sending(data))
+        assert len(content) < 1000
+        again = as_received(pickle.loads(content))
+        one, two = (d["x"] if isinstance(d, dict) else d[0] if isinstance(d, tuple) else d for d in (data, again))
+        assert np.array_equal(np.asarray(one), np.asarray(two)) and isinstance(two, np.memmap)
+    assert for_sending(X) is X and as_received(X) is X
 
 
 @pytest.fixture

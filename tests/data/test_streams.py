@@ -187,6 +187,14 @@ def test_a_comparison_judges_rows_at_hand() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.slow
+def test_a_comparison_in_processes_walks_the_stream_in_each() -> None:
+    algorithms = {"a": SVI(steps=5), "b": SVI(steps=9)}
+    one, two = (pg.compare(model, pg.stream(halves, rows=60), algorithms, test=X[:10], n_jobs=n) for n in (1, 2))
+    for mine, other in zip(one.lines, two.lines, strict=True):
+        assert torch.equal(mine.evidence.values, other.evidence.values) and other.fit.data.rows == 60
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set under /proc")
 def test_memory_does_not_grow_with_the_stream() -> None:
     """Two passes of 2 GiB each, 8 MiB at a time."""
