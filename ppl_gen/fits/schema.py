@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from ppl_gen.program.info import ProgramInfo
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from ppl_gen.fits.json_values import columns_of, list_of, number, numeral, one_of, optional, table_of, text
 from ppl_gen.fitting.posteriors.base import Posterior
 from ppl_gen.fitting.posteriors.kinds import CODE, OTHERS, held_whole, kind_named
 from ppl_gen.runtime.atomic import is_contents
@@ -60,44 +60,14 @@ def read_json(file: Path, text: str) -> Any:
         refuse(file, f"it is no JSON ({error})")
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def _numeral(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and len(value) < 40 and isinstance(float(value), float)
-    except ValueError:
-        return False
-
-
-def _list(inside: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(inside, value))
-
-
-def _table(inside: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(inside, value.values()))
-
-
-def _columns(inside: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    def check(value: Any) -> bool:
-        return _table(_list(inside))(value) and len({len(column) for column in value.values()}) < 2
-
-    return check
-
-
 def _site(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 4
         and value[0] in ("latent", "predicted", "observed", "deterministic", "factor")
-        and _text(value[1])
-        and _list(lambda size: isinstance(size, int) and size >= 0)(value[2])
-        and _list(_text)(value[3])
+        and text(value[1])
+        and list_of(lambda size: isinstance(size, int) and size >= 0)(value[2])
+        and list_of(text)(value[3])
     )
 
 
@@ -109,14 +79,14 @@ def _costs(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     words = {name for name in value if name in ("path", "path_reason")}
-    return all(_text(v) if n in words else _number(v) and 0 <= v < _LARGEST for n, v in value.items())
+    return all(text(v) if n in words else number(v) and 0 <= v < _LARGEST for n, v in value.items())
 
 
 def _fingerprint(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and _text(value.get("python"))
-        and _table(lambda e: isinstance(e, list) and len(e) in _LENGTHS.get(e[0] if e else None, ()))(
+        and text(value.get("python"))
+        and table_of(lambda e: isinstance(e, list) and len(e) in _LENGTHS.get(e[0] if e else None, ()))(
             value.get("entries")
         )
         and all(_entry(entry) for entry in value["entries"].values())
@@ -128,48 +98,40 @@ _LENGTHS: dict[Any, tuple[int, ...]] = {"code": (3,), "number": (2,), "value": (
 
 def _entry(entry: list[Any]) -> bool:
     if entry[0] == "tensor":
-        return _text(entry[1]) and _list(_seed)(entry[2]) and (_text(entry[3]) or _list(_number)(entry[3]))
+        return text(entry[1]) and list_of(_seed)(entry[2]) and (text(entry[3]) or list_of(number)(entry[3]))
     if entry[0] == "number":
-        return _number(entry[1]) or _text(entry[1])
-    return all(part is None or _text(part) for part in entry[1:])
-
-
-def _optional(inside: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or inside(value)
-
-
-def _one_of(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: (value is None or isinstance(value, str)) and value in values
+        return number(entry[1]) or text(entry[1])
+    return all(part is None or text(part) for part in entry[1:])
 
 
 _STATUS = ("converged", "finished", "stopped", "interrupted", "diverged", "failed")
 
 #: Every field of fit.json: what it has to be, in words and as a check.
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "version": ("text", _text),
-    "program": ("text", _text),
-    "algorithm": ("text", _text),
-    "settings": ("text", _text),
-    "kind": ("a word", lambda v: _text(v) and v.isidentifier()),
-    "status": (f"one of {', '.join(_STATUS)}", _one_of(*_STATUS)),
-    "message": ("text", _text),
+    "version": ("text", text),
+    "program": ("text", text),
+    "algorithm": ("text", text),
+    "settings": ("text", text),
+    "kind": ("a word", lambda v: text(v) and v.isidentifier()),
+    "status": (f"one of {', '.join(_STATUS)}", one_of(*_STATUS)),
+    "message": ("text", text),
     "seed": ("a whole number of at least 0 and below 2**32", _seed),
     "cost": ("numbers of at least 0 by name, and words of the path", _costs),
-    "notes": ("texts by name", _table(_text)),
-    "records": ("columns of numerals, equally long, by name", _columns(_numeral)),
-    "checks": ("columns of numerals, equally long, by name", _columns(_numeral)),
-    "dtype": (f"one of {', '.join(_DTYPES)}", _one_of(*_DTYPES)),
-    "positional": ("names, text or null", lambda v: v is None or _text(v) or _list(_text)(v)),
-    "data": ("text or null", _optional(_text)),
-    "plate": ("text or null", _optional(_text)),
-    "sites": ("[kind, distribution, event shape, plates] by name of site", _table(_site)),
+    "notes": ("texts by name", table_of(text)),
+    "records": ("columns of numerals, equally long, by name", columns_of(numeral)),
+    "checks": ("columns of numerals, equally long, by name", columns_of(numeral)),
+    "dtype": (f"one of {', '.join(_DTYPES)}", one_of(*_DTYPES)),
+    "positional": ("names, text or null", lambda v: v is None or text(v) or list_of(text)(v)),
+    "data": ("text or null", optional(text)),
+    "plate": ("text or null", optional(text)),
+    "sites": ("[kind, distribution, event shape, plates] by name of site", table_of(_site)),
     "constants": (
         "numbers and texts by name",
-        _table(lambda v: v is None or isinstance(v, bool | str) or _number(v)),
+        table_of(lambda v: v is None or isinstance(v, bool | str) or number(v)),
     ),
-    "guide": ("svi, cavi, own, lost or null", _one_of("svi", "cavi", "own", "lost", None)),
+    "guide": ("svi, cavi, own, lost or null", one_of("svi", "cavi", "own", "lost", None)),
     "fingerprint": ("a Python and entries by name", _fingerprint),
-    "files": ("hashes by name of file", _table(lambda v: _text(v) and len(v) == 64)),
+    "files": ("hashes by name of file", table_of(lambda v: text(v) and len(v) == 64)),
 }
 
 
@@ -277,12 +239,14 @@ def check_tree(file: Path, meta: Mapping[str, Any], read: Callable[[Path], Any])
 def check_diagnosis(file: Path, value: Any) -> Any:
     """The table as `pandas.DataFrame.to_json(orient="split")` writes it, and its attributes."""
     frame, attrs = (value.get("frame"), value.get("attrs")) if isinstance(value, dict) else (None, None)
-    if not isinstance(frame, dict) or not isinstance(attrs, dict) or not _text(attrs.get("verdict")):
+    if not isinstance(frame, dict) or not isinstance(attrs, dict) or not text(attrs.get("verdict")):
         refuse(file, "expected a frame and attrs with a verdict")
     columns, index, data = frame.get("columns"), frame.get("index"), frame.get("data")
-    if not (isinstance(columns, list) and _list(_text)(columns) and isinstance(index, list) and isinstance(data, list)):
+    if not (
+        isinstance(columns, list) and list_of(text)(columns) and isinstance(index, list) and isinstance(data, list)
+    ):
         refuse(file, "the frame has to hold columns, index and data")
-    numbers = _list(lambda cell: cell is None or _number(cell) or _text(cell))
+    numbers = list_of(lambda cell: cell is None or number(cell) or text(cell))
     if len(data) != len(index) or not all(numbers(row) and len(row) == len(columns) for row in data):
         refuse(file, f"the frame has {len(columns)} columns and {len(index)} rows, and data of another size")
     return value
