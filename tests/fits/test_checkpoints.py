@@ -81,6 +81,22 @@ def test_a_stopped_run_goes_on_bit_for_bit(name: str, after: int, ended: Any, tm
     assert same(all_of(whole), all_of(again)) and again.status is whole.status, "a finished fit takes no step"
 
 
+@pytest.mark.parametrize("after", [1, 2, 5])
+@pytest.mark.parametrize("name", [name for name, (_, algorithm, _) in RUNS.items() if isinstance(algorithm, SVI)])
+def test_captured_steps_go_on_too(name: str, after: int, tmp_path: Path) -> None:
+    """Before the step is captured, as it is, and after: what is replayed is captured anew."""
+    made, algorithm, data = RUNS[name]
+    program = made()
+
+    def learned(**settings: Any) -> pg.Fit:
+        return pg.fit(program, data, algorithm, seed=3, progress=False, compile="graph", **settings)
+
+    whole = learned()
+    assert whole.cost["path"] == "graph" or "path_reason" in whole.cost
+    learned(checkpoint=tmp_path, callbacks=[interrupting(after)])
+    assert same(all_of(whole), all_of(learned(checkpoint=tmp_path)))
+
+
 def _watched(**settings: Any) -> pg.Fit:
     program = pg.Program(both, both_guide)
     algorithm = SVI(steps=200, lr=0.3, batch_size=3, stop_rule=Patience(checks=2))
