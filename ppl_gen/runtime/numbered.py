@@ -67,7 +67,8 @@ class Numbered:
                     where = "" if folder == self.path else f", so {self.path} cannot be made"
                     raise ValueError(f"{self.argument}: {folder} is a file{where}; choose another folder")
                 break
-        strange = [file.name for file in self._entries() if not self._is_ours(file)]
+        # Hidden files are the system's: of a file browser, or of a network disk on which a file is still open.
+        strange = [f.name for f in self._entries() if not self._is_ours(f) and not f.name.startswith(".")]
         if strange:
             raise ValueError(
                 f"{self.argument}: {self.path} holds {strange[0]!r}, which is no {self.kind}; choose a new folder"

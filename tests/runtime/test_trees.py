@@ -210,6 +210,15 @@ def test_folders_of_other_things_are_left_alone(tmp_path: Path) -> None:
         Numbered(tmp_path / "thesis.tex" / "run").claim()
 
 
+def test_hidden_files_of_the_system_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / ".DS_Store").write_text("x")
+    records = _records(tmp_path)
+    (tmp_path / "run" / ".nfs0001").write_text("x")
+    with records.claimed():
+        assert records.read().facts == {"step": 2}
+    assert (tmp_path / "run" / ".nfs0001").exists()
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     first, second = Numbered(tmp_path / "run"), Numbered(tmp_path / "run")
     first.claim()
