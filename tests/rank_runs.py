@@ -331,6 +331,7 @@ def endings(fabric: Any) -> dict[str, Any]:
         "NUTS": lambda: pg.fit(normal, X, NUTS(), **two),
         "local points": lambda: pg.fit(rowwise, X, svi(), **two),
         "no plate": lambda: pg.fit(chained, X[:4], svi(), **two),
+        "a stream": lambda: pg.fit(normal, pg.stream(list(X[:10].split(5)), rows=10), svi(), **two),
         "one row": lambda: pg.fit(normal, X, svi(batch_size=1), **two),
         "kept, interrupted": lambda: pg.fit(GAUSSIAN, BITS, long, callbacks=at(13, interrupting, rank, 1), **folder),
         "kept, gone on": lambda: pg.fit(GAUSSIAN, BITS, long, **folder),

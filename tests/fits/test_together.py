@@ -182,6 +182,7 @@ REFUSED = {
     "NUTS": "NUTS needs all rows in one process",
     "local points": "an autoguide holds one set of parameters per row",
     "no plate": "it has no plate over its rows",
+    "a stream": "hands whole batches to one process",
     "one row": "cannot share a batch of 1 row(s)",
     "coupled rows": "depends on the other rows of its batch",
     "tied rows": "are summed out in the model, which minibatches do not allow",
