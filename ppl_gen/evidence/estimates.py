@@ -80,6 +80,29 @@ def _notable(gap: float | None, error: float | None) -> bool:
     return gap is not None and error is not None and abs(gap) > max(NOTABLE * error, ROUNDING)
 
 
+class _Rows:
+    """Numbers of rows, chunk after chunk, in one place: kept one by one they would lie between what chunks leave free,
+    and memory would grow with the rows by much more than these numbers take.
+    """
+
+    def __init__(self, rows: int | None) -> None:
+        self._all = None if rows is None else torch.empty(rows, dtype=torch.float64, device="cpu")
+        self._count = 0
+
+    def add(self, values: Tensor) -> None:
+        count = self._count + len(values)
+        if self._all is None or count > len(self._all):  # no plate, or one of a size of its own
+            kept = torch.empty(count, dtype=torch.float64, device="cpu")
+            if self._all is not None:
+                kept[: self._count] = self._all[: self._count]
+            self._all = kept
+        self._all[self._count : count] = values.detach()
+        self._count = count
+
+    def all(self) -> Tensor:
+        return torch.empty(0, dtype=torch.float64) if self._all is None else self._all[: self._count]
+
+
 def row_evidence(
     fit: Fit, data: Dataset, *, particles: int, draws: int, chunk: int, seed: int | None = None
 ) -> Evidence:
@@ -101,14 +124,13 @@ def row_evidence(
         thetas, weights = _parameter_draws(fit, draws, particles)
         integral = row_integral(fit, first, thetas[0], data.rows or 1)
         average = Average(len(thetas), weights)
-        values, errors = [], []
+        values, errors = _Rows(data.rows), _Rows(data.rows)
         for batch in data.chunks(chunk):
             per_draw, variance = integral(batch, thetas, particles)
-            values.append(torch.logsumexp(per_draw, 0) - math.log(len(per_draw)))
-            errors.append(variance)
+            values.add(torch.logsumexp(per_draw, 0) - math.log(len(per_draw)))
+            errors.add(variance)
             average.add(per_draw)
-        rows = torch.cat(values).double().cpu()
-        variances = torch.cat(errors).double().cpu()
+        rows, variances = values.all(), errors.all()
     mean, n, quality = float(rows.mean()), len(rows), integral.quality
     kind, exact = _kind(fit, integral, len(thetas), particles if integral.sampled else 0, weighed=weights is not None)
     # Parameter draws are shared by all rows, so their error does not average out over rows: it is taken over draws.
