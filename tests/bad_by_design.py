@@ -25,6 +25,7 @@ BY_DESIGN: dict[str, str] = {
     "data.encoded(text=*)": "any text of the alphabet",
     "data.decoded(alphabet='*')": "any different characters are an alphabet",
     "pg.fit(callbacks=[[]])": "no callbacks",
+    "pg.fit(compile=False)": "the program runs at every step",
     "data.text_rows(text='*')": "any text of the alphabet",
 }
 

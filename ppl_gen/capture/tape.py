@@ -187,7 +187,8 @@ def _reader(func: Any) -> str:
         module = frame.f_globals.get("__name__", "")
         if not module.startswith(("torch.", "ppl_gen.capture.")) and module != "torch":
             by = "if, float() or .item()" if "scalar" in str(func) else str(getattr(func, "__name__", func))
-            return f"{by} in {Path(frame.f_code.co_filename).name}, line {line}"
+            where = Path(frame.f_code.co_filename).name if module == "__main__" else module
+            return f"{by} in {where}, line {line}"
     return str(func)
 
 

@@ -266,7 +266,7 @@ def _growing() -> pg.Program:
 
 REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "counter": (_counting, X, "calls changes from step to step"),
-    "if": (lambda: _reading, X, r"read into Python, by if, float\(\) or .item\(\) in test_captured.py, line"),
+    "if": (lambda: _reading, X, r"read into Python, by if, float\(\) or .item\(\) in test_captured, line"),
     "NumPy's draws": (lambda: _drawing, X, "NumPy's or Python's random numbers"),
     "shapes": (_growing, {"x": X, "width": pg.by_step(lambda step: step + 1, final=1)}, "differ in shape"),
 }
