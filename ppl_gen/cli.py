@@ -164,13 +164,15 @@ def fit(
     out: Annotated[Path | None, typer.Option(help="Folder to save the fit in.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Keep the run here, and go on from what is there.")] = None,
     every: Annotated[str | None, typer.Option(help="How often: steps (500) or a time (30s, 5m); a minute.")] = None,
+    compile: Annotated[str, typer.Option(help="How steps are computed: auto, graph, inductor, no.")] = "auto",
 ) -> int:
     """Fit a program with one algorithm, and say whether to trust it."""
     import ppl_gen as pg
 
     chosen = algorithm_of(algorithm, {k: v for k, v in {"steps": steps, "lr": lr}.items() if v is not None})
     made, interval = program_of(program), None if every is None else _interval(every)
-    result = pg.fit(made, data_of(data, made), chosen, seed=seed, checkpoint=checkpoint, every=interval)
+    path: str | bool = False if compile == "no" else compile
+    result = pg.fit(made, data_of(data, made), chosen, seed=seed, checkpoint=checkpoint, every=interval, compile=path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pg.FitWarning)  # the line below says it
         summary = result.diagnose()  # before the fit is printed, which then shows its verdict

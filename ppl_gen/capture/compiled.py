@@ -13,27 +13,32 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
+from ppl_gen.capture.replay import recording
 from ppl_gen.capture.tape import Call, Constant, Slot, Tape
 
-__all__ = ["CannotCompileError", "compiled", "seconds_saved"]
+__all__ = ["CannotCompileError", "compiled", "worth_compiling"]
 
-_CALL = 3e-6  # seconds that a call of an operation from Python costs, measured; compiled, they are fused
-_BYTES = 5e9  # bytes a second that go through memory where pointwise operations are not fused
+#: Inductor of older torch aborts the process ("free(): invalid next size", seen with 2.13) on long eliminations.
+ABORTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15)
+#: Seconds, measured: what each operation costs in Python and in memory that compiled ones share; what the compiler
+#: costs at all, and for each operation.
+_CALL, _COMPILER, _COMPILING = 8e-6, 4.0, 0.02
 
 
 class CannotCompileError(RuntimeError):
     """The tape cannot be compiled on this machine; the message says why."""
 
 
-def seconds_saved(tape: Tape) -> float:
-    """What compiling saves at each replay, guessed from the number of operations and never from a clock.
+def worth_compiling(tape: Tape, steps: int) -> bool:
+    """Whether compiling saves more in so many replays than it takes, guessed from numbers and never by a clock.
 
     >>> from ppl_gen.capture.tape import record
     >>> x = torch.zeros(3)
-    >>> seconds_saved(record(lambda: x.exp().sum(), [x]))
-    6e-06
+    >>> tape = record(lambda: x.exp().sum(), [x])
+    >>> worth_compiling(tape, 2000), worth_compiling(tape, 10_000_000)
+    (False, True)
     """
-    return _CALL * len(tape.calls)
+    return _CALL * len(tape.calls) * steps > _COMPILER + _COMPILING * len(tape.calls)
 
 
 def compiled(tape: Tape, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
@@ -45,9 +50,11 @@ def compiled(tape: Tape, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any
     Raises:
         CannotCompileError: without a C++ compiler, or where inductor gives up.
     """
-    module, constants = _module(tape)
+    early, drawn = _early_draws(tape)
+    first = recording(Tape(0, early, drawn, tape.structure, ())).load() if early else None
+    module, constants = _module(tape, _without(tape.calls, early), drawn)
     held = [constant.detach().contiguous() for constant in constants]  # expanded ones would be asserted to stay so
-    examples = [*inputs, *held]
+    examples = [*inputs, *(first() if first else ()), *held]
     try:
         with _quiet():
             from torch._inductor import config
@@ -63,13 +70,42 @@ def compiled(tape: Tape, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any
 
     def replay(*values: Tensor) -> Sequence[Any]:
         with torch.no_grad():
-            found = iter(function(*values, *held))
+            found = iter(function(*values, *(first() if first else ()), *held))
             return [
                 next(found) if made else (value.clone() if isinstance(value, Tensor) else value)
                 for made, value in zip(computed, given, strict=True)
             ]
 
     return replay
+
+
+def _early_draws(tape: Tape) -> tuple[tuple[Call, ...], tuple[Slot, ...]]:
+    """The draws that depend on no input, with the calls behind them; and what of it the other calls read.
+
+    Inductor drops draws that nobody reads, and may change their order: the numbers would not be those of the program.
+    Draws that follow one which depends on an input stay where they are.
+    """
+    behind: dict[Slot, list[Call]] = {}  # for slots that depend on no input
+    early: list[Call] = []
+    for call in tape.calls:
+        slots = [leaf for leaf in call.inputs if isinstance(leaf, Slot)]
+        if any(slot not in behind for slot in slots):
+            if call.draws or (call.writes and any(slot in behind for slot in slots)):
+                break
+            continue
+        calls = [*(other for slot in slots for other in behind[slot]), call]
+        behind |= {slot: calls for slot in call.outputs if slot is not None}
+        if call.draws:
+            early += [other for other in calls if not any(other is seen for seen in early)]
+    made = {slot for call in early for slot in call.outputs if slot is not None}
+    read = {leaf for call in _without(tape.calls, early) for leaf in call.inputs if isinstance(leaf, Slot)}
+    read |= {leaf for leaf in tape.results if isinstance(leaf, Slot)}
+    return tuple(early), tuple(sorted(made & read, key=lambda slot: slot.number))
+
+
+def _without(calls: Sequence[Call], some: Sequence[Call]) -> list[Call]:
+    gone = {id(call) for call in some}
+    return [call for call in calls if id(call) not in gone]
 
 
 def _reason(error: Exception) -> str:
@@ -94,18 +130,19 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _module(tape: Tape) -> tuple[torch.fx.GraphModule, list[Tensor]]:
-    """The tape as a graph of torch.fx, its tensor constants as further inputs."""
+def _module(tape: Tape, calls: Sequence[Call], drawn: Sequence[Slot]) -> tuple[torch.fx.GraphModule, list[Tensor]]:
+    """Some ``calls`` of the tape as a graph of torch.fx; what was ``drawn`` and its constants are further inputs."""
     graph = torch.fx.Graph()
     nodes: dict[Slot, torch.fx.Node] = {Slot(place): graph.placeholder(f"x{place}") for place in tape.used}
+    nodes |= {slot: graph.placeholder(f"d{slot.number}") for slot in drawn}
     constants: list[Tensor] = []
     places: dict[int, torch.fx.Node] = {}
-    for call in tape.calls:
+    for call in calls:
         for leaf in call.inputs:
             if isinstance(leaf, Constant) and isinstance(leaf.value, Tensor) and id(leaf.value) not in places:
                 places[id(leaf.value)] = graph.placeholder(f"c{len(constants)}")
                 constants.append(leaf.value)
-    for call in tape.calls:
+    for call in calls:
         _add(graph, call, nodes, places)
     graph.output(tuple(nodes[leaf] for leaf in tape.results if isinstance(leaf, Slot)))
     return torch.fx.GraphModule(torch.nn.Module(), graph), constants

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ppl_gen.capture.compiled import CannotCompileError, compiled, seconds_saved
+from ppl_gen.capture.compiled import ABORTS, CannotCompileError, compiled, worth_compiling
 from ppl_gen.capture.replay import recording
 from ppl_gen.capture.tape import RecordingRefused, Tape, record
 from ppl_gen.data.batching import Batch
@@ -38,7 +38,7 @@ LOOK = 50  # steps from one look at what the program holds in Python to the next
 SHAPES = 4  # kinds of batches of one player that are captured
 AGAIN = 3  # times that a step is captured anew because something frozen has changed
 FEW = 100  # steps: for fewer, capturing costs more than it saves
-WORTHWHILE = 8.0  # seconds that compiling has to save; it takes 3 to 8
+MANY = 6  # finite latent sites: hidden chains are summed out step by step
 
 
 @dataclass
@@ -69,7 +69,8 @@ class Steps:
     """The steps of one run, by the program itself or by what was captured of it.
 
     ``mode`` is the user's ``compile``; ``limit`` the number of steps of the run; ``watched`` whether functions of
-    the user run between steps, so that something frozen may change; ``whole`` the batch that never changes, if there is
+    the user run between steps, so that something frozen may change; ``summed`` how
+    many finite latent sites there are; ``whole`` the batch that never changes, if there is
     one.
     """
 
@@ -82,6 +83,7 @@ class Steps:
     constants: Mapping[str, Any]
     positional: Sequence[str]
     watched: bool
+    summed: int = 0
     whole: Batch | None = None
     path: str = "eager"
     reason: str = ""
@@ -306,9 +308,10 @@ class Steps:
             put_back()
 
     def _worth_compiling(self, tape: Tape) -> bool:
-        if self.mode == "auto":
-            return not self.note and seconds_saved(tape) * (self.limit - self.done) >= WORTHWHILE
-        return self.mode == "inductor" and not self.note
+        wanted = self.mode == "inductor" or (self.mode == "auto" and worth_compiling(tape, self.limit - self.done))
+        if wanted and self.summed >= MANY and ABORTS and not self.note:
+            self.note = "not compiled: this version of torch may abort on long eliminations"
+        return wanted and not self.note
 
     # ------------------------------------------------------------------------------------------------- agreement
     def _difference(self, way: _Way, player: str, batch: Batch, given: Batch, state: GameState) -> str:

@@ -177,6 +177,7 @@ class State:
             run.data.constants,
             run.data.positional,
             moving or any(part is not None for part in own),
+            sum(site.finite for site in run.info.select()),
         )
 
     def _update(self, player: Player, batch: Batch, checked: bool) -> dict[str, Tensor | float]:
