@@ -23,6 +23,7 @@ from ppl_gen.capture.tape import RecordingRefused, Tape, record
 from ppl_gen.data.batching import Batch
 from ppl_gen.data.calls import ByStep
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.inference.agreement import close, difference
 from ppl_gen.inference.gradients import Step, gradients
 from ppl_gen.inference.objectives.game import Game, GameState
 from ppl_gen.workspace.isolation import generators, set_generators, validation_off
@@ -323,7 +324,9 @@ class Steps:
             ours = way.step(self._inputs(batch, state))
             if not torch.equal(torch.get_rng_state(), drawn):
                 return "it draws other random numbers than the program"
-            return _unlike(ours, theirs) or ("" if all(map(_close, buffers, after)) else "its buffers differ")
+            if not all(map(close, buffers, after)):
+                return "its buffers differ"
+            return difference(ours, theirs, compiled=self.path == "inductor")
 
     def _verified(self, way: _Way, player: str, batch: Batch, given: Batch, state: GameState) -> Step:
         problem = self._difference(way, player, batch, given, state)
@@ -337,32 +340,3 @@ def _kind(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype
     return leaf if isinstance(leaf, bool | int | float | str | None) else id(leaf)
-
-
-def _unlike(ours: Step, theirs: Step) -> str:
-    """The first of losses, parts, gradients and next state that differs, in words; "" where none does."""
-    if not bool(theirs.value.isfinite()):
-        return "" if not bool(ours.value.isfinite()) else "its loss is finite and the program's is not"
-    pairs = [("its loss differs", ours.value, theirs.value)]
-    pairs += [(f"its {name} differs", ours.parts[name], value) for name, value in theirs.parts.items()]
-    pairs += [(f"its next {name} differs", ours.state[name], value) for name, value in theirs.state.items()]
-    for said, one, other in pairs:
-        if not _close(one, other):
-            return f"{said} from the program's under the same random numbers"
-    largest = max((float(grad.abs().max()) for grad in theirs.gradients if grad.numel()), default=0.0)
-    if not all(_close(a, b, largest) for a, b in zip(ours.gradients, theirs.gradients, strict=True)):
-        return "its gradients differ from the program's under the same random numbers"
-    return ""
-
-
-def _close(one: Tensor, other: Tensor, largest: float = 0.0) -> bool:
-    """Equal up to 1e-5 of the norm (1e-10 in float64), or of a thousandth of the largest entry of its like."""
-    if one.shape != other.shape or one.dtype != other.dtype or one.stride() != other.stride():
-        return False
-    if not other.is_floating_point():
-        return torch.equal(one, other)
-    tolerance = 1e-10 if other.dtype is torch.float64 else 1e-5
-    same = one == other
-    apart = torch.where(same | (one.isnan() & other.isnan()), torch.zeros_like(one), one - other)
-    bound = torch.linalg.vector_norm(other.nan_to_num(0.0, 0.0, 0.0)) + 1e-3 * largest + 1e-3
-    return bool(torch.linalg.vector_norm(apart) <= tolerance * bound)
