@@ -15,7 +15,7 @@ EXACT, COMPILED, DOUBLE = 1e-5, 1e-4, 1e-10
 
 
 def difference(ours: Step, theirs: Step, *, compiled: bool = False) -> str:
-    """The first of loss, parts, next state and gradients that differs from the program's, in words; "" where none does."""
+    """The first of loss, parts, next state and gradients that differs from the program's, in words; "" for none."""
     said = "from the program's under the same random numbers"
     if not bool(theirs.value.isfinite()):
         return "" if not bool(ours.value.isfinite()) else f"its loss differs {said}"
