@@ -1,30 +1,35 @@
-"""What one training step costs, beside the same step written by hand: a VAE 784-400-20 on batches of 128 rows.
+"""What one training step costs, beside the same step written by hand: a VAE, importance weighting, many small sites.
 
-OMP_NUM_THREADS=1 .venv/bin/python benchmarks/steps.py
+.venv/bin/python benchmarks/steps.py
 
-Blocks of each kind take turns, so that what else the machine does falls on all of them; a figure is the median of its
-blocks, and the quartiles say how far to trust it. Writes `results/steps.md`. `--quick` runs two short blocks and writes
-nothing.
+NumPyro takes part where it is installed. Blocks of each kind take turns, so that what else the machine does falls on
+all of them; a figure is the median of its blocks, and the quartiles say how far to trust it. Writes
+`results/steps.md`. `--quick` runs two short blocks and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI as PyroSVI
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import RenyiELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 from torch.nn import functional
 from versions import table, write
 
 import ppl_gen as pg
-from ppl_gen.inference import SVI
+from ppl_gen.inference import IWAE, SVI
 
 ROWS, PIXELS, HIDDEN, LATENT, BATCH = 12800, 784, 400, 20, 128
 Block = Callable[[int], float]  # so many steps; seconds per step
@@ -81,23 +86,34 @@ def batches(x: Tensor) -> Callable[[], Tensor]:
     return following
 
 
-def ours(x: Tensor) -> Block:
-    """Fits that go on from each other; a block is timed from its first step's end to its last's."""
-    made, last = program(), None
+class Timed(SVI):
+    """Notes when each step ends, without a callback: those are watched, which costs a little."""
+
+    ends: ClassVar[list[float]] = []
+
+    def step(self, state: Any, source: Any) -> Any:
+        result = super().step(state, source)
+        self.ends.append(time.perf_counter())
+        return result
+
+
+def ours(made: Any, x: Tensor, path: str | bool, **settings: Any) -> Block:
+    """Fits that go on from each other; what is recorded and compiled at first is not timed."""
+    last: pg.Fit | None = None
 
     def block(steps: int) -> float:
         nonlocal last
-        ends: list[float] = []
-        callbacks = [lambda step, info: ends.append(time.perf_counter())]
-        algorithm = SVI(steps=steps + 1, batch_size=BATCH, lr=1e-3)
-        last = pg.fit(made, x, algorithm, seed=0, start=last, callbacks=callbacks, progress=False)
-        return (ends[-1] - ends[0]) / steps
+        Timed.ends.clear()
+        algorithm = Timed(steps=steps + 4, lr=1e-3, **settings)
+        last = pg.fit(made, x, algorithm, seed=0, start=last, compile=path, progress=False)
+        wanted = path or "eager"
+        assert last.cost["path"] == wanted, last.cost
+        return (Timed.ends[-1] - Timed.ends[3]) / steps
 
     return block
 
 
-def pyros(x: Tensor, elbo: Trace_ELBO) -> Block:
-    made, following = program(), batches(x)
+def pyros(made: Any, following: Callable[[], Tensor], elbo: Any) -> Block:
     with pyro.get_param_store().scope() as store:
         svi = PyroSVI(made.model, made.guide, pyro.optim.Adam({"lr": 1e-3}), elbo)
         svi.step(following())
@@ -143,6 +159,92 @@ def by_hand(x: Tensor, *, compiled: bool) -> Block:
     return block
 
 
+WIDE, CODES = 200, 50  # of the networks of the importance-weighted bound
+
+
+class WideEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(PIXELS, WIDE), nn.Tanh(), nn.Linear(WIDE, WIDE), nn.Tanh())
+        self.loc, self.log_scale = nn.Linear(WIDE, CODES), nn.Linear(WIDE, CODES)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(x)
+        return self.loc(h), self.log_scale(h).exp()
+
+
+def wide_decoder() -> nn.Module:
+    return nn.Sequential(nn.Linear(CODES, WIDE), nn.Tanh(), nn.Linear(WIDE, WIDE), nn.Tanh(), nn.Linear(WIDE, PIXELS))
+
+
+def weighted(x: Tensor, particles: int) -> dict[str, Block]:
+    """The importance-weighted bound (Burda et al. 2016): ours, by hand and compiled, and Pyro's vectorised one."""
+    encode, decode, following = WideEncoder(), wide_decoder(), batches(x)
+
+    def loss(rows: Tensor, noise: Tensor) -> Tensor:
+        loc, scale = encode(rows)
+        z = loc + scale * noise
+        logits = decode(z)
+        nats = -functional.binary_cross_entropy_with_logits(logits, rows.expand_as(logits), reduction="none").sum(-1)
+        log_weights = nats + (0.5 * (noise.square() - z.square()) + scale.log()).sum(-1)
+        return -(torch.logsumexp(log_weights, 0) - math.log(particles)).mean()
+
+    objective, params = torch.compile(loss), [*encode.parameters(), *decode.parameters()]
+    adam = torch.optim.Adam(params, lr=1e-3, fused=True)
+
+    def by_hand_compiled(steps: int) -> float:
+        began = time.perf_counter()
+        for _ in range(steps):
+            rows = following()
+            adam.zero_grad()
+            objective(rows, torch.randn(particles, len(rows), CODES)).backward()
+            adam.step()
+        return (time.perf_counter() - began) / steps
+
+    elbo = RenyiELBO(alpha=0, num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
+    if particles == 1:
+        elbo = Trace_ELBO()
+    return {
+        "ppl_gen, inductor": ours(wide(), x, "inductor", objective=IWAE(particles=particles), batch_size=BATCH),
+        "ppl_gen, graph": ours(wide(), x, "graph", objective=IWAE(particles=particles), batch_size=BATCH),
+        "by hand, torch.compile, fused Adam": by_hand_compiled,
+        "Pyro, vectorised": pyros(wide(), following, elbo),
+    }
+
+
+def wide() -> pg.Program:
+    encode, decode = WideEncoder(), wide_decoder()
+
+    def model(x: Tensor) -> None:
+        pyro.module("decode", decode)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(CODES), x.new_ones(CODES)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decode(z)).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encode", encode)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(*encode(x)).to_event(1))
+
+    return pg.Program(model, guide)
+
+
+def small(x: Tensor) -> None:
+    """As many latent sites as there are numbers in x, each a scalar."""
+    values = [pyro.sample(f"z{i}", dist.Normal(0.0, 1.0)) for i in range(len(x))]
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(torch.stack(values), 1.0), obs=x)
+
+
+def sites() -> dict[str, Block]:
+    x = torch.randn(100)
+    return {
+        "ppl_gen, inductor": ours(small, x, "inductor"),
+        "ppl_gen, graph": ours(small, x, "graph"),
+        "Pyro, SVI.step": pyros(pg.Program(small, AutoNormal(small)), lambda: x, Trace_ELBO()),
+    }
+
+
 def measured(blocks: dict[str, Block], repeats: int, steps: int) -> dict[str, list[float]]:
     """Milliseconds per step of every block of each kind, the kinds taking turns."""
     found: dict[str, list[float]] = {name: [] for name in blocks}
@@ -163,30 +265,48 @@ def shown(found: dict[str, list[float]], first: str) -> str:
     return table(["step", "ms, median", "quartiles", "ppl_gen's, in units of it"], lines)
 
 
+def vae(x: Tensor) -> dict[str, Block]:
+    found = {
+        "ppl_gen, inductor": ours(program(), x, "inductor", batch_size=BATCH),
+        "ppl_gen, graph": ours(program(), x, "graph", batch_size=BATCH),
+        "ppl_gen, compile=False": ours(program(), x, False, batch_size=BATCH),
+        "by hand, eager, default Adam": by_hand(x, compiled=False),
+        "by hand, torch.compile, fused Adam": by_hand(x, compiled=True),
+        "Pyro, SVI.step, Trace_ELBO": pyros(program(), batches(x), Trace_ELBO()),
+    }
+    if importlib.util.find_spec("numpyro") is not None:
+        from numpyro_steps import scanned
+
+        found["NumPyro, jitted scan"] = scanned(x.numpy(), HIDDEN, LATENT, BATCH)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two short blocks of each kind; nothing is written")
     quick = parser.parse_args().quick
     torch.manual_seed(0)
     x = rows()
-    blocks = {
-        "ppl_gen, SVI(ELBO())": ours(x),
-        "by hand, eager, default Adam": by_hand(x, compiled=False),
-        "by hand, torch.compile, fused Adam": by_hand(x, compiled=True),
-        "Pyro, SVI.step, Trace_ELBO": pyros(x, Trace_ELBO()),
-        "Pyro, SVI.step, TraceMeanField_ELBO": pyros(x, TraceMeanField_ELBO()),
+    groups: dict[str, Callable[[], dict[str, Block]]] = {
+        f"A VAE {PIXELS}-{HIDDEN}-{LATENT} on batches of {BATCH} rows": lambda: vae(x),
+        **{f"IWAE, K = {k}, {PIXELS}-{WIDE}-{WIDE}-{CODES}, {BATCH} rows": partial(weighted, x, k) for k in (1, 5, 50)},
+        "100 latent sites, each a scalar": sites,
     }
     began = time.perf_counter()
-    repeats, steps = (2, 20) if quick else (15, 100)
-    body = shown(measured(blocks, repeats, steps), next(iter(blocks)))
+    body = []
+    for title, make in groups.items():
+        large = "K = 50" in title
+        repeats, steps = (2, 10) if quick else (7, 20) if large else (15, 100)
+        blocks = make()
+        found = measured(blocks, repeats, steps)
+        body.append(
+            f"## {title}\n\n{repeats} blocks of {steps} steps of each kind.\n\n{shown(found, next(iter(blocks)))}"
+        )
+        print(body[-1], flush=True)
     if quick:
-        print(body)
         return
-    about = (
-        f"A VAE {PIXELS}-{HIDDEN}-{LATENT} on batches of {BATCH} rows: {repeats} blocks of {steps} steps of each kind, "
-        "taking turns. Set-up and compilation are left out."
-    )
-    write("steps", "What one training step costs", f"{about}\n\n{body}", time.perf_counter() - began)
+    about = "Blocks of each kind take turns. Set-up, recording and compilation are left out."
+    write("steps", "What one training step costs", "\n\n".join([about, *body]), time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from ppl_gen.data.calls import ByStep
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.fitting.run import NonFiniteStepError, Run
 from ppl_gen.inference.captured import Steps
+from ppl_gen.inference.fused_adam import FusedAdam
 from ppl_gen.inference.gradients import Step, gradients
 from ppl_gen.inference.impossible import impossible
 from ppl_gen.inference.objectives.game import Game, Player
@@ -61,6 +62,7 @@ class State:
         run.workspace.others.extend(game.modules.values())
         self._check_players()
         self.leaves = {player.name: self._owned(player, leaves) for player in game.players}
+        self.fused: dict[str, FusedAdam] = {}
         self.optimisers = {p.name: self._optimiser(p) for p in game.players if self.leaves[p.name]}
         self.schedules = {n: self._schedule(o) for n, o in self.optimisers.items() if svi.schedule is not None}
         if not self.leaves["program"]:
@@ -208,11 +210,7 @@ class State:
             # Not in place: autograd may hand out one tensor as the gradient of two parameters.
             norm = torch.nn.utils.get_total_norm(grads)
             grads = list(torch._foreach_mul(grads, (self.svi.clip_norm / (norm + 1e-6)).clamp(max=1.0)))
-        for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad
-        self.optimisers[player.name].step()
-        for leaf in leaves:
-            leaf.grad = None
+        self._move(player.name, leaves, grads)
         if player.name in self.schedules:
             self.schedules[player.name].step()
         if player.after is not None:
@@ -227,6 +225,20 @@ class State:
         means = iter(self.together.reduced(values, batch.share))
         value, parts = next(means), {name: next(means) for name in step.parts}
         return Step(value, parts, [next(means) for _ in step.gradients], dict(zip(step.state, means, strict=True)))
+
+    def _move(self, player: str, leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """The optimiser's update, in place."""
+        fused, optimiser = self.fused.get(player), self.optimisers[player]
+        if fused is not None:
+            fused.step(grads)
+            return
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
+        optimiser.step()
+        for leaf in leaves:
+            leaf.grad = None
+        if FusedAdam.serves(optimiser):
+            self.fused[player] = FusedAdam(optimiser)
 
     def _validated(self, player: Player, leaves: list[Tensor], batch: Batch) -> Step:
         """The first step, with Pyro's checks on: a value they refuse because it is not finite is a non-finite loss."""
@@ -326,6 +338,7 @@ class State:
             module.load_state_dict(saved["modules"][name])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(copy.deepcopy(saved["optimisers"][name]))
+        self.fused = {}
         for name, schedule in self.schedules.items():
             schedule.load_state_dict(copy.deepcopy(saved["schedules"][name]))
         self.game_state = {name: value.clone() for name, value in saved["game"].items()}

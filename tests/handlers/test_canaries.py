@@ -278,3 +278,16 @@ def _() -> None:
 @pytest.mark.parametrize("name", CANARIES)
 def test_pyro_and_torch_still_mean_by_a_private_name_what_we_rely_on(name: str) -> None:
     CANARIES[name]()
+
+
+@canary("torch._fused_adam_ and torch._fused_adamw_, called as torch.optim does")
+def _() -> None:
+    from ppl_gen.inference.fused_adam import FusedAdam
+
+    param = torch.nn.Parameter(torch.ones(2))
+    optimiser = torch.optim.Adam([param], lr=0.5, fused=True)
+    param.grad = torch.ones(2)
+    optimiser.step()
+    assert FusedAdam.serves(optimiser)
+    FusedAdam(optimiser).step([torch.ones(2)])
+    assert torch.allclose(param.detach(), torch.zeros(2), atol=1e-4)  # Adam's step on equal gradients is the rate
