@@ -3,8 +3,8 @@
 OMP_NUM_THREADS=1 .venv/bin/python benchmarks/agreement.py
 
 Each is fitted for a few steps by the program itself (``compile=False``), as a graph and compiled, from one seed. Shown
-are the largest difference of a loss or part, over its size, and of a parameter tensor, over its norm; and why a path was
-not taken. Writes `results/agreement.md`. `--quick` takes three programs and no compiler, and writes nothing.
+are the largest difference of a loss or part, over its size, and of a parameter tensor, over its norm; and why a path
+was not taken. Writes `results/agreement.md`. `--quick` takes three programs and no compiler, and writes nothing.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def main() -> None:
         return
     head = ["program", "objective", "graph", "compiled", "why not"]
     about = (
-        f"{STEPS} steps from one seed, beside the same steps by the program itself: the largest difference of a loss or "
-        "part over its size, and of a parameter tensor over its norm (in brackets what building it took, cold)."
+        f"{STEPS} steps from one seed, beside the same steps by the program itself: the largest difference of a loss "
+        "or part over its size, and of a parameter tensor over its norm (in brackets what building it took)."
     )
     write(
         "agreement",
