@@ -48,14 +48,16 @@ class _Way:
 
     tape: Tape
     replay: Callable[..., Sequence[Any]]
-    inputs: Sequence[int]
+    buffers: Sequence[tuple[nn.Module, str]]  # those that were there when it was recorded: more may come later
+    before: tuple[str, ...]  # names of the states that it takes
     parts: tuple[str, ...]
-    states: tuple[str, ...]
+    states: tuple[str, ...]  # and of those that it gives
     kept: Any  # what its key identifies by address
+    compiled: bool = False
     used: int = 0
 
     def step(self, inputs: Sequence[Tensor]) -> Step:
-        value, *rest = self.replay(*[inputs[place] for place in self.inputs])
+        value, *rest = self.replay(*[inputs[place] for place in self.tape.used])
         parts, state = len(self.parts), len(rest) - len(self.states)
         return Step(
             value,
@@ -69,10 +71,9 @@ class _Way:
 class Steps:
     """The steps of one run, by the program itself or by what was captured of it.
 
-    ``mode`` is the user's ``compile``; ``limit`` the number of steps of the run; ``watched`` whether functions of
-    the user run between steps, so that something frozen may change; ``summed`` how
-    many finite latent sites there are; ``whole`` the batch that never changes, if there is
-    one.
+    ``mode`` is the user's ``compile``; ``limit`` the number of steps of the run; ``watched`` whether functions of the
+    user run between steps, so that something frozen may change; ``summed`` how many finite latent sites there are;
+    ``whole`` the batch that never changes, if there is one.
     """
 
     game: Game
@@ -117,7 +118,7 @@ class Steps:
                 way.used += 1
                 if way.used % VERIFY == 0:
                     return self._verified(way, player, taken, batch, state)
-                return way.step(self._inputs(taken, state))
+                return way.step(self._inputs(way, taken, state))
         return self._program(player, batch, state)
 
     def begin_round(self) -> None:
@@ -143,12 +144,19 @@ class Steps:
     def state_dict(self) -> dict[str, Any]:
         """Which path ran so far: a run that goes on takes the same one."""
         reason = "" if self.reason == self._preset else self.reason
-        return {"done": self.done, "path": self.path, "reason": reason, "note": self.note, "again": self._again}
+        return {
+            "done": self.done,
+            "path": self.path,
+            "reason": reason,
+            "note": self.note,
+            "again": self._again,
+            "by value": self._by_value,
+        }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on by the path of the run that gave ``saved``; it is captured anew at the next step."""
         self.done, self.note, self._again = int(saved["done"]), saved["note"], int(saved["again"])
-        self.path = saved["path"]
+        self.path, self._by_value = saved["path"], bool(saved["by value"])
         self.reason = self._preset or saved["reason"]
         self._ways.clear()
         if self.mode == "auto" and saved["path"] != "eager":
@@ -185,12 +193,17 @@ class Steps:
         self._ways.clear()
 
     # --------------------------------------------------------------------------------------------------- inputs
+    def _places(self) -> list[tuple[nn.Module, str]]:
+        """Where buffers are held."""
+        return [(module, name) for module in self._modules() for name, b in module._buffers.items() if b is not None]
+
     def _buffers(self) -> list[Tensor]:
         return [b for module in self._modules() for b in module._buffers.values() if b is not None]
 
-    def _inputs(self, batch: Batch, state: GameState) -> list[Tensor]:
+    def _inputs(self, way: _Way, batch: Batch, state: GameState) -> list[Tensor]:
         """All that may differ from step to step: parameters, buffers, the game's state, the batch."""
-        return [*self._detached, *self._buffers(), *state.values(), *self._tensors(batch)]
+        buffers: list[Any] = [module._buffers[name] for module, name in way.buffers]
+        return [*self._detached, *buffers, *(state[name] for name in way.before), *self._tensors(batch)]
 
     def _tensors(self, batch: Batch) -> list[Tensor]:
         if batch is self.whole:
@@ -250,7 +263,7 @@ class Steps:
     def _held(self, key: tuple[Any, ...]) -> bool:
         """Whether the numbers that may change by step have not done so for a while."""
         times = self._times.get(key, 0) + 1
-        self._times = {key: times, **{other: n for other, n in self._times.items() if other[1:3] != key[1:3]}}
+        self._times = {key: times, **{other: n for other, n in self._times.items() if other[:3] != key[:3]}}
         return times > LOOK
 
     def _captured(self, player: str, batch: Batch, given: Batch, state: GameState) -> _Way:
@@ -264,29 +277,33 @@ class Steps:
             return [step.value, *step.parts.values(), *step.gradients, *step.state.values()]
 
         with self._put_back_after() as (buffers, _):
+            places = self._places()
             inputs, first = [*self._params, *buffers, *state.values(), *self._tensors(batch)], len(self._params)
             tape = record(one, inputs, draws=True, writable=range(first, first + len(buffers)))
             if any(now is not before for now, before in zip(self._buffers(), buffers, strict=True)):
                 raise RecordingRefused("a module puts a new tensor in place of a buffer; write into it by copy_()")
-        way = _Way(tape, recording(tape, tape.used).load(), tape.used, names[0], names[1], self._parts(batch))
-        self.path = "graph"
+        kept = [part for part in self._parts(batch) if not isinstance(part, Tensor)]
+        replay = recording(tape, tape.used).load()
+        way = _Way(tape, replay, places, tuple(state), names[0], names[1], kept)
         if self._worth_compiling(tape):
             self._compile(way, batch, state)
         problem = self._difference(way, player, batch, given, state)
-        if problem and self.path == "inductor":
-            way.replay, self.path = recording(tape, tape.used).load(), "graph"
+        if problem and way.compiled:
+            way.replay, way.compiled = replay, False
             self.note = f"compiled, {problem}"
             problem = self._difference(way, player, batch, given, state)
         if problem:
             raise RecordingRefused(problem)
+        if way.compiled or self.path == "eager":
+            self.path = "inductor" if way.compiled else "graph"
         return way
 
     def _compile(self, way: _Way, batch: Batch, state: GameState) -> None:
         with self._put_back_after():
-            inputs = self._inputs(batch, state)
+            inputs = self._inputs(way, batch, state)
             try:
-                way.replay = compiled(way.tape, [inputs[place] for place in way.inputs])
-                self.path = "inductor"
+                way.replay = compiled(way.tape, [inputs[place] for place in way.tape.used])
+                way.compiled = True
             except CannotCompileError as error:
                 self.note = str(error)
 
@@ -310,9 +327,10 @@ class Steps:
 
     def _worth_compiling(self, tape: Tape) -> bool:
         wanted = self.mode == "inductor" or (self.mode == "auto" and worth_compiling(tape, self.limit - self.done))
-        if wanted and self.summed >= MANY and ABORTS and not self.note:
+        if wanted and self.summed >= MANY and ABORTS:
             self.note = "not compiled: this version of torch may abort on long eliminations"
-        return wanted and not self.note
+            return False
+        return wanted and not self._by_value  # those come and go, and a run that goes on could not tell when
 
     # ------------------------------------------------------------------------------------------------- agreement
     def _difference(self, way: _Way, player: str, batch: Batch, given: Batch, state: GameState) -> str:
@@ -321,19 +339,19 @@ class Steps:
             theirs = self._program(player, given, state)
             drawn, after = torch.get_rng_state(), [buffer.clone() for buffer in buffers]
             put_back()
-            ours = way.step(self._inputs(batch, state))
+            ours = way.step(self._inputs(way, batch, state))
             if not torch.equal(torch.get_rng_state(), drawn):
                 return "it draws other random numbers than the program"
             if not all(map(close, buffers, after)):
                 return "its buffers differ"
-            return difference(ours, theirs, compiled=self.path == "inductor")
+            return difference(ours, theirs, compiled=way.compiled)
 
     def _verified(self, way: _Way, player: str, batch: Batch, given: Batch, state: GameState) -> Step:
         problem = self._difference(way, player, batch, given, state)
         if problem:
             self._refuse(f"after {self.done - 1} steps, {problem}")
             return self._program(player, given, state)
-        return way.step(self._inputs(batch, state))
+        return way.step(self._inputs(way, batch, state))
 
 
 def _kind(leaf: Any) -> Any:

@@ -214,6 +214,17 @@ def test_a_mode_or_a_number_of_a_module_that_changes_is_seen() -> None:
         check_equal(*both(coder(layers), callbacks=[late]))
 
 
+def test_modules_that_are_first_called_later_shift_nothing() -> None:
+    others: list[nn.Module] = []
+
+    def late(step: int, info: Any) -> None:
+        if step == 5:
+            others.append(nn.BatchNorm1d(2))
+            others[-1](X)
+
+    check_equal(*both(coder(lambda: [nn.BatchNorm1d(8)]), batch_size=10, callbacks=[late]))
+
+
 def test_a_tensor_from_outside_that_is_written_into_is_seen() -> None:
     outside = torch.tensor(1.0)
 
