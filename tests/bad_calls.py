@@ -43,6 +43,7 @@ EXEMPT = {
     "Loss": "what a game returns to the driver",
     "MissingExtraError": "an error",
     "NonFiniteError": "an error",
+    "RankError": "an error",
     "Objective": "an abstract class",
     "Player": "what a game tells the driver",
     "PrincipalComponents": "made by principal_components",

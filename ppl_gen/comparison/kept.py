@@ -41,7 +41,7 @@ def place_of(folder: Path, label: str, seed: int) -> Path:
     """The folder of one row.
 
     >>> place_of(Path("kept"), "SVI, slow", 3).name
-    'fit-SVI-slow-seed3-e9cf6b'
+    'fit-SVI-slow-seed3-ecd586'
     """
     name = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-")[:40]
     return folder / f"fit-{name}-seed{seed}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class Stream:
     def walk(self) -> Iterator[Any]:
         """One pass: the batches as a user would pass them."""
         again = self.batches() if callable(self.batches) and not hasattr(self.batches, "__iter__") else self.batches
+        if not hasattr(again, "__iter__"):
+            raise TypeError(f"batches: expected a function of no argument that gives an iterable, it gave {again!r}")
         return map(_batch, iter(again))
 
     @property
@@ -50,7 +52,7 @@ class Stream:
                 random.setstate(states[0])
                 np.random.set_state(states[1])
             if self._first is None:
-                raise ValueError("data: the stream holds no batch; expected at least one in every pass")
+                raise ValueError("batches: the stream holds none; expected at least one in every pass")
         return self._first
 
 
@@ -90,7 +92,7 @@ def stream(batches: Iterable[Any] | Callable[[], Iterable[Any]], *, rows: int) -
             f"batches: a {type(batches).__name__} can be walked through once, and training goes through it several "
             "times; pass the function that makes it, such as pg.stream(lambda: read(path), rows=...)"
         )
-    if isinstance(batches, Tensor | np.ndarray | str) or not (hasattr(batches, "__iter__") or callable(batches)):
+    if isinstance(batches, Tensor | np.ndarray | str | Mapping) or not (hasattr(batches, "__iter__") or callable(batches)):
         raise TypeError(f"batches: expected an iterable of batches, or a function of one, got {type(batches).__name__}")
     return Stream(batches, int(rows))
 
