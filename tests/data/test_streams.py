@@ -132,7 +132,7 @@ def test_the_number_of_rows_is_checked_at_the_end_of_a_pass() -> None:
         (lambda: pg.stream(halves(), rows=60), TypeError, "can be walked through once.*lambda"),
         (lambda: pg.stream(X, rows=60), TypeError, "expected an iterable of batches, or a function of one"),
         (lambda: pg.stream(halves, rows=0), ValueError, "rows"),
-        (lambda: pg.fit(model, pg.stream([], rows=60), SVI(steps=2)), ValueError, "the stream holds no batch"),
+        (lambda: pg.fit(model, pg.stream([], rows=60), SVI(steps=2)), ValueError, "the stream holds none"),
         (lambda: pg.fit(model, pg.stream(halves, rows=20), SVI(steps=2)), ValueError, "the first batch alone has 30"),
         (lambda: pg.fit(model, DataLoader(Lines()), SVI(steps=2)), TypeError, r"pg\.stream\(loader, rows"),
         (lambda: pg.compare(model, pg.stream(halves, rows=60), {"a": SVI()}), ValueError, "give test="),
