@@ -92,7 +92,8 @@ def stream(batches: Iterable[Any] | Callable[[], Iterable[Any]], *, rows: int) -
             f"batches: a {type(batches).__name__} can be walked through once, and training goes through it several "
             "times; pass the function that makes it, such as pg.stream(lambda: read(path), rows=...)"
         )
-    if isinstance(batches, Tensor | np.ndarray | str | Mapping) or not (hasattr(batches, "__iter__") or callable(batches)):
+    no_batches = isinstance(batches, Tensor | np.ndarray | str | Mapping)
+    if no_batches or not (hasattr(batches, "__iter__") or callable(batches)):
         raise TypeError(f"batches: expected an iterable of batches, or a function of one, got {type(batches).__name__}")
     return Stream(batches, int(rows))
 
