@@ -381,7 +381,9 @@ class Endless(torch.utils.data.IterableDataset):
 
 def test_iterable_data_has_no_number_of_rows() -> None:
     for data in (Endless(), torch.utils.data.DataLoader(Endless())):
-        with pytest.raises(TypeError, match="no known number of rows; pass pg.stream.*, a map-style Dataset or a tensor"):
+        with pytest.raises(
+            TypeError, match="no known number of rows; pass pg.stream.*, a map-style Dataset or a tensor"
+        ):
             pg.fit(conjugate, data, ONE_STEP)
 
 
