@@ -8,6 +8,7 @@ takes a few times as long as the function itself and imports nothing, unlike tra
 
 from __future__ import annotations
 
+import functools
 import random
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -121,7 +122,7 @@ class Tape:
         """Whether a tensor whose numbers were frozen was written into since."""
         return any(outside.changed for outside in self.outside)
 
-    @property
+    @functools.cached_property
     def used(self) -> tuple[int, ...]:
         """The places of the inputs that take part."""
         leaves = [leaf for call in self.calls for leaf in call.inputs] + list(self.results)
