@@ -296,7 +296,7 @@ def main() -> None:
     body = []
     for title, make in groups.items():
         large = "K = 50" in title
-        repeats, steps = (2, 10) if quick else (5, 15) if large else (7, 60)
+        repeats, steps = (2, 10) if quick else (4, 15) if large else (6, 60)
         blocks = make()
         found = measured(blocks, repeats, steps)
         body.append(
