@@ -23,6 +23,8 @@ ABORTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15)
 #: Seconds, measured: what each operation costs in Python and in memory that compiled ones share; what the compiler
 #: costs at all, and for each operation.
 _CALL, _COMPILER, _COMPILING = 8e-6, 4.0, 0.02
+#: Bytes a second of large tensors that need not be written and read again once operations are fused, measured.
+_MEMORY = 4e9
 
 
 class CannotCompileError(RuntimeError):
@@ -37,8 +39,12 @@ def worth_compiling(tape: Tape, steps: int) -> bool:
     >>> tape = record(lambda: x.exp().sum(), [x])
     >>> worth_compiling(tape, 2000), worth_compiling(tape, 10_000_000)
     (False, True)
+    >>> y = torch.zeros(10_000_000)
+    >>> worth_compiling(record(lambda: y.exp().square().sum(), [y]), 2000)
+    True
     """
-    return _CALL * len(tape.calls) * steps > _COMPILER + _COMPILING * len(tape.calls)
+    saved = _CALL * len(tape.calls) + tape.large / _MEMORY
+    return saved * steps > _COMPILER + _COMPILING * len(tape.calls)
 
 
 def compiled(tape: Tape, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:

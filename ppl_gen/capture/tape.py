@@ -39,7 +39,8 @@ _SHAPE_ONLY = {
 }
 #: These write running averages although their schema does not say so.
 _WRITES_STATISTICS = {_aten.native_batch_norm, _aten.cudnn_batch_norm, _aten.miopen_batch_norm}
-_SMALL = 10_000
+_SMALL = 10_000  # numbers
+_LARGE = 2**20  # bytes that do not stay in a cache
 _NOTHING = {_aten.detach, _aten.alias}
 
 
@@ -107,7 +108,8 @@ class Outside:
 class Tape:
     """The operations of a function in order; the first ``inputs`` slots are its inputs.
 
-    ``results`` are the leaves of what it returned, of the tree ``structure``. ``outside`` are the tensors that it read
+    ``results`` are the leaves of what it returned, of the tree ``structure``; ``large`` the bytes of large tensors that
+    the operations make, which each go through memory. ``outside`` are the tensors that it read
     and that were neither inputs nor made inside, frozen as they were.
     """
 
@@ -116,6 +118,7 @@ class Tape:
     results: tuple[Leaf, ...]
     structure: TreeSpec
     outside: tuple[Outside, ...]
+    large: int = 0
 
     @property
     def stale(self) -> bool:
@@ -224,8 +227,10 @@ class _Readings(TorchFunctionMode):
     )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
+        if func == torch.Tensor.data.__set__ and self.recorder is not None:  # type: ignore[attr-defined]
+            raise RecordingRefused(f"a tensor's data are exchanged, by {_reader(func)}")
         if func in self._HIDDEN and self.recorder is not None:
             self.recorder.refuse_reading(func, args[0])
         return func(*args, **(kwargs or {}))
@@ -321,6 +326,7 @@ class _Recorder(TorchDispatchMode):
         leaves, structure = tree_flatten(results)
         live, slots = self.dependent | self.written, _Slots(self.inputs)
         calls: list[Call] = []
+        large = 0
         for noted in self.noted:
             packet = noted.operation.overloadpacket
             looked_at = noted.outputs if packet in _SHAPE_ONLY else [noted.inputs, noted.outputs]
@@ -329,10 +335,12 @@ class _Recorder(TorchDispatchMode):
             if packet in _NOTHING and not self.reshaped and slots.stands_for(noted.outputs[0], noted.inputs[0]):
                 continue
             inputs = slots.read(noted.inputs)
+            given = {_storage(t) for t in _tensors(noted.inputs)}
+            large += sum(t.nbytes for t in _tensors(noted.outputs) if t.nbytes >= _LARGE and _storage(t) not in given)
             calls.append(Call(noted.operation, inputs, noted.structure, slots.write(noted.outputs)))
         found = slots.read(leaves)
         frozen = tuple(Outside(tensor) for tensor in self.outside.values() if _storage(tensor) not in self.dependent)
-        return Tape(len(self.inputs), tuple(_needed(calls, found)), found, structure, frozen)
+        return Tape(len(self.inputs), tuple(_needed(calls, found)), found, structure, frozen, large)
 
 
 class _Slots:

@@ -165,9 +165,11 @@ class State:
 
     def _steps(self) -> Steps:
         run, svi = self.run, self.svi
-        own = [svi.schedule, svi.stop_rule, run.data.on_batch, *run.hooks]  # they run between steps
+        own: list[Any] = [svi.schedule, svi.stop_rule, run.data.on_batch, *run.hooks]  # they run between steps
         named = svi.optimiser.values() if isinstance(svi.optimiser, Mapping) else [svi.optimiser]
         own += [choice for choice in named if choice is not None and not isinstance(choice, str)]
+        afters = [player.after for player in self.game.players if player.after is not None]
+        own += [after for after in afters if not str(after.__module__).startswith("ppl_gen.")]
         moving = any(isinstance(value, ByStep) for value in run.data.constants.values())
         return Steps(
             self.game,

@@ -60,6 +60,7 @@ FUNCTIONS = {
     "in place": _in_place,
     "linear algebra": _linear_algebra,
     "network": _network,
+    "data": lambda x: (x * x.data).sum(),
     "closed over": lambda x: (x * ELSEWHERE.log1p().nan_to_num()).sigmoid().prod(),
 }
 
@@ -83,7 +84,14 @@ def test_function_may_give_what_does_not_depend_on_the_argument() -> None:
 
 OUTSIDE = torch.zeros(3, dtype=torch.float64)
 
+
+def _exchanged(x):
+    x.data = 2 * x.detach()
+    return (x,)
+
+
 REFUSED = {
+    "exchanged": (_exchanged, "data are exchanged, by .* in test_tape"),
     "item": (
         lambda x: (x * x[0].item(),),
         "a number that depends on the inputs is read into Python, by if, float\\(\\) or .item\\(\\) in test_tape, line",
