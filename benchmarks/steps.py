@@ -132,6 +132,21 @@ def pyros(made: Any, following: Callable[[], Tensor], elbo: Any) -> Block:
     return block
 
 
+def loop(following: Callable[[], Tensor], loss: Callable[[Tensor], Tensor], adam: torch.optim.Optimizer) -> Block:
+    """What everybody writes around a loss."""
+
+    def block(steps: int) -> float:
+        began = time.perf_counter()
+        for _ in range(steps):
+            rows = following()
+            adam.zero_grad()
+            loss(rows).backward()
+            adam.step()
+        return (time.perf_counter() - began) / steps
+
+    return block
+
+
 def by_hand(x: Tensor, *, compiled: bool) -> Block:
     """The loop that a user of torch writes: the default Adam, or a compiled loss with the fused one."""
     encode, decode, following = Encoder(), decoder(), batches(x)
@@ -147,16 +162,7 @@ def by_hand(x: Tensor, *, compiled: bool) -> Block:
     params = [*encode.parameters(), *decode.parameters()]
     adam = torch.optim.Adam(params, lr=1e-3, fused=True if compiled else None)
 
-    def block(steps: int) -> float:
-        began = time.perf_counter()
-        for _ in range(steps):
-            batch = following()
-            adam.zero_grad()
-            objective(batch, torch.randn(len(batch), LATENT)).backward()
-            adam.step()
-        return (time.perf_counter() - began) / steps
-
-    return block
+    return loop(following, lambda rows: objective(rows, torch.randn(len(rows), LATENT)), adam)
 
 
 WIDE, CODES = 200, 50  # of the networks of the importance-weighted bound
@@ -192,22 +198,15 @@ def weighted(x: Tensor, particles: int) -> dict[str, Block]:
     objective, params = torch.compile(loss), [*encode.parameters(), *decode.parameters()]
     adam = torch.optim.Adam(params, lr=1e-3, fused=True)
 
-    def by_hand_compiled(steps: int) -> float:
-        began = time.perf_counter()
-        for _ in range(steps):
-            rows = following()
-            adam.zero_grad()
-            objective(rows, torch.randn(particles, len(rows), CODES)).backward()
-            adam.step()
-        return (time.perf_counter() - began) / steps
-
     elbo = RenyiELBO(alpha=0, num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
     if particles == 1:
         elbo = Trace_ELBO()
     return {
         "ppl_gen, inductor": ours(wide(), x, "inductor", objective=IWAE(particles=particles), batch_size=BATCH),
         "ppl_gen, graph": ours(wide(), x, "graph", objective=IWAE(particles=particles), batch_size=BATCH),
-        "by hand, torch.compile, fused Adam": by_hand_compiled,
+        "by hand, torch.compile, fused Adam": loop(
+            following, lambda rows: objective(rows, torch.randn(particles, len(rows), CODES)), adam
+        ),
         "Pyro, vectorised": pyros(wide(), following, elbo),
     }
 

@@ -22,7 +22,7 @@ __all__ = ["CannotCompileError", "compiled", "worth_compiling"]
 ABORTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15)
 #: Seconds, measured: what each operation costs in Python and in memory that compiled ones share; what the compiler
 #: costs at all, and for each operation.
-_CALL, _COMPILER, _COMPILING = 8e-6, 4.0, 0.02
+_CALL, _COMPILER, _COMPILING = 8e-6, 8.0, 0.02
 #: Bytes a second of large tensors that need not be written and read again once operations are fused, measured.
 _MEMORY = 4e9
 
