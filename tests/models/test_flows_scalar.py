@@ -131,6 +131,11 @@ def raw_spline(rows, bins, scale=1.5):
     return scale * torch.randn(rows, bins), scale * torch.randn(rows, bins), scale * torch.randn(rows, bins - 1)
 
 
+def by_row(raw):
+    """One column, a spline for each row: 1 x bins x rows."""
+    return [part.T.unsqueeze(0) for part in raw]
+
+
 def edges(raw, bound):
     """Where the bins of each row begin and end, by the definition of Durkan et al.: cumulated softmax widths."""
     lengths = 1e-3 + (1 - 1e-3 * raw[0].shape[-1]) * raw[0].softmax(-1)
@@ -141,8 +146,8 @@ def edges(raw, bound):
 def test_splines_are_right_at_their_box_and_at_the_edges_of_their_bins(nudge):
     bound, raw = 3.0, raw_spline(20, 6)
     for value in [*(edges(raw, bound) + nudge).T, torch.full((20,), bound + nudge), torch.full((20,), -bound - nudge)]:
-        value = value.unsqueeze(-1).requires_grad_()
-        shaped = [part.unsqueeze(1) for part in raw]
+        value = value.unsqueeze(0).requires_grad_()
+        shaped = by_row(raw)
         made, log_slope = rational_quadratic(value, shaped, bound)
         (slope,) = torch.autograd.grad(made.sum(), value)
         torch.testing.assert_close(log_slope, slope.log(), rtol=0, atol=1e-8)
@@ -152,34 +157,35 @@ def test_splines_are_right_at_their_box_and_at_the_edges_of_their_bins(nudge):
 
 
 def test_splines_are_the_identity_beyond_their_box_and_at_the_start():
-    shaped = [part.unsqueeze(1) for part in raw_spline(50, 5)]
-    far = torch.cat([4.0 + torch.rand(25, 1), -4.0 - 100 * torch.rand(25, 1)]).requires_grad_()
+    shaped = by_row(raw_spline(50, 5))
+    far = torch.cat([4.0 + torch.rand(1, 25), -4.0 - 100 * torch.rand(1, 25)], 1).requires_grad_()
     for inverse in (False, True):
         made, log_slope = rational_quadratic(far, shaped, 4.0, inverse=inverse)
         torch.testing.assert_close(made, far, rtol=0, atol=1e-12)
         assert not bool(log_slope.any())
         (gradient,) = torch.autograd.grad(made.sum() + log_slope.sum(), far)
         assert torch.equal(gradient, torch.ones_like(far))
-    start = torch.zeros(50, 1, 5), torch.zeros(50, 1, 5), torch.full((50, 1, 4), IDENTITY)
-    inside = 8 * torch.rand(50, 1) - 4
+    start = torch.zeros(1, 5, 50), torch.zeros(1, 5, 50), torch.full((1, 4, 50), IDENTITY)
+    inside = 8 * torch.rand(1, 50) - 4
     torch.testing.assert_close(rational_quadratic(inside, start, 4.0)[0], inside, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_inner_bins_are_pyros(inverse):
     """Pyro's outermost derivatives are 0.999, which touches only the bins at both ends."""
-    raw, bound = [part.unsqueeze(1) for part in raw_spline(2000, 7)], 4.0
-    side = edges([part.squeeze(1) for part in (raw[1:] if inverse else raw)], bound)
+    raw_rows, bound = raw_spline(2000, 7), 4.0
+    raw = [part.unsqueeze(1) for part in raw_rows]
+    side = edges(raw_rows[1:] if inverse else raw_rows, bound)
     value = (side[:, 1] + (side[:, -2] - side[:, 1]) * torch.rand(2000)).unsqueeze(1)
     shape = raw[0].softmax(-1), raw[1].softmax(-1), torch.nn.functional.softplus(raw[2]), None
     theirs = ConditionedSpline(shape, bound=bound, order="quadratic").spline_op(value, inverse=inverse)
-    for ours, other in zip(rational_quadratic(value, raw, bound, inverse=inverse), theirs, strict=True):
-        torch.testing.assert_close(ours, other, rtol=0, atol=1e-8)
+    for ours, other in zip(rational_quadratic(value.T, by_row(raw_rows), bound, inverse=inverse), theirs, strict=True):
+        torch.testing.assert_close(ours.T, other, rtol=0, atol=1e-8)
 
 
 def test_steep_bins_are_inverted_in_float32():
-    raw = [part.unsqueeze(1).float() for part in raw_spline(20_000, 8, scale=6.0)]
-    value = 8 * torch.rand(20_000, 1, dtype=torch.float32) - 4
+    raw = [part.float() for part in by_row(raw_spline(20_000, 8, scale=6.0))]
+    value = 8 * torch.rand(1, 20_000, dtype=torch.float32) - 4
     made, _ = rational_quadratic(value, raw, 4.0)
     back, log_slope = rational_quadratic(made, raw, 4.0, inverse=True)
     assert bool(back.isfinite().all()) and bool(log_slope.isfinite().all()) and back.dtype == torch.float32

@@ -2,17 +2,18 @@ r"""RealNVP: affine coupling layers, equally fast in both directions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from pyro.distributions.transforms import AffineCoupling
 from pyro.nn import DenseNN
 from torch import Tensor, nn
 
-from ppl_gen.models.flows.base import Layer, checked_sizes, flow_recipe, through
+from ppl_gen.models.flows.base import Layer, checked_sizes, flow_recipe
 from ppl_gen.program.program import Recipe
 
-__all__ = ["coupling_orders", "real_nvp"]
+__all__ = ["Coupling", "clamped", "coupling_orders", "real_nvp"]
+
+LOG_SCALES = (-5.0, 3.0)
 
 
 def coupling_orders(features: int, layers: int) -> list[Tensor]:
@@ -28,25 +29,43 @@ def coupling_orders(features: int, layers: int) -> list[Tensor]:
     return orders[:layers]
 
 
-class _AffineCoupling(Layer):
-    """The second half of the columns, in the layer's order, is scaled and shifted by networks of the first half."""
+class Coupling(Layer):
+    """The second half of the columns, in the layer's order, is changed as a perceptron of the first half says.
+
+    Inside, columns are the first dimension: halves are then pieces of memory, a new order moves whole rows of it, and
+    sums over columns run over many rows at a time.
+
+    Args:
+        order: of the columns.
+        hidden: widths of the perceptron.
+        sizes: how many numbers it gives of each kind.
+    """
 
     order: Tensor
 
-    def __init__(self, order: Tensor, hidden: Sequence[int]) -> None:
+    def __init__(self, order: Tensor, hidden: Sequence[int], sizes: Callable[[int], list[int]]) -> None:
         super().__init__()
         self.register_buffer("order", order)
-        kept = len(order) // 2
-        changed = len(order) - kept
-        self.kept = kept
-        self.network = DenseNN(kept, list(hidden), [changed, changed], nonlinearity=nn.ReLU())
+        self.kept = len(order) // 2
+        self.sizes = sizes(len(order) - self.kept)
+        self.network = DenseNN(self.kept, list(hidden), self.sizes, nonlinearity=nn.ReLU())
         for value in self.network.layers[-1].parameters():
             nn.init.zeros_(value)  # the flow starts at the identity
 
+    def change(self, changed: Tensor, raw: Sequence[Tensor], inverse: bool) -> tuple[Tensor, Tensor]:
+        """The second half (columns x rows) by the network's numbers (each kind x rows); and log slopes, of its shape.
+
+        Towards the rows, or ``inverse``: towards the codes.
+        """
+        raise NotImplementedError
+
     def _run(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        ordered = value.index_select(-1, self.order)
-        made, log_det = through(AffineCoupling(self.kept, self.network), ordered, inverse=inverse)
-        return made.index_select(-1, self.order.argsort()), log_det
+        columns = value.reshape(-1, value.shape[-1]).mT.index_select(0, self.order)
+        kept, changed = columns.split([self.kept, len(columns) - self.kept])
+        raw = _perceptron(self.network, kept).split(self.sizes)
+        made, log_slopes = self.change(changed, raw, inverse)
+        columns = torch.cat([kept, made]).index_select(0, self.order.argsort())
+        return columns.mT.reshape(value.shape), log_slopes.sum(0).reshape(value.shape[:-1])
 
     def to_code(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._run(x, inverse=True)
@@ -55,14 +74,42 @@ class _AffineCoupling(Layer):
         return self._run(z, inverse=False)
 
 
+def _perceptron(network: DenseNN, columns: Tensor) -> Tensor:
+    """The network of columns x rows: the same products as of rows x columns, and outputs x rows as result."""
+    *hidden, last = network.layers
+    for layer in hidden:
+        columns = torch.addmm(layer.bias[:, None], layer.weight, columns).relu_()
+    return torch.addmm(last.bias[:, None], last.weight, columns)
+
+
+class _AffineCoupling(Coupling):
+    """The second half is scaled and shifted."""
+
+    def __init__(self, order: Tensor, hidden: Sequence[int]) -> None:
+        super().__init__(order, hidden, lambda changed: [changed, changed])
+
+    def change(self, changed: Tensor, raw: Sequence[Tensor], inverse: bool) -> tuple[Tensor, Tensor]:
+        shift, log_scale = raw[0], clamped(raw[1])
+        if inverse:
+            return (changed - shift) * (-log_scale).exp(), -log_scale
+        return torch.addcmul(shift, changed, log_scale.exp()), log_scale
+
+
+def clamped(log_scale: Tensor) -> Tensor:
+    """Within [-5, 3], with the gradient that it has without: a scale that has gone too far can come back."""
+    if not (torch.is_grad_enabled() and log_scale.requires_grad):
+        return log_scale.clamp(*LOG_SCALES)
+    fixed = log_scale.detach()
+    return log_scale + (fixed.clamp(*LOG_SCALES) - fixed)
+
+
 def real_nvp(features: int | None = None, *, layers: int = 8, hidden: Sequence[int] = (64, 64)) -> Recipe:
     r"""A flow of affine coupling layers over rows of numbers (N x features): density and samples are equally fast.
 
     .. math:: x_{1:d} = z_{1:d}, \quad x_{d+1:D} = z_{d+1:D} \odot e^{s(z_{1:d})} + t(z_{1:d}), \quad
               \log \left| \det \frac{\partial x}{\partial z} \right| = \sum_j s_j(z_{1:d})
 
-    s and t of each layer are the two outputs of one perceptron (Pyro's ``AffineCoupling``, which holds s within
-    [-5, 3]); layers change halves of the columns in turn, the first pair in their given order and later pairs in
+    s and t of each layer are the two outputs of one perceptron, s held within [-5, 3]; layers change halves of the columns in turn, the first pair in their given order and later pairs in
     random orders. Columns are standardised inside, and the density is in the user's units. The program has no latent
     sites: ``SVI()`` is maximum likelihood, ``fit.evidence()`` exact. It starts at independent normals with the mean and
     standard deviation of each column.

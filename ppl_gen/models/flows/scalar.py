@@ -32,9 +32,9 @@ class _Spline(Layer):
         self.derivatives = nn.Parameter(torch.full((1, bins - 1), IDENTITY))
 
     def _run(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        raw = self.widths, self.heights, self.derivatives
-        made, log_slope = rational_quadratic(value, raw, self.bound, inverse=inverse)
-        return made, log_slope.sum(-1)
+        raw = [part.unsqueeze(-1) for part in (self.widths, self.heights, self.derivatives)]
+        made, log_slope = rational_quadratic(value.reshape(1, -1), raw, self.bound, inverse=inverse)
+        return made.reshape(value.shape), log_slope.reshape(value.shape[:-1])
 
     def to_code(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._run(x, inverse=False)
