@@ -109,10 +109,10 @@ def real_nvp(features: int | None = None, *, layers: int = 8, hidden: Sequence[i
     .. math:: x_{1:d} = z_{1:d}, \quad x_{d+1:D} = z_{d+1:D} \odot e^{s(z_{1:d})} + t(z_{1:d}), \quad
               \log \left| \det \frac{\partial x}{\partial z} \right| = \sum_j s_j(z_{1:d})
 
-    s and t of each layer are the two outputs of one perceptron, s held within [-5, 3]; layers change halves of the columns in turn, the first pair in their given order and later pairs in
-    random orders. Columns are standardised inside, and the density is in the user's units. The program has no latent
-    sites: ``SVI()`` is maximum likelihood, ``fit.evidence()`` exact. It starts at independent normals with the mean and
-    standard deviation of each column.
+    s and t of each layer are the two outputs of one perceptron, s held within [-5, 3]; layers change halves of the
+    columns in turn, the first pair in their given order and later pairs in random orders. Columns are standardised
+    inside, and the density is in the user's units. The program has no latent sites: ``SVI()`` is maximum likelihood,
+    ``fit.evidence()`` exact. It starts at independent normals with the mean and standard deviation of each column.
 
     The network is ``fit.module("flow")``, with ``encode(x)``, ``decode(z)``, ``log_det(x)`` = log \|det dz/dx\| and
     ``log_prob(x)``.

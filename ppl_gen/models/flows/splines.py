@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ppl_gen.errors import require_positive, require_whole
-from ppl_gen.models.flows.base import checked_sizes, flow_recipe
+from ppl_gen.models.flows.base import Layer, checked_sizes, flow_recipe
 from ppl_gen.models.flows.coupling import Coupling, coupling_orders
 from ppl_gen.program.program import Recipe
 
@@ -107,8 +107,8 @@ class _SplineCoupling(Coupling):
     """The second half goes through splines."""
 
     def __init__(self, order: Tensor, hidden: Sequence[int], bins: int, bound: float) -> None:
-        self.bins, self.bound = bins, bound
         super().__init__(order, hidden, lambda changed: [changed * bins, changed * bins, changed * (bins - 1)])
+        self.bound = bound
         nn.init.constant_(self.network.layers[-1].bias.data[sum(self.sizes[:2]) :], IDENTITY)
 
     def change(self, changed: Tensor, raw: Sequence[Tensor], inverse: bool) -> tuple[Tensor, Tensor]:
