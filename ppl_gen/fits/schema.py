@@ -129,7 +129,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "numbers and texts by name",
         table_of(lambda v: v is None or isinstance(v, bool | str) or number(v)),
     ),
-    "guide": ("svi, cavi, own, lost or null", one_of("svi", "cavi", "own", "lost", None)),
+    "guide": ("svi, cavi, normal, own, lost or null", one_of("svi", "cavi", "normal", "own", "lost", None)),
     "fingerprint": ("a Python and entries by name", _fingerprint),
     "files": ("hashes by name of file", table_of(lambda v: text(v) and len(v) == 64)),
 }

@@ -4,6 +4,7 @@ from ppl_gen.fitting.algorithm import Algorithm, Iterative
 from ppl_gen.fitting.stopping import Patience, Plateau
 from ppl_gen.inference.cavi import CAVI
 from ppl_gen.inference.em.em import EM
+from ppl_gen.inference.laplace import Laplace
 from ppl_gen.inference.mcmc.nuts import NUTS
 from ppl_gen.inference.objectives.adversarial import Adversarial
 from ppl_gen.inference.objectives.base import Objective
@@ -11,6 +12,7 @@ from ppl_gen.inference.objectives.contrastive import ContrastiveDivergence
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Game, Loss, Player
 from ppl_gen.inference.objectives.iwae import IWAE
+from ppl_gen.inference.pathfinder import Pathfinder
 from ppl_gen.inference.svi import SVI
 
 __all__ = [
@@ -25,8 +27,10 @@ __all__ = [
     "ContrastiveDivergence",
     "Game",
     "Iterative",
+    "Laplace",
     "Loss",
     "Objective",
+    "Pathfinder",
     "Patience",
     "Plateau",
     "Player",

@@ -17,7 +17,8 @@ from ppl_gen.fitting.posteriors.base import Posterior
 from ppl_gen.fitting.posteriors.kinds import held_whole
 from ppl_gen.fitting.posteriors.points import PointPosterior
 from ppl_gen.fitting.run import Outcome, Run
-from ppl_gen.inference.guides.laplace import Laplace, restored_laplace
+from ppl_gen.inference.guides.laplace import LaplaceGuide, restored_laplace
+from ppl_gen.inference.guides.normals import NormalGuide, restored_normals
 from ppl_gen.inference.guides.resolved import resolved_guide
 from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.offers import Need
@@ -30,7 +31,7 @@ def guide_source(algorithm: Algorithm | None, run: Run, outcome: Outcome) -> str
     """What makes the guide and the posterior of an outcome again.
 
     None: there is no guide, or the tensors of the posterior hold it; "svi": the program, as SVI resolves its guide;
-    "cavi": its coordinate updates; "own": the algorithm, by `Algorithm.outline`; "lost": nothing, for the algorithm
+    "cavi": its coordinate updates; "normal": the numbers of its normals; "own": the algorithm, by `Algorithm.outline`; "lost": nothing, for the algorithm
     owns its loop and has no outline.
     """
     guide = outcome.guide
@@ -39,8 +40,10 @@ def guide_source(algorithm: Algorithm | None, run: Run, outcome: Outcome) -> str
             return None
         if run.program.cavi is not None and guide is run.program.cavi.guide:
             return "cavi"
-        if (guide.first if isinstance(guide, Laplace) else guide) is run.resolved:
+        if (guide.first if isinstance(guide, LaplaceGuide) else guide) is run.resolved:
             return "svi"
+        if isinstance(guide, NormalGuide):
+            return "normal"
         if type(outcome.posterior).parts and outcome.posterior.proposal is not None:
             return None
     return "lost" if algorithm is None or type(algorithm).outline is Algorithm.outline else "own"
@@ -116,8 +119,8 @@ class Restored(Algorithm):
         if self.guide == "cavi":
             assert run.program.cavi is not None
             guide = run.program.cavi.guide
-        elif self.guide == "svi":
-            guide = resolved_guide(run)
+        elif self.guide is not None:
+            guide = restored_normals(run, batch, self.buffers) if self.guide == "normal" else resolved_guide(run)
             fewer, known = (lambda: run.data.head((batch.rows or 2) // 2)), run.info.predicted
             info = dry_run(run.program, batch, guide=guide, fewer=fewer, predicted=known)
             run.info = info.as_tried(run.info)

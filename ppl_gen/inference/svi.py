@@ -18,7 +18,8 @@ from ppl_gen.fitting.posteriors.points import PointPosterior
 from ppl_gen.fitting.run import Ending, Info, Outcome, Run
 from ppl_gen.inference.guides.guide_list import has_own_parts
 from ppl_gen.inference.guides.jacobians import check_jacobians
-from ppl_gen.inference.guides.laplace import Laplace, kept_buffers, second_stage
+from ppl_gen.inference.guides.laplace import LaplaceGuide, second_stage
+from ppl_gen.inference.guides.normals import kept_buffers
 from ppl_gen.inference.guides.resolved import as_whole, is_auto, refuse_row_parameters, resolved_guide
 from ppl_gen.inference.objectives.base import started
 from ppl_gen.inference.objectives.elbo import ELBO
@@ -221,7 +222,7 @@ class SVI(Iterative):
         )
 
 
-def _curved(guide: AutoLaplaceApproximation, values: ProgramState, run: Run) -> tuple[Laplace, ProgramState]:
+def _curved(guide: AutoLaplaceApproximation, values: ProgramState, run: Run) -> tuple[LaplaceGuide, ProgramState]:
     """The second stage of a Laplace approximation, its numbers beside those that were learned."""
     batch = run.data.batch()
     made = second_stage(Setting(run.program, run.joint, guide, run.info, batch), batch)

@@ -3,61 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import pyro.distributions as dist
 import torch
-from pyro.distributions.transforms import LowerCholeskyAffine
-from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
+from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.inference.guides.normals import NormalGuide
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Setting
-from ppl_gen.workspace.isolation import without_side_effects
 
-__all__ = ["Laplace", "kept_buffers", "restored_laplace", "second_stage"]
-
-_BUFFERS = ("loc", "scale_tril")
+__all__ = ["LaplaceGuide", "restored_laplace", "second_stage"]
 
 
-class Laplace(AutoContinuous):
+class LaplaceGuide(NormalGuide):
     r"""q(u) = N(u*, H^-1) over the unconstrained latent vector, H the Hessian of -log p(x, u) at its minimum u*.
 
-    ``first`` is the guide that the steps trained, a point, with which a later fit goes on. The numbers are buffers, so
-    that a fit keeps and saves them with its state.
+    ``first`` is the guide that the steps trained, a point, with which a later fit goes on.
     """
 
     def __init__(self, first: AutoLaplaceApproximation, batch: Batch, loc: Tensor, scale_tril: Tensor) -> None:
-        super().__init__(first.model)
+        super().__init__(first.model, batch, loc.new_ones(1), loc[None], scale_tril[None])
         self._first = (first,)  # not a submodule: its parameter does not belong to this guide
-        self.register_buffer("loc", loc)
-        self.register_buffer("scale_tril", scale_tril)
-        with without_side_effects():
-            self._setup_prototype(*batch.args, **batch.kwargs)
 
     @property
     def first(self) -> AutoLaplaceApproximation:
         """The guide of the first stage."""
         return self._first[0]
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.MultivariateNormal:
-        """The normal over the unconstrained latent vector."""
-        return dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril)
 
-    def get_base_dist(self) -> Any:
-        """Standard normal noise of the same size."""
-        return dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1)
-
-    def get_transform(self, *args: Any, **kwargs: Any) -> LowerCholeskyAffine:
-        """The map that takes the noise to the normal."""
-        return LowerCholeskyAffine(self.loc, self.scale_tril)
-
-    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.loc, self.scale_tril.square().sum(-1).sqrt()
-
-
-def second_stage(setting: Setting, batch: Batch) -> Laplace:
+def second_stage(setting: Setting, batch: Batch) -> LaplaceGuide:
     """The normal at the optimum that ``setting.guide`` has reached on all rows, finite latents summed out.
 
     The Hessian is that of the very loss the steps minimised, -log p(x, u) in nats, taken by differentiating twice.
@@ -80,15 +55,14 @@ def second_stage(setting: Setting, batch: Batch) -> Laplace:
                 "AutoMultivariateNormal; what was learned is kept as a point"
             )
         scale_tril = torch.linalg.cholesky(torch.cholesky_inverse(factor)).to(first.loc.dtype)
-        return Laplace(first, batch, first.loc.detach().clone(), scale_tril)
+        return LaplaceGuide(first, batch, first.loc.detach().clone(), scale_tril)
 
 
-def restored_laplace(first: AutoLaplaceApproximation, batch: Batch, buffers: Mapping[str, Tensor]) -> Laplace | None:
+def restored_laplace(
+    first: AutoLaplaceApproximation, batch: Batch, buffers: Mapping[str, Tensor]
+) -> LaplaceGuide | None:
     """The guide of a saved fit, or None where its second stage had failed."""
-    values = [buffers.get(f"guide$$${name}") for name in _BUFFERS]
-    return Laplace(first, batch, *(v for v in values if v is not None)) if all(v is not None for v in values) else None
-
-
-def kept_buffers(guide: Laplace) -> dict[str, Tensor]:
-    """Its numbers, by the names that a fit's state has for them."""
-    return {f"guide$$${name}": getattr(guide, name).detach().clone() for name in _BUFFERS}
+    loc, scale_tril = (buffers.get(f"guide$$${name}") for name in ("loc", "scale_tril"))
+    if loc is None or scale_tril is None:
+        return None
+    return LaplaceGuide(first, batch, loc[0], scale_tril[0])

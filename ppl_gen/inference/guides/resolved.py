@@ -27,7 +27,8 @@ from ppl_gen.fitting.run import Run
 from ppl_gen.handlers.read_sites import ReadSites
 from ppl_gen.handlers.sites import is_deterministic
 from ppl_gen.inference.guides.guide_list import sharing_plates
-from ppl_gen.inference.guides.laplace import Laplace
+from ppl_gen.inference.guides.laplace import LaplaceGuide
+from ppl_gen.inference.guides.normals import NormalGuide
 from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.program import with_known_kwargs
 from ppl_gen.workspace.isolation import copied, revived, without_side_effects
@@ -50,8 +51,11 @@ def _resolved(run: Run) -> Callable[..., Any] | None:
     guide, info = run.program.guide, run.info
     if not info.select():
         return None
-    if run.start is not None and run.start.guide is not None:
-        return run.start.guide.first if isinstance(run.start.guide, Laplace) else run.start.guide
+    earlier = None if run.start is None else run.start.guide
+    if isinstance(earlier, LaplaceGuide):
+        return earlier.first
+    if earlier is not None and not isinstance(earlier, NormalGuide):  # that one has nothing to train: it is begun at
+        return earlier
     guide, options = as_class(guide)
     _refuse_discrete(guide, info)
     _refuse_inner_laplace(guide)

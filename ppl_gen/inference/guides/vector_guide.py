@@ -21,7 +21,7 @@ from ppl_gen.fitting.run import Run
 from ppl_gen.inference.unconstrained import Unconstrained
 from ppl_gen.workspace.isolation import without_side_effects
 
-__all__ = ["guide_from_vector"]
+__all__ = ["guide_from_vector", "refuse_moving_supports"]
 
 
 class _VectorGuide(AutoContinuous):
@@ -36,10 +36,6 @@ class _VectorGuide(AutoContinuous):
     def get_posterior(self, *args: Any, **kwargs: Any) -> TorchDistribution:
         """The distribution of the vector."""
         return self._distribution()
-
-    def values(self, u: Tensor) -> dict[str, Tensor]:
-        """The sites at a vector."""
-        return {site["name"]: biject_to(site["fn"].support)(part) for site, part in self._unpack_latent(u)}
 
 
 def guide_from_vector(run: Run, distribution: Callable[[], TorchDistribution]) -> Callable[..., Any]:
@@ -94,20 +90,29 @@ def guide_from_vector(run: Run, distribution: Callable[[], TorchDistribution]) -
             f"distribution: expected draws of event shape ({density.size},), for {', '.join(density.sites)}, got batch "
             f"{list(first.batch_shape)} and event {list(first.event_shape)}"
         )
-    _refuse_moving_supports(run, guide, density)
+    refuse_moving_supports(run, guide, density)
     guide(*batch.args, **batch.kwargs)
     return guide
 
 
-def _refuse_moving_supports(run: Run, guide: _VectorGuide, density: Unconstrained) -> None:
-    """Pyro keeps the supports of its first look, and a bound that another site moves would be read wrongly."""
+def refuse_moving_supports(run: Run, guide: AutoContinuous, density: Unconstrained) -> None:
+    """Pyro keeps the supports of its first look, and a bound that another site moves would be read wrongly.
+
+    Raises:
+        IncompatibleError: naming the site.
+    """
     for step in (0.3, -0.7):
         u = step * torch.linspace(0.5, 1.0, density.size, dtype=run.dtype, device=run.data.device)
         with torch.no_grad():
-            made, exact = guide.values(u), dict(zip(density.sites, density.values(u), strict=True))
+            made, exact = _values(guide, u), dict(zip(density.sites, density.values(u), strict=True))
         moved = [name for name in exact if not torch.allclose(exact[name], made[name], rtol=1e-4, atol=1e-6)]
         if moved:
             raise IncompatibleError(
                 f"the support of {', '.join(moved)} in {run.program.name!r} depends on another latent site, which a "
                 "guide from a vector cannot follow; give it a support that is the same for every value of that site"
             )
+
+
+def _values(guide: AutoContinuous, u: Tensor) -> dict[str, Tensor]:
+    """The sites of the guide at a vector."""
+    return {site["name"]: biject_to(site["fn"].support)(part) for site, part in guide._unpack_latent(u)}
