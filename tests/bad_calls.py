@@ -228,6 +228,11 @@ def _algorithms() -> Iterator[Target]:
     yield Target("inference.NUTS", inference.NUTS, {"draws": 4, "warmup": 4, "chains": 1}, _fit)
     yield Target("inference.EM", inference.EM, {"steps": 1}, lambda em: pg.fit(models.ppca(2, 1), _numbers(), em))
     mixture = models.gaussian_mixture(2)
+    yield Target(
+        "inference.Laplace", inference.Laplace, {"steps": 1}, lambda laplace: pg.fit(mixture, _numbers(), laplace)
+    )
+    one = {"paths": 1, "steps": 1, "draws": 100}
+    yield Target("inference.Pathfinder", inference.Pathfinder, one, lambda paths: pg.fit(mixture, _numbers(), paths))
     yield Target("inference.CAVI", inference.CAVI, {"steps": 1}, lambda cavi: pg.fit(mixture, _numbers(), cavi))
     for objective in (inference.ELBO, inference.IWAE):
         yield Target(f"inference.{objective.__name__}", objective, {}, lambda o: _fit(SVI(o, steps=1)))

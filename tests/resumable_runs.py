@@ -12,7 +12,7 @@ from programs import X8, both, both_guide, switch, switch_guide
 from torch import nn
 
 import ppl_gen as pg
-from ppl_gen.inference import CAVI, ELBO, EM, SVI, Adversarial, ContrastiveDivergence
+from ppl_gen.inference import CAVI, ELBO, EM, SVI, Adversarial, ContrastiveDivergence, Laplace, Pathfinder
 from ppl_gen.models import gan, gaussian_mixture, rbm
 
 BITS = (torch.rand(20, 6, generator=torch.Generator().manual_seed(1)) < 0.4).double()
@@ -73,6 +73,8 @@ RUNS: dict[str, tuple[Callable[[], Any], Any, Any]] = {
     ),
     "EM": (lambda: gaussian_mixture(components=2), EM(steps=9, tolerance=0.0), PAIRS),
     "EM by gradients": (lambda: gaussian_mixture(components=2), EM(steps=9, tolerance=0.0, m_step="gradient"), PAIRS),
+    "Laplace": (lambda: gaussian_mixture(components=2), Laplace(steps=9), PAIRS),
+    "Pathfinder": (lambda: gaussian_mixture(components=2), Pathfinder(paths=2, steps=9, draws=100, memory=1), PAIRS),
     "CAVI": (lambda: gaussian_mixture(components=2), CAVI(steps=9, tolerance=0.0), PAIRS),
 }
 

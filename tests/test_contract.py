@@ -13,7 +13,19 @@ import pytest
 import torch
 
 import ppl_gen as pg
-from ppl_gen.inference import CAVI, ELBO, EM, IWAE, NUTS, SVI, Adversarial, Algorithm, ContrastiveDivergence
+from ppl_gen.inference import (
+    CAVI,
+    ELBO,
+    EM,
+    IWAE,
+    NUTS,
+    SVI,
+    Adversarial,
+    Algorithm,
+    ContrastiveDivergence,
+    Laplace,
+    Pathfinder,
+)
 from ppl_gen.models.catalogue import CATALOGUE
 from ppl_gen.program.offers import OFFERS
 
@@ -30,16 +42,18 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "EM": lambda: EM(steps=STEPS),
     "CAVI": lambda: CAVI(steps=STEPS),
     "NUTS": lambda: NUTS(draws=10, warmup=10, chains=1),
+    "Laplace": lambda: Laplace(steps=STEPS),
+    "Pathfinder": lambda: Pathfinder(paths=2, steps=STEPS, draws=100),
 }
 
 #: Which algorithms fit which program. Written by hand, so that a check that accepts everything is noticed.
 FITS: dict[str, set[str]] = {
-    "gaussian_mixture": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "EM", "CAVI", "NUTS"},
-    "hidden_markov": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "EM", "NUTS"},
+    "gaussian_mixture": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "EM", "CAVI", "NUTS", "Laplace", "Pathfinder"},
+    "hidden_markov": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "EM", "NUTS", "Laplace", "Pathfinder"},
     "gan": {"SVI(Adversarial)"},
     "rbm": {"SVI(ContrastiveDivergence)"},
-    "ppca": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "EM", "NUTS"},
-    "factor_analysis": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "EM", "NUTS"},
+    "ppca": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "EM", "NUTS", "Laplace", "Pathfinder"},
+    "factor_analysis": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "EM", "NUTS", "Laplace", "Pathfinder"},
     "autoencoder": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)"},
     "vae": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
     "m1": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
@@ -54,6 +68,9 @@ FITS: dict[str, set[str]] = {
     "scalar_flow": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
     "char_rnn": {"SVI(ELBO)", "SVI(Trace_ELBO)"},
 }
+
+#: After so few steps, or along the rotations of a subspace, the curvature is not that of a maximum.
+FAILS = {("ppca", "Laplace"), ("factor_analysis", "Laplace")}
 
 PAIRS = [(program, algorithm) for program in CATALOGUE for algorithm in ALGORITHMS]
 
@@ -78,13 +95,13 @@ def test_algorithm_meets_program(program: str, algorithm: str) -> None:
         return
     fit = pg.fit(entry.recipe(), entry.data(), chosen, seed=1)
     assert torch.equal(rng, torch.get_rng_state())
-    _check_fit(fit, program)
+    _check_fit(fit, program, fails=(program, algorithm) in FAILS)
 
 
-def _check_fit(fit: pg.Fit, program: str) -> None:
+def _check_fit(fit: pg.Fit, program: str, *, fails: bool) -> None:
     rows = fit.data.rows
     assert rows is not None
-    assert fit.status in (pg.Status.CONVERGED, pg.Status.FINISHED)
+    assert fit.status in ((pg.Status.FAILED,) if fails else (pg.Status.CONVERGED, pg.Status.FINISHED))
     assert fit.message and fit.seed == 1 and fit.cost["seconds"] > 0
     assert all(value.isfinite().all() for value in fit.params.values())
     assert fit.history.sizes.get("step", 0) > 0 or fit.learned.kind == "chains"

@@ -38,7 +38,8 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
         outcome = course.outcome()
     course.finish()
     own_failure = outcome.ending is not None and outcome.ending.status is Status.FAILED
-    if not own_failure or (course.ending is not None and course.ending.status is Status.DIVERGED):
+    cut_short = (Status.DIVERGED, Status.INTERRUPTED)  # what the outcome then lacks is no failure of its own
+    if not own_failure or (course.ending is not None and course.ending.status in cut_short):
         outcome.ending = course.ending or outcome.ending
     outcome.history = {**outcome.history, **course.records.floats()}
     outcome.checks = course.checks

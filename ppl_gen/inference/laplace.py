@@ -28,6 +28,7 @@ __all__ = ["Laplace"]
 
 _LARGEST = 2000  # numbers: the Hessian takes one pass through the program for each
 _MEMORY = 10  # pairs of steps and slopes
+_FLAT, _FLAT_SINGLE = 1e-11, 1e-5  # of a number's own curvature: what is left along a ridge is rounding
 _NEWTON = 20  # steps of Newton's method at most; two or three are usual where L-BFGS ended
 
 
@@ -77,7 +78,7 @@ class Laplace(Iterative):
     dtype: ClassVar[torch.dtype | None] = torch.float64
     vectors: ClassVar[bool] = True
     growing: ClassVar[Sequence[str]] = ("steps",)
-    needs: ClassVar[Sequence[Need]] = (  # type: ignore[misc]
+    needs: ClassVar[Sequence[Need]] = (
         ("density",),
         ("latent sites",),
         ("differentiable latents",),
@@ -111,7 +112,7 @@ class Laplace(Iterative):
             return EarlyStop("stopped: no step raised the log density, and its slope is not 0") if stuck else None
         if not (gain <= self.tolerance and gap <= self.tolerance):
             return None
-        return f"converged: an iteration gained, and the next would gain, no more than {self.tolerance:g} nats"
+        return f"an iteration gained, and the next would gain, no more than {self.tolerance:g} nats"
 
     def state_dict(self, state: _State) -> dict[str, Any]:
         return state.path.state_dict()
@@ -126,8 +127,8 @@ class Laplace(Iterative):
         if factor is None:
             point = dict(zip(density.sites, density.values(path.u), strict=True))
             said = (
-                "the curvature of the log density at the last point is not that of a maximum: none was reached, or none "
-                "exists, as in a funnel or along a direction that the data leave free. The point is kept; look at "
+                "the curvature of the log density at the last point is not that of a maximum: none was reached, or "
+                "none exists, as in a funnel or along a direction that the data leave free. The point is kept; look at "
                 "priors, write scales non-centred, give a start, or use NUTS"
             )
             return Outcome(PointPosterior(point), run.workspace.snapshot(), ending=Ending("failed", said), cost=cost)
@@ -165,8 +166,8 @@ def _finished(density: Unconstrained, u: Tensor) -> tuple[Tensor, Tensor | None,
     last = math.inf
     for taken in range(1, _NEWTON + 1):
         _, slope, hessian = _hessian(density, u)
-        factor, failed = torch.linalg.cholesky_ex(hessian.double())
-        if int(failed) or not bool(factor.isfinite().all()):
+        factor = _factor(hessian.double(), _FLAT if u.dtype is torch.float64 else _FLAT_SINGLE)
+        if factor is None:
             return u, None, taken
         step = torch.cholesky_solve(slope.double()[:, None], factor)[:, 0]
         gap = 0.5 * float(slope.double() @ step)  # the fall that the step brings, in nats
@@ -175,3 +176,13 @@ def _finished(density: Unconstrained, u: Tensor) -> tuple[Tensor, Tensor | None,
             return u, torch.linalg.cholesky(torch.cholesky_inverse(factor)).to(u.dtype) if close else None, taken
         u, last = u - step.to(u.dtype), gap
     return u, None, _NEWTON
+
+
+def _factor(hessian: Tensor, flat: float) -> Tensor | None:
+    """The Cholesky factor; None where some direction has no curvature, beside that of each number by itself."""
+    scale = hessian.diagonal().sqrt()
+    if not bool((scale > 0).all() & hessian.isfinite().all()):
+        return None
+    if float(torch.linalg.eigvalsh(hessian / scale / scale[:, None])[0]) <= flat:
+        return None
+    return torch.linalg.cholesky(hessian)

@@ -2,8 +2,8 @@ r"""Limited-memory BFGS, one iteration at a time: a path is a value that can be 
 
 .. math:: u_{t+1} = u_t - \lambda_t H_t \nabla U(u_t)
 
-H_t is the inverse Hessian that the last pairs of steps and changes of slope imply, and lambda_t satisfies the weak Wolfe
-conditions, found by bisection (Nocedal and Wright 2006, sections 3.1 and 7.2; Lewis and Overton 2013).
+H_t is the inverse Hessian that the last pairs of steps and changes of slope imply, and lambda_t satisfies the weak
+Wolfe conditions, found by bisection (Nocedal and Wright 2006, sections 3.1 and 7.2; Lewis and Overton 2013).
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Path:
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Path:
         """The inverse of `state_dict`."""
-        return cls(**{field.name: saved[field.name] for field in fields(cls)})
+        kept: dict[str, Any] = {field.name: saved[field.name] for field in fields(cls)}
+        return cls(**{name: value.clone() if isinstance(value, Tensor) else value for name, value in kept.items()})
 
 
 def begun(potential: Potential, u: Tensor) -> Path:
@@ -87,8 +88,12 @@ def advanced(potential: Potential, path: Path, memory: int) -> Path:
     u, value, slope = found
     step, change = u - path.u, slope - path.slope
     steps, slopes = path.steps, path.slopes
-    if float(step @ change) > torch.finfo(u.dtype).eps * float(change @ change):
-        steps, slopes = torch.cat([steps, step[None]])[-memory:], torch.cat([slopes, change[None]])[-memory:]
+    seen = max(_noise(value), torch.finfo(u.dtype).eps * float(change @ change))
+    if float(step @ change) > seen:  # the curvature of a smaller step is one of rounding
+        # Copies: a product rounds otherwise where its numbers begin elsewhere in memory, and a path that was kept and
+        # read again has to go on to the same bits.
+        steps = torch.cat([steps, step[None]])[-memory:].clone()
+        slopes = torch.cat([slopes, change[None]])[-memory:].clone()
     after = Path(u, value, slope, steps, slopes, evaluations=evaluations)
     gap = 0.5 * float(slope @ implied_direction(after))
     return _with(after, gap=0.0 if gap <= _noise(value) else gap)

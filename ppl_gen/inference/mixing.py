@@ -31,9 +31,8 @@ def importance_shares(
         w_s \propto \frac{p(x, u_s)}{\tfrac1K \sum_j N_j(u_s)}
 
     Draws are taken from all normals alike and weighed by the density of their mixture, Pareto smoothed: one step of
-    population Monte Carlo (Cappe et al. 2008), which counts a mode once however many paths ended in it. Where fewer than
-    ``floor`` times ``draws`` draws carry the weight, shares follow the normals that the heaviest draws came from, and
-    the sentence says that they may be wrong.
+    population Monte Carlo (Cappe et al. 2008), which counts a mode once however many paths ended in it. Where fewer
+    than ``floor`` times ``draws`` draws carry the weight, the sentence says that the shares may be wrong.
 
     Args:
         potential: minus the log density, of one vector.

@@ -38,9 +38,9 @@ class Pathfinder(Iterative):
 
     Each path is L-BFGS on minus the log density over unconstrained latents (finite discrete sites summed out) from a
     dispersed start. At every point l the inverse Hessian that the path implies gives a normal, and ``elbo_draws`` draws
-    its ELBO. The posterior is the best normal of each path, mixed in shares that follow from Pareto smoothed importance
-    weights of ``draws`` draws, so that a path into a lesser mode counts for what that mode holds.
-    ``history["elbo"]`` is the best estimate so far, in nats in all.
+    its ELBO, less one standard error. The posterior is the best normal of each path, mixed in shares that follow from
+    Pareto smoothed importance weights of ``draws`` draws, so that a path into a lesser mode counts for what that mode
+    holds. ``history["elbo"]`` is the best estimate so far, in nats in all.
 
     Where the program offers `relabel`, copies of a mode are no other modes, and the best path alone is kept. A fit can
     be passed on: ``pg.fit(..., SVI(), start=fit)`` begins its guide at the best normal.
@@ -49,7 +49,7 @@ class Pathfinder(Iterative):
         paths: how many; several show several modes. One is "single-path Pathfinder".
         steps: at most so many iterations of each path.
         memory: pairs of steps and slopes that the inverse Hessian is made of.
-        elbo_draws: draws for the ELBO at a point.
+        elbo_draws: draws for the ELBO at a point, 2 at least.
         draws: draws in all that shares are made of; a share takes two paths or more.
         tolerance: a path ends when an iteration gained, and the next would gain, no more than so many nats.
 
@@ -87,7 +87,7 @@ class Pathfinder(Iterative):
     dtype: ClassVar[torch.dtype | None] = torch.float64
     vectors: ClassVar[bool] = True
     growing: ClassVar[Sequence[str]] = ("steps",)
-    needs: ClassVar[Sequence[Need]] = (  # type: ignore[misc]
+    needs: ClassVar[Sequence[Need]] = (
         ("density",),
         ("latent sites",),
         ("differentiable latents",),
@@ -95,7 +95,7 @@ class Pathfinder(Iterative):
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("paths", 1), ("steps", 1), ("memory", 1), ("elbo_draws", 1), ("draws", 100)):
+        for name, least in (("paths", 1), ("steps", 1), ("memory", 1), ("elbo_draws", 2), ("draws", 100)):
             require_whole(name, getattr(self, name), least)
             object.__setattr__(self, name, int(getattr(self, name)))
         require_number("tolerance", self.tolerance)
@@ -128,7 +128,7 @@ class Pathfinder(Iterative):
     def stop(self, history: Mapping[str, Sequence[float]]) -> str | None:
         if history["paths_under_way"][-1] > 0:
             return None
-        return f"converged: {'the path has' if self.paths == 1 else f'all {self.paths} paths have'} ended"
+        return "the path has ended" if self.paths == 1 else f"all {self.paths} paths have ended"
 
     def state_dict(self, state: _State) -> dict[str, Any]:
         return {str(number): trail.state_dict() for number, trail in enumerate(state.trails)}
@@ -146,8 +146,8 @@ class Pathfinder(Iterative):
         if run.program.relabel is not None and len(found) > 1:
             run.notes["paths"] = f"the best of {len(found)}, as exchangeable parts have a copy of every mode"
             found = found[:1]
-        normals = [(trail.loc, trail.scale_tril) for trail in found]
-        loc, tril = (torch.stack([pair[i] for pair in normals if pair[i] is not None]) for i in (0, 1))  # type: ignore[misc]
+        loc = torch.stack([trail.loc for trail in found if trail.loc is not None])
+        tril = torch.stack([trail.scale_tril for trail in found if trail.scale_tril is not None])
         shares = loc.new_ones(1)
         if len(found) > 1:
             shares = self._shares(state, run, loc, tril)
@@ -177,7 +177,7 @@ def _failed(state: _State, run: Run, cost: dict[str, float | str]) -> Outcome:
     last = min(state.trails, key=lambda trail: float(trail.path.value))
     point = dict(zip(state.density.sites, state.density.values(last.path.u), strict=True))
     said = (
-        "no path passed a normal with a finite ELBO: the density has no maximum with curvature where they went. The last "
-        "point is kept; look at priors, give a start, or use NUTS"
+        "no path passed a normal with a finite ELBO: the density has no maximum with curvature where they went. The "
+        "last point is kept; look at priors, give a start, or use NUTS"
     )
     return Outcome(PointPosterior(point), run.workspace.snapshot(), ending=Ending("failed", said), cost=cost)

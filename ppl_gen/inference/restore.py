@@ -31,8 +31,8 @@ def guide_source(algorithm: Algorithm | None, run: Run, outcome: Outcome) -> str
     """What makes the guide and the posterior of an outcome again.
 
     None: there is no guide, or the tensors of the posterior hold it; "svi": the program, as SVI resolves its guide;
-    "cavi": its coordinate updates; "normal": the numbers of its normals; "own": the algorithm, by `Algorithm.outline`; "lost": nothing, for the algorithm
-    owns its loop and has no outline.
+    "cavi": its coordinate updates; "normal": the numbers of its normals; "own": the algorithm, by `Algorithm.outline`;
+    "lost": nothing, for the algorithm owns its loop and has no outline.
     """
     guide = outcome.guide
     if held_whole(type(outcome.posterior)):
@@ -115,12 +115,13 @@ class Restored(Algorithm):
     def _of_program(self, run: Run) -> Outcome:
         batch = run.data.glimpse()
         runs = [partial(run.program.model, *batch.args, **batch.kwargs)]
-        guide = None
+        guide: Any = None
         if self.guide == "cavi":
             assert run.program.cavi is not None
             guide = run.program.cavi.guide
         elif self.guide is not None:
-            guide = restored_normals(run, batch, self.buffers) if self.guide == "normal" else resolved_guide(run)
+            saved = self.guide == "normal"
+            guide = restored_normals(run, batch, self.buffers) if saved else resolved_guide(run)
             fewer, known = (lambda: run.data.head((batch.rows or 2) // 2)), run.info.predicted
             info = dry_run(run.program, batch, guide=guide, fewer=fewer, predicted=known)
             run.info = info.as_tried(run.info)

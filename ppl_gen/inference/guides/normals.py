@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
-import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
