@@ -50,7 +50,8 @@ class Path:
     def of(cls, saved: Mapping[str, Any]) -> Path:
         """The inverse of `state_dict`."""
         kept: dict[str, Any] = {field.name: saved[field.name] for field in fields(cls)}
-        return cls(**{name: value.clone() if isinstance(value, Tensor) else value for name, value in kept.items()})
+        kept |= {name: value.clone() for name, value in kept.items() if isinstance(value, Tensor)}
+        return cls(**kept)
 
 
 def begun(potential: Potential, u: Tensor) -> Path:
