@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "moments"]
+__all__ = ["Moments", "moments", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,28 @@ def moments(rows: Tensor, weights: Tensor, *, full: bool) -> Moments:
         centred = rows - mean
         scatter.append((weight.unsqueeze(-1) * centred).T @ centred if full else weight @ centred.square())
     return Moments(counts, means, torch.stack(scatter))
+
+
+def pooled(old: Moments, new: Moments, rate: float) -> Moments:
+    r"""The moments of groups of which a share ``rate`` of the rows is replaced by those of other groups.
+
+    .. math:: N = (1 - \gamma) N_1 + \gamma N_2, \qquad
+              S = (1 - \gamma) S_1 + \gamma S_2 + \frac{(1 - \gamma) N_1 \gamma N_2}{N} (m_1 - m_2)(m_1 - m_2)^\top
+
+    Nothing cancels, where differences of sums of squares would (Chan, Golub and LeVeque 1983).
+
+    Example:
+        >>> one, two = (moments(torch.tensor(x), torch.ones(2, 1), full=False) for x in ([[0.0], [2.0]], [[4.0], [6.0]]))
+        >>> both = pooled(one, two, 0.5)
+        >>> both.counts, both.means.squeeze(-1), both.scatter.squeeze(-1)
+        (tensor([2.]), tensor([3.]), tensor([10.]))
+    """
+    mine, theirs = (1 - rate) * old.counts, rate * new.counts
+    counts = mine + theirs
+    share = theirs / counts.clamp_min(torch.finfo(counts.dtype).tiny)
+    apart = new.means - old.means
+    full = old.scatter.dim() == 3
+    between = apart.unsqueeze(-1) * apart.unsqueeze(-2) if full else apart.square()
+    shape = (-1, *[1] * (old.scatter.dim() - 1))
+    scatter = (1 - rate) * old.scatter + rate * new.scatter + (mine * share).reshape(shape) * between
+    return Moments(counts, old.means + share.unsqueeze(-1) * apart, scatter)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints, kl_divergence
 
 from ppl_gen.nn.moments import Moments
+from ppl_gen.nn.quadratic import Quadratic
 
 __all__ = ["NormalGamma"]
 
@@ -168,13 +169,17 @@ class NormalGamma:
         columns = (self.components, -1)
         return mean.reshape(columns), parameters["loc_strength"], shape.reshape(columns), rate.reshape(columns)
 
-    def expected_log_density(self, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        """E[log Normal(row | mu_k, lambda_k)] under the posterior, of rows N x d: N x K, nats."""
+    def located(self, values: Mapping[str, Tensor]) -> Quadratic:
+        """The components at values of their sites."""
+        mean, precision = (values[name].reshape(self.components, -1) for name in ("loc_standard", "precision"))
+        return Quadratic.normal(mean, precision.rsqrt().expand_as(mean))
+
+    def expected(self, parameters: Mapping[str, Tensor]) -> Quadratic:
+        """E[log Normal(row | mu_k, lambda_k)] under the posterior, a quadratic form of the row."""
         mean, strength, shape, rate = self._parameters(parameters)
-        precision = (shape / rate).expand_as(mean)
         log_precision = (shape.digamma() - rate.log()).expand_as(mean).sum(-1)
-        distance = torch.stack([(rows - m).square() @ p for m, p in zip(mean, precision, strict=True)], -1)
-        return (log_precision - self.size * math.log(2 * math.pi) - self.size / strength - distance) / 2
+        constant = (log_precision - self.size * math.log(2 * math.pi) - self.size / strength) / 2
+        return Quadratic(constant, mean, (rate / shape).sqrt().expand_as(mean))
 
     def kl(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """KL(posterior || prior), summed over components: a scalar in nats."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints, kl_divergence
 
 from ppl_gen.nn.moments import Moments
+from ppl_gen.nn.quadratic import Quadratic
 from ppl_gen.nn.wishart import InverseWishartCholesky, multidigamma
 
 __all__ = ["NormalWishart"]
@@ -96,10 +97,7 @@ class NormalWishart:
         """Values of largest likelihood, or of largest posterior density, for rows so grouped; shapes as in `sample`."""
         counts = groups.counts
         if not prior:
-            values, vectors = torch.linalg.eigh(groups.scatter / counts[:, None, None])
-            covariance = groups.scatter / counts[:, None, None]
-            if bool((values < self.floor).any()):  # the nearest covariance in likelihood that respects the floor
-                covariance = (vectors * values.clamp_min(self.floor).unsqueeze(-2)) @ vectors.mT
+            covariance = self._floored(groups.scatter / counts[:, None, None])
             return {"loc_standard": groups.means, "scale_tril_standard": torch.linalg.cholesky(covariance)}
         # In the factor's own coordinates the density is a product over the diagonal of (scatter factor) / (factor).
         order = torch.arange(1, self.size + 1, device=counts.device)
@@ -107,6 +105,15 @@ class NormalWishart:
         factor = torch.linalg.cholesky(self._scatter(groups)) * exponents.rsqrt().unsqueeze(-2)
         means = (counts / (counts + self.strength)).unsqueeze(-1) * groups.means
         return {"loc_standard": means, "scale_tril_standard": factor}
+
+    def _floored(self, covariance: Tensor) -> Tensor:
+        """The nearest covariances in likelihood (K x d x d) whose eigenvalues respect the floor."""
+        eye = torch.eye(self.size, dtype=covariance.dtype, device=covariance.device)
+        _, below = torch.linalg.cholesky_ex(covariance - self.floor * eye)
+        if not bool(below.any()):  # most of the time, and it costs a tenth of the eigenvalues
+            return covariance
+        values, vectors = torch.linalg.eigh(covariance)
+        return (vectors * values.clamp_min(self.floor).unsqueeze(-2)) @ vectors.mT
 
     def _scatter(self, groups: Moments) -> Tensor:
         """The scale matrix of each component's posterior: K x d x d."""
@@ -128,16 +135,18 @@ class NormalWishart:
             "covariance_scatter_tril": torch.linalg.cholesky(self._scatter(groups)),
         }
 
-    def expected_log_density(self, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        """E[log Normal(row | mu_k, Sigma_k)] under the posterior, of rows N x d: N x K, nats."""
+    def located(self, values: Mapping[str, Tensor]) -> Quadratic:
+        """The components at values of their sites."""
+        return Quadratic.normal(values["loc_standard"], values["scale_tril_standard"])
+
+    def expected(self, parameters: Mapping[str, Tensor]) -> Quadratic:
+        """E[log Normal(row | mu_k, Sigma_k)] under the posterior, a quadratic form of the row."""
         degrees, factor = parameters["covariance_degrees"], parameters["covariance_scatter_tril"]
         log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         log_precision = multidigamma(degrees / 2, self.size) + self.size * math.log(2) - 2 * log_det
-        centred = ((rows - mean).T for mean in parameters["loc_mean"])
-        solved = (torch.linalg.solve_triangular(f, c, upper=False) for f, c in zip(factor, centred, strict=True))
-        distance = degrees * torch.stack([s.square().sum(0) for s in solved], -1)
         constant = self.size * (math.log(2 * math.pi) + 1 / parameters["loc_strength"])
-        return (log_precision - constant - distance) / 2
+        root = factor * degrees.rsqrt()[:, None, None]
+        return Quadratic((log_precision - constant) / 2, parameters["loc_mean"], root)
 
     def kl(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """KL(posterior || prior), summed over components: a scalar in nats."""

@@ -23,10 +23,18 @@ class EMSteps:
             whether to maximise the posterior (True) or the likelihood.
         e_step: ``e_step(values, *data) -> (log_likelihood, weights)``; derived by enumeration when None. It may give
             any sufficient statistics as ``weights``, which ``m_step`` then gets: latent sites need not be finite.
+        prepare: ``prepare(*data) -> data``, once in a run: a tuple that ``e_step`` and ``m_step`` get in place of the
+            data, such as moments that are all they need. It sees the rows in the dtype that the user gave, and not
+            that of the fit: large data in float32 need not be copied. None: they get the data, in the fit's dtype.
+        blend: ``blend(old, new, rate) -> weights``: the statistics of rows of which a share ``rate`` was replaced by
+            new ones. With it, and an ``e_step`` of statistics that are all ``m_step`` needs of the rows, the program
+            can be learned from minibatches (``EM(batch_size=...)``).
     """
 
     m_step: Callable[..., dict[str, Tensor]]
     e_step: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
+    prepare: Callable[..., tuple[Any, ...]] | None = None
+    blend: Callable[[Values, Values, float], dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,9 @@ class EM(Iterative):
                 self._check_values(run)
 
     def _check_values(self, run: Run) -> None:
-        problem = self._problem(run)
+        # What can be wrong with steps that the program offers shows on the first rows, and summing all may not fit.
+        own = run.program.em is not None and run.program.em.e_step is not None and self.m_step in ("auto", "offered")
+        problem = Problem.of(run, prior=self.prior, offered=own, few=own)
         if not problem.names and not problem.leaves:
             raise IncompatibleError(f"EM has nothing to learn in {run.program.name!r}: no global site, no parameter")
         values = first_values(run, problem)
@@ -160,13 +162,15 @@ class EM(Iterative):
         problem = self._problem(run)
         first = first_values(run, problem)
         maximiser = Maximiser(problem, self.m_step, run.seed)
-        maximiser.prepare(_finite(problem.expect(first)))
+        expectation = _finite(problem.expect(first))
+        maximiser.prepare(expectation)
         continued = run.start is not None and run.start.point is not None
         own = run.program.start is not None or not problem.names
         count = 1 if continued or (own and self.restarts is None) else self.restarts or _STARTS
         starts = candidates(run, problem, maximiser, first, count)
         values = starts[0] if len(starts) == 1 else _best(problem, maximiser, starts)
-        expectation = _finite(problem.expect(values))
+        if values is not first or problem.leaves:
+            expectation = _finite(problem.expect(values))
         run.notes["M-step"] = maximiser.describe()
         chosen = f", the best of {len(starts)} after {TRIAL_STEPS} steps each" if len(starts) > 1 else ""
         run.notes["start"] = f"log-likelihood {expectation.log_likelihood:.6f} at the start{chosen}"

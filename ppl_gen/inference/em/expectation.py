@@ -8,7 +8,8 @@ plus log p(theta) where the posterior is maximised.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
 
+from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.enumeration.contraction import dims_of
 from ppl_gen.enumeration.enumerated_trace import batch_shape, enumerated_trace, is_discrete, outer_plates, packed_sites
 from ppl_gen.enumeration.marginals import expected_log_joint, factor_marginals, log_prior
@@ -48,6 +50,7 @@ class Problem:
     """One program on its whole data, as EM sees it: global sites to move, and parameters that Pyro holds.
 
     Args:
+        few: a look at the first rows only, where the data are large.
         names: the global latent sites.
         leaves: unconstrained parameters of `pyro.param` and `pyro.module`, by name.
         prior: whether the log prior density of the global sites counts.
@@ -55,37 +58,59 @@ class Problem:
     """
 
     program: Program
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    data: Dataset
+    few: bool
     plate: str | None
     nesting: int
-    rows: int
     transforms: Mapping[str, Transform]
     leaves: Mapping[str, Tensor]
     prior: bool
     offered: bool
     sums: bool
 
+    memory: dict[str, Batch] = field(default_factory=dict)
+
     @staticmethod
-    def of(run: Run, *, prior: bool, offered: bool) -> Problem:
+    def of(run: Run, *, prior: bool, offered: bool, few: bool = False) -> Problem:
         """The problem of a run; parameters that the program makes on its first call exist afterwards."""
-        batch, info = run.data.batch(), run.info
+        info = run.info
         names = [site.name for site in info.select(local=False) if not site.finite]
         transforms = {name: _transform(info.sites[name].support) for name in names}
+        own = offered and run.program.em is not None and run.program.em.e_step is not None
+        # Parameters may have the rows' shape: all rows, unless there are none and the steps do not call the model.
+        batch = run.data.glimpse() if own and not info.params else run.data.batch()
         leaves = run.workspace.collect(lambda: run.program.model(*batch.args, **batch.kwargs))
         return Problem(
             program=replace(run.program, model=run.joint),
-            args=batch.args,
-            kwargs=batch.kwargs,
+            data=run.data,
+            few=few,
             plate=info.data_plate,
             nesting=info.plate_nesting,
-            rows=batch.rows or 1,
             transforms=transforms,
             leaves=run.workspace.trainable(leaves, run.notes),
             prior=prior,
-            offered=offered and run.program.em is not None and run.program.em.e_step is not None,
+            offered=own,
             sums="finite local latents" in info.offers,
         )
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The rows in the dtype of the fit: what the model is called with."""
+        return self.data.glimpse() if self.few else self.data.batch()
+
+    @property
+    def rows(self) -> int:
+        return (self.batch.rows if self.few else self.data.rows) or 1
+
+    @cached_property
+    def read(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """What the program's own steps read of the data, as arguments: see `EMSteps.prepare`."""
+        prepare = None if self.program.em is None else self.program.em.prepare
+        if prepare is None:
+            return self.batch.args, self.batch.kwargs
+        given = replace(self.data, dtype=None)
+        batch = given.glimpse() if self.few else given.batch()
+        return tuple(prepare(*batch.args, **batch.kwargs)), {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,26 +118,42 @@ class Problem:
 
     def trace(self, values: Mapping[str, Tensor]) -> Trace:
         """The program with its finite sites enumerated and its global sites at ``values``."""
-        return enumerated_trace(self.program.model, self.args, self.kwargs, values=values, plate_nesting=self.nesting)
+        batch = self.batch
+        return enumerated_trace(
+            self.program.model, batch.args, batch.kwargs, values=values, plate_nesting=self.nesting
+        )
 
     def expect(self, values: dict[str, Tensor], *, offered: bool = True) -> Expectation:
         """The E-step at ``values``: the program's own where it is offered (and wanted), else by enumeration."""
         with torch.no_grad():
             if self.offered and offered:
                 assert self.program.em is not None and self.program.em.e_step is not None
-                total, weights = self.program.em.e_step(values, *self.args, **self.kwargs)
-                prior = self._log_prior(values) if self.prior else total.new_zeros(())
+                args, kwargs = self.read
+                total, weights = self.program.em.e_step(values, *args, **kwargs)
+                prior = self.log_prior(values) if self.prior else total.new_zeros(())
                 return Expectation(values, float(total), float(total + prior), weights, None)
             trace = self.trace(values)
             found = factor_marginals(trace, self.plate)
             objective = found.log_density + log_prior(trace, self.plate) if self.prior else found.log_density
             return Expectation(values, float(found.log_density), float(objective), found.weights, trace)
 
-    def _log_prior(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Without enumeration, a scalar: the latent sites of a program that offers its E-step may be continuous."""
+    def log_prior(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Without enumeration, a scalar: the latent sites of a program that offers its E-step may be continuous.
+
+        The model is run for its global sites alone. Where their densities are the same on half of the first rows, they
+        do not depend on the rows, and the first rows do.
+        """
+        if "prior" not in self.memory:
+            few = self.data.glimpse()
+            half = self.data.head(max(1, (few.rows or 2) // 2))
+            same = torch.equal(self._log_prior(values, few), self._log_prior(values, half))
+            self.memory["prior"] = few if same else self.batch
+        return self._log_prior(values, self.memory["prior"])
+
+    def _log_prior(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
         with validation_off():
             trace = poutine.trace(poutine.condition(self.program.model, dict(values))).get_trace(
-                *self.args, **self.kwargs
+                *batch.args, **batch.kwargs
             )
             nodes: Mapping[str, Any] = trace.nodes
             terms = [nodes[name]["fn"].log_prob(values[name]).sum() for name in self.names]

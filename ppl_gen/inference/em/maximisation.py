@@ -126,7 +126,8 @@ class Maximiser:
         assert em is not None
         with torch.no_grad():
             weights = responsibilities(expectation)
-            return em.m_step(weights, expectation.values, problem.prior, *problem.args, **problem.kwargs)
+            args, kwargs = problem.read
+            return em.m_step(weights, expectation.values, problem.prior, *args, **kwargs)
 
     def _by_site(self, expectation: Expectation) -> Expectation:
         """An E-step by enumeration, which weighs every density: the program's own weighs what its own M-step reads."""

@@ -31,7 +31,7 @@ def first_values(run: Run, problem: Problem) -> dict[str, Tensor]:
     missing = [name for name in problem.names if name not in given]
     if missing:
         with torch.no_grad(), Median(tuple(missing)):
-            trace = pyro.poutine.trace(problem.program.model).get_trace(*problem.args, **problem.kwargs)
+            trace = pyro.poutine.trace(problem.program.model).get_trace(*problem.batch.args, **problem.batch.kwargs)
         given = {**given, **{n: _jittered(problem.transforms[n], trace.nodes[n]["value"].detach()) for n in missing}}
     return {name: given[name].to(run.data.device) for name in problem.names}
 

@@ -28,6 +28,8 @@ from ppl_gen.program.program import Program, Recipe
 
 __all__ = ["gaussian_mixture", "spread_means"]
 
+_SEEDS = 2**16  # rows among which starting means are chosen
+
 Covariance = Literal["spherical", "diagonal", "full"]
 Weights = Literal["free", "equal"]
 
@@ -122,7 +124,7 @@ def gaussian_mixture(
             shared = covariance == "spherical" and bool(event)
             gaussian = NormalGamma(components, event, shared, strength, nu, wide, floor)
         free = weights == "free" and components > 1
-        return _program(Mixture(gaussian, standard, free, concentration), standard.scaled(rows))
+        return _program(Mixture(gaussian, standard, free, concentration), standard.scaled(_some(rows)))
 
     arguments = {"components": components, "covariance": covariance, "weights": weights}
     return Recipe(build, name="gaussian_mixture", arguments=arguments)
@@ -144,6 +146,11 @@ def _rows(data: Any, components: int) -> Tensor:
     if len(rows) < components:
         raise ValueError(f"components: {components} of them need at least as many rows, and the data has {len(rows)}")
     return rows
+
+
+def _some(rows: Tensor) -> Tensor:
+    """Rows for starting means to be chosen from: all, or as many from all over large data."""
+    return rows if len(rows) <= _SEEDS else rows[torch.arange(_SEEDS, device=rows.device) * len(rows) // _SEEDS]
 
 
 def _standard(rows: Tensor, common: bool) -> Standard:
@@ -203,8 +210,9 @@ def spread_means(rows: Tensor, components: int) -> Tensor:
         places = places + (torch.rand(components, device=places.device) - 0.5) / (2 * components)
         return rows.quantile(places.to(rows), dim=0)
     chosen = [int(torch.randint(len(rows), ()))]
+    distance = rows.new_full((len(rows),), torch.inf)
     while len(chosen) < components:
-        distance = torch.cdist(rows, rows[chosen]).amin(-1).square()
+        distance = torch.minimum(distance, (rows - rows[chosen[-1]]).square_().sum(-1))
         # Where all rows coincide with one that is chosen, any row will do.
         chosen.append(int(torch.multinomial(distance + torch.finfo(rows.dtype).tiny, 1)))
     return rows[chosen]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints, kl_divergence
 
-from ppl_gen.nn.moments import Moments, moments
+from ppl_gen.nn.moments import Moments, moments, pooled
+from ppl_gen.nn.quadratic import Quadratic, swept
 from ppl_gen.program.extensions import CAVIUpdates, EMSteps
 
 __all__ = ["Components", "Mixture", "Standard", "maximised", "proportions"]
@@ -38,7 +39,8 @@ class Components(Protocol):
     def start(self, means: Tensor) -> dict[str, Tensor]: ...
     def maximise(self, groups: Moments, prior: bool) -> dict[str, Tensor]: ...
     def update(self, groups: Moments) -> dict[str, Tensor]: ...
-    def expected_log_density(self, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor: ...
+    def located(self, values: Mapping[str, Tensor]) -> Quadratic: ...
+    def expected(self, parameters: Mapping[str, Tensor]) -> Quadratic: ...
     def kl(self, parameters: Mapping[str, Tensor]) -> Tensor: ...
 
 
@@ -58,9 +60,12 @@ class Standard:
 
     def scaled(self, x: Tensor) -> Tensor:
         """Rows in standardised units: N x d."""
-        like = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+        return self.scaling(x if x.is_floating_point() else x.new_empty((), dtype=torch.get_default_dtype()))(x)
+
+    def scaling(self, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """The function that takes rows to standardised units, N x d, in the dtype and on the device of ``like``."""
         loc, scale = self.on(like)
-        return ((like - loc) / scale).reshape(len(x), -1)
+        return lambda x: ((x.to(like) - loc) / scale).reshape(len(x), -1)
 
     def log_volume(self, x: Tensor) -> Tensor:
         """What standardising adds to the log density of all rows: a scalar in nats."""
@@ -80,22 +85,42 @@ class Mixture:
         return like.new_full((self.gaussian.components,), 1 / self.gaussian.components)
 
     def em(self) -> EMSteps:
-        r"""M-steps: maximum likelihood, or a posteriori.
+        r"""Steps to maximum likelihood, or a posteriori.
 
         .. math:: w_k = \frac{N_k + \alpha - 1}{N + K (\alpha - 1)}, \qquad N_k = \sum_i r_{ik}
 
         with alpha = 1 under maximum likelihood; means and covariances are the moments of the rows weighted by r, shrunk
         by their prior where it counts.
         """
-        return EMSteps(self.m_step)
+        return EMSteps(self.m_step, self.e_step, prepare=lambda x: (x,), blend=_blended)
+
+    def e_step(self, values: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The log-likelihood (total nats), and counts, means and scatter of the components' rows (K x ...)."""
+        forms = self.gaussian.located(values)
+        weights = values["weights"] if self.free else self.equal(forms.centre)
+        total, groups = self._swept(forms.plus(weights.log()), x)
+        assert groups is not None
+        return total - self.standard.log_volume(x).to(total), _written(groups)
+
+    def _swept(self, forms: Quadratic, x: Tensor, *, statistics: bool = True) -> tuple[Tensor, Moments | None]:
+        """Total (nats) and moments of standardised rows, ``x`` (N or N x d) in the user's units."""
+        return swept(x, self.standard.scaling(forms.centre), forms, statistics=statistics)
 
     def m_step(
         self, weights: Mapping[str, Tensor], values: Mapping[str, Tensor], prior: bool, x: Tensor
     ) -> dict[str, Tensor]:
-        """New values of all global sites from responsibilities N x K. A component without rows stays where it was."""
-        groups = moments(self.standard.scaled(x), weights["assignment"], full=self.gaussian.full)
+        """New values of all global sites. A component without rows stays where it was.
+
+        ``weights`` is what `e_step` gives, or the responsibilities of all rows: ``assignment``, N x K.
+        """
+        if "assignment" in weights:
+            groups = moments(self.standard.scaled(x), weights["assignment"], full=self.gaussian.full)
+        else:
+            groups = Moments(weights["counts"], weights["means"], weights["scatter"])
         new = maximised(self.gaussian, groups, values, prior)
-        return {**new, "weights": proportions(groups.counts, self.concentration, prior)} if self.free else new
+        if self.free:
+            new["weights"] = proportions(groups.counts, self.concentration, prior)
+        return {name: value.to(values[name]) for name, value in new.items()}
 
     def cavi(self, start: Callable[[], Mapping[str, Tensor]]) -> CAVIUpdates:
         """Coordinate updates of q(z) q(w) q(mu, Sigma), the conjugate mean field; z is at its optimum throughout."""
@@ -109,10 +134,10 @@ class Mixture:
             return self._update(Moments(counts, means, squares.diag_embed() if self.gaussian.full else squares))
 
         def step(parameters: Mapping[str, Tensor], x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-            rows = self.standard.scaled(x)
-            responsibilities = self._log_joint(parameters, rows).softmax(-1)
-            new = self._update(moments(rows, responsibilities, full=self.gaussian.full))
-            return new, self._bound(new, rows) - self.standard.log_volume(x).to(rows)
+            _, groups = self._swept(self._expected(parameters), x)
+            assert groups is not None
+            new = {name: value.to(parameters[name]) for name, value in self._update(groups).items()}
+            return new, self._bound(new, x)
 
         def guide(x: Tensor) -> None:
             if self.free:
@@ -127,22 +152,32 @@ class Mixture:
         free = {"weights_concentration": self.concentration + groups.counts} if self.free else {}
         return {**free, **self.gaussian.update(groups)}
 
-    def _log_joint(self, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        """E[log p(row, z = k)] under q of the globals, of standardised rows N x d: N x K, nats."""
+    def _expected(self, parameters: Mapping[str, Tensor]) -> Quadratic:
+        """E[log p(row, z = k)] under q of the globals, of standardised rows."""
+        forms = self.gaussian.expected(parameters)
         if not self.free:
-            return self.gaussian.expected_log_density(parameters, rows) + self.equal(rows).log()
+            return forms.plus(self.equal(forms.centre).log())
         concentration = parameters["weights_concentration"]
-        log_weights = concentration.digamma() - concentration.sum().digamma()
-        return self.gaussian.expected_log_density(parameters, rows) + log_weights
+        return forms.plus(concentration.digamma() - concentration.sum().digamma())
 
-    def _bound(self, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        """The evidence lower bound of standardised rows (N x d), z at its optimum: a scalar in nats."""
-        bound = self._log_joint(parameters, rows).logsumexp(-1).sum() - self.gaussian.kl(parameters)
+    def _bound(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The evidence lower bound of ``x``, z at its optimum: a scalar in nats."""
+        total, _ = self._swept(self._expected(parameters), x, statistics=False)
+        bound = total - self.standard.log_volume(x).to(total) - self.gaussian.kl(parameters)
         if self.free:
             own = parameters["weights_concentration"]
             prior = torch.full_like(own, self.concentration)
             bound = bound - kl_divergence(torch.distributions.Dirichlet(own), torch.distributions.Dirichlet(prior))
         return bound
+
+
+def _written(groups: Moments) -> dict[str, Tensor]:
+    return {"counts": groups.counts, "means": groups.means, "scatter": groups.scatter}
+
+
+def _blended(old: Mapping[str, Tensor], new: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
+    """Moments of old rows, a share ``rate`` of them replaced by new ones."""
+    return _written(pooled(Moments(**old), Moments(**new), rate))
 
 
 def maximised(gaussian: Components, groups: Moments, values: Mapping[str, Tensor], prior: bool) -> dict[str, Tensor]:
@@ -153,7 +188,7 @@ def maximised(gaussian: Components, groups: Moments, values: Mapping[str, Tensor
     if prior or not bool(empty.any()):
         return new
     beside = {name: empty.reshape(-1, *[1] * (value.dim() - 1)) for name, value in new.items()}
-    return {name: torch.where(beside[name], values[name], value) for name, value in new.items()}
+    return {name: torch.where(beside[name], values[name].to(value), value) for name, value in new.items()}
 
 
 def proportions(counts: Tensor, concentration: float, prior: bool) -> Tensor:
