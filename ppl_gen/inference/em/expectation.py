@@ -119,9 +119,7 @@ class Problem:
     def trace(self, values: Mapping[str, Tensor]) -> Trace:
         """The program with its finite sites enumerated and its global sites at ``values``."""
         batch = self.batch
-        return enumerated_trace(
-            self.program.model, batch.args, batch.kwargs, values=values, plate_nesting=self.nesting
-        )
+        return enumerated_trace(self.program.model, batch.args, batch.kwargs, values=values, plate_nesting=self.nesting)
 
     def expect(self, values: dict[str, Tensor], *, offered: bool = True) -> Expectation:
         """The E-step at ``values``: the program's own where it is offered (and wanted), else by enumeration."""
