@@ -49,7 +49,8 @@ def pooled(old: Moments, new: Moments, rate: float) -> Moments:
     Nothing cancels, where differences of sums of squares would (Chan, Golub and LeVeque 1983).
 
     Example:
-        >>> one, two = (moments(torch.tensor(x), torch.ones(2, 1), full=False) for x in ([[0.0], [2.0]], [[4.0], [6.0]]))
+        >>> rows = torch.tensor([[[0.0], [2.0]], [[4.0], [6.0]]])
+        >>> one, two = (moments(x, torch.ones(2, 1), full=False) for x in rows)
         >>> both = pooled(one, two, 0.5)
         >>> both.counts, both.means.squeeze(-1), both.scatter.squeeze(-1)
         (tensor([2.]), tensor([3.]), tensor([10.]))

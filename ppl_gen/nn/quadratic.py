@@ -97,15 +97,14 @@ def swept(
         statistics: whether moments are wanted; None in their place where not.
 
     Example:
-        >>> forms = Quadratic.normal(torch.tensor([[0.0], [9.0]]), torch.ones(2, 1)).plus(torch.tensor([0.5, 0.5]).log())
+        >>> forms = Quadratic.normal(torch.tensor([[0.0], [9.0]]), torch.ones(2, 1)).plus(torch.zeros(2))
         >>> total, groups = swept(torch.tensor([[0.0], [1.0], [9.0]]), lambda y: y, forms)
         >>> groups.counts.round(), groups.means.squeeze(-1).round(decimals=2)
         (tensor([2., 1.], dtype=torch.float64), tensor([0.5000, 9.0000], dtype=torch.float64))
     """
     count, size = forms.centre.shape
-    wide = {"dtype": torch.float64, "device": forms.centre.device}
-    total, counts = torch.zeros((), **wide), torch.zeros(count, **wide)
-    first, second = torch.zeros(count, size, **wide), torch.zeros(forms.root.shape, **wide)
+    sums = ((), (count,), (count, size), forms.root.shape)
+    total, counts, first, second = (forms.centre.new_zeros(shape, dtype=torch.float64) for shape in sums)
     whiten, constant = forms.whitening(), forms.constant.unsqueeze(-1)
     least = math.log(torch.finfo(forms.centre.dtype).tiny) + _MARGIN
     for chunk in rows.split(max(_LEAST_ROWS, _ELEMENTS // (count * size))):

@@ -129,8 +129,8 @@ class EM(Iterative):
 
     def _check_values(self, run: Run) -> None:
         # What can be wrong with steps that the program offers shows on the first rows, and summing all may not fit.
-        own = run.program.em is not None and run.program.em.e_step is not None and self.m_step in ("auto", "offered")
-        problem = Problem.of(run, prior=self.prior, offered=own, few=own)
+        steps = run.program.em is not None and run.program.em.e_step is not None and self.m_step in ("auto", "offered")
+        problem = Problem.of(run, prior=self.prior, offered=steps, few=steps)
         if not problem.names and not problem.leaves:
             raise IncompatibleError(f"EM has nothing to learn in {run.program.name!r}: no global site, no parameter")
         values = first_values(run, problem)
