@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_gen.data.on_disk import WHOLE, NonFiniteRowsError, RowsOnDisk, is_on_disk, on_disk
 
-__all__ = ["FILL", "as_array", "check_extent", "check_finite", "equal", "shared", "where_missing"]
+__all__ = ["FILL", "as_array", "check_extent", "check_finite", "equal", "largest", "shared", "where_missing"]
 
 #: What to do about values that are not finite.
 FILL = (
@@ -82,7 +82,7 @@ def check_finite(name: str, value: Any, dtype: torch.dtype, hint: str = FILL) ->
     if not isinstance(value, Tensor | np.ndarray):
         return
     tensor = value if isinstance(value, Tensor) else shared(value)
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or largest(tensor) <= _limit(tensor, dtype):
         return
     bad = _beyond(tensor, dtype)
     count = int(bad.sum())
@@ -108,7 +108,24 @@ def _check_file(name: str, value: RowsOnDisk, dtype: torch.dtype) -> None:
 
 def _beyond(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Which entries are no finite numbers of ``dtype``."""
-    return ~(tensor.abs() <= min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max))
+    return ~(tensor.abs() <= _limit(tensor, dtype))
+
+
+def _limit(tensor: Tensor, dtype: torch.dtype) -> float:
+    return min(torch.finfo(dtype).max, torch.finfo(tensor.dtype).max)
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value, NaN where one is NaN, 0 of no values: one pass, and no copy.
+
+    Example:
+        >>> largest(torch.tensor([1.0, -3.0]))
+        3.0
+    """
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())
+    return float(torch.maximum(-low, high))
 
 
 def where_missing(name: str, value: Any, dtype: torch.dtype) -> str:

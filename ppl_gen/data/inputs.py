@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_gen.data.arrays import FILL, as_array, check_extent, check_finite
+from ppl_gen.data.arrays import FILL, as_array, check_extent, check_finite, largest
 from ppl_gen.data.batching import Constant
 from ppl_gen.data.on_disk import WHOLE, RowsOnDisk, is_on_disk, on_disk
 from ppl_gen.data.sources import Columns, collected
@@ -149,7 +149,7 @@ def _check_square(name: str, array: Tensor) -> None:
     """Variances are what recipes read first: an infinite one would come out as an error of some distribution."""
     precision = torch.get_default_dtype()
     most = torch.finfo(precision).max ** 0.5
-    if array.is_floating_point() and float(array.abs().amax()) > most:
+    if array.is_floating_point() and largest(array) > most:
         first = tuple(int(i) for i in (array.abs() > most).nonzero()[0])
         raise ValueError(
             f"data {name!r}: {float(array[first]):g} at index {first} is so large that its square is infinite in "

@@ -61,7 +61,7 @@ def dtype_of(data: Any) -> torch.dtype:
 def built_from(
     recipe: Recipe, data: Any, dtype: torch.dtype | None, device: torch.device | None, start: Fit | None
 ) -> tuple[Program, Dataset]:
-    given = _as_given(data, dtype)
+    given = _as_given(data, None if recipe.as_given else dtype)
     given = Read(given) if type(given) is dict else given
     with torch.device(device or "cpu"):
         built = start.program if start is not None else recipe(given)

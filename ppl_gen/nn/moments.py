@@ -40,27 +40,26 @@ def moments(rows: Tensor, weights: Tensor, *, full: bool) -> Moments:
     return Moments(counts, means, torch.stack(scatter))
 
 
-def pooled(old: Moments, new: Moments, rate: float) -> Moments:
-    r"""The moments of groups of which a share ``rate`` of the rows is replaced by those of other groups.
+def pooled(old: Moments, new: Moments, shares: tuple[float, float]) -> Moments:
+    r"""The moments of two sets of groups together, whose rows count as often as ``shares`` (a and b) say.
 
-    .. math:: N = (1 - \gamma) N_1 + \gamma N_2, \qquad
-              S = (1 - \gamma) S_1 + \gamma S_2 + \frac{(1 - \gamma) N_1 \gamma N_2}{N} (m_1 - m_2)(m_1 - m_2)^\top
+    .. math:: N = a N_1 + b N_2, \qquad S = a S_1 + b S_2 + \frac{a N_1 \, b N_2}{N} (m_1 - m_2)(m_1 - m_2)^\top
 
     Nothing cancels, where differences of sums of squares would (Chan, Golub and LeVeque 1983).
 
     Example:
         >>> rows = torch.tensor([[[0.0], [2.0]], [[4.0], [6.0]]])
         >>> one, two = (moments(x, torch.ones(2, 1), full=False) for x in rows)
-        >>> both = pooled(one, two, 0.5)
+        >>> both = pooled(one, two, (1.0, 1.0))
         >>> both.counts, both.means.squeeze(-1), both.scatter.squeeze(-1)
-        (tensor([2.]), tensor([3.]), tensor([10.]))
+        (tensor([4.]), tensor([3.]), tensor([20.]))
     """
-    mine, theirs = (1 - rate) * old.counts, rate * new.counts
+    mine, theirs = shares[0] * old.counts, shares[1] * new.counts
     counts = mine + theirs
     share = theirs / counts.clamp_min(torch.finfo(counts.dtype).tiny)
     apart = new.means - old.means
     full = old.scatter.dim() == 3
     between = apart.unsqueeze(-1) * apart.unsqueeze(-2) if full else apart.square()
-    shape = (-1, *[1] * (old.scatter.dim() - 1))
-    scatter = (1 - rate) * old.scatter + rate * new.scatter + (mine * share).reshape(shape) * between
+    weight = (mine * share).reshape(-1, *[1] * (old.scatter.dim() - 1))
+    scatter = shares[0] * old.scatter + shares[1] * new.scatter + weight * between
     return Moments(counts, old.means + share.unsqueeze(-1) * apart, scatter)

@@ -26,15 +26,15 @@ class EMSteps:
         prepare: ``prepare(*data) -> data``, once in a run: a tuple that ``e_step`` and ``m_step`` get in place of the
             data, such as moments that are all they need. It sees the rows in the dtype that the user gave, and not
             that of the fit: large data in float32 need not be copied. None: they get the data, in the fit's dtype.
-        blend: ``blend(old, new, rate) -> weights``: the statistics of rows of which a share ``rate`` was replaced by
-            new ones. With it, and an ``e_step`` of statistics that are all ``m_step`` needs of the rows, the program
-            can be learned from minibatches (``EM(batch_size=...)``).
+        blend: ``blend(old, new, shares) -> weights``: the statistics of two sets of rows together, whose rows count as
+            often as the two numbers ``shares`` say. With it, and an ``e_step`` of statistics that are all ``m_step``
+            needs of the rows, the program can be learned from minibatches (``EM(batch_size=...)``).
     """
 
     m_step: Callable[..., dict[str, Tensor]]
     e_step: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
     prepare: Callable[..., tuple[Any, ...]] | None = None
-    blend: Callable[[Values, Values, float], dict[str, Tensor]] | None = None
+    blend: Callable[[Values, Values, tuple[float, float]], dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,7 @@ class Recipe:
     Args:
         build: ``build(data) -> Program``.
         name: what tables and messages call the program; ``build``'s name unless given.
+        as_given: whether ``build`` takes floats in the dtype that the user gave; else they are converted to the fit's.
 
     Example:
         >>> import pyro, torch
@@ -171,6 +172,7 @@ class Recipe:
     build: Callable[[Any], Program]
     name: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    as_given: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.build):

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from ppl_gen.arguments import require_choice
-from ppl_gen.data.arrays import as_array
+from ppl_gen.data.arrays import as_array, largest
 from ppl_gen.data.inputs import check_width, entries, row_width
 from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.models.linear.program import LinearProgram
 from ppl_gen.models.linear.steps import LinearGaussian, Prior
+from ppl_gen.nn.row_moments import RowMoments, row_moments
 from ppl_gen.program.program import Program, Recipe
 
 __all__ = ["PrincipalComponents", "factor_analysis", "ppca", "principal_components"]
 
 Guide = Literal["exact", "full", "diagonal"]
 _LARGEST = 1e150  # squares of it are finite in float64
+_LARGE = 2**20  # numbers: of fewer, products in float64 cost nothing
+_CLEAR = 1e-4  # noise variance over the largest eigenvalue; products in float32 err by some 1e-8 of the latter
 _GUIDES = ("exact", "full", "diagonal")
 
 
@@ -84,7 +87,8 @@ def ppca(
     """
     _check(features, latent, prior, guide, start, floor)
     chosen = _Choice("ppca", features, latent, prior, guide, start, floor, isotropic=True)
-    return Recipe(chosen.build, name="ppca", arguments={"features": features, "latent": latent})
+    arguments = {"features": features, "latent": latent}
+    return Recipe(chosen.build, name="ppca", arguments=arguments, as_given=True)
 
 
 def factor_analysis(
@@ -135,7 +139,9 @@ def factor_analysis(
     """
     _check(features, latent, prior, guide, start, floor)
     chosen = _Choice("factor_analysis", features, latent, prior, guide, start, floor, isotropic=False)
-    return Recipe(chosen.build, name="factor_analysis", arguments={"features": features, "latent": latent})
+    return Recipe(
+        chosen.build, name="factor_analysis", arguments={"features": features, "latent": latent}, as_given=True
+    )
 
 
 def _check(features: int | None, latent: int, prior: str, guide: str, start: str, floor: float) -> None:
@@ -174,7 +180,11 @@ class _Choice:
         features = row_width(self.features, data, self.name)
         x, mask = _rows(data, self.name, features)
         _check_latent(features, self.latent)
-        loc, variance = _column_moments(x, mask)
+        found = self._moments(x) if mask is None else None
+        if found is None:
+            loc, variance = _column_moments(x, mask)
+        else:
+            loc, variance = found.mean, found.variances
         constant = variance <= 1e-24 * (1 + loc.square())
         if bool(constant.all() if self.isotropic else constant.any()):
             columns = ", ".join(map(str, constant.nonzero().squeeze(-1).tolist()))
@@ -183,31 +193,44 @@ class _Choice:
             )
         scale = (variance.mean() if self.isotropic else variance).sqrt()
         prior = Prior(1.0, 0.01) if self.prior == "weak" else None
-        steps = LinearGaussian(loc, scale, self.latent, self.isotropic, prior, self.floor)
-        first = self._principal(steps, x, mask) if self.start == "principal" else None
+        single = found is not None and found.single
+        steps = LinearGaussian(loc, scale, self.latent, self.isotropic, prior, self.floor, single)
+        if found is not None:
+            steps.memory.keep(x, found)
+        first = self._principal(steps, x, mask, found) if self.start == "principal" else None
         return LinearProgram(steps, self.guide, first).program(self.name)
 
-    def _principal(self, steps: LinearGaussian, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    def _moments(self, x: Tensor) -> RowMoments:
+        """Of complete rows. Products in float32 where rows are, and no noise that matters drowns in their rounding."""
+        if self.isotropic and x.numel() >= _LARGE:
+            found = row_moments(x, single=True)
+            values, _, rest = found.leading(self.latent)
+            if not found.single or rest > _CLEAR * values[0]:
+                return found
+        return row_moments(x)
+
+    def _principal(
+        self, steps: LinearGaussian, x: Tensor, mask: Tensor | None, found: RowMoments | None
+    ) -> dict[str, Tensor]:
         """Where algorithms begin: the closed form of standardised ``x`` (N x features)."""
-        y = steps.standardised(x, mask)
-        found = principal_components(y, self.latent)
-        left = y.var(0, correction=0) - found.loadings.square().sum(1)
-        noise = found.noise.square() if self.isotropic else left.clamp(min=0.01)
-        values = {"loadings_standard": found.loadings, "loc_standard": found.loc}
+        moments = row_moments(steps.standardised(x.double(), mask)) if found is None else steps.scaled(found)
+        closed = _closed_form(moments, self.latent)
+        left = moments.variances - closed.loadings.square().sum(1)
+        noise = closed.noise.square() if self.isotropic else left.clamp(min=0.01)
+        values = {"loadings_standard": closed.loadings, "loc_standard": closed.loc}
         return values | {"precision": 1 / noise.clamp(min=self.floor)}
 
 
 def _rows(data: Any, name: str, features: int) -> tuple[Tensor, Tensor | None]:
-    """The entries x (in float64) and mask, N x features each."""
-    x, mask = entries(data, name, "x", "mask")
-    assert x is not None  # the first entry
-    rows = x.double()
+    """The entries x and mask, N x features each."""
+    rows, mask = entries(data, name, "x", "mask")
+    assert rows is not None  # the first entry
     if rows.dim() != 2 or rows.shape[1] != features:
         raise ValueError(f"data: {name}(features={features}) takes rows of {features} columns, got {tuple(rows.shape)}")
-    if mask is not None and (mask.dtype is not torch.bool or mask.shape != x.shape):
+    if mask is not None and (mask.dtype is not torch.bool or mask.shape != rows.shape):
         raise ValueError(
-            f"data 'mask': expected booleans of shape {tuple(x.shape)}, True where x is observed, got {mask.dtype} of "
-            f"shape {tuple(mask.shape)}"
+            f"data 'mask': expected booleans of shape {tuple(rows.shape)}, True where x is observed, got {mask.dtype} "
+            f"of shape {tuple(mask.shape)}"
         )
     if mask is not None and bool((mask.sum(0) < 2).any()):
         column = int((mask.sum(0) < 2).nonzero()[0])
@@ -216,10 +239,9 @@ def _rows(data: Any, name: str, features: int) -> tuple[Tensor, Tensor | None]:
 
 
 def _column_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each column over its observed entries; ``x`` and ``mask`` are N x features."""
-    if mask is None:
-        return x.mean(0), x.var(0, correction=0)
-    count = mask.sum(0)
+    """Mean and variance of each column over its observed entries, in float64; both are N x features."""
+    assert mask is not None
+    count, x = mask.sum(0), x.double()
     mean = torch.where(mask, x, 0.0).sum(0) / count
     return mean, torch.where(mask, x - mean, 0.0).square().sum(0) / count
 
@@ -280,12 +302,13 @@ def principal_components(x: Tensor, latent: int) -> PrincipalComponents:
         (tensor([1.2247, 0.0000], dtype=torch.float64), tensor(0.7071, dtype=torch.float64))
     """
     require_whole("latent", latent)
-    rows = torch.as_tensor(as_array(x, "x")).double()
-    if rows.dim() != 2 or not len(rows) or not bool((rows.abs() <= _LARGEST).all()):
+    rows = torch.as_tensor(as_array(x, "x"))
+    if rows.dim() != 2 or not rows.numel() or not largest(rows) <= _LARGEST:
         raise ValueError(f"x: expected a matrix of finite numbers, rows x features, got shape {tuple(rows.shape)}")
     _check_latent(rows.shape[1], latent)
-    loc = rows.mean(0)
-    values, vectors = torch.linalg.eigh((rows - loc).mT @ (rows - loc) / len(rows))
-    values, vectors = values.flip(0), vectors.flip(1)
-    noise = values[latent:].mean().clamp(min=0.0).sqrt()
-    return PrincipalComponents(loc, vectors[:, :latent], values[:latent], noise)
+    return _closed_form(row_moments(rows), latent)
+
+
+def _closed_form(moments: RowMoments, latent: int) -> PrincipalComponents:
+    values, vectors, rest = moments.leading(latent)
+    return PrincipalComponents(moments.mean, vectors, values, rest.sqrt())

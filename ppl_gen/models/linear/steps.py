@@ -18,6 +18,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from ppl_gen.models.linear.expectation import Patterns, blended, complete, masked, sorted_patterns
+from ppl_gen.nn.row_moments import RowMoments, row_moments
 from ppl_gen.program.extensions import EMSteps
 
 __all__ = ["Conditional", "LinearGaussian", "Prior"]
@@ -55,14 +57,37 @@ class Conditional:
 
 
 class _Memory:
-    """The last result of a function of tensors that were the same objects; it stays behind when it is pickled."""
+    """The moments of the rows that a program was built for, until a run takes them; they stay behind in a pickle."""
 
     def __init__(self) -> None:
-        self.key: tuple[Tensor, ...] = ()
-        self.value: Any = None
+        self.rows: Tensor | None = None
+        self.found: RowMoments | None = None
+        self.version, self.probe = 0, torch.empty(0)
+
+    def keep(self, x: Tensor, found: RowMoments) -> None:
+        self.rows, self.found = x.detach(), found
+        self.version, self.probe = x._version, self._probe(x)
+
+    def take(self, x: Tensor) -> RowMoments | None:
+        """The moments, once, if ``x`` are the rows that they are of, and nobody has written to them."""
+        rows, found = self.rows, self.found
+        self.rows = self.found = None
+        if rows is None or (rows.data_ptr(), rows.shape, rows.stride(), rows.dtype) != (
+            x.data_ptr(),
+            x.shape,
+            x.stride(),
+            x.dtype,
+        ):
+            return None
+        return found if rows._version == self.version and torch.equal(self.probe, self._probe(x)) else None
+
+    @staticmethod
+    def _probe(x: Tensor) -> Tensor:
+        """Some rows: what is written through numpy has no version."""
+        return x[:: max(1, len(x) // 64)].clone()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"key": (), "value": None}
+        return _Memory().__dict__
 
     def __deepcopy__(self, memo: object) -> _Memory:
         return _Memory()
@@ -79,6 +104,7 @@ class LinearGaussian:
         isotropic: one noise variance for all columns (probabilistic PCA), or one for each (factor analysis).
         prior: of the global sites; None: flat.
         floor: the least noise variance under maximum likelihood, in standardised units.
+        single: whether moments of rows in float32 may be computed in it.
     """
 
     loc: Tensor
@@ -87,6 +113,7 @@ class LinearGaussian:
     isotropic: bool
     prior: Prior | None
     floor: float
+    single: bool = False
     memory: _Memory = field(default_factory=_Memory, repr=False)
 
     @property
@@ -136,84 +163,66 @@ class LinearGaussian:
     # ------------------------------------------------------------------------------------------------------------- EM
 
     def em(self) -> EMSteps:
-        return EMSteps(self.m_step, self.e_step)
+        return EMSteps(self.m_step, self.e_step, self.prepare, blended)
 
-    def e_step(self, values: Values, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(self, x: Tensor, mask: Tensor | None = None) -> tuple[RowMoments | Patterns]:
+        """All that EM reads of the rows: the moments of complete ones, else rows sorted by what is missing."""
+        if mask is not None:
+            return (sorted_patterns(self.standardised(x.double(), mask), mask),)
+        found = self.memory.take(x)
+        return (self.scaled(row_moments(x, single=self.single) if found is None else found),)
+
+    def scaled(self, found: RowMoments) -> RowMoments:
+        """Moments in standardised units."""
+        return found.scaled(*self.on(found.mean))
+
+    def e_step(self, values: Values, rows: RowMoments | Patterns) -> tuple[Tensor, dict[str, Tensor]]:
         """The log-likelihood (total nats), and the expected moments of (z, 1) and y that the M-step needs, per row.
 
+        ``rows`` is what `prepare` makes of the data.
         With k latents, d features: ``zz`` d x (k + 1) x (k + 1) and ``count`` d (both of length 1 where no mask tells
-        columns apart); ``yz`` d x (k + 1); ``yy`` d; of z itself ``z_mean`` k and ``z_second`` k x k.
+        columns apart); ``yz`` d x (k + 1); ``yy`` d; of z itself ``z_mean`` k and ``z_second`` k x k; ``rows``:
+        how many.
         """
-        return self._complete(values, x) if mask is None else self._masked(values, x, mask)
+        w, mu, weight = self._wide(values, values["loadings_standard"])
+        _, scale = self.on(mu)
+        constant = -math.log(2 * math.pi) - 2 * scale.log()
+        if isinstance(rows, RowMoments):
+            return complete(rows, w, mu, weight, constant)
+        return masked(rows, w, mu, weight, constant)
 
-    def _complete(self, values: Values, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """All from the mean and the covariance of the rows, which are computed once."""
-        mean, covariance = self._moments(x)
-        w, mu, weight = self._wide(values, mean)
-        offset = mean - mu
-        second = covariance + torch.outer(offset, offset)
-        precision = torch.eye(self.latent, dtype=w.dtype, device=w.device) + w.mT @ (weight[:, None] * w)
-        gain = torch.linalg.solve(precision, (weight[:, None] * w).mT)  # E[z | y] = gain (y - mu)
-        crossed = second @ gain.mT
-        z, zz = gain @ offset, torch.linalg.inv(precision) + gain @ crossed
-        yz = torch.cat([torch.outer(mu, z) + crossed, mean[:, None]], 1)
-        squares = (weight * second.diagonal()).sum() - (gain * (second @ (weight[:, None] * w)).mT).sum()
-        _, scale = self.on(mean)
-        noise = (weight.log() - math.log(2 * math.pi) - 2 * scale.log()).sum()
-        log_likelihood = 0.5 * len(x) * (noise - torch.linalg.slogdet(precision)[1] - squares)
-        return log_likelihood, {
-            "count": x.new_full((1,), len(x), dtype=w.dtype),
-            "zz": _augmented(zz, z)[None],
-            "yz": yz,
-            "yy": covariance.diagonal() + mean.square(),
-            "z_mean": z,
-            "z_second": zz,
-        }
-
-    def _masked(self, values: Values, x: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        found = self.conditional(values, x, mask)
-        y, seen = self.standardised(x, mask), mask.to(found.mean)
-        zz = torch.cholesky_inverse(found.cholesky) + found.mean[:, :, None] * found.mean[:, None, :]
-        moments, count = _augmented(zz, found.mean), seen.sum(0)
-        ones = torch.ones_like(found.mean[:, :1])
-        return self.evidence(values, x, mask).sum(), {
-            "count": count,
-            "zz": (seen.mT @ moments.flatten(1) / count[:, None]).unflatten(1, moments.shape[1:]),
-            "yz": y.mT @ torch.cat([found.mean, ones], 1) / count[:, None],
-            "yy": y.square().sum(0) / count,
-            "z_mean": found.mean.mean(0),
-            "z_second": zz.mean(0),
-        }
-
-    def m_step(
-        self, weights: Values, values: Values, prior: bool, x: Tensor, mask: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def m_step(self, weights: Values, values: Values, prior: bool, rows: RowMoments | Patterns) -> dict[str, Tensor]:
         r"""Regress y on (z, 1) column by column; what is left over is the noise.
 
         Under maximum likelihood the latents' own mean and covariance are fitted too and then absorbed into W and mu,
         which leaves the model as it was and takes several times fewer steps (Liu, Rubin and Wu 1998).
         """
-        count, zz, yz, yy = (weights[name] for name in ("count", "zz", "yz", "yy"))
+        count, zz, yz, yy = (weights[name].to(values["precision"]) for name in ("count", "zz", "yz", "yy"))
         old = values["precision"].to(yy).expand(self.features)
         ridge = zz
         penalised = prior and self.prior is not None
         if penalised:
             assert self.prior is not None
-            shrink = 1 / (old * count * self.prior.spread**2)
+            same = self.isotropic and len(count) == 1
+            shrink = 1 / ((old[:1] if same else old) * count * self.prior.spread**2)
             ridge = zz + shrink[:, None, None] * torch.eye(zz.shape[-1], dtype=zz.dtype, device=zz.device)
-        line = torch.linalg.solve(ridge.expand(self.features, -1, -1), yz[..., None]).squeeze(-1)
-        left = yy - 2 * (line * yz).sum(-1) + (line[:, None, :] @ zz @ line[:, :, None]).flatten()
-        rows = count.expand(self.features)
+        if len(ridge) == 1:  # one system for all columns
+            line = torch.linalg.solve(ridge[0], yz.mT).mT
+        else:
+            line = torch.linalg.solve(ridge, yz[..., None]).squeeze(-1)
+        again = line @ zz[0] if len(zz) == 1 else (line[:, None, :] @ zz).squeeze(1)
+        left = yy - 2 * (line * yz).sum(-1) + (again * line).sum(-1)
+        seen = count.expand(self.features)
         if self.isotropic:
-            left, rows = (rows * left).sum() / rows.sum(), rows.sum()
+            left, seen = (seen * left).sum() / seen.sum(), seen.sum()
         w, mu = line[:, :-1], line[:, -1]
         if penalised:
             assert self.prior is not None
-            precision = 1 / (left + 2 * self.prior.rate / rows)
+            precision = 1 / (left + 2 * self.prior.rate / seen)
         else:
             precision = 1 / left.clamp(min=self.floor)
-            mean = weights["z_mean"]
-            spread = weights["z_second"] - torch.outer(mean, mean)
+            mean = weights["z_mean"].to(w)
+            spread = weights["z_second"].to(w) - torch.outer(mean, mean)
             w, mu = w @ torch.linalg.cholesky(spread), mu + w @ mean
         return {"loadings_standard": w, "loc_standard": mu, "precision": precision}
 
@@ -221,20 +230,3 @@ class LinearGaussian:
         """W (features x latent), mu and Lambda (one number for each feature)."""
         w, mu = values["loadings_standard"].to(like), values["loc_standard"].to(like)
         return w, mu, values["precision"].to(like).expand(self.features)
-
-    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (features) and covariance (features x features) of complete rows in standardised units."""
-        if not (self.memory.key and self.memory.key[0] is x):
-            y = self.standardised(x, None)
-            mean = y.mean(0)
-            self.memory.value = mean, (y - mean).mT @ (y - mean) / len(y)
-            self.memory.key = (x,)
-        moments: tuple[Tensor, Tensor] = self.memory.value
-        return moments
-
-
-def _augmented(zz: Tensor, z: Tensor) -> Tensor:
-    """E[(z, 1)(z, 1)'], ... x (k + 1) x (k + 1), from E[zz'], ... x k x k, and E[z], ... x k."""
-    top = torch.cat([zz, z[..., None]], -1)
-    bottom = torch.cat([z, torch.ones_like(z[..., :1])], -1)
-    return torch.cat([top, bottom[..., None, :]], -2)

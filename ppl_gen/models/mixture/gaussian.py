@@ -24,6 +24,7 @@ from ppl_gen.models.mixture.steps import Components, Mixture, Standard
 from ppl_gen.models.relabelling import matched_order, permuted
 from ppl_gen.nn.normal_gamma import NormalGamma
 from ppl_gen.nn.normal_wishart import NormalWishart
+from ppl_gen.nn.row_moments import column_moments
 from ppl_gen.program.program import Program, Recipe
 
 __all__ = ["gaussian_mixture", "spread_means"]
@@ -127,7 +128,7 @@ def gaussian_mixture(
         return _program(Mixture(gaussian, standard, free, concentration), standard.scaled(_some(rows)))
 
     arguments = {"components": components, "covariance": covariance, "weights": weights}
-    return Recipe(build, name="gaussian_mixture", arguments=arguments)
+    return Recipe(build, name="gaussian_mixture", arguments=arguments, as_given=True)
 
 
 def _check_arguments(components: int, covariance: str, weights: str) -> None:
@@ -137,10 +138,9 @@ def _check_arguments(components: int, covariance: str, weights: str) -> None:
 
 
 def _rows(data: Any, components: int) -> Tensor:
-    """The entry x in float64, N or N x d."""
-    (x,) = entries(data, "gaussian_mixture", "x")
-    assert x is not None  # the first entry
-    rows = x.double()
+    """The entry x, N or N x d."""
+    (rows,) = entries(data, "gaussian_mixture", "x")
+    assert rows is not None  # the first entry
     if rows.dim() not in (1, 2):
         raise ValueError(f"data: gaussian_mixture takes numbers (N) or vectors (N x d), got shape {tuple(rows.shape)}")
     if len(rows) < components:
@@ -149,14 +149,15 @@ def _rows(data: Any, components: int) -> Tensor:
 
 
 def _some(rows: Tensor) -> Tensor:
-    """Rows for starting means to be chosen from: all, or as many from all over large data."""
-    return rows if len(rows) <= _SEEDS else rows[torch.arange(_SEEDS, device=rows.device) * len(rows) // _SEEDS]
+    """Rows for starting means to be chosen from, in float64: all, or as many from all over large data."""
+    every = torch.arange(_SEEDS, device=rows.device) * len(rows) // _SEEDS
+    return (rows if len(rows) <= _SEEDS else rows[every]).double()
 
 
 def _standard(rows: Tensor, common: bool) -> Standard:
-    """The units in which ``rows`` (N or N x d) are standardised."""
-    loc, variance = rows.mean(0), rows.var(0, correction=0)
-    constant = (rows == rows[:1]).all(0) | (variance == 0)
+    """The units, in float64, in which ``rows`` (N or N x d) are standardised."""
+    loc, variance, equal = column_moments(rows)
+    constant = equal | (variance == 0)
     if bool(constant.all() if common else constant.any()):
         columns = ", ".join(map(str, constant.reshape(-1).nonzero().squeeze(-1).tolist()))
         where = f"column(s) {columns} of the data are" if rows.dim() == 2 else "all values of the data are"

@@ -175,9 +175,8 @@ def _written(groups: Moments) -> dict[str, Tensor]:
     return {"counts": groups.counts, "means": groups.means, "scatter": groups.scatter}
 
 
-def _blended(old: Mapping[str, Tensor], new: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
-    """Moments of old rows, a share ``rate`` of them replaced by new ones."""
-    return _written(pooled(Moments(**old), Moments(**new), rate))
+def _blended(old: Mapping[str, Tensor], new: Mapping[str, Tensor], shares: tuple[float, float]) -> dict[str, Tensor]:
+    return _written(pooled(Moments(**old), Moments(**new), shares))
 
 
 def maximised(gaussian: Components, groups: Moments, values: Mapping[str, Tensor], prior: bool) -> dict[str, Tensor]:
