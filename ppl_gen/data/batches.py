@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,18 +46,22 @@ class Batches:
         self._strata = _strata(data, stratify)
         self._drawn = 0
         self._walk = self._walked()
-        moving = data.on_batch is not None or any(isinstance(value, ByStep) for value in data.constants.values())
+        self._moving = data.on_batch is not None or any(isinstance(value, ByStep) for value in data.constants.values())
         #: Around what is drawn anew for the rows of a share, where several processes learn together.
         self.around: Callable[[Share], contextlib.AbstractContextManager[object]] = lambda share: (
             contextlib.nullcontext()
         )
-        self.whole = self._all_rows() if size is None and not moving and self._walk is None else None
         if size is not None:
             if data.rows is None:
                 raise ValueError("batch_size: minibatches need rows, and this data has none (entries are constants)")
             if not 1 <= size:
                 raise ValueError(f"batch_size: expected at least 1, got {size}")
             self.size = min(size, data.rows)
+
+    @cached_property
+    def whole(self) -> Batch | None:
+        """The one batch of a source that always gives the same; made when it is first asked for."""
+        return self._all_rows() if self.size is None and not self._moving and self._walk is None else None
 
     @property
     def per_epoch(self) -> int:

@@ -23,6 +23,7 @@ from ppl_gen.enumeration.marginals import (
 )
 from ppl_gen.inference.em.em import EM
 from ppl_gen.models import hidden_markov
+from ppl_gen.models.sequences.forward import _by_logarithms, expectations, pays
 from ppl_gen.workspace.isolation import isolated
 
 
@@ -117,6 +118,41 @@ def test_evidence_is_that_of_pyros_parallel_scan():
     rolled = dict(values, initial=values["initial"] @ values["transition"])
     total, _ = program.em.e_step(rolled, **data)
     torch.testing.assert_close(total, first.log_prob(data["x"].unsqueeze(-1)[..., 0]).sum(), rtol=0, atol=1e-8)
+
+
+def chain(states, series, time, spread=3.0):
+    initial, transition = torch.rand(states), torch.rand(states, states)
+    log_probs = spread * torch.randn(series, time, states)
+    ends = torch.randint(time // 2, time + 1, (series, 1))
+    return initial / initial.sum(), transition / transition.sum(-1, keepdim=True), log_probs, torch.arange(time) < ends
+
+
+@pytest.mark.parametrize(("states", "series", "time"), [(1, 2, 40), (3, 4, 200), (5, 1, 301), (2, 7, 64)])
+def test_steps_and_scan_are_the_recursion_in_logarithms(states, series, time):
+    case = chain(states, series, time)
+    total, counts = _by_logarithms(*case)
+    for scan in (False, True):
+        ours, found = expectations(*case, scan=scan)
+        assert abs(float(ours - total)) < 1e-10 * abs(float(total))
+        for name, value in counts.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_states_that_the_data_exclude_by_thousands_of_nats_do_not_underflow(scan):
+    """A chain that can only move on, seen in a state that it cannot be in yet: its likelihood is exp(-4000) or so."""
+    transition = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]])
+    log_probs = torch.zeros(1, 80, 3)
+    log_probs[0, :40] = torch.tensor([-2000.0, -1000.0, 0.0])
+    case = torch.tensor([1.0, 0.0, 0.0]), transition, log_probs, torch.ones(1, 80, dtype=torch.bool)
+    total, counts = expectations(*case, scan=scan)
+    expected, theirs = _by_logarithms(*case)
+    assert float(expected) < -1000 and abs(float(total - expected)) < 1e-9
+    torch.testing.assert_close(counts["states"], theirs["states"], rtol=0, atol=1e-10)
+
+
+def test_a_scan_serves_long_series_of_few_states():
+    assert pays(1, 10_000, 3) and not pays(1, 100, 3) and not pays(1000, 10_000, 3) and not pays(1, 10_000, 100)
 
 
 @pytest.mark.parametrize(("emission", "data"), CASES)

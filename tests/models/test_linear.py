@@ -133,9 +133,9 @@ def test_em_reaches_the_closed_form_and_starts_elsewhere():
     x = rows()
     closed = principal_components(x, 2)
     expected = covariance({"loc": closed.loc, "loadings": closed.loadings, "noise": closed.noise})
-    before = pg.fit(ppca(6, 2), x, EM(steps=1), seed=0)
+    before = pg.fit(ppca(6, 2, start="random"), x, EM(steps=1), seed=0)
     assert before.evidence().mean < best(x) - 0.01 and float((covariance(point(before)) - expected).abs().max()) > 0.1
-    fit = pg.fit(ppca(6, 2), x, EM(tolerance=1e-12), seed=0)
+    fit = pg.fit(ppca(6, 2, start="random"), x, EM(tolerance=1e-12), seed=0)
     assert fit.status == "converged" and fit.notes["M-step"].endswith("offered by the program")
     torch.testing.assert_close(covariance(point(fit)), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(point(fit)["loadings"] @ point(fit)["loadings"].T, closed.loadings @ closed.loadings.T)
@@ -145,9 +145,79 @@ def test_em_reaches_the_closed_form_and_starts_elsewhere():
 
 def test_em_stays_at_the_closed_form():
     x = rows()
-    gained = pg.fit(ppca(6, 2, start="principal"), x, EM(steps=5, tolerance=0.0), seed=0).history["log_likelihood"]
+    gained = pg.fit(ppca(6, 2), x, EM(steps=5, tolerance=0.0), seed=0).history["log_likelihood"]
     # Five E-steps of 300 rows of six numbers: sums near 3000 nats round to 1e-12 of that.
     assert float(np.ptp(gained.values)) < 1e-8 and abs(gained.values[0] / len(x) - best(x)) < 1e-10
+    fit = pg.fit(ppca(6, 2), x, EM(), seed=0)
+    assert fit.status == "converged" and fit.cost["steps"] <= 3
+
+
+def many_rows(noise, n=12_000, d=100):
+    """More than a million numbers in float32, with five factors."""
+    generator = torch.Generator().manual_seed(2)
+    draw = {"generator": generator, "dtype": torch.float32}
+    return 3 + torch.randn(n, 5, **draw) @ torch.randn(5, d, **draw) + noise * torch.randn(n, d, **draw)
+
+
+def test_rows_in_float32_give_the_fit_of_the_same_rows_in_float64():
+    x = many_rows(noise=1.0)
+    single, double = (pg.fit(ppca(latent=5), rows, EM(), seed=0) for rows in (x, x.double()))
+    assert single.status == "converged" and single.recipe is not None
+    # Products of B = 12000 rows in float32 (epsilon 6e-8): as errors of either sign sqrt(B) epsilon = 7e-6, of the
+    # root of C_ii C_jj, for the sum of a chunk; blocks of some hundred rows are what is summed in float32.
+    one, other = covariance(point(single)), covariance(point(double))
+    scale = other.diagonal().sqrt()
+    assert float(((one - other) / torch.outer(scale, scale)).abs().max()) < 7e-6
+    last = [fit.history["log_likelihood"].values[-1] for fit in (single, double)]
+    assert last[0] != last[1] and last[0] == pytest.approx(last[1], rel=1e-6)
+
+
+def test_where_noise_is_small_products_are_in_float64():
+    x = many_rows(noise=1e-3)  # a variance of 1e-6 under eigenvalues near 100
+    single, double = (pg.fit(ppca(latent=5, floor=1e-12), rows, EM(steps=2), seed=0) for rows in (x, x.double()))
+    torch.testing.assert_close(point(single)["noise"], point(double)["noise"], rtol=1e-9, atol=0)
+
+
+def test_rows_fewer_than_columns_know_their_covariance_by_a_factor():
+    x = rows(30, 50)
+    fit = pg.fit(ppca(latent=3), x, EM(), seed=0)
+    assert fit.status == "converged" and fit.evidence().mean == pytest.approx(best(x, 3), abs=1e-9)
+    slow = pg.fit(ppca(latent=3, start="random"), x, EM(tolerance=1e-10), seed=0)
+    assert slow.evidence().mean == pytest.approx(best(x, 3), abs=1e-6)
+
+
+def test_data_changed_in_place_are_read_anew():
+    x = rows(40).numpy()
+    program = ppca(6, 2)(torch.from_numpy(x))
+    x *= 2.0
+    fit = pg.fit(program, x, EM(tolerance=1e-12), seed=0)
+    assert fit.evidence().mean == pytest.approx(best(torch.from_numpy(x)), abs=1e-8)
+
+
+@pytest.mark.parametrize("patterns", [3, 60])
+@pytest.mark.parametrize("recipe", [ppca, factor_analysis])
+def test_expected_moments_with_gaps_are_those_of_each_row_by_itself(recipe, patterns):
+    """Few patterns go one by one, many by a batch of products."""
+    x = rows(60)
+    some = torch.rand(patterns, 6, generator=torch.Generator().manual_seed(3)) < 0.7
+    mask = some[torch.arange(60) % patterns]
+    mask[:, 0] = True  # in some row, so that no column is missing throughout
+    program = recipe(6, 2, start="random")({"x": x, "mask": mask})
+    values = {name: value * 1.5 for name, value in program.start().items()}
+    read = program.em.prepare(x, mask)
+    assert len(read[0].seen) <= patterns
+    total, found = program.em.e_step(values, *read)
+    normal = program.local_posterior(values, x, mask)["z"]
+    second = normal.covariance_matrix + normal.mean[:, :, None] * normal.mean[:, None, :]
+    assert float(total) == pytest.approx(float(program.evidence(values, x, mask).sum()), rel=1e-12)
+    torch.testing.assert_close(found["z_mean"], normal.mean.mean(0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found["z_second"], second.mean(0), rtol=1e-10, atol=1e-10)
+    y = program.evidence.__self__.standardised(x, mask)
+    for column in range(6):
+        at = mask[:, column]
+        torch.testing.assert_close(found["zz"][column, :2, :2], second[at].mean(0), rtol=1e-10, atol=1e-10)
+        crossed = (y[at, column, None] * normal.mean[at]).mean(0)
+        torch.testing.assert_close(found["yz"][column, :2], crossed, rtol=1e-10, atol=1e-10)
 
 
 def test_factor_analysis_equals_scikit_learn():
@@ -211,14 +281,15 @@ def gap_of_the_bound(fit, x):
 @pytest.mark.parametrize("guide", ["exact", "full", "diagonal"])
 def test_the_linear_variational_autoencoder_is_ppca(guide):
     x, steps = rows(200), 300 if guide == "exact" else 1000
-    untrained = pg.fit(ppca(6, 2, prior="flat", guide=guide), x, STILL, seed=0)
+    recipe = ppca(6, 2, prior="flat", guide=guide, start="random")
+    untrained = pg.fit(recipe, x, STILL, seed=0)
     assert untrained.evidence().mean < best(x) - 0.1
     assert guide == "exact" or gap_of_the_bound(untrained, x) > 0.1
 
     def falling(optimiser):
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
 
-    fit = pg.fit(ppca(6, 2, prior="flat", guide=guide), x, SVI(steps=steps, lr=0.05, schedule=falling), seed=0)
+    fit = pg.fit(recipe, x, SVI(steps=steps, lr=0.05, schedule=falling), seed=0)
     gap = gap_of_the_bound(fit, x)
     assert best(x) - 1e-3 < fit.evidence().mean <= best(x) + 1e-10
     assert best(x) - 1e-3 < fit.evidence().mean - gap

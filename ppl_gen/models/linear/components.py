@@ -35,7 +35,7 @@ def ppca(
     *,
     prior: Literal["weak", "flat"] = "weak",
     guide: Guide = "exact",
-    start: Literal["random", "principal"] = "random",
+    start: Literal["random", "principal"] = "principal",
     floor: float = 1e-6,
 ) -> Recipe:
     r"""Probabilistic principal component analysis of rows of numbers (N x features), entries missing or not.
@@ -54,6 +54,11 @@ def ppca(
 
     W is known up to a rotation of the latents: compare W W', or subspaces. Draws of NUTS are rotated onto each other.
 
+    A million numbers or more that are given in float32 are multiplied in float32, in chunks that are summed in float64:
+    entries of the covariance err by some 1e-7 of the standard deviations of their columns, the log-likelihood in the
+    history of EM by as much of itself. Where the noise variance found is below 1e-4 of the largest eigenvalue, or data
+    are in float64, all is in float64.
+
     Args:
         features: columns of the data; None: as many as they have.
         latent: dimensions of z, fewer than features.
@@ -62,8 +67,9 @@ def ppca(
             "exact" this is the linear variational autoencoder.
         guide: q(z | x) of SVI: "exact", computed from the global sites, with missing entries too; or learned and linear
             in x, with a "full" covariance or a "diagonal" one (which turns the columns of W orthogonal).
-        start: "random", or "principal", the closed form (see `principal_components`; a missing entry is then its
-            column's mean). EM that starts at the closed form of complete rows stays there.
+        start: where algorithms begin: "principal", the closed form (see `principal_components`; a missing entry is
+            its column's mean there), or "random". On complete rows the closed form is what EM looks for: it stays there
+            and says so after two steps. It takes one pass over the rows and one eigendecomposition, none randomised.
         floor: the least noise variance under maximum likelihood, relative to the mean variance of the data.
 
     Returns:
@@ -116,7 +122,7 @@ def factor_analysis(
         latent: factors, fewer than features.
         prior: as for `ppca`.
         guide: as for `ppca`; a "diagonal" one is exact only where the columns of Psi^(-1/2) W are orthogonal.
-        start: as for `ppca`; "principal" is no maximum here.
+        start: "random", or "principal" as for `ppca`, which is no maximum here.
         floor: the least noise variance of a column under maximum likelihood, relative to its variance (Heywood cases).
 
     Returns:
@@ -180,7 +186,7 @@ class _Choice:
         features = row_width(self.features, data, self.name)
         x, mask = _rows(data, self.name, features)
         _check_latent(features, self.latent)
-        found = self._moments(x) if mask is None else None
+        found, closed = self._moments(x) if mask is None else (None, None)
         if found is None:
             loc, variance = _column_moments(x, mask)
         else:
@@ -197,26 +203,39 @@ class _Choice:
         steps = LinearGaussian(loc, scale, self.latent, self.isotropic, prior, self.floor, single)
         if found is not None:
             steps.memory.keep(x, found)
-        first = self._principal(steps, x, mask, found) if self.start == "principal" else None
+        first = self._principal(steps, x, mask, found, closed) if self.start == "principal" else None
         return LinearProgram(steps, self.guide, first).program(self.name)
 
-    def _moments(self, x: Tensor) -> RowMoments:
-        """Of complete rows. Products in float32 where rows are, and no noise that matters drowns in their rounding."""
+    def _moments(self, x: Tensor) -> tuple[RowMoments, PrincipalComponents | None]:
+        """Of complete rows, and the closed form where it was found on the way.
+
+        Products are in float32 where rows are, and no noise that matters drowns in their rounding.
+        """
         if self.isotropic and x.numel() >= _LARGE:
             found = row_moments(x, single=True)
-            values, _, rest = found.leading(self.latent)
-            if not found.single or rest > _CLEAR * values[0]:
-                return found
-        return row_moments(x)
+            closed = _closed_form(found, self.latent)
+            if not found.single or closed.noise.square() > _CLEAR * closed.variances[0]:
+                return found, closed
+        return row_moments(x), None
 
     def _principal(
-        self, steps: LinearGaussian, x: Tensor, mask: Tensor | None, found: RowMoments | None
+        self,
+        steps: LinearGaussian,
+        x: Tensor,
+        mask: Tensor | None,
+        found: RowMoments | None,
+        closed: PrincipalComponents | None,
     ) -> dict[str, Tensor]:
         """Where algorithms begin: the closed form of standardised ``x`` (N x features)."""
         moments = row_moments(steps.standardised(x.double(), mask)) if found is None else steps.scaled(found)
-        closed = _closed_form(moments, self.latent)
-        left = moments.variances - closed.loadings.square().sum(1)
-        noise = closed.noise.square() if self.isotropic else left.clamp(min=0.01)
+        if closed is not None:  # in the units of x, and one scale for all columns
+            unit = steps.scale
+            closed = PrincipalComponents(moments.mean, closed.axes, closed.variances / unit**2, closed.noise / unit)
+        else:
+            closed = _closed_form(moments, self.latent)
+        noise = closed.noise.square()
+        if not self.isotropic:
+            noise = (moments.variances - closed.loadings.square().sum(1)).clamp(min=0.01)
         values = {"loadings_standard": closed.loadings, "loc_standard": closed.loc}
         return values | {"precision": 1 / noise.clamp(min=self.floor)}
 
