@@ -73,6 +73,7 @@ RUNS: dict[str, tuple[Callable[[], Any], Any, Any]] = {
     ),
     "EM": (lambda: gaussian_mixture(components=2), EM(steps=9, tolerance=0.0), PAIRS),
     "EM by gradients": (lambda: gaussian_mixture(components=2), EM(steps=9, tolerance=0.0, m_step="gradient"), PAIRS),
+    "EM from minibatches": (lambda: gaussian_mixture(components=2), EM(steps=9, batch_size=7), PAIRS),
     "Laplace": (lambda: gaussian_mixture(components=2), Laplace(steps=9), PAIRS),
     "Pathfinder": (lambda: gaussian_mixture(components=2), Pathfinder(paths=2, steps=9, draws=100, memory=1), PAIRS),
     "CAVI": (lambda: gaussian_mixture(components=2), CAVI(steps=9, tolerance=0.0), PAIRS),

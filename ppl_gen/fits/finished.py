@@ -68,8 +68,10 @@ def _require_shared(algorithm: Algorithm | None, run: Run, outcome: Outcome) -> 
 
 def _has_criterion(algorithm: Algorithm | None) -> bool:
     """Whether it has a rule of its own that says when it has converged, so that to end without is a finding."""
-    own = isinstance(algorithm, Iterative) and type(algorithm).stop is not Iterative.stop
-    return own and getattr(algorithm, "stop_rule", "some") is not None
+    if not isinstance(algorithm, Iterative):
+        return False
+    own = type(algorithm).stop is not Iterative.stop
+    return own and not algorithm.endless and getattr(algorithm, "stop_rule", "some") is not None
 
 
 def _with_guide(run: Run, outcome: Outcome) -> ProgramInfo:

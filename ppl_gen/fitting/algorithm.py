@@ -147,6 +147,11 @@ class Iterative(Algorithm):
         """A pure function of the history: the sentence that says why it has converged, or None."""
         return None
 
+    @property
+    def endless(self) -> bool:
+        """Whether only the number of steps ends a run, with these settings, so that to make them all is no failure."""
+        return False
+
     def stop_every(self) -> int:
         """Ask `stop` and synchronise with the device once in so many steps."""
         return 1

@@ -27,8 +27,8 @@ class EMSteps:
             data, such as moments that are all they need. It sees the rows in the dtype that the user gave, and not
             that of the fit: large data in float32 need not be copied. None: they get the data, in the fit's dtype.
         blend: ``blend(old, new, shares) -> weights``: the statistics of two sets of rows together, whose rows count as
-            often as the two numbers ``shares`` say. With it, and an ``e_step`` of statistics that are all ``m_step``
-            needs of the rows, the program can be learned from minibatches (``EM(batch_size=...)``).
+            often as the two numbers ``shares`` say. With it the program can be learned from minibatches
+            (``EM(batch_size=...)``), where ``m_step`` is called without data: the statistics are all that it needs.
     """
 
     m_step: Callable[..., dict[str, Tensor]]

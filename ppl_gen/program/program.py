@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.arguments import require_function, require_instance, require_mapping, require_text
-from ppl_gen.errors import require_whole
+from ppl_gen.errors import require_flag, require_whole
 from ppl_gen.handlers.opened import opened
 from ppl_gen.program.extensions import CAVIUpdates, EMSteps, Energy, TimeSteps
 
@@ -179,6 +179,7 @@ class Recipe:
             raise TypeError(f"build: expected a function from data to a Program, got {type(self.build).__name__}")
         require_text("name", self.name)
         require_mapping("arguments", self.arguments)
+        require_flag("as_given", self.as_given)
         if not self.name:
             object.__setattr__(self, "name", getattr(self.build, "__name__", type(self.build).__name__))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,7 +18,9 @@ from ppl_gen.fitting.posteriors.points import PointPosterior
 from ppl_gen.fitting.run import Ending, Info, Outcome, Run
 from ppl_gen.inference.em.expectation import Expectation, Problem
 from ppl_gen.inference.em.maximisation import Maximiser
+from ppl_gen.inference.em.online import OnlineState
 from ppl_gen.inference.em.starts import TRIAL_STEPS, advanced, candidates, first_values
+from ppl_gen.inference.em.whole import WholeState, copied, put_back
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import isolated
 
@@ -27,8 +29,6 @@ __all__ = ["EM"]
 _MODES = ("auto", "offered", "derived", "gradient")
 # Starts tried where the program has none of its own; one where it has.
 _STARTS = 5
-# Sums over rows agree to a few units in the last place of their terms; a larger fall is a fall.
-_ROUNDING = 256
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,15 @@ class EM(Iterative):
         restarts: how many starts are tried for ten steps each; the best is run from its beginning. None: one where the
             program has its own start (or a fit is continued), else five. An extremum found by EM is a local one.
         m_step: "auto" as above, or only "offered", "derived" or "gradient".
+        batch_size: rows of a step; None: all. With it, EM is stochastic approximation by sufficient statistics s (Cappe
+            and Moulines 2009), for programs whose steps say how these add up (`gaussian_mixture`, `ppca`,
+            `factor_analysis`; `EMSteps.blend`):
+            :math:`s_{t+1} = (1 - \\gamma_t) s_t + \\gamma_t \\hat s(\\theta_t)`, with the statistics of a batch at
+            the present values, scaled to all rows. It makes all its ``steps``; values at the end are those of an
+            average of s that gives most weight to the last third of the run, and
+            ``history["batch_log_likelihood"]`` is that of each batch before its step, scaled to all rows.
+        decay: kappa of the step sizes :math:`\\gamma_t = (t + 1)^{-\\kappa}`, above 0.5 and at most 1 (which forgets
+            the start very slowly); only with ``batch_size``. The first five steps only gather statistics.
 
     Raises:
         ValueError: for settings out of range.
@@ -64,6 +73,7 @@ class EM(Iterative):
 
     References:
         Maximum likelihood from incomplete data via the EM algorithm (Dempster, Laird and Rubin, 1977).
+        On-line expectation-maximization algorithm for latent data models (Cappe and Moulines, 2009).
 
     Example:
         >>> import pyro, torch, ppl_gen as pg
@@ -84,20 +94,32 @@ class EM(Iterative):
     prior: bool = False
     restarts: int | None = None
     m_step: Literal["auto", "offered", "derived", "gradient"] = "auto"
+    batch_size: int | None = None
+    decay: float = 0.6
 
     dtype: ClassVar[torch.dtype | None] = torch.float64
     growing: ClassVar[Sequence[str]] = ("steps",)
     vectors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "restarts"):
+        for name in ("steps", "restarts", "batch_size"):
             value = getattr(self, name)
-            if value is None and name == "restarts":
-                continue
-            require_whole(name, value)
+            if value is not None or name == "steps":
+                require_whole(name, value)
         require_number("tolerance", self.tolerance, expected="a number of nats of at least 0")
         require_flag("prior", self.prior)
         require_choice("m_step", self.m_step, _MODES)
+        require_number("decay", self.decay, 0.5, 1.0, "a number above 0.5 and at most 1")
+        if self.decay == 0.5:
+            raise ValueError("decay: expected a number above 0.5 and at most 1, got 0.5: the noise would never die out")
+        if self.batch_size is not None and (self.m_step not in ("auto", "offered") or self.restarts not in (None, 1)):
+            raise ValueError(
+                "batch_size: minibatches are for the program's own steps from one start; leave m_step and restarts out"
+            )
+
+    @property
+    def endless(self) -> bool:
+        return self.batch_size is not None
 
     @property
     def needs(self) -> Sequence[Need]:
@@ -110,6 +132,12 @@ class EM(Iterative):
             raise IncompatibleError(
                 f"EM(m_step='offered') does not fit the program {program.name!r}, which offers no EM steps. Use EM(), "
                 "or give them: Program(model, em=EMSteps(...))"
+            )
+        if self.batch_size is not None and (program.em is None or None in (program.em.e_step, program.em.blend)):
+            raise IncompatibleError(
+                f"EM(batch_size={self.batch_size}) does not fit the program {program.name!r}: minibatches need "
+                "sufficient statistics that add up over rows: Program(model, em=EMSteps(m_step=..., e_step=..., "
+                "blend=...)). Use EM()"
             )
         whole = [site.name for site in info.select(discrete=True, local=False) if not site.finite]
         if whole:
@@ -154,12 +182,18 @@ class EM(Iterative):
                     f"summing the states of its model gives {summed:.10g}. The two must describe one model"
                 )
 
-    def _problem(self, run: Run) -> Problem:
-        return Problem.of(run, prior=self.prior, offered=self.m_step in ("auto", "offered"))
+    def source(self, run: Run) -> Batches:
+        steps = run.program.em
+        given = self.batch_size is not None and steps is not None and steps.prepare is not None
+        data = replace(run.data, dtype=None) if given else run.data
+        return Batches(data, self.batch_size, run.seed, ranks=run.ranks)
 
-    def init(self, run: Run) -> _State:
+    def init(self, run: Run) -> WholeState | OnlineState:
         """Starts are compared, and the M-steps decided, at the first."""
-        problem = self._problem(run)
+        offered, few = self.m_step in ("auto", "offered"), self.batch_size is not None
+        problem = Problem.of(run, prior=self.prior, offered=offered, few=few)
+        if few:
+            return self._online(run, problem)
         first = first_values(run, problem)
         maximiser = Maximiser(problem, self.m_step, run.seed)
         expectation = _finite(problem.expect(first))
@@ -174,30 +208,33 @@ class EM(Iterative):
         run.notes["M-step"] = maximiser.describe()
         chosen = f", the best of {len(starts)} after {TRIAL_STEPS} steps each" if len(starts) > 1 else ""
         run.notes["start"] = f"log-likelihood {expectation.log_likelihood:.6f} at the start{chosen}"
-        return _State(self, problem, maximiser, expectation, len(starts), torch.finfo(run.dtype).eps)
+        return WholeState(self.prior, problem, maximiser, expectation, len(starts), torch.finfo(run.dtype).eps)
 
-    def step(self, state: _State, source: Batches) -> tuple[_State, Info]:
-        state.advance()
+    def _online(self, run: Run, problem: Problem) -> OnlineState:
+        values = first_values(run, problem)
+        maximiser = Maximiser(problem, "offered", run.seed)
+        maximiser.prepare(_finite(problem.expect(values)))
+        run.notes["M-step"] = f"{maximiser.describe()}, from statistics of minibatches"
+        assert run.program.em is not None  # check
+        return OnlineState(run.program.em, self.prior, run.data.rows or 1, self.decay, values)
+
+    def step(self, state: WholeState | OnlineState, source: Batches) -> tuple[WholeState | OnlineState, Info]:
+        state.advance(source)
         return state, state.info()
 
-    def state_dict(self, state: _State) -> dict[str, Any]:
-        return {
-            "values": {name: value.detach().clone() for name, value in state.expectation.values.items()},
-            "params": {name: leaf.detach().clone() for name, leaf in state.problem.leaves.items()},
-            "replaced": state.replaced,
-            "failed": state.failed,
-        }
+    def state_dict(self, state: WholeState | OnlineState) -> dict[str, Any]:
+        return state.state_dict()
 
-    def load_state_dict(self, state: _State, saved: Mapping[str, Any]) -> _State:
-        _put_back(state.problem, [saved["params"][name] for name in state.problem.leaves])
-        state.expectation = state.problem.expect({name: value.clone() for name, value in saved["values"].items()})
-        state.replaced, state.failed = int(saved["replaced"]), str(saved["failed"])
+    def load_state_dict(self, state: WholeState | OnlineState, saved: Mapping[str, Any]) -> WholeState | OnlineState:
+        state.load_state_dict(saved)
         return state
 
     def limit(self, run: Run) -> int:
         return self.steps
 
     def stop(self, history: Mapping[str, Sequence[float]]) -> str | None:
+        if self.endless:
+            return None
         values = history["log_posterior" if self.prior else "log_likelihood"]
         if len(values) < 2:
             return None
@@ -206,19 +243,19 @@ class EM(Iterative):
             return None
         return f"converged after {len(values)} steps: the last gained {max(gain, 0.0):.1e} nats"
 
-    def outcome(self, state: _State, run: Run) -> Outcome:
+    def outcome(self, state: WholeState | OnlineState, run: Run) -> Outcome:
+        values = {name: value.detach().clone() for name, value in state.values.items()}
+        cost = {"restarts": 1, "trial_steps": 0}
+        if isinstance(state, OnlineState):
+            return Outcome(PointPosterior(values), run.workspace.snapshot(), cost=cost)
         if state.replaced:
             run.notes["replaced M-steps"] = (
                 f"{state.replaced} M-step(s) would have lowered the objective; gradients made them"
             )
-        values = {name: value.detach().clone() for name, value in state.expectation.values.items()}
-        trials = TRIAL_STEPS * state.starts if state.starts > 1 else 0
-        return Outcome(
-            PointPosterior(values),
-            run.workspace.snapshot(),
-            ending=Ending("failed", state.failed) if state.failed else None,
-            cost={"restarts": state.starts, "trial_steps": trials},
-        )
+        if state.starts > 1:
+            cost = {"restarts": state.starts, "trial_steps": TRIAL_STEPS * state.starts}
+        ending = Ending("failed", state.failed) if state.failed else None
+        return Outcome(PointPosterior(values), run.workspace.snapshot(), ending=ending, cost=cost)
 
 
 def _finite(expectation: Expectation) -> Expectation:
@@ -232,79 +269,12 @@ def _finite(expectation: Expectation) -> Expectation:
 
 def _best(problem: Problem, maximiser: Maximiser, starts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The start that is highest after a few steps; each begins with the same parameters of Pyro's."""
-    kept = _copied(problem)
+    kept = copied(problem)
     found = []
     for values in starts:
         try:
             found.append(advanced(problem, maximiser, problem.expect(values), TRIAL_STEPS).objective)
         except FloatingPointError:
             found.append(-math.inf)
-        _put_back(problem, kept)
+        put_back(problem, kept)
     return starts[max(range(len(starts)), key=found.__getitem__)]
-
-
-def _copied(problem: Problem) -> list[Tensor]:
-    return [leaf.detach().clone() for leaf in problem.leaves.values()]
-
-
-def _put_back(problem: Problem, kept: list[Tensor]) -> None:
-    with torch.no_grad():
-        for leaf, value in zip(problem.leaves.values(), kept, strict=True):
-            leaf.copy_(value)
-
-
-class _State:
-    """The last E-step, and what it takes to make the next."""
-
-    def __init__(
-        self,
-        em: EM,
-        problem: Problem,
-        maximiser: Maximiser,
-        expectation: Expectation,
-        starts: int,
-        precision: float,
-    ) -> None:
-        self.em, self.problem, self.maximiser = em, problem, maximiser
-        self.expectation, self.starts, self.precision = expectation, starts, precision
-        self.replaced, self.failed = 0, ""
-
-    def advance(self) -> None:
-        """One M-step and the E-step after it; the objective is not lower afterwards."""
-        if self.failed:
-            return
-        before, kept = self.expectation, _copied(self.problem)
-        try:
-            after = self._tried(self.maximiser(before))
-            if self._fell(before, after) and (before.trace is not None or self.problem.sums):
-                _put_back(self.problem, kept)
-                after = self._tried(self.maximiser.by_gradient(before))
-                self.replaced += 1
-        except (FloatingPointError, KeyboardInterrupt):
-            _put_back(self.problem, kept)
-            raise
-        if self._fell(before, after):
-            _put_back(self.problem, kept)
-            self.failed = (
-                f"the objective fell from {before.objective:.10g} to {after.objective:.10g}: the program's own EM "
-                "steps are not those of its model, or its densities differ each time it runs; what came before is kept"
-            )
-            return
-        self.expectation = after
-
-    def _tried(self, values: dict[str, Tensor]) -> Expectation:
-        after = self.problem.expect(values)
-        if not math.isfinite(after.objective):
-            raise FloatingPointError(
-                f"the log-likelihood is {after.log_likelihood} after an M-step ({self.maximiser.describe()}). Start "
-                "elsewhere (another seed, Program(start=...)), or let the prior keep scales off zero: EM(prior=True)"
-            )
-        return after
-
-    def _fell(self, before: Expectation, after: Expectation) -> bool:
-        slack = _ROUNDING * self.precision * (abs(before.objective) + self.problem.rows)
-        return after.objective < before.objective - slack
-
-    def info(self) -> dict[str, float]:
-        found = {"log_likelihood": self.expectation.log_likelihood}
-        return found | ({"log_posterior": self.expectation.objective} if self.em.prior else {})

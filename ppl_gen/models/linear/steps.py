@@ -191,7 +191,9 @@ class LinearGaussian:
             return complete(rows, w, mu, weight, constant)
         return masked(rows, w, mu, weight, constant)
 
-    def m_step(self, weights: Values, values: Values, prior: bool, rows: RowMoments | Patterns) -> dict[str, Tensor]:
+    def m_step(
+        self, weights: Values, values: Values, prior: bool, rows: RowMoments | Patterns | None = None
+    ) -> dict[str, Tensor]:
         r"""Regress y on (z, 1) column by column; what is left over is the noise.
 
         Under maximum likelihood the latents' own mean and covariance are fitted too and then absorbed into W and mu,

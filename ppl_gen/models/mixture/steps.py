@@ -107,13 +107,14 @@ class Mixture:
         return swept(x, self.standard.scaling(forms.centre), forms, statistics=statistics)
 
     def m_step(
-        self, weights: Mapping[str, Tensor], values: Mapping[str, Tensor], prior: bool, x: Tensor
+        self, weights: Mapping[str, Tensor], values: Mapping[str, Tensor], prior: bool, x: Tensor | None = None
     ) -> dict[str, Tensor]:
         """New values of all global sites. A component without rows stays where it was.
 
         ``weights`` is what `e_step` gives, or the responsibilities of all rows: ``assignment``, N x K.
         """
         if "assignment" in weights:
+            assert x is not None
             groups = moments(self.standard.scaled(x), weights["assignment"], full=self.gaussian.full)
         else:
             groups = Moments(weights["counts"], weights["means"], weights["scatter"])
