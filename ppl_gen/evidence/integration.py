@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,10 @@ from ppl_gen.handlers.local_particles import LocalParticles
 from ppl_gen.handlers.sites import is_sample
 from ppl_gen.inference.guides.resolved import point_sites
 from ppl_gen.program.unlearned import leaves
+from ppl_gen.weights.chunks import Chunks
 from ppl_gen.weights.densities import densities, of_each
-from ppl_gen.weights.particles import can_vectorise, log_weights_in_chunks, of_particle
+from ppl_gen.weights.log_mean import LogMean
+from ppl_gen.weights.particles import can_vectorise, of_particle
 from ppl_gen.weights.weight_quality import WeightQuality
 from ppl_gen.workspace.isolation import without_side_effects
 
@@ -49,6 +50,7 @@ class RowIntegral:
     missing: tuple[str, ...]
     leaves: tuple[str, ...]
     quality: WeightQuality = field(compare=False)
+    chunks: list[Chunks] = field(compare=False, default_factory=list)  # made with the first batch
 
     @property
     def sampled(self) -> bool:
@@ -67,34 +69,30 @@ class RowIntegral:
         if not self.drawn:
             per_draw, _ = densities(self.fit, batch, thetas)
             return per_draw, torch.zeros_like(per_draw[0])
-        if self.guide is None and self.sums:
-            weights = _summed_particles(self, batch, thetas, particles)
-        else:
-            weights = self._weighed(batch, thetas, particles)
-        self.quality.add(weights.flatten(0, 1))
-        per_draw = torch.logsumexp(weights, 1) - math.log(particles)
-        relative = (weights - weights.amax(1, keepdim=True)).exp()
-        spread = torch.zeros_like(per_draw)
-        if particles > 1:
-            spread = relative.var(1) / particles / relative.mean(1) ** 2
+        means: list[LogMean] = [LogMean() for _ in thetas]
+        columns: list[Tensor] = []
+        kept: Tensor | None = None
+        for place, weights in self._weights(batch, thetas, particles):
+            means[place].add(weights)
+            kept = self.quality.kept(weights.shape[1]) if kept is None else kept
+            columns.append(weights[:, kept.to(weights.device)])
+        self.quality.take(LogMean().join(means), torch.cat(columns))
+        per_draw = torch.stack([mean.value for mean in means])
+        spread = torch.stack([mean.variance for mean in means])
         share = torch.softmax(per_draw, 0)
         return per_draw, (share**2 * spread).sum(0)
 
-    def _weighed(self, batch: Batch, thetas: Draws, particles: int) -> Tensor:
-        """log w, draws x particles x rows: of draws of the guide where there is one, else of the prior."""
-        model, info = self.fit.joint, self.fit.info
-        guided = set(info.guide_sites or {}) if self.guide is not None else set()
-        # Where the prior draws continuous sites beside a guide, it draws the finite ones too: their terms cancel.
-        sums = self.sums if all(name in guided for name in self.drawn) else ()
-        vectorise = can_vectorise(model, self.guide, info, batch, sums)
-        found = []
-        for theta in thetas:
-            weights = log_weights_in_chunks(
-                model, self.guide, info, batch, particles, values=theta, sums=sums, vectorise=vectorise
-            )
-            assert weights.rows is not None
-            found.append(weights.rows)
-        return torch.stack(found)
+    def _weights(self, batch: Batch, thetas: Draws, particles: int) -> Iterator[tuple[int, Tensor]]:
+        """The place of a draw of the globals, and log weights of particles of the latents, n x rows."""
+        if self.guide is None and self.sums:
+            return enumerate(_summed_particles(self, batch, thetas, particles))
+        if not self.chunks or self.chunks[0].particles != particles:
+            guided = set(self.fit.info.guide_sites or {}) if self.guide is not None else set()
+            # Where the prior draws continuous sites beside a guide, it draws the finite ones too: their terms cancel.
+            sums = self.sums if all(name in guided for name in self.drawn) else ()
+            times = len(thetas) * max(1, self.quality.rows // (batch.rows or 1))
+            self.chunks[:] = [Chunks(self.fit.joint, self.guide, self.fit.info, sums, particles, times)]
+        return self.chunks[0](batch, thetas)
 
 
 def row_integral(fit: Fit, batch: Batch, theta: Mapping[str, Tensor], rows: int) -> RowIntegral:

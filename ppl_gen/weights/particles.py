@@ -17,7 +17,7 @@ from ppl_gen.program.info import ProgramInfo
 from ppl_gen.weights.log_weights import LogWeights, collected, sampled, subsamples, traced, traced_together
 from ppl_gen.workspace.isolation import without_side_effects
 
-__all__ = ["can_vectorise", "local_log_weights", "log_weights_in_chunks", "of_particle"]
+__all__ = ["can_vectorise", "local_log_weights", "log_weights_in_chunks", "most_at_once", "of_particle"]
 
 MAX_ELEMENTS = 4_000_000  # numbers of one tensor, where no gradient asks for all particles together
 
@@ -112,8 +112,7 @@ def log_weights_in_chunks(
     vectorise: bool,
 ) -> LogWeights:
     """`local_log_weights` with as many particles at a time as keep each tensor at about `MAX_ELEMENTS` numbers."""
-    inputs = [v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]
-    most = max(1, MAX_ELEMENTS // max(1, sum(value.numel() for value in inputs)))
+    most = most_at_once(batch)
     parts = []
     while particles > 0:
         count = min(most, particles)
@@ -122,6 +121,12 @@ def log_weights_in_chunks(
         particles -= count
     rows = [part.rows for part in parts if part.rows is not None]
     return replace(parts[0], rows=torch.cat(rows) if rows else None)
+
+
+def most_at_once(batch: Batch) -> int:
+    """How many copies of the batch `MAX_ELEMENTS` numbers are."""
+    inputs = [v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]
+    return max(1, MAX_ELEMENTS // max(1, sum(value.numel() for value in inputs)))
 
 
 def _single(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_gen.weights.log_mean import LogMean
 from ppl_gen.weights.psis import MIN_DRAWS, pareto_k_rows, row_subset
 
 __all__ = ["WeightQuality"]
@@ -22,6 +23,7 @@ class WeightQuality:
     """
 
     def __init__(self, rows: int) -> None:
+        self.rows = rows
         self._chosen = torch.as_tensor(row_subset(rows, MAX_ROWS))
         self._seen, self._draws = 0, 0
         self._sizes: list[Tensor] = []
@@ -29,14 +31,20 @@ class WeightQuality:
 
     def add(self, log_weights: Tensor) -> None:
         """Draws x rows of one chunk, in nats."""
-        logs = log_weights.double().cpu()
-        most = logs.amax(0)
-        relative = (logs - torch.where(most > -torch.inf, most, 0.0)).exp()
-        # A row that no draw can explain has weights of zero throughout, and none of them carries it.
-        self._sizes.append(relative.sum(0) ** 2 / relative.square().sum(0).clamp_min(torch.finfo(logs.dtype).tiny))
-        here = self._chosen[(self._chosen >= self._seen) & (self._chosen < self._seen + logs.shape[1])]
-        self._columns.append(logs[:, here - self._seen])
-        self._seen, self._draws = self._seen + logs.shape[1], len(logs)
+        logs, mean = log_weights.double().cpu(), LogMean()
+        mean.add(logs)
+        self.take(mean, logs[:, self.kept(logs.shape[1])])
+
+    def kept(self, rows: int) -> Tensor:
+        """Which of the ``rows`` rows that come next are looked at one by one."""
+        return self._chosen[(self._chosen >= self._seen) & (self._chosen < self._seen + rows)] - self._seen
+
+    def take(self, mean: LogMean, columns: Tensor) -> None:
+        """Of one chunk of rows the mean of its weights, and the log weights (draws x rows) of those that are `kept`."""
+        sizes = mean.effective
+        self._sizes.append(sizes)
+        self._columns.append(columns.double().cpu())
+        self._seen, self._draws = self._seen + len(sizes), mean.count
 
     @property
     def effective_draws(self) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 import ppl_gen as pg
 from ppl_gen.inference import SVI
 from ppl_gen.models import vae
+from ppl_gen.weights import chunks as chunks_file
 from ppl_gen.weights import particles as particles_file
 from ppl_gen.weights.weight_quality import FEW, WeightQuality
 
@@ -84,13 +85,13 @@ def test_memory_chunks_change_nothing_but_the_draws(tiny: pg.Fit, monkeypatch: p
 
 def test_no_more_particles_are_held_at_a_time_than_memory_likes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    genuine = particles_file.local_log_weights
+    genuine = chunks_file.local_log_weights
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         seen.append(args[4])
         return genuine(*args, **kwargs)
 
-    monkeypatch.setattr(particles_file, "local_log_weights", watched)
+    monkeypatch.setattr(chunks_file, "local_log_weights", watched)
     monkeypatch.setattr(particles_file, "MAX_ELEMENTS", 4 * 8)
     fit = pg.fit(pg.Program(local, local_exact_guide), X8, STILL)
     assert torch.allclose(fit.evidence(particles=10).values, local_evidence(X8))
