@@ -16,6 +16,8 @@ from ppl_gen.fitting.algorithm import Iterative
 from ppl_gen.fitting.posteriors.guides import GuidePosterior
 from ppl_gen.fitting.posteriors.points import PointPosterior
 from ppl_gen.fitting.run import Ending, Info, Outcome, Run
+from ppl_gen.fitting.stopping import Plateau
+from ppl_gen.inference.guides.begun import Beginning, beginning
 from ppl_gen.inference.guides.guide_list import has_own_parts
 from ppl_gen.inference.guides.jacobians import check_jacobians
 from ppl_gen.inference.guides.laplace import LaplaceGuide, second_stage
@@ -28,6 +30,7 @@ from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.inference.outside import refuse_rows_outside
 from ppl_gen.inference.spread import as_shared, refuse_coupled, refuse_undivided, rows_each
 from ppl_gen.inference.updates import OPTIMISERS, State
+from ppl_gen.inference.whitened import WhitenedAdam
 from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.guide_checks import check_masked
 from ppl_gen.program.offers import Need, require
@@ -35,6 +38,8 @@ from ppl_gen.workspace.isolation import without_side_effects
 from ppl_gen.workspace.workspace import ProgramState
 
 __all__ = ["SVI"]
+
+_FLAT = Plateau(window=250, tolerance=0.0)  # where the user gave neither steps nor rate: no fall beyond the noise
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,10 @@ class SVI(Iterative):
         return Batches(run.data, self.batch_size, run.seed, self.stratify, ranks=run.ranks)
 
     def stop(self, history: Mapping[str, Sequence[float]]) -> str | None:
-        said: Any = None if self.stop_rule is None else self.stop_rule(history)  # whatever the user's function gives
+        rule = self.stop_rule
+        if rule is None and self.steps is None and self.epochs is None and "learning_rate" in history:
+            rule = _FLAT
+        said: Any = None if rule is None else rule(history)  # whatever the user's function gives
         if said is not None and not isinstance(said, str):
             raise TypeError(f"stop_rule: expected None, or a sentence that says why the run ends, got {said!r}")
         return said
@@ -179,9 +187,48 @@ class SVI(Iterative):
             game = started(self.objective, shared)
         refuse_coupled(game, run)
         _continue(game, run)
-        return State(self, run, game, guide, probe)
+        begins = self._beginning(run, guide, minibatches)
+        state = State(self, run, game, guide, probe)
+        if begins is not None:
+            self._begin(state, begins)
+        return state
+
+    @property
+    def _open(self) -> bool:
+        """Whether the user left open how the parameters of an ELBO move."""
+        chosen = (self.lr, self.optimiser, self.schedule, self.clip_norm)
+        return self.objective == ELBO(particles=self._particles) and all(choice is None for choice in chosen)
+
+    @property
+    def _particles(self) -> int:
+        return self.objective.particles if isinstance(self.objective, ELBO) else 1
+
+    def _beginning(self, run: Run, guide: Callable[..., Any] | None, minibatches: bool) -> Beginning | None:
+        if guide is None or not run.ranks.alone:
+            return None
+        return beginning(run, guide, search=self._open and not minibatches and not run.data.streamed)
+
+    def _begin(self, state: State, begins: Beginning) -> None:
+        """Put the guide at its normal, and move it in units of that, unless the user says how it moves."""
+        run, params = state.run, list(state.leaves["program"].values())
+        run.notes["guide starts"] = begins.said
+        if begins.evaluations:
+            run.notes["density evaluations"] = f"{begins.evaluations} to find where the guide starts"
+        if not self._open:
+            begins.place(params)
+            return
+        state.optimisers["program"] = begins.optimiser(params)
+        run.notes["optimiser"] = (
+            "Adam in units of the normal that the guide starts at, 0.05 sd a step and falling as 1 / sqrt(step) after "
+            "100; the parameters are the mean of the iterates, later ones counted more. lr= or optimiser= replace all "
+            "this"
+        )
 
     def step(self, state: State, source: Batches) -> tuple[State, Info]:
+        optimiser = state.optimisers.get("program")
+        if isinstance(optimiser, WhitenedAdam):
+            rate = optimiser.rate
+            return state, {**state.step(source), "learning_rate": rate}
         return state, state.step(source)
 
     def state_dict(self, state: State) -> dict[str, Any]:
@@ -203,7 +250,7 @@ class SVI(Iterative):
             )
         if ("density",) not in self.objective.needs:
             run.notes["game"] = f"{self.objective.label} does not use the density: look at samples, not at the loss"
-        values = state.run.workspace.snapshot()
+        values = _averaged(state, state.run.workspace.snapshot())
         guide, failed = state.guide, None
         if isinstance(guide, AutoLaplaceApproximation) and state.bad is None:
             try:
@@ -220,6 +267,15 @@ class SVI(Iterative):
             guide=guide,
             ending=None if failed is None else Ending("failed", failed),
         )
+
+
+def _averaged(state: State, values: ProgramState) -> ProgramState:
+    """The learned numbers, those of an optimiser that averages its iterates at their mean."""
+    optimiser = state.optimisers.get("program")
+    if not isinstance(optimiser, WhitenedAdam) or not optimiser.count or state.bad is not None:
+        return values
+    mean = dict(zip(state.leaves["program"], optimiser.averaged(), strict=True))
+    return replace(values, unconstrained={**values.unconstrained, **mean})
 
 
 def _curved(guide: AutoLaplaceApproximation, values: ProgramState, run: Run) -> tuple[LaplaceGuide, ProgramState]:

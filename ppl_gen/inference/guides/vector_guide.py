@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
-from pyro.infer.autoguide import AutoContinuous
-from torch import Tensor
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch.distributions import biject_to
 
 from ppl_gen.data.batching import Batch
@@ -95,7 +94,7 @@ def guide_from_vector(run: Run, distribution: Callable[[], TorchDistribution]) -
     return guide
 
 
-def refuse_moving_supports(run: Run, guide: AutoContinuous, density: Unconstrained) -> None:
+def refuse_moving_supports(run: Run, guide: AutoGuide, density: Unconstrained) -> None:
     """Pyro keeps the supports of its first look, and a bound that another site moves would be read wrongly.
 
     Raises:
@@ -104,7 +103,8 @@ def refuse_moving_supports(run: Run, guide: AutoContinuous, density: Unconstrain
     for step in (0.3, -0.7):
         u = step * torch.linspace(0.5, 1.0, density.size, dtype=run.dtype, device=run.data.device)
         with torch.no_grad():
-            made, exact = _values(guide, u), dict(zip(density.sites, density.values(u), strict=True))
+            made = {name: biject_to(_support(guide, name))(part) for name, part in density.split(u).items()}
+            exact = dict(zip(density.sites, density.values(u), strict=True))
         moved = [name for name in exact if not torch.allclose(exact[name], made[name], rtol=1e-4, atol=1e-6)]
         if moved:
             raise IncompatibleError(
@@ -113,6 +113,6 @@ def refuse_moving_supports(run: Run, guide: AutoContinuous, density: Unconstrain
             )
 
 
-def _values(guide: AutoContinuous, u: Tensor) -> dict[str, Tensor]:
-    """The sites of the guide at a vector."""
-    return {site["name"]: biject_to(site["fn"].support)(part) for site, part in guide._unpack_latent(u)}
+def _support(guide: AutoGuide, name: str) -> Any:
+    """The support of a site at the guide's first look."""
+    return guide.prototype_trace.nodes[name]["fn"].support
