@@ -119,8 +119,9 @@ class Run:
 
     def starting_values(self) -> dict[str, Tensor]:
         """Plausible values of latent sites: those of the fit to continue from, else the program's own."""
-        if self.start is not None and self.start.point is not None:
-            return {name: value.clone() for name, value in self.start.point.items()}
+        centre = None if self.start is None else self.start.learned.centre(self.data.most())
+        if centre is not None:
+            return {name: value.detach().clone() for name, value in centre.items()}
         if self.program.start is None:
             return {name: value.clone() for name, value in self.info.inside.items()}
         return {name: torch.as_tensor(value, dtype=self.dtype) for name, value in self.program.start().items()}

@@ -69,6 +69,13 @@ class Posterior(ABC):
         """A guide that makes the draws and has a density: they are weighed by it, for k-hats and evidence."""
         return None
 
+    def centre(self, batch: Batch) -> Mapping[str, Tensor] | None:
+        """One value of each site in the middle of the draws, where another algorithm can begin; None: none is known.
+
+        Called within the workspace of that other run, which holds the parameters of this fit.
+        """
+        return self.point
+
     def by_chain(self) -> Mapping[str, Tensor] | None:
         """All draws that are held, chains x draws x shape of the site; None where draws are made when asked for.
 

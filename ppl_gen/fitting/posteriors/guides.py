@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
@@ -47,6 +48,16 @@ class GuidePosterior(Posterior):
                     }
                 )
         return draws
+
+    def centre(self, batch: Batch) -> Mapping[str, Tensor] | None:
+        """The medians of an autoguide that has some."""
+        if not isinstance(self.function, AutoGuide):
+            return None
+        try:
+            with torch.no_grad():
+                return dict(self.function.median(*batch.args, **batch.kwargs))
+        except NotImplementedError:  # flows
+            return None
 
     @property
     def proposal(self) -> Callable[..., Any]:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
+from torch.distributions import biject_to
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.fitting.run import Run
@@ -52,6 +54,12 @@ class NormalGuide(AutoContinuous):
         loc = (shares * self.loc).sum(0)
         variance = self.scale_tril.square().sum(-1) + (self.loc - loc).square()
         return loc, (shares * variance).sum(0).sqrt()
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The sites at the mean of the part with the largest share."""
+        loc, _ = self.moments()
+        return {site["name"]: biject_to(site["fn"].support)(part) for site, part in self._unpack_latent(loc)}
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the part with the largest share: that of one mode, where there are several."""
