@@ -10,6 +10,7 @@ import time
 import torch
 from oracles_of_linear import linear_autoencoder, linear_gaussian, linear_variational_autoencoder
 from oracles_of_models import boltzmann, cavi, crabs_by_em, em_against_scikit_learn, markov, noising
+from oracles_of_normals import gaussian_posterior, logistic_maximum, mode_shares
 from oracles_of_objectives import (
     bounds_on_minibatches,
     evidence_by_importance,
@@ -36,6 +37,9 @@ ORACLES = (
     bounds_on_minibatches,
     unbiased_minibatches,
     evidence_by_importance,
+    gaussian_posterior,
+    logistic_maximum,
+    mode_shares,
 )
 ABOUT = """
 A bound's error is the bound minus what it must not exceed (negative: below it), its tolerance five standard errors; in

@@ -23,8 +23,8 @@ KINDS = (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMult
 class Frame(ABC):
     r"""loc = m + L a; what gives the spread, relative to that of N(m, L L').
 
-    ``loc`` is m, (size,), ``factor`` the lower triangular L, (size, size). At free numbers that are all 0 the guide is
-    the one of its kind that is nearest to this normal: KL(q || N(m, L L')) is least.
+    ``loc`` is m, (size,), ``factor`` the lower triangular L, (size, size). At free numbers that are all 0 a guide of
+    full rank is this normal, a mean field the one nearest to it (KL(q || N(m, L L')) is least), low rank between them.
     """
 
     def __init__(self, loc: Tensor, factor: Tensor) -> None:
