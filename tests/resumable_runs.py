@@ -71,7 +71,6 @@ RUNS: dict[str, tuple[Callable[[], Any], Any, Any]] = {
         SVI(ContrastiveDivergence(persistent=True), steps=9, batch_size=6, lr=0.05, optimiser="sgd"),
         BITS,
     ),
-    "a guide that begins at a normal": (lambda: gaussian_mixture(components=2), SVI(steps=9), PAIRS),
     "EM": (lambda: gaussian_mixture(components=2), EM(steps=9, tolerance=0.0), PAIRS),
     "EM by gradients": (lambda: gaussian_mixture(components=2), EM(steps=9, tolerance=0.0, m_step="gradient"), PAIRS),
     "EM from minibatches": (lambda: gaussian_mixture(components=2), EM(steps=9, batch_size=7), PAIRS),

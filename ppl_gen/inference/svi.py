@@ -39,6 +39,7 @@ from ppl_gen.workspace.workspace import ProgramState
 
 __all__ = ["SVI"]
 
+_WORTH = 100  # steps: to look for a start evaluates the density some hundred times
 _FLAT = Plateau(window=250, tolerance=0.0)  # where the user gave neither steps nor rate: no fall beyond the noise
 
 
@@ -50,11 +51,11 @@ class SVI(Iterative):
 
     Where ``lr``, ``optimiser``, ``schedule`` and ``clip_norm`` are left open, the objective is `ELBO` on all rows, and
     the guide is the default or the class of a normal autoguide of Pyro's over at most 300 continuous latents of a
-    program without parameters of its own, settings are found that arrive: the guide starts at the best normal of four
-    quasi-Newton paths (`Pathfinder`), Adam moves it in units of that normal, so that one rate fits every program, and
-    the parameters are the mean of the iterates (Dhaka et al. 2020). Without ``steps`` and ``epochs`` the run ends when
-    the loss falls no more beyond its noise, after 2000 steps at most. ``fit.notes`` says what was chosen.
-    ``start=`` a fit of `Laplace` or `Pathfinder` begins the guide at its normal instead.
+    program without parameters of its own, a run of 100 steps or more finds settings that arrive: the guide starts at
+    the best normal of four quasi-Newton paths (`Pathfinder`), Adam moves it in units of that normal, so that one rate
+    fits every program, and the parameters are the mean of the iterates (Dhaka et al. 2020). Without ``steps`` and
+    ``epochs`` the run ends when the loss falls no more beyond its noise, after 2000 steps at most. ``fit.notes`` says
+    what was chosen. ``start=`` a fit of `Laplace` or `Pathfinder` begins the guide at its normal instead.
 
     Args:
         objective: an objective of `ppl_gen.inference`, or an instance or class of `pyro.infer.ELBO`.
@@ -215,7 +216,8 @@ class SVI(Iterative):
     def _beginning(self, run: Run, guide: Callable[..., Any] | None, minibatches: bool) -> Beginning | None:
         if guide is None or not run.ranks.alone:
             return None
-        return beginning(run, guide, search=self._open and not minibatches and not run.data.streamed)
+        whole = not minibatches and not run.data.streamed
+        return beginning(run, guide, search=self._open and whole and self.limit(run) >= _WORTH)
 
     def _begin(self, state: State, begins: Beginning) -> None:
         """Put the guide at its normal, and move it in units of that, unless the user says how it moves."""

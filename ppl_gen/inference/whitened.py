@@ -32,11 +32,15 @@ class WhitenedAdam(torch.optim.Optimizer):
         params: what is moved, in the order that ``place`` gives their values in.
         place: f, differentiable.
         free: phi at the beginning; the parameters are put at f of it.
+        held: the tensors that ``place`` reads beside; they are kept with the state, as another process may not find
+            them again to the last bit.
     """
 
-    def __init__(self, params: Sequence[Tensor], place: Place, free: Sequence[Tensor]) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], place: Place, free: Sequence[Tensor], held: Sequence[Tensor] = ()
+    ) -> None:
         super().__init__(list(params), {})
-        self.params, self.place = list(params), place
+        self.params, self.place, self.held = list(params), place, list(held)
         self.free = [value.detach().clone().requires_grad_() for value in free]
         self.inner = torch.optim.Adam(self.free, lr=_RATE, eps=_EPS)
         self.mean = [value.detach().clone() for value in free]
@@ -80,6 +84,7 @@ class WhitenedAdam(torch.optim.Optimizer):
         return {
             "free": [value.detach().clone() for value in self.free],
             "mean": [value.clone() for value in self.mean],
+            "held": [value.clone() for value in self.held],
             "count": self.count,
             "inner": copy.deepcopy(self.inner.state_dict()),
         }
@@ -87,8 +92,9 @@ class WhitenedAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the optimiser of the same run stood that gave ``state_dict``."""
         with torch.no_grad():
-            for value, kept in zip([*self.free, *self.mean], [*state_dict["free"], *state_dict["mean"]], strict=True):
-                value.copy_(kept)
+            for part, values in (("free", self.free), ("mean", self.mean), ("held", self.held)):
+                for value, kept in zip(values, state_dict[part], strict=True):
+                    value.copy_(kept)
         self.count = int(state_dict["count"])
         self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))
         self._put()

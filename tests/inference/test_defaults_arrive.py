@@ -30,6 +30,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 KIDS = POSTERIORS["kidiq-kidscore_momhsiq"]
 
 
+def stopped(program, data, algorithm, after, **settings):
+    """The fit after so many steps."""
+
+    def stop(step, info):
+        if step == after:
+            raise KeyboardInterrupt
+
+    return pg.fit(program, data, algorithm, seed=0, callbacks=[stop], **settings)
+
+
 def errors(posterior, fit) -> list[float]:
     draws = {name: value[None] for name, value in fit.posterior(draws=4000, seed=1).items()}
     draws = draws if posterior.program.relabel is None else dict(posterior.program.relabel(draws))
@@ -83,8 +93,8 @@ def test_every_normal_guide_finds_its_optimum(guide) -> None:
 def test_it_begins_there_and_not_where_pyro_does() -> None:
     mean, covariance = exact_linear(**LINEAR)
     program = pg.Program(linear, AutoMultivariateNormal)
-    far = pg.fit(program, LINEAR, SVI(steps=1, lr=1e-3), seed=0).params["AutoMultivariateNormal.loc"]
-    near = pg.fit(program, LINEAR, SVI(steps=1), seed=0).params["AutoMultivariateNormal.loc"]
+    far = pg.fit(program, LINEAR, SVI(steps=1), seed=0).params["AutoMultivariateNormal.loc"]
+    near = stopped(program, LINEAR, SVI(), 1).params["AutoMultivariateNormal.loc"]
     sd = covariance.diagonal().sqrt()
     assert float(((far - mean) / sd).abs().max()) > 3 > 0.5 > float(((near - mean) / sd).abs().max())
 
@@ -103,12 +113,12 @@ def test_it_begins_there_and_not_where_pyro_does() -> None:
     ],
 )
 def test_what_the_user_chose_is_kept(guide, settings) -> None:
-    fit = pg.fit(pg.Program(linear, guide), LINEAR, SVI(steps=3, **settings), seed=0)
+    fit = stopped(pg.Program(linear, guide), LINEAR, SVI(**settings), 3)
     assert not {"guide starts", "optimiser"} & set(fit.notes) and "learning_rate" not in fit.records
 
 
 def test_own_guides_move_as_ever() -> None:
-    fit = pg.fit(pg.Program(both, both_guide), X8, SVI(steps=3), seed=0)
+    fit = stopped(pg.Program(both, both_guide), X8, SVI(), 3)
     assert not {"guide starts", "optimiser"} & set(fit.notes)
 
 
@@ -119,6 +129,22 @@ def test_steps_and_rules_are_kept() -> None:
     assert fit.cost["steps"] == 100 and "10" in fit.message
 
 
+def test_a_short_run_looks_for_nothing() -> None:
+    fits = [pg.fit(linear, LINEAR, SVI(steps=steps), seed=0) for steps in (99, 100)]
+    assert ["guide starts" in fit.notes for fit in fits] == [False, True]
+
+
+@pytest.mark.parametrize("after", [3, 60])
+def test_a_stopped_run_goes_on_bit_for_bit(after, tmp_path) -> None:
+    whole = pg.fit(linear, LINEAR, SVI(steps=120), seed=0)
+    part = stopped(linear, LINEAR, SVI(steps=120), after, checkpoint=tmp_path / "run", every=2)
+    resumed = pg.fit(linear, LINEAR, SVI(steps=120), seed=0, checkpoint=tmp_path / "run", every=2)
+    assert part.cost["steps"] == after and "resumed" in resumed.notes
+    assert whole.records == resumed.records and whole.records["learning_rate"][-1] < 0.05
+    assert all(torch.equal(whole.params[name], resumed.params[name]) for name in whole.params)
+    assert not all(torch.equal(whole.params[name], part.params[name]) for name in whole.params)
+
+
 def test_programs_with_parameters_of_their_own_move_as_ever() -> None:
     def model(x, y):
         scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
@@ -126,7 +152,7 @@ def test_programs_with_parameters_of_their_own_move_as_ever() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(x @ b, scale), obs=y)
 
-    assert "guide starts" not in pg.fit(model, LINEAR, SVI(steps=3), seed=0).notes
+    assert "guide starts" not in stopped(model, LINEAR, SVI(), 3).notes
 
 
 def test_a_start_that_cannot_be_had_is_noted() -> None:
@@ -139,7 +165,7 @@ def test_a_start_that_cannot_be_had_is_noted() -> None:
         pyro.factor("far", torch.where(loc.abs() < 0.9, 0.0 * loc, loc * float("-inf")).sum())
 
     try:
-        fit = pg.fit(model, torch.zeros(5), SVI(steps=3), seed=0)
+        fit = stopped(model, torch.zeros(5), SVI(), 3)
     except pg.NonFiniteError as error:
         fit = error.fit
     assert fit.notes["guide starts"].startswith("as Pyro has it")

@@ -26,8 +26,8 @@ from ppl_gen.workspace.isolation import without_side_effects
 __all__ = ["Beginning", "beginning"]
 
 _LARGEST = 300  # numbers: the guide's covariance has half their square
-_PATHS, _STEPS, _DRAWS, _MEMORY = 4, 300, 20, 6
-_TOLERANCE = 1e-4  # nats
+_PATHS, _STEPS, _DRAWS, _MEMORY = 4, 300, 10, 6
+_TOLERANCE = 1e-3  # nats
 _NEEDS = {"density", "latent sites", "differentiable latents", "no free parameters"}
 
 
@@ -43,7 +43,7 @@ class Beginning:
     def optimiser(self, params: Sequence[Tensor]) -> WhitenedAdam:
         """Adam in the units of the normal, on these parameters, which are put at it."""
         names = self._names(params)
-        return WhitenedAdam(params, lambda free: self._values(names, free), self.frame.zeros())
+        return WhitenedAdam(params, lambda free: self._values(names, free), self.frame.zeros(), self.frame.held())
 
     def place(self, params: Sequence[Tensor]) -> None:
         """Put the parameters at the normal."""

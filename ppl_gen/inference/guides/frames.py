@@ -38,6 +38,10 @@ class Frame(ABC):
     def values(self, free: Sequence[Tensor]) -> dict[str, Tensor]:
         """The parameters in their own units, by their names in the guide."""
 
+    def held(self) -> list[Tensor]:
+        """All tensors that `values` reads beside the free numbers."""
+        return [value for _, value in sorted(vars(self).items()) if isinstance(value, Tensor)]
+
     def _none(self, *shape: int) -> Tensor:
         return self.loc.new_zeros(shape)
 
