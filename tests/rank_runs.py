@@ -344,6 +344,7 @@ def endings(fabric: Any) -> dict[str, Any]:
         "chunks": lambda: pg.fit(GAUSSIAN, BITS, svi(IWAE(particles=4, chunk=2)), **two),
         "Renyi": lambda: pg.fit(GAUSSIAN, BITS, svi(pyro.infer.RenyiELBO(num_particles=2)), **two),
         "a function": lambda: pg.fit(normal, X, svi(pyro.infer.Trace_ELBO().differentiable_loss), **two),
+        "captured": lambda: pg.fit(normal, X, short, compile="graph", **two),
         "after all that": lambda: pg.fit(normal, X, short, **two),
     }
     found = {name: caught(run) for name, run in runs.items()}

@@ -103,7 +103,8 @@ def fit(
         compile: how training steps are computed. ``"graph"`` replays what the program computed, without its Python;
             ``"inductor"`` compiles that; False runs the program at every step; ``"auto"`` chooses by the number of
             steps. What was captured is checked against the program, and random numbers are the same on all paths.
-            ``fit.cost`` says which path ran, what building it cost and why no other was taken.
+            ``fit.cost`` says which path ran, what building it cost and why no other was taken. Beside ``fabric`` the
+            program runs, and an explicit path is an error.
 
     Warns:
         FitWarning: once, where chains are bad (what they did, and what to do next), or where columns of the data of
@@ -139,7 +140,7 @@ def fit(
     recipe = as_recipe(program)
     _check_start(recipe, start)
     _check_callbacks(callbacks)
-    _check_compile(compile)
+    _check_compile(compile, ranks)
     kept = checked_place(checkpoint, every, algorithm)
     asked = dtype
     with listening(), ranks.told():
@@ -285,9 +286,14 @@ def _check_callbacks(callbacks: Any) -> None:
         raise TypeError(f"callbacks: expected a list of functions of a step and its info, got {callbacks!r}")
 
 
-def _check_compile(compile: Any) -> None:
+def _check_compile(compile: Any, ranks: Ranks) -> None:
     if compile is not False and not (isinstance(compile, str) and compile in ("auto", "graph", "inductor")):
         raise ValueError(f'compile: expected "auto", "graph", "inductor" or False, got {compile!r}')
+    if compile in ("graph", "inductor") and not ranks.alone:
+        raise ValueError(
+            f"compile={compile!r} does not go together with fabric: processes that share a batch talk to each other "
+            "inside a step, which is not captured; leave compile out"
+        )
 
 
 def _check_start(recipe: Recipe, start: Fit | None) -> None:

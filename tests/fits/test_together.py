@@ -200,6 +200,12 @@ def test_what_cannot_be_shared_is_refused_with_its_reason(runs: Any, name: str) 
         assert found[name]["said"].startswith("fabric: ") and REFUSED[name] in found[name]["said"]
 
 
+def test_a_path_that_is_not_taken_by_several_processes_is_refused_where_it_was_asked_for(runs: Any) -> None:
+    for found in both(runs, "endings"):
+        assert found["captured"]["error"] == "ValueError"
+        assert "compile='graph' does not go together with fabric" in found["captured"]["said"]
+
+
 def test_only_the_first_process_warns(runs: Any) -> None:
     first, second = both(runs, "endings")
     assert any("unscaled columns" in said for said in first["warned"]["warned"]) and not second["warned"]["warned"]
