@@ -32,7 +32,7 @@ import ppl_gen as pg
 from ppl_gen.inference import IWAE, SVI
 
 ROWS, PIXELS, HIDDEN, LATENT, BATCH = 12800, 784, 400, 20, 128
-Block = Callable[[int], float]  # so many steps; seconds per step
+Timed = Callable[[int], float]  # so many steps; seconds per step
 
 
 class Encoder(nn.Module):
@@ -244,26 +244,6 @@ def sites() -> dict[str, Block]:
     }
 
 
-def measured(blocks: dict[str, Block], repeats: int, steps: int) -> dict[str, list[float]]:
-    """Milliseconds per step of every block of each kind, the kinds taking turns."""
-    found: dict[str, list[float]] = {name: [] for name in blocks}
-    for block in blocks.values():
-        block(max(5, steps // 10))  # what is compiled or made at first is not a step
-    for _ in range(repeats):
-        for name, block in blocks.items():
-            found[name].append(1000 * block(steps))
-    return found
-
-
-def shown(found: dict[str, list[float]], first: str) -> str:
-    """A table: medians, quartiles, and the first kind's median in units of each."""
-    own, lines = statistics.median(found[first]), []
-    for name, values in found.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        lines.append([name, f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{own / middle:.2f}"])
-    return table(["step", "ms, median", "quartiles", "ppl_gen's, in units of it"], lines)
-
-
 def vae(x: Tensor) -> dict[str, Block]:
     found = {
         "ppl_gen, inductor": ours(program(), x, "inductor", batch_size=BATCH),
@@ -280,33 +260,30 @@ def vae(x: Tensor) -> dict[str, Block]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two short blocks of each kind; nothing is written")
-    quick = parser.parse_args().quick
+def _targets(kinds: Mapping[str, Timed]) -> dict[str, float]:
+    aims = {"eager, default Adam": 0.72, "torch.compile": 0.92, "Pyro, SVI.step, Trace": 0.45, "NumPyro": 0.95}
+    return {name: aim for name in kinds for said, aim in aims.items() if said in name}
+
+
+def rows(quick: bool) -> list[Result]:
+    """Every group of steps, timed."""
     torch.manual_seed(0)
-    x = rows()
-    groups: dict[str, Callable[[], dict[str, Block]]] = {
-        f"A VAE {PIXELS}-{HIDDEN}-{LATENT} on batches of {BATCH} rows": lambda: vae(x),
-        **{f"IWAE, K = {k}, {PIXELS}-{WIDE}-{WIDE}-{CODES}, {BATCH} rows": partial(weighted, x, k) for k in (1, 5, 50)},
-        "100 latent sites, each a scalar": sites,
-    }
-    began = time.perf_counter()
-    body = []
-    for title, make in groups.items():
-        large = "K = 50" in title
-        repeats, steps = (2, 10) if quick else (4, 15) if large else (6, 60)
-        blocks = make()
-        found = measured(blocks, repeats, steps)
-        body.append(
-            f"## {title}\n\n{repeats} blocks of {steps} steps of each kind.\n\n{shown(found, next(iter(blocks)))}"
-        )
-        print(body[-1], flush=True)
-    if quick:
-        return
-    about = "Blocks of each kind take turns. Set-up, recording and compilation are left out."
-    write("steps", "What one training step costs", "\n\n".join([about, *body]), time.perf_counter() - began)
-
-
-if __name__ == "__main__":
-    main()
+    x = images()
+    groups: list[tuple[str, Callable[[], dict[str, Timed]], dict[str, float], int, int]] = [
+        (f"VAE {PIXELS}-{HIDDEN}-{LATENT}, step on {BATCH} rows", partial(vae, x), VAE_AIMS, 7, 200),
+        *(
+            (f"IWAE, K = {k}, step on {BATCH} rows", partial(weighted, x, k), IWAE_AIMS, 5, 15 if k == 50 else 60)
+            for k in (1, 5, 50)
+        ),
+        ("100 latent sites, each a scalar, step", sites, {"Pyro, SVI.step": 1 / 15}, 7, 60),
+    ]
+    found = []
+    for title, make, targets, blocks, steps in groups:
+        blocks, steps = (2, 10) if quick else (blocks, steps)
+        kinds = make()
+        for block in kinds.values():
+            block(max(5, steps // 10))  # what is compiled or made at first is not a step
+        timed = alternate({name: partial(block, steps) for name, block in kinds.items()}, blocks, 1, warm=0)
+        graph = {"ppl_gen, graph": 0.9} if False else {}
+        found.append(Result(title, timed, {**targets, **graph}, note=f"{blocks} blocks of {steps} steps of each kind."))
+    return found

@@ -39,19 +39,19 @@ class Mark:
         set_generators(self.numbers)
         state.kept = {}
 
-    def failure(self, state: State, failed: int) -> FloatingPointError:
+    def failure(self, state: State, failed: int | None) -> FloatingPointError:
         """The error of the first step that is not finite; the state goes to the last parameters known to be finite.
 
         The steps since the mark are made again, checked. A program that remembers what it did may come elsewhere this
-        time: then ``failed``, which the flag noted, says where the run ended.
+        time: then ``failed``, the step whose loss was not finite, says where the run ended.
         """
         last = state.count
         self._go_back(state)
-        end = last if failed < 0 else failed
+        end = last if failed is None else failed
         try:
             while state.count < end:
                 state.round(self.source, checked=True)
-            if failed >= 0:
+            if failed is not None:
                 buffers = state.run.workspace.buffers()
                 state.round(self.source, checked=True)
                 for module, name, kept in buffers:  # it is finite this time, and does not count
@@ -63,7 +63,7 @@ class Mark:
             pass  # reached another way than the first time
         bad = state._infinite()
         state.put_back()
-        if failed >= 0:
+        if failed is not None:
             return NonFiniteStepError(
                 f"the loss is not finite at step {failed}; it was finite when it was made again", failed
             )

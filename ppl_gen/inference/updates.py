@@ -39,16 +39,16 @@ OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-#: Steps between two readings of the flag that says whether all losses were finite.
+#: Steps between two looks at whether all losses were finite.
 CHECK = 50
 
 
 class State:
     """What changes in one run: the game's state, parameters, optimisers and schedules; and a mark to go back to.
 
-    Steps read nothing from the device. A flag there takes the number of the first step whose loss is not finite, and is
-    read once in `CHECK` steps; where it is set, the steps since the last mark are made again under full checks, so that
-    the error names the step and the run ends at the last parameters whose loss was finite.
+    Steps read nothing from the device. Their losses are read together once in `CHECK` steps; where one is not finite,
+    the steps since the last mark are made again under full checks, so that the error names the step and the run ends at
+    the last parameters whose loss was finite.
     """
 
     def __init__(self, svi: SVI, run: Run, game: Game, guide: Callable[..., Any] | None, probe: Batch) -> None:
@@ -73,8 +73,7 @@ class State:
             )
         self.game_state = game.init(probe)
         self.steps = self._steps()
-        device = next(iter(self.leaves["program"].values())).device
-        self.failed = torch.full((), -1, dtype=torch.long, device=device)
+        self.losses: list[tuple[int, Tensor]] = []  # step and loss, those that were not looked at yet
         self.together: Together | None = None
         if not run.ranks.alone:
             self.together = Together(run, list(game.modules.values()))
@@ -205,8 +204,7 @@ class State:
             if checked and not self._infinite():
                 self.kept[player.name] = [p.detach().clone() for p in leaves]
             self.first = False
-        bad = (self.failed < 0) & ~step.value.isfinite()
-        self.failed = torch.where(bad, self.count, self.failed)
+        self.losses.append((self.count, step.value))
         self.game_state, grads = step.state, step.gradients
         if self.svi.clip_norm is not None:
             # Not in place: autograd may hand out one tensor as the gradient of two parameters.
@@ -285,14 +283,20 @@ class State:
         return [n for n, (leaf, value) in zip(names, began, strict=True) if torch.equal(leaf.detach(), value)]
 
     def check(self) -> None:
-        """Read the flag. Where a loss was not finite, or a parameter is not, go back to what was, and raise."""
+        """Where a loss was not finite, or a parameter is not, go back to what was, and raise."""
         if self.bad is not None or self.mark is None:
             return
-        failed = int(self.failed)
-        if failed < 0 and not self._infinite():
+        failed = self._failed()
+        self.losses.clear()
+        if failed is None and not self._infinite():
             return
         self.bad = self.mark.failure(self, failed)
         raise self.bad
+
+    def _failed(self) -> int | None:
+        """The first of the steps not looked at yet whose loss is not finite."""
+        finite = torch.stack([loss for _, loss in self.losses]).isfinite().tolist() if self.losses else []
+        return next((step for (step, _), fine in zip(self.losses, finite, strict=True) if not fine), None)
 
     def _infinite(self) -> list[str]:
         """The names of parameters that are not finite."""
@@ -332,7 +336,7 @@ class State:
         self.count, self.mark, self.first = int(saved["count"]), None, not saved["begun"]
         self.bad = None if saved["ended"] is None else NonFiniteStepError(saved["ended"], self.count)
         self.unreached = {player: dict(values) for player, values in saved["unreached"].items()}
-        self.failed = torch.full_like(self.failed, -1)
+        self.losses.clear()
         self.run.workspace.restore(saved["params"], saved["buffers"], saved["loose"])
         if self.together is not None:
             self.together.stale = True
