@@ -30,7 +30,7 @@ from versions import write
 GROUPS = ("steps", "mixtures", "enumerated", "components", "flows", "evidence", "chains", "first_result")
 RESULTS = Path(__file__).parent / "results"
 KEPT = RESULTS / "bench.csv"
-FIELDS = ("group", "row", "what", "ms", "blocks", "target", "ratio", "megabytes")
+FIELDS = ("group", "row", "what", "ms", "blocks", "target", "ratio", "megabytes", "note")
 
 
 def written(results: Sequence[Result]) -> str:
@@ -67,6 +67,7 @@ def lines(name: str, results: Sequence[Result]) -> list[dict[str, str]]:
             "target": f"{result.targets[kind]:.3g}" if kind in result.targets else "",
             "ratio": f"{result.ratio(kind):.4g}",
             "megabytes": f"{result.memory[kind]:.0f}" if kind in result.memory else "",
+            "note": result.note if kind == result.own else "",
         }
         for result in results
         for kind, block in result.blocks.items()
@@ -84,6 +85,7 @@ def _result(title: str, kinds: Sequence[dict[str, str]]) -> Result:
         {line["what"]: Block(tuple(map(float, line["blocks"].split()))) for line in kinds},
         {line["what"]: float(line["target"]) for line in kinds if line["target"]},
         {line["what"]: float(line["megabytes"]) for line in kinds if line["megabytes"]},
+        kinds[0]["note"],
     )
 
 
@@ -95,9 +97,11 @@ def draw(results: Sequence[Result], path: Path) -> None:
     from matplotlib import pyplot
 
     bars = [
-        (f"{r.title}: {peer}", r.ratio(peer), r.targets.get(peer), r.met(peer)) for r in results for peer in r.blocks
+        (f"{result.title}: {peer}", result.ratio(peer), result.targets.get(peer), result.met(peer))
+        for result in results
+        for peer in result.blocks
+        if peer != result.own
     ]
-    bars = [bar for bar, own in zip(bars, (p == r.own for r in results for p in r.blocks), strict=True) if not own]
     figure, axis = pyplot.subplots(figsize=(10, 1 + 0.24 * len(bars)), constrained_layout=True)
     for place, (_, ratio, target, met) in enumerate(bars):
         colour = "tab:green" if met else "tab:grey" if met is None else "tab:red"
@@ -124,19 +128,17 @@ def main() -> None:
         return
     began = time.perf_counter()
     kept = list(csv.DictReader(KEPT.open())) if KEPT.exists() and not given.quick else []
-    notes: list[str] = []
     for name in GROUPS:
         if name not in given.only:
             continue
         results = group(name, given.quick)
         print("\n".join(map(shown, results)), flush=True)
-        notes += [f"- {result.title}: {result.note}" for result in results if result.note]
         kept = [line for line in kept if line["group"] != name] + lines(name, results)
         if not given.quick:
-            _write(kept, notes, time.perf_counter() - began)
+            _write(kept, time.perf_counter() - began)
 
 
-def _write(kept: list[dict[str, str]], notes: Sequence[str], seconds: float) -> None:
+def _write(kept: list[dict[str, str]], seconds: float) -> None:
     kept.sort(key=lambda line: GROUPS.index(line["group"]))
     with KEPT.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
@@ -150,8 +152,7 @@ def _write(kept: list[dict[str, str]], notes: Sequence[str], seconds: float) -> 
         "median over the peer's. Set-up and compilation are left out where a row does not say that they count.\n\n"
         "![ratios](bench.png)"
     )
-    body = [about, *map(shown, results), *(["## Notes", *notes] if notes else [])]
-    write("bench", "ppl_gen beside its peers", "\n\n".join(body), seconds)
+    write("bench", "ppl_gen beside its peers", "\n\n".join([about, *map(shown, results)]), seconds)
 
 
 if __name__ == "__main__":
