@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 # One thread per process: two test processes with two threads each are slower than this on two cores.
 PYTEST := OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help setup demo test test-all lint format examples benchmarks docs lock clean
+.PHONY: help setup demo test test-all lint format examples benchmarks bench docs lock clean
 
 help:
 	@echo "make demo      set up, compare four algorithms on the crabs, say where the report is"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint      ruff, import-linter and mypy;  make format  lets ruff fix what it can"
 	@echo "make examples  every file of examples/, shortened"
 	@echo "make benchmarks  the long benchmarks at a few steps each; writes no results"
+	@echo "make bench     every timed comparison with other libraries, in an environment of its own: half an hour, idle machine"
 	@echo "make docs      the site, into docs/_build/html: every code cell and every example is run"
 	@echo "make lock      resolve requirements.lock again"
 	@echo "make clean     remove .venv and caches"
@@ -69,6 +70,18 @@ benchmarks: $(READY)
 		if $(BIN)/python benchmarks/{}.py --quick > "$$PPL_GEN_WORK/output.txt" 2>&1; then echo "ran {} --quick"; \
 		else echo "FAILED {}"; cat "$$PPL_GEN_WORK/output.txt"; exit 1; fi; rm -rf "$$PPL_GEN_WORK"'
 
+# The libraries that are compared with want packages that nobody else does (JAX, PyTensor): an environment of their own,
+# with the pins of the lock.
+$(VENV)-bench/.ready: $(READY)
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(VENV)-bench
+	$(BIN)/uv pip install --quiet --python $(VENV)-bench/bin/python --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(VENV)-bench/bin/python --constraint requirements.lock --group bench
+	$(BIN)/uv pip install --quiet --python $(VENV)-bench/bin/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+bench: $(VENV)-bench/.ready
+	$(VENV)-bench/bin/python benchmarks/bench.py
+
 # The packages of the site are no part of the set-up; a resolved lock keeps them from moving anything else. Pages that are
 # generated from the code are generated again, so that none outlives the name it describes.
 $(VENV)/.docs: $(READY)
@@ -87,4 +100,4 @@ lock: $(READY)
 		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf $(VENV) $(VENV)-bench .mypy_cache .pytest_cache .ruff_cache dist

@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -14,6 +14,18 @@ import torch
 __all__ = ["table", "write"]
 
 _RESULTS = Path(__file__).parent / "results"
+
+
+#: What `bench.py` compares with, where it is installed.
+_PEERS = ("numpyro", "jax", "pymc", "nutpie", "pomegranate", "zuko", "nflows", "normflows")
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -24,8 +36,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write(name: str, title: str, body: str, seconds: float) -> None:
     """``results/<name>.md``: title, command, date, versions, cores, body; printed too."""
-    packages = ("torch", "pyro-ppl", "arviz", "scikit-learn", "ppl_gen")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    packages = ("torch", "pyro-ppl", "arviz", "scikit-learn", "ppl_gen", *(_PEERS if name == "bench" else ()))
+    versions = ", ".join(f"{package} {version(package)}" for package in packages if _installed(package))
     text = (
         f"# {title}\n\n"
         f"Written by `python benchmarks/{name}.py` on {datetime.date.today()} in {seconds:.0f} s: "
