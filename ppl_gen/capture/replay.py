@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_unflatten
 
 from ppl_gen.capture.tape import Call, Constant, RecordingRefused, Slot, Tape, record
 
-__all__ = ["Recording", "record_checked", "recording"]
+__all__ = ["Recording", "agrees", "record_checked", "recording"]
 
 Replay = Callable[..., tuple[Any, ...]]
 _PLAIN = (bool, int, str, type(None))
@@ -58,7 +58,16 @@ def record_checked(function: Callable[[Tensor], tuple[Tensor, ...]], points: Seq
         RecordingRefused: as `record` does, and where the replay gives other numbers.
     """
     made = recording(record(lambda: function(points[0]), [points[0]]))
-    replay = made.load()
+    agrees(made.load(), function, points)
+    return made
+
+
+def agrees(replay: Replay, function: Callable[[Tensor], tuple[Tensor, ...]], points: Sequence[Tensor]) -> None:
+    """Compare a replay with what it was made of.
+
+    Raises:
+        RecordingRefused: where they differ at one of the points, by more than rounding.
+    """
     for point in points:
         for ours, theirs in zip(replay(point), function(point), strict=True):
             # Fused operations may round differently, by a few units in the last place of the largest entry.
@@ -68,7 +77,6 @@ def record_checked(function: Callable[[Tensor], tuple[Tensor, ...]], points: Seq
             )
             if not bool(close.all()):
                 raise RecordingRefused("the replay gives other numbers than the program at another point")
-    return made
 
 
 def _operation(name: str) -> Callable[..., Any]:

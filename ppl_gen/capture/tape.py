@@ -109,8 +109,8 @@ class Tape:
     """The operations of a function in order; the first ``inputs`` slots are its inputs.
 
     ``results`` are the leaves of what it returned, of the tree ``structure``; ``large`` the bytes of large tensors that
-    the operations make, which each go through memory. ``outside`` are the tensors that it read
-    and that were neither inputs nor made inside, frozen as they were.
+    the operations make, which each go through memory, ``numbers`` how many numbers they make in all. ``outside`` are
+    the tensors that it read and that were neither inputs nor made inside, frozen as they were.
     """
 
     inputs: int
@@ -119,6 +119,7 @@ class Tape:
     structure: TreeSpec
     outside: tuple[Outside, ...]
     large: int = 0
+    numbers: int = 0
 
     @property
     def stale(self) -> bool:
@@ -326,7 +327,7 @@ class _Recorder(TorchDispatchMode):
         leaves, structure = tree_flatten(results)
         live, slots = self.dependent | self.written, _Slots(self.inputs)
         calls: list[Call] = []
-        large = 0
+        large = numbers = 0
         for noted in self.noted:
             packet = noted.operation.overloadpacket
             looked_at = noted.outputs if packet in _SHAPE_ONLY else [noted.inputs, noted.outputs]
@@ -337,10 +338,11 @@ class _Recorder(TorchDispatchMode):
             inputs = slots.read(noted.inputs)
             given = {_storage(t) for t in _tensors(noted.inputs)}
             large += sum(t.nbytes for t in _tensors(noted.outputs) if t.nbytes >= _LARGE and _storage(t) not in given)
+            numbers += sum(t.numel() for t in _tensors(noted.outputs) if _storage(t) not in given)
             calls.append(Call(noted.operation, inputs, noted.structure, slots.write(noted.outputs)))
         found = slots.read(leaves)
         frozen = tuple(Outside(tensor) for tensor in self.outside.values() if _storage(tensor) not in self.dependent)
-        return Tape(len(self.inputs), tuple(_needed(calls, found)), found, structure, frozen, large)
+        return Tape(len(self.inputs), tuple(_needed(calls, found)), found, structure, frozen, large, numbers)
 
 
 class _Slots:

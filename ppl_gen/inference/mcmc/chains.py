@@ -31,7 +31,7 @@ from ppl_gen.runtime.workers import scratch
 from ppl_gen.workspace.isolation import isolated, validation_off
 from ppl_gen.workspace.workspace import Workspace
 
-__all__ = ["run_chains", "workers"]
+__all__ = ["run_chains", "threads", "workers"]
 
 _POLL = 0.2  # seconds between two looks at the workers
 _DYING = 5.0  # seconds in which a worker has noticed that its parent was killed
@@ -76,6 +76,13 @@ def _work(path: str, stop: str, content: bytes) -> bytes:
         except Exception:  # an error of the user's that holds what cannot travel
             return pickled(RuntimeError(f"{type(error).__name__}: {error}"))
     return pickled(None)
+
+
+def threads(chains: int) -> int:
+    """How many chains run at once in threads where the user leaves it open."""
+    from joblib import cpu_count
+
+    return min(chains, cpu_count())
 
 
 def workers(chains: int, seconds: float, device: torch.device | None) -> int:

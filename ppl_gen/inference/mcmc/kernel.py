@@ -18,7 +18,7 @@ from ppl_gen.fitting.checkpoint import Checkpoint
 from ppl_gen.inference.mcmc.kernel_state import kernel_state, load_kernel_state
 from ppl_gen.workspace.isolation import generators, set_generators
 
-__all__ = ["STATISTICS", "Chain", "DrawTable", "Metric", "sample_chain"]
+__all__ = ["STATISTICS", "Chain", "DrawTable", "Function", "Metric", "sample_chain", "singular"]
 
 #: What is kept of every draw beside its position.
 STATISTICS = ("diverging", "energy", "lp", "acceptance_rate", "n_steps", "tree_depth", "step_size")
@@ -44,7 +44,7 @@ class Chain:
     warmup: int
     thin: int
     target_accept: float
-    full_mass: bool
+    mass: str
     max_tree_depth: int
     dtype: torch.dtype
     device: torch.device | None = None
@@ -105,6 +105,11 @@ class DrawTable:
         return dict(zip(STATISTICS, columns, strict=True))
 
 
+def singular(error: BaseException) -> bool:
+    """Whether torch says that a matrix cannot be factorised."""
+    return isinstance(error, RuntimeError) and ("singular" in str(error) or "positive-definite" in str(error))
+
+
 def _evaluated(u: Tensor, function: Function) -> Tensor:
     """The potential in the form in which Pyro asks for it: a scalar whose gradient autograd gives.
 
@@ -113,7 +118,7 @@ def _evaluated(u: Tensor, function: Function) -> Tensor:
     try:
         value, gradient = function(u.detach())
     except RuntimeError as error:
-        if "singular" not in str(error) and "positive-definite" not in str(error):
+        if not singular(error):
             raise
         # A step too long has left the region where a matrix can be factorised: Pyro counts NaN as a divergence.
         value, gradient = u.new_tensor(float("nan")), torch.zeros_like(u)
@@ -159,7 +164,7 @@ class _Kernel(PyroNUTS):
 
         super().__init__(
             potential_fn=potential,
-            full_mass=chain.full_mass,
+            full_mass=chain.mass == "dense",
             target_accept_prob=chain.target_accept,
             max_tree_depth=chain.max_tree_depth,
         )
