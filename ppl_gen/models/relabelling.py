@@ -66,7 +66,7 @@ def matched_order(features: Tensor, rounds: int = 20) -> Tensor:
         tensor([[0, 1],
                 [1, 0]])
     """
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    from scipy.optimize import linear_sum_assignment
 
     lead, flat = features.shape[:-2], features.flatten(0, -3).double().cpu()
     reference, order = flat[0], torch.zeros(flat.shape[:-1], dtype=torch.long)

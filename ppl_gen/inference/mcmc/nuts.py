@@ -95,7 +95,7 @@ class NUTS(Algorithm):
     draws: int = 1000
     chains: int = 4
     warmup: int = 500
-    target_accept: float = 0.8
+    target_accept: float = 0.9
     full_mass: bool | None = None
     max_tree_depth: int = 10
     jitter: float | None = None

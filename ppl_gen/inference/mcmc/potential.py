@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_gen.capture.arrays import ArrayRecording, array_recording
 from ppl_gen.capture.compiled import CannotCompileError, compiled
 from ppl_gen.capture.replay import Recording, agrees, recording
 from ppl_gen.capture.tape import RecordingRefused, Tape, record
@@ -19,18 +21,18 @@ from ppl_gen.inference.unconstrained import Unconstrained
 
 __all__ = ["Potential", "captured"]
 
-#: Seconds, measured on one thread: an operation of a replay, and each number that it makes; the same compiled; the
-#: first use of the compiler in a process, most of it importing, and what it takes for each operation.
-_CALL, _NUMBER = 2e-6, 1.5e-9
-_COMPILED, _COMPILED_NUMBER = 5e-8, 4e-10
-_COMPILER, _COMPILING = 9.0, 0.02
+#: Seconds on one thread, measured: an operation, and each number that it makes. The compiler's first use in a process
+#: is most of it importing; then it takes so much for each operation.
+_GRAPH, _NUMPY, _INDUCTOR = (2.0e-6, 1.5e-9), (3.5e-7, 4.0e-9), (1.0e-7, 1.2e-9)
+_COMPILER, _COMPILING = 9.0, 0.03
 
 
 @dataclass(frozen=True)
 class Potential:
     """U and dU/du as functions of one flat vector, in the form in which chains evaluate them.
 
-    ``path`` says which: the program itself ("eager"), the replay of a recording ("graph"), or compiled ("inductor").
+    ``path`` says which: the program itself ("eager"), the replay of a recording in torch's operations ("graph") or, for
+    small tensors, in NumPy's ("numpy"), or compiled ("inductor").
     ``reason`` says why no faster one was taken, ``seconds`` what capturing took.
     """
 
@@ -45,6 +47,8 @@ class Potential:
 
     def logp(self, chain: Chain) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
         """The log density and its gradient in NumPy's arrays, for one chain: u -> -U(u), -dU/du."""
+        if isinstance(self.function, ArrayRecording):
+            return _negated(self.function.load_arrays())
         function, dtype, device = self.load(), chain.dtype, chain.device
 
         def logp(u: np.ndarray) -> tuple[float, np.ndarray]:
@@ -63,6 +67,14 @@ class Potential:
         return min(times)
 
 
+def _negated(replay: Callable[[np.ndarray], tuple[Any, ...]]) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    def logp(u: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = replay(u)
+        return -float(value), -gradient
+
+    return logp
+
+
 def captured(run: Run, density: Unconstrained, points: Sequence[Tensor], gradients: int, path: str = "") -> Potential:
     """The potential of a run that evaluates it about so many times; at all ``points`` it agrees with the program.
 
@@ -75,27 +87,47 @@ def captured(run: Run, density: Unconstrained, points: Sequence[Tensor], gradien
     began = time.perf_counter()
     try:
         tape = record(lambda: program(points[0]), [points[0]])
-        made = recording(tape)
+        made: Recording = recording(tape)
         agrees(made.load(), program, points)
     except RecordingRefused as refused:
         reason = str(refused).splitlines()[0]  # below it stand the shapes that Pyro adds to what goes through a program
         run.notes["potential"] = f"evaluated by running the program each time, as it cannot be recorded: {reason}"
         return Potential(program, "eager", reason, time.perf_counter() - began)
-    wanted = path or ("inductor" if run.compile == "inductor" else "")
-    function, reason = None, ""
-    if wanted == "inductor" or (not wanted and run.compile == "auto" and _worth_compiling(tape, gradients)):
+    made, kind, reason = _replayed(run, tape, made, program, points, path)
+    if path == "inductor" or (not path and _worth_compiling(run.compile, tape, gradients, kind)):
         function, reason = _compiled(tape, program, points)
-    seconds = time.perf_counter() - began
-    if function is not None:
-        return Potential(function, "inductor", "", seconds)
-    return Potential(made, "graph", reason, seconds)
+        if function is not None:
+            return Potential(function, "inductor", "", time.perf_counter() - began)
+    return Potential(made, kind, reason, time.perf_counter() - began)
 
 
-def _worth_compiling(tape: Tape, gradients: int) -> bool:
+def _replayed(
+    run: Run, tape: Tape, made: Recording, program: Function, points: Sequence[Tensor], path: str
+) -> tuple[Recording, str, str]:
+    """The tape in NumPy's operations where these are quicker and known, else in torch's; the path; why not NumPy's."""
+    if path != "numpy" and (
+        run.compile == "graph" or path == "graph" or _seconds(tape, _GRAPH) < _seconds(tape, _NUMPY)
+    ):
+        return made, "graph", ""
+    try:
+        arrays = array_recording(tape, points[0])
+        agrees(arrays.load(), program, points)
+    except RecordingRefused as refused:
+        return made, "graph", str(refused)
+    return arrays, "numpy", ""
+
+
+def _seconds(tape: Tape, each: tuple[float, float]) -> float:
+    """Of one evaluation."""
+    return each[0] * len(tape.calls) + each[1] * tape.numbers
+
+
+def _worth_compiling(mode: str | bool, tape: Tape, gradients: int, kind: str) -> bool:
     """Whether compiling saves more in so many evaluations than it takes."""
-    calls = len(tape.calls)
-    saved = (_CALL - _COMPILED) * calls + (_NUMBER - _COMPILED_NUMBER) * tape.numbers
-    return saved * gradients > _COMPILER + _COMPILING * calls
+    if mode != "auto":
+        return mode == "inductor"
+    saved = _seconds(tape, _NUMPY if kind == "numpy" else _GRAPH) - _seconds(tape, _INDUCTOR)
+    return saved * gradients > _COMPILER + _COMPILING * len(tape.calls)
 
 
 def _compiled(tape: Tape, program: Function, points: Sequence[Tensor]) -> tuple[Function | None, str]:
