@@ -164,7 +164,8 @@ class NUTS(Algorithm):
         if run.checkpoint is not None:
             run.checkpoint.write(0, {"draws": self.draws, **asdict(way)})
         chains = self._chains(run, way, potential, starts, seeds, parts)
-        report = Report(run, self.chains, self.iterations, self.warmup)
+        done = sum(chain.done for chain in chains if way.sampler == "pyro" or chain.done >= self.iterations)
+        report = Report(run, self.chains, self.iterations, self.warmup, done)
         tables, interrupted = self._sampled(run, way, chains, potential, report)
         if run.checkpoint is not None:
             run.checkpoint.write(sum(table.done for table in tables), {"draws": self.draws, **asdict(way)})

@@ -26,10 +26,10 @@ def counted(number: int, noun: str) -> str:
 class Report:
     """Progress and callbacks from the tables of the chains."""
 
-    def __init__(self, run: Run, chains: int, iterations: int, warmup: int) -> None:
+    def __init__(self, run: Run, chains: int, iterations: int, warmup: int, done: int = 0) -> None:
         self.run, self.total = run, chains * iterations
         self.iterations, self.warmup = iterations, warmup
-        self.shown = 0.0
+        self.done, self.shown = done, 0.0  # iterations that callbacks have been told of; when the bar was moved
 
     def __call__(self, tables: Sequence[DrawTable]) -> None:
         if self.run.progress is None and not self.run.hooks:
@@ -37,8 +37,10 @@ class Report:
         done = sum(table.done for table in tables)
         divergences = sum(table.divergences for table in tables)
         info: Mapping[str, float] = {"divergences": float(divergences)}
-        for hook in self.run.hooks:
-            hook(done, info)
+        while self.done < done:  # every iteration, also where several have come since the last look
+            self.done += 1
+            for hook in self.run.hooks:
+                hook(self.done, info)
         now = time.monotonic()
         if self.run.progress is not None and (now - self.shown > 0.1 or done == self.total):
             self.shown = now
