@@ -24,7 +24,7 @@ from ppl_gen.handlers.sites import is_subsample
 from ppl_gen.program.info import ProgramInfo
 from ppl_gen.workspace.isolation import validation_off
 
-__all__ = ["NEAR", "Unconstrained", "starting_point"]
+__all__ = ["NEAR", "Unconstrained", "singular", "starting_point"]
 
 TRIES = 100
 EXACT = 10  # the last of them
@@ -135,11 +135,16 @@ class Unconstrained:
             return -(trace.log_prob_sum() + placed.log_det)
 
     def potential_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """U(u) and dU/du, detached."""
-        with torch.enable_grad():
-            u = u.detach().requires_grad_(True)
-            value = self.potential(u)
-            (gradient,) = torch.autograd.grad(value, u)
+        """U(u) and dU/du, detached; NaN and zeros where a matrix of the program cannot be factorised."""
+        try:
+            with torch.enable_grad():
+                u = u.detach().requires_grad_(True)
+                value = self.potential(u)
+                (gradient,) = torch.autograd.grad(value, u)
+        except RuntimeError as error:
+            if not singular(error):
+                raise
+            return u.new_tensor(float("nan")), torch.zeros_like(u.detach())
         return value.detach(), gradient
 
     def parts_of(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,6 +161,19 @@ class Unconstrained:
     def trouble(self, u: Tensor) -> list[str]:
         """What is not finite at ``u``: one line per site."""
         lines = []
+        try:
+            lines = self._without_density(u)
+        except RuntimeError as error:
+            if not singular(error):
+                raise
+            return [f"a matrix cannot be factorised ({str(error).strip().splitlines()[0]})"]
+        if not lines:
+            gradients = self.split(self.potential_and_gradient(u)[1])
+            lines = [f"site {n!r}: gradient {_brief(g)}" for n, g in gradients.items() if not bool(g.isfinite().all())]
+        return lines
+
+    def _without_density(self, u: Tensor) -> list[str]:
+        lines = []
         with validation_off(), torch.no_grad(), Placed(self.split(u)):
             trace = poutine.trace(self.model).get_trace(*self.batch.args, **self.batch.kwargs)
             for name, node in trace.nodes.items():
@@ -163,10 +181,12 @@ class Unconstrained:
                     total = node["fn"].log_prob(node["value"]).sum()
                     if not bool(total.isfinite()):
                         lines.append(f"site {name!r}: log density {float(total):g} at {_brief(node['value'])}")
-        if not lines:
-            gradients = self.split(self.potential_and_gradient(u)[1])
-            lines = [f"site {n!r}: gradient {_brief(g)}" for n, g in gradients.items() if not bool(g.isfinite().all())]
         return lines
+
+
+def singular(error: BaseException) -> bool:
+    """Whether torch says that a matrix cannot be factorised."""
+    return isinstance(error, RuntimeError) and ("singular" in str(error) or "positive-definite" in str(error))
 
 
 def _brief(value: Tensor) -> str:

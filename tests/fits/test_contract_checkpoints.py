@@ -30,7 +30,7 @@ PAIRS = [
 
 
 def all_of(fit: pg.Fit) -> dict[str, Any]:
-    cost = {name: value for name, value in fit.cost.items() if name != "seconds"}
+    cost = {name: value for name, value in fit.cost.items() if name not in ("seconds", "capture_seconds")}
     draws = dict(getattr(fit.learned, "draws", {}))
     return {**numbers(fit), "records": fit.records, "cost": cost, "message": fit.message, "draws": draws}
 

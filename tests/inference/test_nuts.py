@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -73,8 +74,13 @@ def double():
         yield
 
 
-def test_closed_form_posteriors() -> None:
-    fit = pg.fit(conjugate, DATA, NUTS(draws=300, warmup=150, chains=2, processes=1), seed=0)
+BOTH = pytest.mark.parametrize("sampler", ["nutpie", "pyro"])
+
+
+@BOTH
+def test_closed_form_posteriors(sampler) -> None:
+    fit = pg.fit(conjugate, DATA, NUTS(draws=300, warmup=150, chains=2, processes=1, sampler=sampler), seed=0)
+    assert fit.cost["sampler"] == sampler
     draws = fit.learned.draws
     assert draws["loc"].shape == (2, 300) and draws["shares"].shape == (2, 300, 3)
     precision = 1 / 4 + len(VALUES) / 1.5**2
@@ -90,8 +96,10 @@ def test_closed_form_posteriors() -> None:
     assert abs(float(draws["loc"].std()) - prior) > 2 * SIGMAS * prior / math.sqrt(2 * 600), "the prior would fail"
 
 
-def test_statistics_of_each_draw(double: None) -> None:
-    fit = pg.fit(conjugate, DATA, NUTS(draws=60, warmup=60, chains=2, processes=1, max_tree_depth=5), seed=1)
+@BOTH
+def test_statistics_of_each_draw(sampler, double: None) -> None:
+    nuts = NUTS(draws=60, warmup=60, chains=2, processes=1, max_tree_depth=5, sampler=sampler)
+    fit = pg.fit(conjugate, DATA, nuts, seed=1)
     stats, draws = fit.learned.stats, fit.learned.draws
     assert all(value.shape == (2, 60) for value in stats.values())
     function = density(conjugate, DATA)
@@ -189,12 +197,17 @@ def by_branches(x):
         pyro.sample("x", dist.Normal(loc, scale), obs=x)
 
 
-@pytest.mark.parametrize("model", [conjugate, by_branches], ids=["recorded", "not recorded"])
-def test_draws_do_not_depend_on_the_number_of_processes(model) -> None:
+@pytest.mark.parametrize(
+    ("model", "sampler"),
+    [(conjugate, "nutpie"), (conjugate, "pyro"), (by_branches, "auto")],
+    ids=["nutpie", "pyro", "not recorded"],
+)
+def test_draws_do_not_depend_on_the_number_of_processes(model, sampler) -> None:
     data = DATA if model is conjugate else VALUES
     threads = torch.get_num_threads()
-    one, two = (pg.fit(model, data, NUTS(draws=30, warmup=30, chains=3, processes=n), seed=4) for n in (1, 2))
-    other, fewer = (pg.fit(model, data, NUTS(draws=30, warmup=30, chains=2, processes=1), seed=s) for s in (5, 4))
+    chains = NUTS(draws=30, warmup=30, chains=3, sampler=sampler)
+    one, two = (pg.fit(model, data, replace(chains, processes=n), seed=4) for n in (1, 2))
+    other, fewer = (pg.fit(model, data, replace(chains, chains=2, processes=1), seed=s) for s in (5, 4))
     assert same(one, two)
     assert torch.equal(fewer.learned.draws["loc"], one.learned.draws["loc"][:2]), "nor on the number of chains"
     assert not torch.equal(other.learned.draws["loc"], fewer.learned.draws["loc"])
@@ -262,7 +275,7 @@ def interrupt_at(fraction, total):
 
 
 def test_interrupt_keeps_what_was_drawn() -> None:
-    nuts = NUTS(draws=100, warmup=50, chains=2, processes=1)
+    nuts = NUTS(draws=100, warmup=50, chains=2, processes=1, sampler="pyro")
     fit = pg.fit(conjugate, DATA, nuts, seed=2, callbacks=[interrupt_at(0.9, 300)])
     whole = pg.fit(conjugate, DATA, nuts, seed=2)
     assert fit.status == pg.Status.INTERRUPTED and "interrupted" in fit.message
@@ -279,12 +292,12 @@ def test_interrupt_before_the_first_draw_is_passed_on() -> None:
 
 
 def test_interrupt_of_workers_keeps_what_was_drawn() -> None:
-    nuts = NUTS(draws=3000, warmup=20, chains=2, processes=2)
+    nuts = NUTS(draws=3000, warmup=20, chains=2, processes=2, sampler="pyro")
     fit = pg.fit(conjugate, DATA, nuts, seed=2, callbacks=[interrupt_at(0.02, 6040)])
     chains, draws = fit.learned.draws["loc"].shape
     assert fit.status == pg.Status.INTERRUPTED and chains in (1, 2) and 0 < draws < 3000
     assert bool(fit.learned.draws["rate"].gt(0).all())
-    again = pg.fit(conjugate, DATA, NUTS(draws=20, warmup=20, chains=2, processes=2), seed=2)
+    again = pg.fit(conjugate, DATA, NUTS(draws=20, warmup=20, chains=2, processes=2, sampler="pyro"), seed=2)
     assert again.status == pg.Status.FINISHED, "new workers start after the old ones were stopped"
 
 
@@ -481,6 +494,11 @@ def test_refuses_programs_that_do_not_fit(model, reason) -> None:
         ({"processes": 0}, "processes: expected a whole number"),
         ({"target_accept": 1.0}, "target_accept: expected a number between 0 and 1"),
         ({"jitter": -0.1}, "jitter: expected a number of at least 0"),
+        ({"sampler": "stan"}, "sampler: expected one of 'auto', 'nutpie', 'pyro', got 'stan'"),
+        ({"mass": "full"}, "mass: expected one of 'auto', 'dense', 'low_rank', 'diagonal', got 'full'"),
+        ({"mass": "low_rank", "full_mass": True}, "mass: expected 'dense', as full_mass=True, got 'low_rank'"),
+        ({"sampler": "nutpie", "full_mass": True}, "mass: nutpie has no mass matrix 'dense'"),
+        ({"sampler": "pyro", "mass": "low_rank"}, "mass: pyro has no mass matrix 'low_rank'"),
     ],
 )
 def test_refuses_settings_out_of_range(settings, message) -> None:

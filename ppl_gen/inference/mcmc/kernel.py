@@ -16,9 +16,10 @@ from torch import Tensor
 from ppl_gen.capture.replay import Recording
 from ppl_gen.fitting.checkpoint import Checkpoint
 from ppl_gen.inference.mcmc.kernel_state import kernel_state, load_kernel_state
+from ppl_gen.inference.unconstrained import singular
 from ppl_gen.workspace.isolation import generators, set_generators
 
-__all__ = ["STATISTICS", "Chain", "DrawTable", "Function", "Metric", "sample_chain", "singular"]
+__all__ = ["STATISTICS", "Chain", "DrawTable", "Function", "Metric", "sample_chain"]
 
 #: What is kept of every draw beside its position.
 STATISTICS = ("diverging", "energy", "lp", "acceptance_rate", "n_steps", "tree_depth", "step_size")
@@ -103,11 +104,6 @@ class DrawTable:
     def statistics(self, draws: int) -> dict[str, np.ndarray]:
         columns = np.array(self.rows[1 : draws + 1, -len(STATISTICS) :]).T
         return dict(zip(STATISTICS, columns, strict=True))
-
-
-def singular(error: BaseException) -> bool:
-    """Whether torch says that a matrix cannot be factorised."""
-    return isinstance(error, RuntimeError) and ("singular" in str(error) or "positive-definite" in str(error))
 
 
 def _evaluated(u: Tensor, function: Function) -> Tensor:

@@ -11,15 +11,16 @@ import contextlib
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ppl_gen.inference.mcmc.kernel import STATISTICS, Chain, DrawTable, singular
+from ppl_gen.inference.mcmc.kernel import STATISTICS, Chain, DrawTable
 from ppl_gen.inference.mcmc.potential import Potential
+from ppl_gen.inference.unconstrained import singular
 from ppl_gen.runtime.interrupts import check, hold
 from ppl_gen.runtime.threads import torch_threads
 from ppl_gen.workspace.isolation import isolated
@@ -69,7 +70,7 @@ def _extension() -> Any:
     return module
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     """A chain under way. ``done`` counts its iterations, ``gradients`` its evaluations; ``error`` ended it."""
 
@@ -80,7 +81,6 @@ class _Running:
     gradients: int = 0
     error: BaseException | None = None
     finished: bool = False
-    results: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def start(self, logp: Logp) -> None:
         lib, chain = _extension(), self.chain
@@ -103,16 +103,20 @@ class _Running:
         self.sampler = lib.PySampler.from_pyfunc(settings, 1, model, none, arrow)
 
     def _logp(self, logp: Logp, u: np.ndarray) -> tuple[float, np.ndarray]:
-        """An error in here would abort the Rust thread with a message of its own: it is kept for the main thread."""
+        """An error in here, or no number at a point where there was one, would abort the Rust thread with a panic.
+
+        So an error is kept for the main thread, which ends the chain; until then every point is out of reach.
+        """
         self.gradients += 1
         if self.error is None:
             try:
-                return logp(u)
+                value, gradient = logp(u)
+                return value, gradient if gradient.all() else np.where(gradient == 0.0, _FLAT, gradient)
             except BaseException as error:
                 if singular(error):  # a step too long, out of the region where a matrix can be factorised: a divergence
                     return float("nan"), np.zeros_like(u)
                 self.error = error
-        return float("nan"), np.zeros_like(u)
+        return _OUT_OF_REACH, np.ones_like(u)
 
     def _draw(self, u: np.ndarray) -> dict[str, np.ndarray]:
         self.done += 1
@@ -127,9 +131,15 @@ class _Running:
 
     def ended(self, seconds: float) -> bool:
         """Wait so long for its end; raises what ended it early."""
-        with contextlib.suppress(TimeoutError):
+        try:
             self.sampler.wait(seconds)
             self.finished = True
+        except TimeoutError:
+            pass
+        except Exception as error:
+            self.finished = True
+            told = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise self.error or RuntimeError(f'nutpie ended a chain: {told}; try sampler="pyro"') from None
         if self.error is not None:
             raise self.error
         if self.finished:
@@ -145,6 +155,8 @@ class _Running:
     def collect(self) -> None:
         """Put the statistics of the draws beside their positions."""
         _, statistics = self.sampler.take_results().get_arrow_trace()
+        if not statistics:  # stopped before its first draw
+            return
         found = statistics[0]
         chain, length = self.chain, min(found.num_rows, self.done)
         column = {name: found.column(name).to_numpy()[:length] for name in _COLUMNS}
@@ -166,7 +178,10 @@ class _Running:
         self.table.count(kept, length, self.gradients, divergences)
 
 
-_ZERO = np.zeros(())
+_ZERO, _OUT_OF_REACH = np.zeros(()), -1e300
+#: nutpie scales by gradients, and takes none that is zero. The force may be anything for the draws to be exact, as
+#: trajectories stay reversible and their points are weighed by the density.
+_FLAT = 1e-3
 _COLUMNS = ("diverging", "energy", "energy_error", "logp", "mean_tree_accept", "n_steps", "step_size_bar")
 
 
@@ -217,7 +232,8 @@ def _ending(waiting: Sequence[_Running]) -> Iterator[list[_Running]]:
         yield running
     finally:
         for run in running:
-            run.stop()
+            if not run.finished:
+                run.stop()
 
 
 def _keep(run: _Running) -> None:

@@ -76,7 +76,8 @@ def _negated(replay: Callable[[np.ndarray], tuple[Any, ...]]) -> Callable[[np.nd
 
 
 def captured(run: Run, density: Unconstrained, points: Sequence[Tensor], gradients: int, path: str = "") -> Potential:
-    """The potential of a run that evaluates it about so many times; at all ``points`` it agrees with the program.
+    """The potential of a run that evaluates it about so many times; at all ``points`` at which the density is
+    a number it agrees with the program.
 
     ``path`` is the one that a run began with, and goes on by. Which is taken otherwise follows from the number of
     operations, their size and ``gradients``, and never from a clock.
@@ -85,6 +86,7 @@ def captured(run: Run, density: Unconstrained, points: Sequence[Tensor], gradien
     if run.compile is False:
         return Potential(program, "eager", "compile=False")
     began = time.perf_counter()
+    points = [point for point in points if not bool(program(point)[0].isnan())]
     try:
         tape = record(lambda: program(points[0]), [points[0]])
         made: Recording = recording(tape)
