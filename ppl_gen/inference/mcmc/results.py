@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_gen.capture.replay import record_checked
-from ppl_gen.capture.tape import RecordingRefused
+from ppl_gen.capture.arrays import array_recording
+from ppl_gen.capture.replay import agrees, recording
+from ppl_gen.capture.tape import RecordingRefused, record
 from ppl_gen.fitting.run import Run
 from ppl_gen.inference.mcmc.kernel import DrawTable
 from ppl_gen.inference.unconstrained import Unconstrained
@@ -38,16 +40,26 @@ def rectangle(tables: Sequence[DrawTable], draws: int) -> tuple[list[DrawTable],
 
 
 def site_values(run: Run, density: Unconstrained, positions: np.ndarray) -> dict[str, Tensor]:
-    """Positions -> site -> draws x shape, in the user's space."""
+    """Positions -> site -> draws x shape, in the user's space; one by one, so that no draw depends on the others."""
     points = torch.as_tensor(positions, dtype=run.dtype, device=run.data.device)
-    function: Callable[[Tensor], tuple[Tensor, ...]] = density.values
     with torch.no_grad():
-        try:
-            function = record_checked(density.values, [points[0], points[-1], points[len(points) // 2]]).load()
-        except RecordingRefused:
-            pass  # the program itself gives the same numbers, if more slowly
+        function = _replay(density, [points[0], points[-1], points[len(points) // 2]])
         rows = [function(point) for point in points]
         return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(density.sites)}
+
+
+def _replay(density: Unconstrained, points: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """`density.values` as a replay in NumPy's operations, or else in torch's, or else the program itself."""
+    function: Callable[[Tensor], tuple[Tensor, ...]] = density.values
+    with contextlib.suppress(RecordingRefused):
+        tape = record(lambda: density.values(points[0]), [points[0]])
+        found = recording(tape).load()
+        agrees(found, density.values, points)
+        function = found
+        found = array_recording(tape, points[0]).load()
+        agrees(found, density.values, points)
+        function = found
+    return function
 
 
 def relabelled(run: Run, draws: dict[str, Tensor]) -> dict[str, Tensor]:
