@@ -76,10 +76,10 @@ print("AS BEFORE" if state() == before else "CHANGED", flush=True)
 BODIES = {
     "steps": "said(pg.fit(model, ROWS, LONG))",
     "chain": "said(pg.fit(model, ROWS, NUTS(draws=100000, warmup=100, chains=2, processes=1)))",
-    "chains": "said(pg.fit(model, ROWS, NUTS(draws=100000, warmup=100, chains=2, processes=2)))",
+    "chains": "said(pg.fit(model, ROWS, NUTS(draws=100000, warmup=100, chains=2, processes=2, sampler='pyro')))",
     "compare": 'said(pg.compare(model, ROWS, {"quick": Steps(5), "long": LONG, "longer": LONG, "last": LONG}, n_jobs=2))',
     "one by one": 'said(pg.compare(model, ROWS, {"quick": Steps(5), "long": LONG, "last": LONG}))',
-    "nested": 'said(pg.compare(model, ROWS, {"a": NUTS(draws=100000, warmup=100, chains=2, processes=2), "b": LONG}, n_jobs=2))',
+    "nested": 'said(pg.compare(model, ROWS, {"a": NUTS(draws=100000, warmup=100, chains=2, processes=2, sampler="pyro"), "b": LONG}, n_jobs=2))',
 }
 
 

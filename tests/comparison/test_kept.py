@@ -20,6 +20,7 @@ import ppl_gen as pg
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.fitting.algorithm import Iterative
 from ppl_gen.inference import CAVI, EM, NUTS, SVI
+from ppl_gen.inference.mcmc import nutpie_chains
 from ppl_gen.inference.mcmc.kernel import _Kernel
 from ppl_gen.models import gaussian_mixture
 
@@ -64,6 +65,7 @@ def no_steps(patch: pytest.MonkeyPatch) -> None:
     for kind in (SVI, EM, CAVI):
         patch.setattr(kind, "step", lambda *_: pytest.fail("a step"))
     patch.setattr(_Kernel, "sample", lambda *_: pytest.fail("an iteration"))
+    patch.setattr(nutpie_chains, "run_chains", lambda *_: pytest.fail("chains"))
     patch.setattr(pg.Fit, "evidence", lambda *_, **__: pytest.fail("evidence"))
     patch.setattr(pg.Fit, "diagnose", lambda *_, **__: pytest.fail("a diagnosis"))
 

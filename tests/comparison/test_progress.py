@@ -10,7 +10,7 @@ import torch
 import ppl_gen as pg
 from ppl_gen.comparison.processes import _BEGUN, _mark, _running
 from ppl_gen.inference import NUTS, SVI
-from ppl_gen.inference.mcmc.nuts import _Report
+from ppl_gen.inference.mcmc.report import Report
 from ppl_gen.runtime.progress import Part, ProgressBar, called, rate
 
 X = torch.linspace(-1.0, 1.0, 20)
@@ -69,12 +69,12 @@ def test_a_phase_that_begins_has_a_bar_from_nought(capsys):
 
 def test_chains_show_warm_up_apart_from_sampling(capsys, monkeypatch):
     seen = []
-    part = _Report._part
-    monkeypatch.setattr(_Report, "_part", lambda *given: seen.append(part(*given)) or seen[-1])
+    part = Report._part
+    monkeypatch.setattr(Report, "_part", lambda *given: seen.append(part(*given)) or seen[-1])
     monkeypatch.setattr(
-        "ppl_gen.inference.mcmc.nuts.time.monotonic", iter(range(10**6)).__next__
+        "ppl_gen.inference.mcmc.report.time.monotonic", iter(range(10**6)).__next__
     )  # every look is shown
-    pg.fit(model, X, NUTS(draws=6, warmup=4, chains=2, processes=1, thin=2), progress=True)
+    pg.fit(model, X, NUTS(draws=6, warmup=4, chains=2, processes=1, thin=2, sampler="pyro"), progress=True)
     first = [p for p in seen if p.label.startswith("chain 1")]
     assert {(p.label, p.total) for p in first} == {("chain 1 warm-up", 4), ("chain 1 sampling", 12)}
     assert first[-1] == Part("chain 1 sampling", 12, 12) and seen[-1] == Part("chain 2 sampling", 12, 12)

@@ -77,7 +77,7 @@ told = []
 def under_way(step, info):
     if not told and all(len(list(Path(PLACE, f"chain {chain}").glob("*.json"))) == 2 for chain in range(2)):
         told.append(print("STEPPING", flush=True))
-chains = NUTS(draws=100000, warmup=100, chains=2, processes=2)
+chains = NUTS(draws=100000, warmup=100, chains=2, processes=2, sampler="pyro")
 said(pg.fit(model, ROWS, chains, checkpoint=PLACE, every=EVERY, callbacks=[under_way]))
 """
 
