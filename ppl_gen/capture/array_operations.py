@@ -28,7 +28,6 @@ TEXT: dict[str, str] = {
     "aten::div.Tensor": "{0} / {1}",
     "aten::div.Scalar": "{0} / {1}",
     "aten::neg": "-{0}",
-    "aten::square": "{0} * {0}",
     "aten::reciprocal": "1.0 / {0}",
     "aten::lt.Scalar": "{0} < {1}",
     "aten::lt.Tensor": "{0} < {1}",
@@ -59,7 +58,7 @@ _ADD, _MAXIMUM = cast(Any, np.add), cast(Any, np.maximum)  # their stubs ask for
 
 
 def _total(a: Array, axes: Sequence[int] | None = None, keep: bool = False) -> Array:
-    if axes is None or len(axes) != 1 or np.size(a) < _MANY:
+    if axes is None or len(axes) != 1 or np.size(a) < _MANY or a.dtype != np.float64:
         return _ADD.reduce(a, axis=tuple(axes) if axes else None, keepdims=keep)
     return _reduced(_ADD, a, axes[0], keep)
 
@@ -81,23 +80,12 @@ def _mean(a: Array, axes: Sequence[int] | None = None, keep: bool = False) -> Ar
     return total * (np.size(total) / np.size(a))
 
 
-def _pow(a: Array, exponent: float) -> Array:
-    if exponent == 1:
-        return a
-    return a * a if exponent == 2 else np.power(a, exponent)
-
-
-def _clamp(a: Array, least: float | None = None, most: float | None = None) -> Array:
-    a = a if least is None else np.maximum(a, least)
-    return a if most is None else np.minimum(a, most)
-
-
 def _max(a: Array, axis: int, keep: bool = False) -> tuple[Array, Array]:
     return np.max(a, axis=axis, keepdims=keep), np.argmax(a, axis=axis, keepdims=keep)
 
 
 def _amax(a: Array, axes: Sequence[int] = (), keep: bool = False) -> Array:
-    if len(axes) != 1 or np.size(a) < _MANY:
+    if len(axes) != 1 or np.size(a) < _MANY or a.dtype != np.float64:
         return _MAXIMUM.reduce(a, axis=tuple(axes) or None, keepdims=keep)
     return _reduced(_MAXIMUM, a, axes[0], keep)
 
@@ -107,6 +95,10 @@ def _logsumexp(a: Array, axes: Sequence[int], keep: bool = False) -> Array:
     finite = np.where(np.isinf(highest), 0.0, highest)
     total: Array = np.log(_total(np.exp(a - finite), axes, True)) + finite
     return total if keep else total.squeeze(tuple(axes))
+
+
+def _sign(a: Array) -> Array:
+    return np.where(np.isnan(a), 0.0, np.sign(a))  # as torch has it
 
 
 def _xlogy(a: Array, b: Array) -> Array:
@@ -221,6 +213,14 @@ def _stack(parts: Sequence[Array], axis: int = 0) -> Array:
     return np.stack(parts, axis=axis)
 
 
+def _relu(a: Array) -> Array:
+    return np.maximum(a, 0.0)
+
+
+def _threshold_backward(gradient: Array, a: Array, threshold: float) -> Array:
+    return np.where(a <= threshold, 0.0, gradient)
+
+
 def _rsqrt(a: Array) -> Array:
     return 1.0 / np.sqrt(a)
 
@@ -248,7 +248,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "aten::sum.dim_IntList": _total,
     "aten::mean": _mean,
     "aten::mean.dim": _mean,
-    "aten::pow.Tensor_Scalar": _pow,
+    "aten::pow.Tensor_Scalar": np.power,
     "aten::exp": np.exp,
     "aten::log": np.log,
     "aten::log1p": np.log1p,
@@ -256,8 +256,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "aten::sqrt": np.sqrt,
     "aten::rsqrt": _rsqrt,
     "aten::abs": np.abs,
-    "aten::sgn": np.sign,
-    "aten::sign": np.sign,
+    "aten::sgn": _sign,
+    "aten::sign": _sign,
     "aten::sin": np.sin,
     "aten::cos": np.cos,
     "aten::tanh": np.tanh,
@@ -274,7 +274,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "aten::bitwise_not": np.invert,
     "aten::isnan": np.isnan,
     "aten::where.self": np.where,
-    "aten::clamp": _clamp,
     "aten::clamp_min": np.maximum,
     "aten::clamp_max": np.minimum,
     "aten::max.dim": _max,
@@ -297,11 +296,14 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "aten::masked_fill.Scalar": _masked_fill,
     "aten::cumprod": _cumprod,
     "aten::cumsum": _cumsum,
+    "aten::flip": np.flip,
+    "aten::relu": _relu,
+    "aten::threshold_backward": _threshold_backward,
     "aten::cat": _cat,
     "aten::stack": _stack,
     "aten::clone": np.array,
     # In place: `ppl_gen.capture.arrays` gives the result a name of its own, where no view could see the difference.
-    "aten::clamp_": _clamp,
+    "aten::clamp_": np.maximum,  # or the minimum: `ppl_gen.capture.arrays` writes clamping out
     "aten::masked_fill_.Scalar": _masked_fill,
     "aten::logical_and_": np.logical_and,
 }

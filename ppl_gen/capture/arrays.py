@@ -29,6 +29,14 @@ _RESHAPED = {
     "aten::detach",
     "aten::alias",
 }
+#: Operations and second arguments that leave the first as it is.
+_NOTHING = {
+    *((name, number) for name in ("aten::mul.Tensor", "aten::mul.Scalar") for number in ("1", "1.0")),
+    *((name, number) for name in ("aten::div.Tensor", "aten::div.Scalar") for number in ("1", "1.0")),
+    *((name, number) for name in ("aten::add.Tensor", "aten::add.Scalar") for number in ("0", "0.0")),
+    *((name, number) for name in ("aten::sub.Tensor", "aten::sub.Scalar") for number in ("0", "0.0")),
+    *(("aten::pow.Tensor_Scalar", number) for number in ("1", "1.0")),
+}
 _EVERYTHING = 2**62  # the end of a slice that has none
 _DTYPES = (torch.float64, torch.int64, torch.bool)
 
@@ -98,6 +106,7 @@ class _Writer:
         name = call.operation.name()
         given: list[Any] = [_Text(self._leaf(leaf)) for leaf in call.inputs]
         args, kwargs = tree_unflatten(given, call.structure)
+        kwargs.pop("memory_format", None)  # how the same numbers lie in memory
         if call.writes:
             self._refuse_aliases(call)
         if name in ("aten::split_with_sizes", "aten::split.Tensor", "aten::unbind.int"):
@@ -122,11 +131,27 @@ class _Writer:
             return f"{first}[{':, ' * _axis(dim, self._shape(call.inputs[0]))}{_range(start, end, step)}]"
         if name == "aten::max.dim" and call.outputs[1] not in self.read:
             return f"{self._function('aten::amax')}({first}, ({args[1]},), {args[2] if len(args) > 2 else False}), None"
+        if not kwargs and (shorter := self._shorter(name, call, args, shape)):
+            return shorter
         if name in TEXT and not kwargs:
             return TEXT[name].format(*args)
         if name not in FUNCTIONS or kwargs:
             raise RecordingRefused(f"NumPy: {name}{' with ' + ', '.join(kwargs) if kwargs else ''} is not known")
         return f"{self._function(name)}({', '.join(map(repr, args))})"
+
+    def _shorter(self, name: str, call: Call, args: Sequence[Any], shape: tuple[int, ...]) -> str:
+        """What constants make simpler; "" where there is nothing. No value is changed in place: names may be shared."""
+        first, second = str(args[0]), str(args[1]) if len(args) > 1 else ""
+        given = self.values.get(call.inputs[0]) if isinstance(call.inputs[0], Slot) else None
+        if (name, second) in _NOTHING and given is not None and given.dtype == torch.float64 and given.shape == shape:
+            return first
+        if name == "aten::pow.Tensor_Scalar" and second in ("2", "2.0"):
+            return f"{first} * {first}"
+        if name in ("aten::clamp", "aten::clamp_"):
+            low, high = second or "None", str(args[2]) if len(args) > 2 else "None"
+            floor = first if low == "None" else f"{self._function('aten::clamp_min')}({first}, {low})"
+            return floor if high == "None" else f"{self._function('aten::clamp_max')}({floor}, {high})"
+        return ""
 
     def _parts(self, name: str, call: Call, args: Sequence[Any]) -> list[str]:
         """Pieces along a dimension, each under its own name."""
