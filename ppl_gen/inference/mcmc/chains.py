@@ -79,10 +79,15 @@ def _work(path: str, stop: str, content: bytes) -> bytes:
 
 
 def threads(chains: int) -> int:
-    """How many chains run at once in threads where the user leaves it open."""
+    """How many chains run at once in threads where the user leaves it open; the draws do not depend on it."""
     from joblib import cpu_count
 
-    return min(chains, cpu_count())
+    return 1 if _nested() else min(chains, cpu_count())
+
+
+def _nested() -> bool:
+    """Whether this process is one of several that share the cores."""
+    return inside() or multiprocessing.current_process().name != "MainProcess"
 
 
 def workers(chains: int, seconds: float, device: torch.device | None) -> int:
@@ -91,8 +96,7 @@ def workers(chains: int, seconds: float, device: torch.device | None) -> int:
         return 1
     from joblib import cpu_count
 
-    nested = inside() or multiprocessing.current_process().name != "MainProcess"
-    return 1 if nested else min(chains, cpu_count())
+    return 1 if _nested() else min(chains, cpu_count())
 
 
 def run_chains(chains: Sequence[Chain], processes: int, report: Report) -> tuple[list[DrawTable], bool, str | None]:

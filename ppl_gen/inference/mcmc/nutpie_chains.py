@@ -136,7 +136,9 @@ class _Running:
             self.finished = True
         except TimeoutError:
             pass
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of Rust's is no Exception
             self.finished = True
             told = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise self.error or RuntimeError(f'nutpie ended a chain: {told}; try sampler="pyro"') from None
@@ -231,9 +233,10 @@ def _ending(waiting: Sequence[_Running]) -> Iterator[list[_Running]]:
     try:
         yield running
     finally:
-        for run in running:
-            if not run.finished:
-                run.stop()
+        with contextlib.ExitStack() as stops:
+            for run in running:
+                if not run.finished:
+                    stops.callback(run.stop)
 
 
 def _keep(run: _Running) -> None:
