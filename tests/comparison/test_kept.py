@@ -65,7 +65,7 @@ def no_steps(patch: pytest.MonkeyPatch) -> None:
     for kind in (SVI, EM, CAVI):
         patch.setattr(kind, "step", lambda *_: pytest.fail("a step"))
     patch.setattr(_Kernel, "sample", lambda *_: pytest.fail("an iteration"))
-    patch.setattr(nutpie_chains, "run_chains", lambda *_: pytest.fail("chains"))
+    patch.setattr(nutpie_chains._Running, "start", lambda *_: pytest.fail("a chain"))
     patch.setattr(pg.Fit, "evidence", lambda *_, **__: pytest.fail("evidence"))
     patch.setattr(pg.Fit, "diagnose", lambda *_, **__: pytest.fail("a diagnosis"))
 
