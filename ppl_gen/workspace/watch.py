@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pyro
 from torch import nn
 
 from ppl_gen.workspace.closures import Remembered, alike, same
@@ -47,6 +48,17 @@ class Watch:
 
 
 def _same(one: Any, other: Any) -> bool:
+    if type(one) is dict and type(other) is dict and one.keys() == other.keys() and _plates(one) and _plates(other):
+        return all(_frame(one[name]) == _frame(other[name]) for name in one)
     if type(one) in (dict, list, set):
         return type(one) is type(other) and alike(one, other)
     return same(one, other)
+
+
+def _plates(values: dict[Any, Any]) -> bool:
+    """Whether these are whole plates alone, as autoguides make them anew for every call."""
+    return bool(values) and all(type(v) is pyro.plate and v.subsample_size == v.size for v in values.values())
+
+
+def _frame(plate: Any) -> tuple[Any, ...]:
+    return plate.name, plate.size, plate.dim
