@@ -140,16 +140,18 @@ def _numbers(value: Any, name: str, hint: str, program: str, few: bool) -> Tenso
         part = few and array.nbytes > WHOLE
         array = array.probe(LOOK) if part else array.whole(f"{program}, for the constants that it computes,")
     check_extent(name, array)
+    precision = torch.get_default_dtype()
+    if not array.is_floating_point() or largest(array) <= torch.finfo(precision).max ** 0.5:
+        return array
     check_finite(name, array, array.dtype, hint)
-    _check_square(name, array)
+    _check_square(name, array, precision)
     return array
 
 
-def _check_square(name: str, array: Tensor) -> None:
+def _check_square(name: str, array: Tensor, precision: torch.dtype) -> None:
     """Variances are what recipes read first: an infinite one would come out as an error of some distribution."""
-    precision = torch.get_default_dtype()
     most = torch.finfo(precision).max ** 0.5
-    if array.is_floating_point() and largest(array) > most:
+    if largest(array) > most:
         first = tuple(int(i) for i in (array.abs() > most).nonzero()[0])
         raise ValueError(
             f"data {name!r}: {float(array[first]):g} at index {first} is so large that its square is infinite in "

@@ -50,6 +50,28 @@ def test_products_in_float32_err_by_the_bound(small_chunks):
     assert not row_moments(x.double(), single=True).single
 
 
+def test_rows_that_lie_elsewhere_than_the_first_are_summed_about_their_mean(small_chunks):
+    x = rows() - 1000
+    x[256:] += 1e6  # the first chunk is about zero, and 2.7 sds of all are its distance from their mean
+    x = x[-2600:]
+    x[:256] -= 1e6
+    x = x.float()
+    found, (mean, covariance) = row_moments(x, single=True), dense(x)
+    scale = covariance.diagonal().sqrt()
+    assert float((mean.abs() / scale).min()) > 2
+    # Squares of three standard deviations are summed where those of one would do.
+    assert float(((found.matrix - covariance) / torch.outer(scale, scale)).abs().max()) < 10 * 256 * 6e-8
+
+
+def test_rows_near_zero_are_not_copied(small_chunks, monkeypatch):
+    x = rows() - 1000
+    copied = row_moments(x + 1000)
+    monkeypatch.setattr(module, "_shifted", None)
+    found, (_, covariance) = row_moments(x), dense(x)
+    torch.testing.assert_close(found.matrix, covariance, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.matrix, copied.matrix, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("n", [4, 20, 300])
 def test_leading_eigenvalues_of_few_and_of_many_rows(n):
     x = rows(n, 20)

@@ -183,8 +183,8 @@ class _Choice:
     isotropic: bool
 
     def build(self, data: Any) -> Program:
-        features = row_width(self.features, data, self.name)
-        x, mask = _rows(data, self.name, features)
+        x, mask = _rows(data, self.name, self.features)
+        features = x.shape[1]
         _check_latent(features, self.latent)
         found, closed = self._moments(x) if mask is None else (None, None)
         if found is None:
@@ -240,11 +240,13 @@ class _Choice:
         return values | {"precision": 1 / noise.clamp(min=self.floor)}
 
 
-def _rows(data: Any, name: str, features: int) -> tuple[Tensor, Tensor | None]:
+def _rows(data: Any, name: str, features: int | None) -> tuple[Tensor, Tensor | None]:
     """The entries x and mask, N x features each."""
     rows, mask = entries(data, name, "x", "mask")
     assert rows is not None  # the first entry
-    if rows.dim() != 2 or rows.shape[1] != features:
+    if rows.dim() != 2:
+        features = row_width(features, data, name)
+    if rows.dim() != 2 or rows.shape[1] != (features or rows.shape[1]):
         raise ValueError(f"data: {name}(features={features}) takes rows of {features} columns, got {tuple(rows.shape)}")
     if mask is not None and (mask.dtype is not torch.bool or mask.shape != rows.shape):
         raise ValueError(
