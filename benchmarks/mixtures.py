@@ -3,7 +3,8 @@
 .venv/bin/python benchmarks/mixtures.py
 
 pomegranate takes part where it can be imported (PYTHONPATH). Blocks of each kind take turns. `--quick` takes few rows
-and writes nothing. `--memory KIND ROWS` is what the children run in which memory is measured.
+and writes nothing. `--memory` and `--peer` are what children run: memory is measured in processes of their own, and
+pomegranate is.
 """
 
 from __future__ import annotations
@@ -90,18 +91,27 @@ def scikit(x: Tensor, means: Tensor) -> Callable[[], float]:
     return lambda: (seconds(ITERATIONS + 1) - seconds(1)) / ITERATIONS
 
 
-def pomegranate(x: Tensor, means: Tensor) -> Callable[[], float]:
+def pomegranate(x: Tensor, means: Tensor) -> float:
+    """Seconds of an iteration."""
     from pomegranate.distributions import Normal
     from pomegranate.gmm import GeneralMixtureModel
 
     mixture = GeneralMixtureModel([Normal(mean.clone(), torch.eye(len(mean))) for mean in means])
+    mixture.summarize(x)
+    mixture.from_summaries()
+    began = time.perf_counter()
+    for _ in range(ITERATIONS):
+        mixture.summarize(x)
+        mixture.from_summaries()
+    return (time.perf_counter() - began) / ITERATIONS
+
+
+def apart(shape: tuple[int, int, int]) -> Callable[[], float]:
+    """The same in a process of its own: what pomegranate imports makes torch several times slower in this one."""
+    command = [sys.executable, __file__, "--peer", *map(str, shape)]
 
     def call() -> float:
-        began = time.perf_counter()
-        for _ in range(ITERATIONS):
-            mixture.summarize(x)
-            mixture.from_summaries()
-        return (time.perf_counter() - began) / ITERATIONS
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
     return call
 
@@ -116,7 +126,7 @@ def kinds(shape: tuple[int, int, int]) -> dict[str, Callable[[], float]]:
         "scikit-learn, float32": scikit(single, means),
     }
     if importlib.util.find_spec("pomegranate") is not None:
-        found["pomegranate, float32"] = pomegranate(single, means)
+        found["pomegranate, float32"] = apart(shape)
     return found
 
 
@@ -167,7 +177,7 @@ def remembered(kind: str, shape: tuple[int, int, int]) -> None:
                 shape[2], max_iter=2, tol=0.0, means_init=means.numpy().astype(np.float64), init_params="k-means++"
             ).fit(x.numpy())
     else:
-        pomegranate(x, means)()
+        pomegranate(x, means)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, resident)
 
 
@@ -209,7 +219,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few rows and blocks; nothing is written")
     parser.add_argument("--memory", nargs=4, metavar=("KIND", "ROWS", "COLUMNS", "COMPONENTS"))
+    parser.add_argument("--peer", nargs=3, type=int, metavar=("ROWS", "COLUMNS", "COMPONENTS"))
     given = parser.parse_args()
+    if given.peer:
+        print(pomegranate(*groups(*given.peer, dtype=torch.float32)))
+        return
     if given.memory:
         kind, *shape = given.memory
         remembered(kind, tuple(map(int, shape)))  # type: ignore[arg-type]
