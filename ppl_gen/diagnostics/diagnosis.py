@@ -269,6 +269,7 @@ def _judged_point(fit: Fit) -> Verdict:
         restarts=max(1, int(fit.cost.get("restarts", 1))),
         implicit=_game(fit),
         lone=[] if _game(fit) else lone_rows(fit),
+        failed=str(fit.status) == "failed",
     )
     return with_points(found, _points(fit)) if fit.judged_by == "weights" else found
 

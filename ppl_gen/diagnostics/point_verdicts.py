@@ -22,6 +22,7 @@ def verdict_point(
     restarts: int = 1,
     implicit: bool = False,
     lone: Sequence[int] = (),
+    failed: bool = False,
 ) -> Verdict:
     """Judge a point estimate (EM, MAP, maximum likelihood, the generator of a game): has it settled?
 
@@ -30,7 +31,8 @@ def verdict_point(
     counts its starts.
     ``implicit=True`` is for what a game learned: its losses measure the players against each other, so they cannot show
     that the program is right. ``lone``: rows that a part of the program has narrowed onto, from `lone_rows`; the
-    likelihood has no bound there, and what is called an optimum is the place where the run was stopped.
+    likelihood has no bound there, and what is called an optimum is the place where the run was stopped. ``failed``: the
+    algorithm wanted more than a point and found none.
 
     >>> print(verdict_point(True, restarts=5))
     trust: the optimum was reached (best of 5 starts); it is a point and carries no uncertainty.
@@ -45,6 +47,9 @@ def verdict_point(
         findings.append((1, found, "Look at samples and at a yardstick computed on them"))
     elif still:
         findings += still
+    elif failed:
+        found = "the algorithm found no posterior, and what is kept is a point"
+        findings.append((2, found, "See fit.message for what went wrong"))
     elif not converged and not settled:
         findings.append(_unsettled(criterion, trend))
     if lone:

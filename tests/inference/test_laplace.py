@@ -168,7 +168,8 @@ def test_a_ridge_without_a_maximum_is_no_normal() -> None:
 
     fit = pg.fit(ridge, torch.tensor([1.0, 2.0]), Laplace())
     assert fit.status is pg.Status.FAILED and "not that of a maximum" in fit.message
-    assert fit.learned.kind == "point" and fit.verdict.grade != "trust"
+    assert fit.learned.kind == "point" and fit.verdict.grade == "do not trust"
+    assert "found no posterior" in fit.verdict.reason
 
 
 def test_it_is_saved_and_comes_back_without_its_algorithm(tmp_path) -> None:
