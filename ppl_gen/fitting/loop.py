@@ -6,17 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from ppl_gen.fitting.algorithm import Iterative
 from ppl_gen.data.batches import Batches
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.fitting.records import Records
-from ppl_gen.fitting.run import Ending, NonFiniteStepError, Outcome, Run, Status
+from ppl_gen.fitting.run import Ending, Info, NonFiniteStepError, Outcome, Run, Status
 from ppl_gen.fitting.stopping import EarlyStop, check_record
 from ppl_gen.runtime.interrupts import hold
+from ppl_gen.runtime.threads import ParallelWork, torch_threads
 from ppl_gen.workspace.isolation import generators, set_generators
 
 __all__ = ["iterate"]
+
+LOOKED_AT = 1  # the second step is counted: the first may set things up
 
 
 def iterate(algorithm: Iterative, run: Run) -> Outcome:
@@ -43,7 +48,7 @@ def iterate(algorithm: Iterative, run: Run) -> Outcome:
         outcome.ending = course.ending or outcome.ending
     outcome.history = {**outcome.history, **course.records.floats()}
     outcome.checks = course.checks
-    outcome.cost = {"steps": course.done, **outcome.cost}
+    outcome.cost = {"steps": course.done, "threads": course.threads or torch.get_num_threads(), **outcome.cost}
     return outcome
 
 
@@ -68,6 +73,7 @@ class _Course:
     ending: Ending | None = None
     records: Records = field(default_factory=Records)
     checks: dict[str, list[float]] = field(default_factory=dict)
+    threads: int = 0  # of a step; 0: not decided, and then as many as torch is set to
 
     def goes_on(self) -> bool:
         """Look at the last step, keep a checkpoint where one is due; whether there is a next step."""
@@ -81,7 +87,7 @@ class _Course:
     def step(self) -> None:
         """One step of the algorithm, and what it recorded."""
         self.moving = self.moved = True
-        self.state, info = self.algorithm.step(self.state, self.source)
+        self.state, info = self._counted() if self.done == LOOKED_AT else self._made()
         self.records.append(info)
         self.done += 1
         self.open, self.moving = True, False
@@ -89,6 +95,22 @@ class _Course:
             for hook in self.run.hooks:
                 hook(self.done, info)
         self.run.ranks.check()
+
+    def _made(self) -> tuple[Any, Info]:
+        if not self.threads:
+            return self.algorithm.step(self.state, self.source)
+        with torch_threads(min(self.threads, torch.get_num_threads())):
+            return self.algorithm.step(self.state, self.source)
+
+    def _counted(self) -> tuple[Any, Info]:
+        """One step, by whose size those after it take one thread or all that torch is set to."""
+        most, device = torch.get_num_threads(), self.run.data.device
+        if most == 1 or (device is not None and device.type != "cpu"):
+            return self._made()
+        with ParallelWork() as work:
+            made = self._made()
+        self.threads = work.threads(most)
+        return made
 
     def _look(self) -> None:
         """Stopping rule, validation, progress: all that follows a step and changes nothing of the state."""
@@ -132,6 +154,7 @@ class _Course:
                 "generators": generators(),
                 "records": self.records.state_dict(),
                 "checks": self.checks,
+                "threads": self.threads,
             },
         )
         self.moved = False
@@ -170,6 +193,7 @@ class _Course:
         self.source.load_state_dict(saved["source"])
         self.records.load_state_dict(saved["records"], self.run.data.device)
         self.done, self.open, self.checks = self.records.steps, saved["open"], saved["checks"]
+        self.threads = int(saved.get("threads", 0))
         ending = saved["ending"]
         self.ending = None if ending is None else Ending(ending["status"], ending["message"])
         if self.checks and self.limit > saved["limit"] and not self._due(int(self.checks["step"][-1])):

@@ -25,6 +25,10 @@ class Largest(TorchDispatchMode):
         super().__init__()
         self.numbers = 1
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import the compiler to switch it off
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not is_view(func):
