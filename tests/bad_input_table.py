@@ -56,7 +56,10 @@ TABLE: dict[str, dict[type[Exception], str]] = {
     },
     "Settings of the wrong kind": {
         ValueError: """
-            NUTS(full_mass="yes")  ->  full_mass: expected True or False, got 'yes'
+            NUTS(full_mass="yes")  ->  full_mass: expected True, False or None, got 'yes'
+            NUTS(sampler="stan")  ->  sampler: expected one of 'auto', 'nutpie', 'pyro', got 'stan'
+            NUTS(mass="full")  ->  mass: expected one of 'auto', 'dense', 'low_rank', 'diagonal', got 'full'
+            NUTS(sampler="pyro", mass="low_rank")  ->  mass: pyro has no mass matrix 'low_rank'
             NUTS(jitter=float("inf"))  ->  jitter: expected a number of at least 0, or None, got inf
             NUTS(max_tree_depth=100)  ->  max_tree_depth: expected a whole number of at least 1 and at most 20, got 100
             NUTS(target_accept="high")  ->  target_accept: expected a number between 0 and 1, got 'high'
