@@ -16,8 +16,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from steps import LATENT, program
-from steps import rows as pixels
+from steps import LATENT, images, program
 from timing import Result, alternate, shown
 from torch import Tensor, nn
 from torch.nn import functional
@@ -84,7 +83,7 @@ def rows(quick: bool) -> list[Result]:
 
 
 def _vae(count: int, particles: int, blocks: int) -> Result:
-    x = pixels()[:count]
+    x = images()[:count]
     fit = pg.fit(program(), x, SVI(steps=5, lr=1e-4), seed=0, progress=False)
     encode, decode = fit.module("encode"), fit.module("decode")
 
