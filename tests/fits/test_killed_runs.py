@@ -162,10 +162,10 @@ def test_a_partial_fit_is_the_fit_of_so_many_steps() -> None:
             pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
     calls: list[None] = []
-    part = pg.fit(model, torch.arange(5.0), SVI(steps=1000), seed=3)
+    part = pg.fit(model, torch.arange(5.0), SVI(steps=1000, lr=1e-3), seed=3)
     steps = int(part.cost["steps"])
     assert part.status is pg.Status.INTERRUPTED and 0 < steps < 60
-    whole = pg.fit(model, torch.arange(5.0), SVI(steps=steps), seed=3)
+    whole = pg.fit(model, torch.arange(5.0), SVI(steps=steps, lr=1e-3), seed=3)
     assert all(torch.equal(value, whole.params[name]) for name, value in part.params.items())
 
 
