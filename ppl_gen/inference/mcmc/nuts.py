@@ -158,7 +158,8 @@ class NUTS(Algorithm):
                 potential = Potential(density.potential_and_gradient, way.path, way.path_reason)
             else:
                 points = [*starts, 2.0 * starts[0], -starts[0]]
-                gradients = self.chains * self.iterations * _TREE_STEPS
+                # Pyro's kernel takes longer than any potential of few operations, and its processes cannot share code.
+                gradients = self.chains * self.iterations * _TREE_STEPS if way.sampler == "nutpie" else 0
                 potential = captured(run, density, points, gradients, way.path)
                 way = way.on(self.sampler, run, potential)
         if run.checkpoint is not None:
