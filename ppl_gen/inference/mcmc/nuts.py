@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.capture.replay import Recording
 from ppl_gen.errors import is_number, require_flag, require_whole
 from ppl_gen.fitting.algorithm import Algorithm
@@ -133,8 +134,7 @@ class NUTS(Algorithm):
 
     def _check_sampler(self) -> None:
         for name, known in (("sampler", SAMPLERS), ("mass", MASSES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+            require_choice(name, getattr(self, name), known)
         if self.full_mass is not None and self.mass not in ("auto", self.metric):
             raise ValueError(f"mass: expected {self.metric!r}, as full_mass={self.full_mass}, got {self.mass!r}")
         if {"nutpie": "dense", "pyro": "low_rank"}.get(self.sampler) == self.metric:

@@ -92,7 +92,7 @@ def ppca(
         (True, True)
     """
     _check(features, latent, prior, guide, start, floor)
-    chosen = _Choice("ppca", features, latent, prior, guide, start, floor, isotropic=True)
+    chosen = _Choice("ppca", features, int(latent), prior, guide, start, floor, isotropic=True)
     arguments = {"features": features, "latent": latent}
     return Recipe(chosen.build, name="ppca", arguments=arguments, as_given=True)
 
@@ -144,7 +144,7 @@ def factor_analysis(
         True
     """
     _check(features, latent, prior, guide, start, floor)
-    chosen = _Choice("factor_analysis", features, latent, prior, guide, start, floor, isotropic=False)
+    chosen = _Choice("factor_analysis", features, int(latent), prior, guide, start, floor, isotropic=False)
     return Recipe(
         chosen.build, name="factor_analysis", arguments={"features": features, "latent": latent}, as_given=True
     )
@@ -327,7 +327,7 @@ def principal_components(x: Tensor, latent: int) -> PrincipalComponents:
     if rows.dim() != 2 or not rows.numel() or not largest(rows) <= _LARGEST:
         raise ValueError(f"x: expected a matrix of finite numbers, rows x features, got shape {tuple(rows.shape)}")
     _check_latent(rows.shape[1], latent)
-    return _closed_form(row_moments(rows), latent)
+    return _closed_form(row_moments(rows), int(latent))
 
 
 def _closed_form(moments: RowMoments, latent: int) -> PrincipalComponents:
