@@ -109,7 +109,7 @@ class Exact(Algorithm):
     def run(self, run: Run) -> Outcome:
         loc, sd = torch.tensor(MEAN, dtype=run.dtype), torch.tensor(SD * self.wider, dtype=run.dtype)
         if self.kind == "closed_form":
-            return Outcome(ClosedForm(loc, sd))
+            return Outcome(ClosedForm(loc, sd), cost={"solver": "by hand"})
         if self.kind == "grid":
             nodes = loc + sd * torch.linspace(-4.0, 4.0, 801, dtype=run.dtype)
             return Outcome(Grid(nodes, dist.Normal(loc, sd).log_prob(nodes).exp()))

@@ -71,7 +71,8 @@ def array_recording(tape: Tape, u: Tensor) -> ArrayRecording:
     >>> from ppl_gen.capture.tape import record
     >>> u = torch.tensor([1.0, 3.0], dtype=torch.float64)
     >>> text = array_recording(record(lambda: ((u * u).sum(), 2.0 * u), [u]), u)
-    >>> text.load_arrays()(np.array([3.0, 4.0]))
+    >>> value, gradient = text.load_arrays()(np.array([3.0, 4.0]))
+    >>> float(value), gradient
     (25.0, array([6., 8.]))
 
     Raises:

@@ -75,11 +75,16 @@ def _seed(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
 
 
+_COUNTED = ("seconds", "steps", "gradient_evaluations")  # what a comparison adds up
+
+
 def _costs(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
-    words = {name for name in value if name in ("path", "path_reason")}
-    return all(text(v) if n in words else number(v) and 0 <= v < _LARGEST for n, v in value.items())
+    return all(
+        text(v) if isinstance(v, str) and n not in _COUNTED else number(v) and 0 <= v < _LARGEST
+        for n, v in value.items()
+    )
 
 
 def _fingerprint(value: Any) -> bool:
@@ -116,7 +121,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "status": (f"one of {', '.join(_STATUS)}", one_of(*_STATUS)),
     "message": ("text", text),
     "seed": ("a whole number of at least 0 and below 2**32", _seed),
-    "cost": ("numbers of at least 0 by name, and words of the path", _costs),
+    "cost": ("numbers of at least 0, or words, by name", _costs),
     "notes": ("texts by name", table_of(text)),
     "records": ("columns of numerals, equally long, by name", columns_of(numeral)),
     "checks": ("columns of numerals, equally long, by name", columns_of(numeral)),

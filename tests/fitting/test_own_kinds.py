@@ -108,6 +108,7 @@ def test_a_file_brings_it_back_without_its_algorithm(kind: str, tmp_path: Path) 
     assert back.verdict == fit.verdict
     if kind == "closed_form":
         assert back.marginal_likelihood().mean == fit.marginal_likelihood().mean
+    assert back.cost == fit.cost, "words that an algorithm says of its costs come back too"
     again = pg.load(back.save(tmp_path / "again"), program=normal_mean)
     assert torch.equal(again.posterior(draws=20)["loc"], fit.posterior(draws=20)["loc"])
     alone = pg.load(path)

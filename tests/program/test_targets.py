@@ -14,7 +14,7 @@ import ppl_gen as pg
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.inference import NUTS, SVI
 
-CHAINS = NUTS(draws=300, warmup=200, chains=2, processes=1)
+CHAINS = NUTS(draws=800, warmup=300, chains=2, processes=1)
 
 
 def gamma():

@@ -88,7 +88,7 @@ class NUTS(Algorithm):
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
-        >>> fit = pg.fit(model, torch.tensor([1.0, 2.0, 3.0]), NUTS(draws=300, warmup=100, chains=2), seed=0)
+        >>> fit = pg.fit(model, torch.tensor([1.0, 2.0, 3.0]), NUTS(draws=1000, warmup=200, chains=2), seed=0)
         >>> abs(float(fit.posterior()["loc"].mean()) - 2.0) < 0.2
         True
     """
