@@ -34,6 +34,7 @@ __all__ = ["NUTS"]
 
 _TREE_SECONDS = 3e-4  # the work of Pyro's kernel for each gradient (measured)
 _TREE_STEPS = 10  # about so many gradients an iteration
+_SHARED = 2e-3  # seconds of a gradient from which threads gain: of short ones, they wait for Python's lock (measured)
 _DEEPEST = 20  # a million gradients for one draw
 
 
@@ -69,7 +70,7 @@ class NUTS(Algorithm):
             unconstrained units. Below 1 they could hardly disagree, which ``fit.notes["starts"]`` then says.
         thin: keep one iteration in so many; ``draws`` are kept in any case.
         processes: chains that run at once, in threads under nutpie, in worker processes under Pyro's kernel; None: as
-            many as there are cores, for processes where the run is long enough to gain.
+            many as there are cores where that gains, which is for large gradients in threads, for long runs in processes.
 
     Raises:
         ValueError: for settings out of range, or if 100 random starts have no finite density (the sites are named).
@@ -238,7 +239,8 @@ class NUTS(Algorithm):
     ) -> tuple[list[DrawTable], bool]:
         """What the chains drew, and whether they were interrupted."""
         if way.sampler == "nutpie":
-            return nutpie_chains.run_chains(chains, potential, self.processes or threads(self.chains), report)
+            at_once = threads(self.chains) if potential.each > _SHARED else 1
+            return nutpie_chains.run_chains(chains, potential, self.processes or at_once, report)
         seconds = 0.0 if all(chain.done >= chain.iterations for chain in chains) else potential.seconds_each(chains[0])
         estimate = self.chains * self.iterations * _TREE_STEPS * (seconds + _TREE_SECONDS)
         processes = self.processes or workers(self.chains, estimate, run.data.device)

@@ -24,7 +24,7 @@ __all__ = ["Potential", "captured"]
 #: Seconds on one thread, measured: an operation, and each number that it makes. The compiler's first use in a process
 #: is most of it importing; then it takes so much for each operation.
 _GRAPH, _NUMPY, _INDUCTOR = (2.0e-6, 1.5e-9), (3.5e-7, 4.0e-9), (1.0e-7, 1.2e-9)
-_COMPILER, _COMPILING = 9.0, 0.03
+_COMPILER, _COMPILING = 5.0, 0.025
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ class Potential:
 
     ``path`` says which: the program itself ("eager"), the replay of a recording in torch's operations ("graph") or, for
     small tensors, in NumPy's ("numpy"), or compiled ("inductor").
-    ``reason`` says why no faster one was taken, ``seconds`` what capturing took.
+    ``reason`` says why no faster one was taken, ``seconds`` what capturing took; ``each`` guesses what one evaluation
+    takes, from the number of operations and their size.
     """
 
     function: Recording | Function
     path: str
     reason: str = ""
     seconds: float = 0.0
+    each: float = 0.0
 
     def load(self) -> Function:
         """The function itself."""
@@ -99,8 +101,9 @@ def captured(run: Run, density: Unconstrained, points: Sequence[Tensor], gradien
     if path == "inductor" or (not path and _worth_compiling(run.compile, tape, gradients, kind)):
         function, reason = _compiled(tape, program, points)
         if function is not None:
-            return Potential(function, "inductor", "", time.perf_counter() - began)
-    return Potential(made, kind, reason, time.perf_counter() - began)
+            return Potential(function, "inductor", "", time.perf_counter() - began, _seconds(tape, _INDUCTOR))
+    each = _seconds(tape, _NUMPY if kind == "numpy" else _GRAPH)
+    return Potential(made, kind, reason, time.perf_counter() - began, each)
 
 
 def _replayed(
