@@ -147,8 +147,11 @@ def _write(kept: list[dict[str, str]], seconds: float) -> None:
     results = results_of(kept)
     draw(results, RESULTS / "bench.png")
     aims = [met for result in results for peer in result.targets if (met := result.met(peer)) is not None]
+    absent = [name for name in GROUPS if name not in {line["group"] for line in kept}]
     about = (
-        f"{sum(aims)} of {len(aims)} targets are met. A figure is the median of blocks that take turns; a ratio is our "
+        f"{sum(aims)} of {len(aims)} targets are met. "
+        + (f"Not in this table yet: {', '.join(absent)}. " if absent else "")
+        + "A figure is the median of blocks that take turns; a ratio is our "
         "median over the peer's. Set-up and compilation are left out where a row does not say that they count.\n\n"
         "![ratios](bench.png)"
     )

@@ -70,7 +70,7 @@ class NUTS(Algorithm):
             unconstrained units. Below 1 they could hardly disagree, which ``fit.notes["starts"]`` then says.
         thin: keep one iteration in so many; ``draws`` are kept in any case.
         processes: chains that run at once, in threads under nutpie, in worker processes under Pyro's kernel; None: as
-            many as there are cores where that gains, which is for large gradients in threads, for long runs in processes.
+            many as there are cores where that gains: for large gradients in threads, for long runs in processes.
 
     Raises:
         ValueError: for settings out of range, or if 100 random starts have no finite density (the sites are named).
