@@ -20,7 +20,7 @@ from ppl_gen.fitting.stopping import EarlyStop
 from ppl_gen.inference.guides.normals import kept_buffers, normal_guide
 from ppl_gen.inference.lbfgs import Path, advanced, begun
 from ppl_gen.inference.potentials import Potential, first_points, guarded, recorded_potential, refuse_large
-from ppl_gen.inference.unconstrained import Unconstrained
+from ppl_gen.inference.unconstrained import NEEDS, Unconstrained
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.workspace import ProgramState
 
@@ -78,12 +78,7 @@ class Laplace(Iterative):
     dtype: ClassVar[torch.dtype | None] = torch.float64
     vectors: ClassVar[bool] = True
     growing: ClassVar[Sequence[str]] = ("steps",)
-    needs: ClassVar[Sequence[Need]] = (
-        ("density",),
-        ("latent sites",),
-        ("differentiable latents",),
-        ("no free parameters",),
-    )
+    needs: ClassVar[Sequence[Need]] = NEEDS
 
     def __post_init__(self) -> None:
         require_whole("steps", self.steps)
@@ -93,7 +88,7 @@ class Laplace(Iterative):
     def init(self, run: Run) -> _State:
         density = Unconstrained(run.joint, run.data.batch(), run.info)
         refuse_large(run, density, self.label, _LARGEST)
-        (u,) = first_points(run, density, 1, self.label)
+        (u,) = first_points(run, density, 1)
         potential = guarded(recorded_potential(run, density, [u]))
         return _State(density, potential, begun(potential, u))
 

@@ -19,7 +19,7 @@ from ppl_gen.inference.guides.normals import kept_buffers, normal_guide
 from ppl_gen.inference.mixing import Shares, importance_shares
 from ppl_gen.inference.paths import Search, Trail
 from ppl_gen.inference.potentials import derived_seed, first_points, guarded, recorded_potential, refuse_large
-from ppl_gen.inference.unconstrained import Unconstrained
+from ppl_gen.inference.unconstrained import NEEDS, Unconstrained
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.workspace import ProgramState
 
@@ -87,12 +87,7 @@ class Pathfinder(Iterative):
     dtype: ClassVar[torch.dtype | None] = torch.float64
     vectors: ClassVar[bool] = True
     growing: ClassVar[Sequence[str]] = ("steps",)
-    needs: ClassVar[Sequence[Need]] = (
-        ("density",),
-        ("latent sites",),
-        ("differentiable latents",),
-        ("no free parameters",),
-    )
+    needs: ClassVar[Sequence[Need]] = NEEDS
 
     def __post_init__(self) -> None:
         for name, least in (("paths", 1), ("steps", 1), ("memory", 1), ("elbo_draws", 2), ("draws", 100)):
@@ -103,7 +98,7 @@ class Pathfinder(Iterative):
     def init(self, run: Run) -> _State:
         density = Unconstrained(run.joint, run.data.batch(), run.info)
         refuse_large(run, density, self.label, _LARGEST)
-        points = first_points(run, density, self.paths, self.label)
+        points = first_points(run, density, self.paths)
         potential = guarded(recorded_potential(run, density, points))
         search = Search(potential, self.memory, self.elbo_draws, self.tolerance)
         return _State(density, search, tuple(search.begun(u) for u in points), run.seed)

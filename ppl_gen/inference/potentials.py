@@ -12,10 +12,10 @@ from ppl_gen.capture.replay import record_checked
 from ppl_gen.capture.tape import RecordingRefused
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.fitting.run import Run
-from ppl_gen.inference.unconstrained import Unconstrained, starting_point
+from ppl_gen.inference.unconstrained import Unconstrained, refuse_hidden_draws, starting_point
 from ppl_gen.workspace.isolation import isolated
 
-__all__ = ["derived_seed", "first_points", "guarded", "recorded_potential", "refuse_large"]
+__all__ = ["derived_seed", "first_points", "guarded", "note_unrecorded", "recorded_potential", "refuse_large"]
 
 Potential = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -26,18 +26,21 @@ def recorded_potential(run: Run, density: Unconstrained, points: Sequence[Tensor
     Raises:
         IncompatibleError: where two evaluations at one point differ: the density draws random numbers.
     """
-    first, second = (float(density.potential_and_gradient(points[0])[0]) for _ in range(2))
-    if not abs(first - second) <= 1e-6 * max(abs(first), abs(second), 1e-300):
-        raise IncompatibleError(
-            f"the log density of {run.program.name!r} differs between two evaluations at one point ({-first:.6g} and "
-            f"{-second:.6g}): the program draws random numbers that are not sample sites"
-        )
+    refuse_hidden_draws(run.program.name, density, points[0])
+    if run.compile is False:
+        return density.potential_and_gradient
     try:
         return record_checked(density.potential_and_gradient, [*points, 0.5 * points[0], -points[0]]).load()
     except RecordingRefused as refused:
-        reason = str(refused).splitlines()[0]
-        run.notes["potential"] = f"evaluated by running the program each time, as it cannot be recorded: {reason}"
+        note_unrecorded(run, refused)
         return density.potential_and_gradient
+
+
+def note_unrecorded(run: Run, refused: RecordingRefused) -> str:
+    """Note why the program itself is run; gives the reason."""
+    reason = str(refused).splitlines()[0]  # below it stand the shapes that Pyro adds to what goes through a program
+    run.notes["potential"] = f"evaluated by running the program each time, as it cannot be recorded: {reason}"
+    return reason
 
 
 def guarded(potential: Potential) -> Potential:
@@ -62,7 +65,7 @@ def derived_seed(seed: int, *places: int) -> int:
     return int(np.random.SeedSequence([seed, *places]).generate_state(1)[0])
 
 
-def first_points(run: Run, density: Unconstrained, count: int, label: str) -> list[Tensor]:
+def first_points(run: Run, density: Unconstrained, count: int) -> list[Tensor]:
     """Where ``count`` paths begin: the first at the starting values, if there are any, the others dispersed.
 
     Of every two of the others, the second lies across zero from the one before. A point follows from the seed of the
@@ -77,10 +80,7 @@ def first_points(run: Run, density: Unconstrained, count: int, label: str) -> li
         exact = bool(parts) and number == 0
         opposite = points[-1] if number % 2 else None
         with isolated(derived_seed(run.seed, number), dtype=run.dtype):
-            try:
-                points.append(starting_point(density, parts, 0.0 if exact else None, opposite))
-            except ValueError as error:
-                raise ValueError(str(error).replace("NUTS", label, 1)) from error
+            points.append(starting_point(density, parts, 0.0 if exact else None, opposite))
     return points
 
 

@@ -8,7 +8,8 @@ are summed out. Supports are read as the program runs, so that a bound may depen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +23,13 @@ from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.placed import Lifted, Placed
 from ppl_gen.handlers.sites import is_subsample
 from ppl_gen.program.info import ProgramInfo
+from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import validation_off
 
-__all__ = ["NEAR", "Unconstrained", "singular", "starting_point"]
+__all__ = ["NEAR", "NEEDS", "Unconstrained", "refuse_hidden_draws", "singular", "starting_point"]
+
+#: What a program has to offer so that its posterior is a density over one vector.
+NEEDS: Sequence[Need] = (("density",), ("latent sites",), ("differentiable latents",), ("no free parameters",))
 
 TRIES = 100
 EXACT = 10  # the last of them
@@ -195,6 +200,20 @@ def _brief(value: Tensor) -> str:
     return shown if flat.numel() == 1 else f"[{shown}{', ...' if flat.numel() > 4 else ''}]"
 
 
+def refuse_hidden_draws(program: str, density: Unconstrained, u: Tensor) -> None:
+    """A density that differs from one evaluation to the next would be explored without complaint, and wrongly.
+
+    Raises:
+        IncompatibleError: where two evaluations at ``u`` differ.
+    """
+    first, second = (float(density.potential_and_gradient(u)[0]) for _ in range(2))
+    if not math.isclose(first, second, rel_tol=1e-6):
+        raise IncompatibleError(
+            f"the log density of {program!r} differs between two evaluations at one point ({-first:.6g} and "
+            f"{-second:.6g}): the program draws random numbers that are not sample sites, which nothing here can see"
+        )
+
+
 def starting_point(
     density: Unconstrained, given: Mapping[str, Tensor], jitter: float | None, opposite: Tensor | None = None
 ) -> Tensor:
@@ -225,7 +244,7 @@ def starting_point(
             return u
     found = "\n  ".join(density.trouble(u) or [f"the log density is {-float(value):g}"])
     raise ValueError(
-        f"NUTS found no starting point with a finite log density and gradient in {TRIES} tries; at the last one\n"
+        f"no starting point has a finite log density and gradient after {TRIES} tries; at the last one\n"
         f"  {found}\n"
         "Look at the priors and the likelihood of these sites, or give plausible values: pg.Program(model, start=...)"
     )

@@ -207,5 +207,20 @@ def test_no_start_names_the_site() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(loc / 0.0, 1.0), obs=x)
 
-    with pytest.raises(ValueError, match="Laplace found no starting point"):
+    with pytest.raises(ValueError, match="no starting point has a finite"):
         pg.fit(model, torch.zeros(3), Laplace())
+
+
+@pytest.mark.parametrize("compile, replayed", [("auto", True), (False, False)])
+def test_compile_says_whether_the_density_is_replayed(compile, replayed) -> None:
+    runs = []
+
+    def model(x, y):
+        runs.append(1)
+        linear(x, y)
+
+    found = pg.fit(model, LINEAR, Laplace(), compile=compile)
+    asked = len(runs)
+    other = pg.fit(model, LINEAR, Laplace(tolerance=1e-300, steps=40), compile=compile)
+    assert (len(runs) - asked == asked) is replayed, "a replay runs the program for its checks alone"
+    assert torch.allclose(found.guide.moments()[0], other.guide.moments()[0], rtol=1e-6)

@@ -19,7 +19,7 @@ from ppl_gen.inference.guides.resolved import as_class
 from ppl_gen.inference.guides.vector_guide import refuse_moving_supports
 from ppl_gen.inference.paths import Search
 from ppl_gen.inference.potentials import derived_seed, first_points, guarded, recorded_potential
-from ppl_gen.inference.unconstrained import Unconstrained
+from ppl_gen.inference.unconstrained import NEEDS, Unconstrained
 from ppl_gen.inference.whitened import WhitenedAdam
 from ppl_gen.workspace.isolation import without_side_effects
 
@@ -28,7 +28,6 @@ __all__ = ["Beginning", "beginning"]
 _LARGEST = 300  # numbers: the guide's covariance has half their square
 _PATHS, _STEPS, _DRAWS, _MEMORY = 4, 300, 10, 6
 _TOLERANCE = 1e-3  # nats
-_NEEDS = {"density", "latent sites", "differentiable latents", "no free parameters"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def _serves(run: Run, guide: Any) -> bool:
         and not chosen
         and not run.program.terms
         and run.program.time_steps is None
-        and _NEEDS <= set(run.info.offers)
+        and all(set(need) & set(run.info.offers) for need in NEEDS)
     )
 
 
@@ -119,7 +118,7 @@ def _given(guide: NormalGuide) -> _Found:
 
 def _searched(run: Run, density: Unconstrained) -> _Found:
     """The best normal of some paths."""
-    points = first_points(run, density, _PATHS, "SVI")
+    points = first_points(run, density, _PATHS)
     search = Search(guarded(recorded_potential(run, density, points)), _MEMORY, _DRAWS, _TOLERANCE)
     trails = []
     for number, u in enumerate(points):

@@ -26,7 +26,7 @@ from ppl_gen.inference.mcmc.report import Report, counted
 from ppl_gen.inference.mcmc.results import rectangle, relabelled, site_values, statistics
 from ppl_gen.inference.mcmc.samplers import MASSES, SAMPLERS, Way, chosen
 from ppl_gen.inference.mcmc.starts import beginnings
-from ppl_gen.inference.unconstrained import Unconstrained
+from ppl_gen.inference.unconstrained import NEEDS, Unconstrained
 from ppl_gen.program.offers import Need
 from ppl_gen.runtime.threads import torch_threads
 
@@ -111,12 +111,7 @@ class NUTS(Algorithm):
     growing: ClassVar[Sequence[str]] = ("draws",)
     idle: ClassVar[Sequence[str]] = ("processes",)
     resumable: ClassVar[bool] = True
-    needs: ClassVar[Sequence[Need]] = (
-        ("density",),
-        ("latent sites",),
-        ("differentiable latents",),
-        ("no free parameters",),
-    )
+    needs: ClassVar[Sequence[Need]] = NEEDS
 
     def __post_init__(self) -> None:
         for name in ("draws", "chains", "warmup", "thin"):

@@ -17,6 +17,7 @@ from ppl_gen.capture.replay import Recording, agrees, recording
 from ppl_gen.capture.tape import RecordingRefused, Tape, record
 from ppl_gen.fitting.run import Run
 from ppl_gen.inference.mcmc.kernel import Chain, Function
+from ppl_gen.inference.potentials import note_unrecorded
 from ppl_gen.inference.unconstrained import Unconstrained
 
 __all__ = ["Potential", "captured"]
@@ -94,9 +95,7 @@ def captured(run: Run, density: Unconstrained, points: Sequence[Tensor], gradien
         made: Recording = recording(tape)
         agrees(made.load(), program, points)
     except RecordingRefused as refused:
-        reason = str(refused).splitlines()[0]  # below it stand the shapes that Pyro adds to what goes through a program
-        run.notes["potential"] = f"evaluated by running the program each time, as it cannot be recorded: {reason}"
-        return Potential(program, "eager", reason, time.perf_counter() - began)
+        return Potential(program, "eager", note_unrecorded(run, refused), time.perf_counter() - began)
     made, kind, reason = _replayed(run, tape, made, program, points, path)
     if path == "inductor" or (not path and _worth_compiling(run.compile, tape, gradients, kind)):
         function, reason = _compiled(tape, program, points)

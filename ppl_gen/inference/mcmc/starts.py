@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_gen.errors import IncompatibleError
 from ppl_gen.fitting.run import Run
-from ppl_gen.inference.unconstrained import NEAR, Unconstrained, starting_point
+from ppl_gen.inference.unconstrained import NEAR, Unconstrained, refuse_hidden_draws, starting_point
 from ppl_gen.workspace.isolation import isolated
 
 __all__ = ["beginnings"]
@@ -38,7 +36,7 @@ def beginnings(run: Run, density: Unconstrained, chains: int, jitter: float | No
             starts.append(starting_point(density, parts, jitter, starts[-1] if chain % 2 else None))
     if parts and chains > 1:
         _note_close(run, [density.split(start) for start in starts], list(parts), jitter)
-    _refuse_hidden_draws(run, density, starts[0])
+    refuse_hidden_draws(run.program.name, density, starts[0])
     return starts, [int(seed) for seed in seeds[1::2]]
 
 
@@ -50,14 +48,4 @@ def _note_close(run: Run, starts: Sequence[dict[str, Tensor]], known: Sequence[s
         run.notes["starts"] = (
             f"all {len(starts)} chains began within {apart:.2g} of each other in {', '.join(known)} (unconstrained "
             f"units), so they could not disagree about modes farther away; {advice}"
-        )
-
-
-def _refuse_hidden_draws(run: Run, density: Unconstrained, u: Tensor) -> None:
-    """A density that differs from one evaluation to the next would be sampled without complaint, and wrongly."""
-    first, second = (float(density.potential_and_gradient(u)[0]) for _ in range(2))
-    if not math.isclose(first, second, rel_tol=1e-6):
-        raise IncompatibleError(
-            f"the log density of {run.program.name!r} differs between two evaluations at one point ({-first:.6g} and "
-            f"{-second:.6g}): the program draws random numbers that are not sample sites, which NUTS cannot see"
         )
