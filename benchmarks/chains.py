@@ -18,11 +18,9 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
-from timing import Block, Result, shown
-from versions import write
+from timing import Block, Result, tell
 
 LIBRARIES = {"ppl_gen": "ppl_gen", "Pyro": "pyro", "NumPyro": "numpyro", "PyMC, nutpie": "pymc"}
 POSTERIORS = ("eight schools", "logistic regression 1000 x 25", "crabs")
@@ -121,12 +119,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(run(*arguments.one, arguments.quick)))
         return
-    began = time.perf_counter()
-    body = "\n".join(map(shown, rows(arguments.quick)))
-    if arguments.quick:
-        print(body)
-    else:
-        write(Path(__file__).stem, "Effective draws", body, time.perf_counter() - began)
+    tell("chains", "Effective draws", rows, arguments.quick)
 
 
 if __name__ == "__main__":

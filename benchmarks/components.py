@@ -8,16 +8,14 @@ turns. `--quick` takes few rows and writes nothing.
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from timing import Result, alternate, shown
+from timing import Ends, Result, alternate, run
 from torch import Tensor
-from versions import write
 
 import ppl_gen as pg
 from ppl_gen.inference import EM
@@ -38,15 +36,8 @@ def images(quick: bool) -> tuple[Tensor, str]:
     return torch.as_tensor(x)[: 3000 if quick else None].contiguous(), name
 
 
-class Timed(EM):
-    """Notes when each step ends."""
-
-    ends: ClassVar[list[float]] = []
-
-    def step(self, state: Any, source: Any) -> Any:
-        result = super().step(state, source)
-        self.ends.append(time.perf_counter())
-        return result
+class Timed(Ends, EM):
+    """With the time of each step."""
 
 
 def iteration(recipe: pg.Recipe, data: Any, steps: int = 6) -> Callable[[], float]:
@@ -162,17 +153,5 @@ def rows(quick: bool) -> list[Result]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few rows and blocks; nothing is written")
-    quick = parser.parse_args().quick
-    began = time.perf_counter()
-    body = "\n".join(map(shown, rows(quick)))
-    if quick:
-        print(body)
-        return
-    write("components", "What linear components and hidden Markov chains cost", body, time.perf_counter() - began)
-
-
 if __name__ == "__main__":
-    main()
+    run("components", "What linear components and hidden Markov chains cost", rows, __doc__)

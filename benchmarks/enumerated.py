@@ -7,8 +7,6 @@ Blocks of each kind take turns. `--quick` runs two short blocks and writes nothi
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 
 import pyro
@@ -18,10 +16,9 @@ from pyro.distributions import constraints
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from steps import Block as Steps
 from steps import loop, ours, pyros
-from timing import Result, alternate, shown
+from timing import Result, alternate, run
 from torch import Tensor, nn
 from torch.nn import functional
-from versions import write
 
 import ppl_gen as pg
 
@@ -137,6 +134,7 @@ def measured(title: str, blocks: dict[str, Steps], targets: dict[str, float], qu
 
 def rows(quick: bool) -> list[Result]:
     """The rows of the benchmark."""
+    torch.manual_seed(0)  # of the networks
     generator = torch.Generator().manual_seed(0)
     means = 2 * torch.randn(K, COLUMNS, generator=generator)
     x = means[torch.randint(K, (60_000,), generator=generator)] + torch.randn(60_000, COLUMNS, generator=generator)
@@ -169,18 +167,5 @@ def rows(quick: bool) -> list[Result]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two short blocks of each kind; nothing is written")
-    quick = parser.parse_args().quick
-    torch.manual_seed(0)
-    began = time.perf_counter()
-    body = "\n".join(map(shown, rows(quick)))
-    if quick:
-        print(body)
-        return
-    write("enumerated", "What a step over enumerated latents costs", body, time.perf_counter() - began)
-
-
 if __name__ == "__main__":
-    main()
+    run("enumerated", "What a step over enumerated latents costs", rows, __doc__)

@@ -8,16 +8,15 @@ and these are part of its time. So is whatever it records and compiles. `--quick
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from steps import LATENT, images, program
-from timing import Result, alternate, shown
+from timing import Result, alternate, run
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -119,12 +118,5 @@ def _small(count: int, particles: int, blocks: int) -> Result:
     return Result(title, alternate(kinds, blocks, 1), {"by hand, chunks": 1.0})
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few rows and particles")
-    for result in rows(parser.parse_args(arguments).quick):
-        print(shown(result), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run("evidence", "What evidence by importance weighting costs", rows, __doc__)

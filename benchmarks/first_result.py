@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-from timing import Result, alternate, shown
-from versions import write
+from timing import Result, alternate, run
 
 OURS = """
 import ppl_gen as pg
@@ -53,16 +51,5 @@ def _process(script: str) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    quick, began = parser.parse_args().quick, time.perf_counter()
-    body = "\n".join(map(shown, rows(quick)))
-    if quick:
-        print(body)
-    else:
-        write(Path(__file__).stem, "The first result", body, time.perf_counter() - began)
-
-
 if __name__ == "__main__":
-    main()
+    run("first_result", "The first result", rows, __doc__)

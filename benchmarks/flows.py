@@ -8,15 +8,14 @@ are made of torch's own layers. Ours trains through the captured step, as fits d
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import torch
-from timing import Block, Result, alternate, shown
+from timing import Block, Ends, Result, alternate, run
 from torch import Tensor, nn
 
 import ppl_gen as pg
@@ -27,15 +26,8 @@ FEATURES, LAYERS, HIDDEN, BATCH, BINS, ROWS = 63, 8, (256, 256), 512, 8, 5120
 Kinds = dict[str, Callable[[], object]]
 
 
-class Timed(SVI):
-    """Notes when each step ends."""
-
-    ends: ClassVar[list[float]] = []
-
-    def step(self, state: Any, source: Any) -> Any:
-        result = super().step(state, source)
-        self.ends.append(time.perf_counter())
-        return result
+class Timed(Ends, SVI):
+    """With the time of each step."""
 
 
 class Ours:
@@ -203,12 +195,5 @@ def rows(quick: bool) -> list[Result]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two short blocks of each kind")
-    for result in rows(parser.parse_args(arguments).quick):
-        print(shown(result), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run("flows", "What flows cost", rows, __doc__)

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mixtures import fitted, groups
 from steps import images, ours, program, wide
 from timing import Block, alternate
 from versions import table, write
 
 import ppl_gen as pg
-from ppl_gen.inference import EM, IWAE, NUTS
-from ppl_gen.models import gaussian_mixture
+from ppl_gen.inference import IWAE, NUTS
 
 RESULTS = Path(__file__).parent / "results"
 Timed = Callable[[], object]
@@ -38,17 +38,8 @@ def batch(rows: int) -> Timed:
 
 
 def mixture(rows: int, components: int) -> Timed:
-    """One iteration of EM: the difference of a longer and a shorter fit, which leaves out what a fit costs at all."""
-    draws = np.random.default_rng(0)
-    centres = draws.normal(size=(components, 8)) * 4
-    x = torch.as_tensor(centres[draws.integers(components, size=rows)] + draws.normal(size=(rows, 8)))
-
-    def seconds(steps: int) -> float:
-        fit = pg.fit(gaussian_mixture(components), x, EM(steps=steps, tol=0.0), seed=0, progress=False)
-        assert fit.cost["steps"] == steps, fit.message
-        return float(fit.cost["seconds"])
-
-    return lambda: max(1e-6, (seconds(12) - seconds(2)) / 10)
+    x, _ = groups(rows, 8, components, dtype=torch.float64)
+    return fitted(x, components, torch.float64)
 
 
 def chains(count: int) -> Timed:

@@ -17,13 +17,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from timing import Result, alternate, shown
+from timing import Ends, Result, alternate, tell
 from torch import Tensor
-from versions import write
 
 import ppl_gen as pg
 from ppl_gen.inference import EM
@@ -43,15 +41,8 @@ def groups(count: int, columns: int, components: int, dtype: torch.dtype = torch
     return x.to(dtype), means + 0.3 * torch.randn(means.shape, generator=generator)
 
 
-class Timed(EM):
-    """Notes when each step ends."""
-
-    ends: ClassVar[list[float]] = []
-
-    def step(self, state: Any, source: Any) -> Any:
-        result = super().step(state, source)
-        self.ends.append(time.perf_counter())
-        return result
+class Timed(Ends, EM):
+    """With the time of each step."""
 
 
 def fitted(x: Tensor, components: int, dtype: torch.dtype) -> Callable[[], float]:
@@ -228,13 +219,8 @@ def main() -> None:
         kind, *shape = given.memory
         remembered(kind, tuple(map(int, shape)))  # type: ignore[arg-type]
         return
-    began = time.perf_counter()
-    body = "\n".join(map(shown, rows(given.quick)))
-    if given.quick:
-        print(body)
-        return
-    about = "Starting means differ: ours are rows far apart. An iteration costs the same from any start."
-    write("mixtures", "What EM for a Gaussian mixture costs", f"{about}\n\n{body}", time.perf_counter() - began)
+    note = "Starting means differ: ours are rows far apart. An iteration costs the same from any start."
+    tell("mixtures", "What EM for a Gaussian mixture costs", rows, given.quick, note)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ all of them; a figure is the median of its blocks, and the quartiles say how far
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -23,10 +22,9 @@ import torch
 from pyro.infer import SVI as PyroSVI
 from pyro.infer import RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from timing import Result, alternate, shown
+from timing import Ends, Result, alternate, run
 from torch import Tensor, nn
 from torch.nn import functional
-from versions import write
 
 import ppl_gen as pg
 from ppl_gen.inference import IWAE, SVI
@@ -88,15 +86,8 @@ def batches(x: Tensor) -> Callable[[], Tensor]:
     return following
 
 
-class Timed(SVI):
-    """Notes when each step ends, without a callback: those are watched, which costs a little."""
-
-    ends: ClassVar[list[float]] = []
-
-    def step(self, state: Any, source: Any) -> Any:
-        result = super().step(state, source)
-        self.ends.append(time.perf_counter())
-        return result
+class Timed(Ends, SVI):
+    """With the time of each step."""
 
 
 def ours(made: Any, x: Tensor, path: str | bool, **settings: Any) -> Block:
@@ -295,17 +286,5 @@ def rows(quick: bool) -> list[Result]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two short blocks of each kind; nothing is written")
-    quick = parser.parse_args().quick
-    began = time.perf_counter()
-    body = "\n".join(map(shown, rows(quick)))
-    if quick:
-        print(body)
-    else:
-        write("steps", "What one training step costs", body, time.perf_counter() - began)
-
-
 if __name__ == "__main__":
-    main()
+    run("steps", "What one training step costs", rows, __doc__)

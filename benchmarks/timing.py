@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from versions import table
+from versions import table, write
 
-__all__ = ["Block", "Result", "Timed", "alternate", "block_of", "shown"]
+__all__ = ["Block", "Ends", "Result", "Timed", "alternate", "block_of", "run", "shown", "tell"]
 
 Timed = Mapping[str, Callable[[], object]]
+
+
+class Ends:
+    """In front of an algorithm: notes when each step ends, without a callback, which would be watched at a cost."""
+
+    ends: ClassVar[list[float]] = []
+
+    def step(self, state: Any, source: Any) -> Any:
+        result = super().step(state, source)  # type: ignore[misc]
+        self.ends.append(time.perf_counter())
+        return result
 
 
 @dataclass(frozen=True)
@@ -99,3 +112,20 @@ def shown(result: Result) -> str:
             [name, f"{block.median:.3g}", f"{low:.3g} to {high:.3g}", f"{result.ratio(name):.2f}", aim, *memory]
         )
     return f"## {result.title}\n\n{table(head, lines)}\n" + (f"\n{result.note}\n" if result.note else "")
+
+
+def run(name: str, title: str, rows: Callable[[bool], Sequence[Result]], about: str | None) -> None:
+    """The command line of one file of rows; ``about`` is its docstring."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--quick", action="store_true", help="small sizes, short blocks; nothing is written")
+    tell(name, title, rows, parser.parse_args().quick)
+
+
+def tell(name: str, title: str, rows: Callable[[bool], Sequence[Result]], quick: bool, note: str = "") -> None:
+    """Measure the rows and write them to ``results/<name>.md``; print them only where it is ``quick``."""
+    began = time.perf_counter()
+    body = "\n".join(map(shown, rows(quick)))
+    if quick:
+        print(body)
+    else:
+        write(name, title, f"{note}\n\n{body}", time.perf_counter() - began)
