@@ -83,8 +83,8 @@ class _Memory:
 
     @staticmethod
     def _probe(x: Tensor) -> Tensor:
-        """Some rows: what is written through numpy has no version."""
-        return x[:: max(1, len(x) // 64)].clone()
+        """Sums of the columns: what is written through numpy has no version."""
+        return x.sum(0)
 
     def __getstate__(self) -> dict[str, Any]:
         return _Memory().__dict__
