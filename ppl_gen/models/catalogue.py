@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ppl_gen.models.adversarial.gan import gan
 from ppl_gen.models.autoencoders.autoencoder import autoencoder
@@ -20,6 +15,16 @@ from ppl_gen.models.linear.components import factor_analysis, ppca
 from ppl_gen.models.mixture.gaussian import gaussian_mixture
 from ppl_gen.models.sequences.char_rnn import char_rnn
 from ppl_gen.models.sequences.hidden_markov import hidden_markov
+from ppl_gen.models.small_data import (
+    bars,
+    first_stage,
+    letters,
+    ring,
+    some_labelled,
+    two_factors,
+    two_groups,
+    two_regimes,
+)
 from ppl_gen.models.variational.semi_supervised import m1, m1_m2, m2
 from ppl_gen.models.variational.vae import vae
 from ppl_gen.program.program import Recipe
@@ -51,54 +56,6 @@ class Entry:
     offers: tuple[str, ...]
 
 
-def _two_groups() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(40, generator=generator, dtype=torch.float64)
-    return torch.where(torch.arange(40) < 16, 0.6 * rows - 2.0, rows + 1.5)
-
-
-def _two_regimes() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    regime = (torch.arange(8) // 4 + torch.arange(6).unsqueeze(-1)) % 2
-    return 3.0 * regime + 0.7 * torch.randn(6, 8, generator=generator, dtype=torch.float64)
-
-
-def _bars() -> Tensor:
-    lines = (torch.arange(8).unsqueeze(-1) >> torch.arange(3)) & 1
-    rows = lines.unsqueeze(-1).expand(8, 3, 3)
-    return torch.cat([rows, rows.mT]).flatten(1).to(torch.float64)
-
-
-def _some_labelled() -> dict[str, Tensor]:
-    direction = torch.arange(16) // 8
-    return {"x": _bars(), "y": torch.where(torch.arange(16) % 4 == 1, direction, -1)}
-
-
-@functools.cache
-def _first_stage() -> Any:
-    """A fit of `m1` for `m1_m2` to stand on."""
-    from ppl_gen.fits.driver import fit
-    from ppl_gen.inference import SVI
-
-    return fit(m1(latent=2, hidden=(8,)), _bars(), SVI(steps=5), seed=0, progress=False)
-
-
-def _two_factors() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randn(40, 2, generator=generator) @ torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 1.0, 1.0, 0.5]])
-    return factors + 0.5 * torch.randn(40, 4, generator=generator)
-
-
-def _ring() -> Tensor:
-    angle = torch.arange(40) * (2 * math.pi / 40)
-    return 2 * torch.stack([angle.cos(), angle.sin()], -1)
-
-
-def _letters() -> dict[str, Tensor]:
-    codes = (torch.arange(6) * (1 + torch.arange(8).unsqueeze(-1) % 2)) % 3
-    return {"x": codes, "lengths": 6 - torch.arange(8) % 3}
-
-
 # What several models offer alike; the contract test holds every row against the dry run.
 _CODES = ("density", "latent sites", "samples", "differentiable samples", "differentiable latents", "data plate")
 _LABELS = ("density", "latent sites", "samples", "differentiable latents", "data plate")
@@ -123,7 +80,7 @@ CATALOGUE: dict[str, Entry] = {
         Entry(
             "gaussian_mixture",
             lambda: gaussian_mixture(components=2),
-            _two_groups,
+            two_groups,
             "Gaussian mixture: free or equal weights; spherical, diagonal or full covariance",
             (
                 "density",
@@ -140,56 +97,56 @@ CATALOGUE: dict[str, Entry] = {
         Entry(
             "ppca",
             lambda: ppca(latent=2),
-            _two_factors,
+            two_factors,
             "probabilistic principal components: exact evidence, entries may be missing",
             _LINEAR,
         ),
         Entry(
             "factor_analysis",
             lambda: factor_analysis(latent=1),
-            _two_factors,
+            two_factors,
             "factor analysis: as ppca, with a noise variance for each column",
             _LINEAR,
         ),
         Entry(
             "autoencoder",
             lambda: autoencoder(code=2, hidden=(8,)),
-            _two_factors,
+            two_factors,
             "autoencoder: deep, convolutional, tied, denoising, sparse or k-sparse; codes without a prior",
             ("density", "latent sites", "differentiable latents", "data plate"),
         ),
         Entry(
             "vae",
             lambda: vae(latent=2, hidden=(8,)),
-            _bars,
+            bars,
             "variational autoencoder: perceptron or convolutional; pixels, numbers or levels; conditional",
             _CODES,
         ),
         Entry(
             "m1",
             lambda: m1(latent=2, hidden=(8,)),
-            _bars,
+            bars,
             "latent-feature model: a variational autoencoder whose codes serve any classifier",
             _CODES,
         ),
         Entry(
             "m2",
             lambda: m2(classes=2, latent=2, hidden=(8,)),
-            _some_labelled,
+            some_labelled,
             "semi-supervised classifier: labels of some rows, a generative model of all",
             _LABELS,
         ),
         Entry(
             "m1_m2",
-            lambda: m1_m2(_first_stage(), classes=2, latent=2, hidden=(8,)),
-            _some_labelled,
+            lambda: m1_m2(first_stage(), classes=2, latent=2, hidden=(8,)),
+            some_labelled,
             "m2 on the codes of a trained m1, which stays as it is",
             _LABELS,
         ),
         Entry(
             "hidden_markov",
             lambda: hidden_markov(states=2),
-            _two_regimes,
+            two_regimes,
             "hidden Markov model of sequences with normal or categorical emissions",
             (
                 "density",
@@ -205,21 +162,21 @@ CATALOGUE: dict[str, Entry] = {
         Entry(
             "gan",
             lambda: gan(latent=4, hidden=(16,)),
-            _ring,
+            ring,
             "generative adversarial network: a perceptron of normal noise, without a density",
             ("latent sites", "samples", "differentiable samples", "differentiable latents", "data plate"),
         ),
         Entry(
             "rbm",
             lambda: rbm(hidden=4, sweeps=20),
-            _bars,
+            bars,
             "restricted Boltzmann machine of zeros and ones: an energy, trained by contrastive divergence",
             ("samples", "data plate", "exact evidence", "energy"),
         ),
         Entry(
             "denoising_diffusion",
             lambda: denoising_diffusion(steps=4, hidden=8),
-            _ring,
+            ring,
             "diffusion model of vectors: a fixed chain into noise, a learned chain back",
             (
                 "density",
@@ -234,49 +191,49 @@ CATALOGUE: dict[str, Entry] = {
         Entry(
             "affine_flow",
             lambda: affine_flow(),
-            _ring,
+            ring,
             "flow of one affine map: a normal distribution with a full covariance",
             _FLOW,
         ),
         Entry(
             "real_nvp",
             lambda: real_nvp(layers=2, hidden=(8,)),
-            _ring,
+            ring,
             "flow of affine coupling layers: exact density, both directions fast",
             _FLOW,
         ),
         Entry(
             "maf",
             lambda: maf(layers=2, hidden=(8,)),
-            _ring,
+            ring,
             "masked autoregressive flow: exact density, fast; samples column by column",
             _FLOW,
         ),
         Entry(
             "iaf",
             lambda: iaf(layers=2, hidden=(8,)),
-            _ring,
+            ring,
             "inverse autoregressive flow: fast samples; exact density, column by column",
             _FLOW,
         ),
         Entry(
             "spline_flow",
             lambda: spline_flow(layers=2, hidden=(8,), bins=4),
-            _ring,
+            ring,
             "flow of coupling layers of rational-quadratic splines",
             _FLOW,
         ),
         Entry(
             "scalar_flow",
             lambda: scalar_flow("uniform", bins=4),
-            _two_groups,
+            two_groups,
             "flow of single numbers to uniform, Beta or normal codes",
             _FLOW,
         ),
         Entry(
             "char_rnn",
             lambda: char_rnn(cell="gru", hidden=4),
-            _letters,
+            letters,
             "recurrent network (plain, LSTM, GRU) of sequences of symbols, each predicted from those before it",
             ("density", "samples", "data plate", "exact evidence"),
         ),

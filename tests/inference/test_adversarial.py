@@ -10,7 +10,8 @@ from torch import nn
 
 import ppl_gen as pg
 from ppl_gen.inference import SVI, Adversarial
-from ppl_gen.inference.objectives.adversarial import COSTS, gradient_penalty
+from ppl_gen.inference.objectives.adversarial import COSTS
+from ppl_gen.inference.objectives.critics import gradient_penalty
 
 GRID = torch.linspace(-30.0, 30.0, 20_001, dtype=torch.float64)
 CLASSIFIERS = [name for name, costs in COSTS.items() if costs.classifier]

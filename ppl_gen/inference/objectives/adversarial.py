@@ -17,12 +17,13 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_positive, require_whole
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.inference.objectives.base import Objective
+from ppl_gen.inference.objectives.critics import check_output, default_critic, gradient_penalty
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
 from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, reads_own_observation
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import without_side_effects
 
-__all__ = ["COSTS", "Adversarial", "Costs", "gradient_penalty"]
+__all__ = ["COSTS", "Adversarial", "Costs"]
 
 Rowwise = Callable[[Tensor], Tensor]
 
@@ -164,23 +165,6 @@ class Adversarial(Objective):
         return _AdversarialGame(self, setting)
 
 
-def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    """E (|grad T(x)| - 1)^2, a scalar, at random points x between ``real`` and ``fake`` rows (Gulrajani et al. 2017).
-
-    Both are rows x event.
-
-    Example:
-        >>> flat = nn.Linear(2, 1)
-        >>> _ = nn.init.constant_(flat.weight, 3.0)
-        >>> gradient_penalty(flat, torch.zeros(4, 2), torch.ones(4, 2)).item()  # (3 sqrt 2 - 1)^2
-        10.5147...
-    """
-    share = torch.rand((len(real), *[1] * (real.dim() - 1)), dtype=real.dtype, device=real.device)
-    between = torch.lerp(fake, real, share).requires_grad_()
-    (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
-    return (torch.linalg.vector_norm(slope.flatten(1), dim=1) - 1.0).square().mean()
-
-
 class _AdversarialGame(Game):
     def __init__(self, objective: Adversarial, setting: Setting) -> None:
         self.objective, self.costs = objective, COSTS[objective.kind]
@@ -189,9 +173,9 @@ class _AdversarialGame(Game):
         self._refuse_teacher_forcing(setting)
         with without_side_effects():
             real, _ = self.rows(setting.probe)
-        critic = _default_critic(real) if objective.critic is None else copy.deepcopy(objective.critic)
+        critic = default_critic(real) if objective.critic is None else copy.deepcopy(objective.critic)
         self.critic = critic.to(device=real.device, dtype=real.dtype)
-        _check_output(self.critic, real)
+        check_output(self.critic, real)
         if not any(p.requires_grad for p in self.critic.parameters()):
             raise ValueError("critic: none of its parameters requires a gradient, so it cannot learn; unfreeze some")
         self.modules: Mapping[str, nn.Module] = {"critic": self.critic}
@@ -246,47 +230,3 @@ class _AdversarialGame(Game):
                 f"the program {setting.program.name!r} reads its own observation of {', '.join(reads)} to make it, so "
                 "a critic would compare the data with copies of themselves; generate step by step inside the model"
             )
-
-
-class _Standardise(nn.Module):
-    """Rows flattened (rows x numbers), minus the mean and over the standard deviation of the rows it was made from."""
-
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__()
-        flat = rows.flatten(1)
-        scale = flat.std(0, correction=0)
-        self.register_buffer("loc", flat.mean(0))
-        self.register_buffer("scale", torch.where(scale > 0, scale, torch.ones_like(scale)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.flatten(1) - self.loc) / self.scale
-
-
-def _default_critic(real: Tensor) -> nn.Module:
-    """A perceptron from rows (rows x event) to one number each: rows x 1."""
-    width = 128
-    layers = [nn.Linear(real[0].numel(), width), nn.LeakyReLU(0.2), nn.Linear(width, width), nn.LeakyReLU(0.2)]
-    return nn.Sequential(_Standardise(real), *layers, nn.Linear(width, 1))
-
-
-def _check_output(critic: nn.Module, real: Tensor) -> None:
-    """Call the critic once in evaluation mode, where it changes nothing of its own."""
-    if any(nn.parameter.is_lazy(p) for p in (*critic.parameters(), *critic.buffers())):
-        raise ValueError("critic: it has lazy layers without shapes; call it once on some rows before the fit")
-    modes = {module: module.training for module in critic.modules()}
-    critic.eval()
-    try:
-        with without_side_effects():
-            shape = tuple(critic(real).shape)
-    except (RuntimeError, ValueError) as error:  # both come from layers that refuse a shape
-        raise ValueError(
-            f"critic: it cannot take the observed rows, a tensor of shape {tuple(real.shape)}: {error}"
-        ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    if shape not in ((len(real),), (len(real), 1)):
-        raise ValueError(f"critic: expected one number for each of {len(real)} rows, got a tensor of shape {shape}")
