@@ -182,13 +182,13 @@ def rows(quick: bool) -> list[Result]:
     results = []
     for title, full in SHAPES.items():
         shape = (full[0] // 50, *full[1:]) if quick else full
-        blocks = alternate(kinds(shape), blocks=2 if quick else 7, calls=1)
+        blocks = alternate(kinds(shape), blocks=2 if quick else 3 if full[0] > 100_000 else 7, calls=1)
         aims = dict(zip(("scikit-learn, float64", "pomegranate, float32"), TARGETS[title], strict=True))
         memory = {} if quick else {name: peak(name, shape)[0] for name in blocks}
         title = f"Gaussian mixture, full covariances, {title}: one iteration of EM"
         results.append(Result(title, blocks, {k: v for k, v in aims.items() if k in blocks}, memory))
     shape = (4000, 8, 10) if quick else SHAPES["1000000 x 8, K = 10"]
-    blocks = alternate(whole(shape), blocks=2 if quick else 5, calls=1)
+    blocks = alternate(whole(shape), blocks=2 if quick else 3, calls=1)
     results.append(Result("The same on 1000000 x 8: a whole fit of ten iterations", blocks))
     if not quick:
         results.append(large())

@@ -110,7 +110,7 @@ def demo(
         algorithms = {
             "EM": EM(),
             "CAVI": CAVI(),
-            "SVI": SVI(steps=2000, lr=0.02),
+            "SVI": SVI(),
             "NUTS": NUTS(draws=1000, chains=4, target_accept=0.95),
         }
     result = pg.compare(pg.Recipe(_crabs, name="gaussian_mixture"), pg.load_data("crabs"), algorithms, n_jobs=jobs)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,10 +154,11 @@ def scratch() -> Iterator[Path]:
     False
     """
     sweep()
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    lock = locked(folder)
+    folder = Path(tempfile.gettempdir(), f"{_PREFIX}{uuid.uuid4().hex}")
     with _deaf():
         heir = subprocess.Popen([sys.executable, "-I", "-S", "-c", _HEIR, str(folder)], stdin=subprocess.PIPE)
+    folder.mkdir(mode=0o700)  # not before somebody is there to remove it
+    lock = locked(folder)
     try:
         yield folder
     finally:

@@ -42,13 +42,16 @@ def test_every_pair_goes_on(program: str, algorithm: str, tmp_path: Path) -> Non
     def learned(**settings: Any) -> pg.Fit:
         return pg.fit(entry.recipe(), entry.data(), chosen, seed=1, progress=False, **settings)
 
+    whole = learned()
+    # The closed form of ppca is there after one step.
+    last = 13 if algorithm == "NUTS" else min(3, int(whole.cost["steps"]))
+
     def stop(step: int, info: Any) -> None:
-        if step == (13 if algorithm == "NUTS" else 3):
+        if step == last:
             raise SystemExit
 
-    whole = learned()
     with pytest.raises(SystemExit):
         learned(checkpoint=tmp_path, every=2, callbacks=[stop])
     resumed = learned(checkpoint=tmp_path, every=2)
-    assert "after 2 of" in resumed.notes["resumed"] or algorithm == "NUTS"
+    assert last < 3 or algorithm == "NUTS" or "after 2 of" in resumed.notes["resumed"]
     assert same(all_of(whole), all_of(resumed))
