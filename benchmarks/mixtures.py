@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import resource
 import subprocess
 import sys
 import time
@@ -155,7 +154,7 @@ def remembered(kind: str, shape: tuple[int, int, int]) -> None:
     x, means = groups(*shape, dtype=torch.float32 if single else torch.float64)
     small = groups(1000, 3, 2)[0]
     pg.fit(gaussian_mixture(2), small, EM(steps=2), seed=0, progress=False)  # what a first fit loads
-    resident = _resident()
+    resident = _status("VmRSS")
     if kind.startswith("ppl_gen"):
         dtype = x.dtype
         pg.fit(gaussian_mixture(shape[2]), x, EM(steps=2, tolerance=0.0), seed=0, dtype=dtype, progress=False)
@@ -169,12 +168,13 @@ def remembered(kind: str, shape: tuple[int, int, int]) -> None:
             ).fit(x.numpy())
     else:
         pomegranate(x, means)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, resident)
+    print(_status("VmHWM"), resident)
 
 
-def _resident() -> float:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+def _status(what: str) -> float:
+    """MB by /proc: getrusage would count what the parent held when it started this process."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(f"{what}:"))
 
 
 def rows(quick: bool) -> list[Result]:
