@@ -12,10 +12,14 @@ from oracles_of_linear import linear_autoencoder, linear_gaussian, linear_variat
 from oracles_of_models import boltzmann, cavi, crabs_by_em, em_against_scikit_learn, markov, noising
 from oracles_of_normals import gaussian_posterior, logistic_maximum, mode_shares
 from oracles_of_objectives import (
+    any_critic,
     bounds_on_minibatches,
+    divergences,
     evidence_by_importance,
     optimal_critic,
     parallel_lines,
+    players_in_turn_and_at_once,
+    singular_values,
     unbiased_minibatches,
 )
 from versions import table, write
@@ -33,6 +37,10 @@ ORACLES = (
     linear_variational_autoencoder,
     linear_autoencoder,
     optimal_critic,
+    divergences,
+    any_critic,
+    singular_values,
+    players_in_turn_and_at_once,
     parallel_lines,
     bounds_on_minibatches,
     unbiased_minibatches,

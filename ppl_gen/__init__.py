@@ -18,7 +18,9 @@ from ppl_gen.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ppl_gen.comparison.compare import Comparison, compare
+    from ppl_gen.diagnostics.made_rows import compare_rows, modes_covered
     from ppl_gen.fits.loading import load
+    from ppl_gen.fits.saddle import exploitability
 
 
 __all__ = [
@@ -35,10 +37,13 @@ __all__ = [
     "by_step",
     "check",
     "compare",
+    "compare_rows",
     "constant",
+    "exploitability",
     "fit",
     "load",
     "load_data",
+    "modes_covered",
     "prior_predictive",
     "stream",
 ]
@@ -52,7 +57,14 @@ def _zoo(offer: str) -> list[str]:
 
 offers.zoo[:] = [_zoo]
 
-_LAZY = {"Comparison": "comparison.compare", "compare": "comparison.compare", "load": "fits.loading"}
+_LAZY = {
+    "Comparison": "comparison.compare",
+    "compare": "comparison.compare",
+    "compare_rows": "diagnostics.made_rows",
+    "exploitability": "fits.saddle",
+    "load": "fits.loading",
+    "modes_covered": "diagnostics.made_rows",
+}
 
 
 def __getattr__(name: str) -> Any:

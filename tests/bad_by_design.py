@@ -16,6 +16,7 @@ BY_DESIGN: dict[str, str] = {
     "pg.Program(guide=<class 'object'>)": "the class of an autoguide; it is made by the fit, which refuses this one",
     "pg.Program(name=*)": "any text is a name",
     "pg.Program(data_dim=0)": "the first dimension",
+    "inference.Divergence(name=*)": "any text is a name",
     "pg.Recipe(name=*)": "any text is a name",
     "pg.Recipe(arguments={'no_such_site': 1.0})": "any arguments may be shown",
     "inference.SVI(lr={})": "no player is named, so each has the usual rate",

@@ -116,8 +116,10 @@ def _fitted(name: str) -> pg.Fit:
         "vae": (models.vae(2, latent=2, hidden=(3,)), _numbers()),
         "char_rnn": (models.char_rnn(3, hidden=2), torch.arange(12).reshape(3, 4) % 3),
         "m1": (models.m1(2, latent=2, hidden=(3,)), _numbers()),
+        "gan": (models.gan(2, latent=2, hidden=(3,)), _numbers()),
     }
-    return pg.fit(*programs[name], SVI(steps=2), progress=False)
+    objective = Adversarial() if name == "gan" else inference.ELBO()
+    return pg.fit(*programs[name], SVI(objective, steps=2), progress=False)
 
 
 @functools.cache
@@ -217,6 +219,11 @@ def _driver() -> Iterator[Target]:
     yield Target(
         "pg.compare", pg.compare, {"program": normal, "data": _numbers(10), "algorithms": {"a": SVI(steps=1)}, **small}
     )
+    rows = _numbers(20)
+    yield Target("pg.compare_rows", pg.compare_rows, {"data": rows, "made": rows + 1.0})
+    yield Target("pg.modes_covered", pg.modes_covered, {"rows": rows, "modes": rows[:2], "within": 1.0})
+    played = {"fit": _fitted("gan"), "algorithm": SVI(Adversarial(), steps=1), "steps": 1, "looks": 2}
+    yield Target("pg.exploitability", pg.exploitability, played)
     yield Target("pg.load", pg.load, {"path": _saved(), "program": normal})
     yield Target("pg.load_data", pg.load_data, {"name": "alice", "length": 8})
     yield Target("pg.Program", pg.Program, {"model": normal}, lambda program: pg.check(program, _numbers()))
@@ -237,6 +244,7 @@ def _algorithms() -> Iterator[Target]:
     for objective in (inference.ELBO, inference.IWAE):
         yield Target(f"inference.{objective.__name__}", objective, {}, lambda o: _fit(SVI(o, steps=1)))
     yield Target("inference.Adversarial", Adversarial, {}, _fit_gan)
+    yield Target("inference.Divergence", inference.Divergence, {"f": lambda u: u * u.log()})
     yield Target("inference.ContrastiveDivergence", ContrastiveDivergence, {}, _fit_rbm)
     for rule in (inference.Plateau, inference.Patience):
         yield Target(f"inference.{rule.__name__}", rule, {}, lambda r: _fit(SVI(steps=2, stop_rule=r), _numbers()))

@@ -198,6 +198,13 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             Adversarial(penalty="l2")  ->  penalty: expected
             Adversarial("wasserstein", clip=0)  ->  clip: expected a positive number
             Adversarial(critic_steps=0)  ->  critic_steps: expected
+            Adversarial(schedule="in turn")  ->  schedule: expected one of 'alternating', 'simultaneous'
+            Adversarial(schedule="simultaneous", critic_steps=5)  ->  critic_steps: players that move at once move once each
+            Adversarial(averaging=1.0)  ->  averaging: expected a finite number of at least 0 and below 1
+            Adversarial("wasserstein", penalty="none")  ->  penalty: the default critic is not Lipschitz by construction
+            Divergence(lambda u: u * u.log() + 1)  ->  f: f(1) has to be 0
+            Divergence(lambda u: -u * u + 1)  ->  f: expected a convex function
+            Divergence(lambda u: u * u.log(), lambda t: t.exp())  ->  conjugate: at t = f'(u)
             ContrastiveDivergence(steps=0)  ->  steps: expected
             ContrastiveDivergence(chains=5)  ->  chains: without persistent=True
             SVI(steps=0)  ->  steps: expected
@@ -236,6 +243,8 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.fit(gan(4), x, SVI(Adversarial(), steps=1), start=fit)  ->  start: that fit is of the program 'ppca'
         """,
         TypeError: """
+            Divergence("kl")  ->  f: expected a function, got str
+            pg.exploitability(fit, EM())  ->  algorithm: expected the SVI that played the game, got EM
             Adversarial(critic="perceptron")  ->  critic: expected a torch network or None
             SVI(objective="ELBO")  ->  objective: expected
             SVI(schedule="cosine")  ->  schedule: expected a function
@@ -297,6 +306,8 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             active_units(fit, site="code")  ->  site: expected one of z
             active_units(fit, threshold=-1)  ->  threshold: expected
             codes(fit, draws=0)  ->  draws: expected
+            pg.compare_rows(x, x[:5])  ->  made: expected at least 20 rows
+            pg.modes_covered(x, x[:2], within=0)  ->  within: expected a positive number
             bits_per_character(fit, x[0])  ->  data: the fit of 'ppca'
             pg.prior_predictive(normal, x, draws=0)  ->  draws: expected
             pg.stream([x], rows=0)  ->  rows: expected

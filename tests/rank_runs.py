@@ -129,6 +129,11 @@ CURVES: dict[str, tuple[Any, Any, SVI]] = {
     "score function": (FLIPS, BITS, svi(batch_size=10)),
     "Pyro's own": (GAUSSIAN, BITS, svi(pyro.infer.TraceMeanField_ELBO(), batch_size=10)),
     "two players": (generator(), ROWS, svi(Adversarial("wasserstein", clip=0.1), batch_size=10, optimiser="sgd")),
+    "two players at once": (
+        generator(),
+        ROWS,
+        svi(Adversarial("hinge", penalty="projection", schedule="simultaneous", averaging=0.9), batch_size=10),
+    ),
 }
 
 

@@ -66,6 +66,16 @@ RUNS: dict[str, tuple[Callable[[], Any], Any, Any]] = {
         SVI(Adversarial("wasserstein", critic_steps=2), steps=9, batch_size=8),
         ROWS,
     ),
+    "players at once, projected, averaged": (
+        lambda: gan(latent=2, hidden=(4,)),
+        SVI(
+            Adversarial("wasserstein", penalty="projection", schedule="simultaneous", averaging=0.9),
+            steps=9,
+            batch_size=8,
+            lr=0.01,
+        ),
+        ROWS,
+    ),
     "persistent chains": (
         lambda: rbm(hidden=3),
         SVI(ContrastiveDivergence(persistent=True), steps=9, batch_size=6, lr=0.05, optimiser="sgd"),

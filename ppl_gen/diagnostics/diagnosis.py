@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.bridge import az_summary, to_tree
+from ppl_gen.diagnostics.game_verdicts import rows_compared, verdict_game
 from ppl_gen.diagnostics.grades import graded
 from ppl_gen.diagnostics.guide_weights import all_points, guide_weights
 from ppl_gen.diagnostics.lone_rows import lone_rows
@@ -50,7 +51,8 @@ def verdict(fit: Fit) -> Verdict:
 
 
 def diagnose(fit: Fit, *, draws: int = DRAWS, seed: int | None = None) -> pandas.DataFrame:
-    """See `Fit.diagnose`; ``attrs`` also holds ``pareto_k_rows`` and ``pareto_k_threshold`` where they apply.
+    """See `Fit.diagnose`; ``attrs`` also holds ``pareto_k_rows`` and ``pareto_k_threshold`` where they apply, and of a
+    game ``rows_compared``: made rows beside those of the data (or why they were not compared).
 
     The seed is that of the table's draws. The verdict is the fit's own: its randomness follows from the fit alone.
     """
@@ -75,6 +77,8 @@ def diagnose(fit: Fit, *, draws: int = DRAWS, seed: int | None = None) -> pandas
     else:
         frame = _frame(posterior, chains=False) if by and fit.info.select() else _point(fit, posterior)
         frame.attrs["pareto_k"] = math.nan
+    if _game(fit):
+        frame.attrs["rows_compared"] = rows_compared(fit)
     frame.attrs["verdict"] = str(_judged(fit, draws))
     return frame
 
@@ -260,18 +264,21 @@ def _point(fit: Fit, posterior: dict[str, np.ndarray]) -> pandas.DataFrame:
 
 
 def _judged_point(fit: Fit) -> Verdict:
-    found = verdict_point(
+    found = verdict_game(rows_compared(fit), fit.records) if _game(fit) else _settled(fit)
+    return with_points(found, _points(fit)) if fit.judged_by == "weights" else found
+
+
+def _settled(fit: Fit) -> Verdict:
+    return verdict_point(
         str(fit.status) == "converged",
         criterion=fit.criterion,
         trend=_trend(fit),
         rows=fit.data.rows or 1,
         networks=_networks(fit),
         restarts=max(1, int(fit.cost.get("restarts", 1))),
-        implicit=_game(fit),
-        lone=[] if _game(fit) else lone_rows(fit),
+        lone=lone_rows(fit),
         failed=str(fit.status) == "failed",
     )
-    return with_points(found, _points(fit)) if fit.judged_by == "weights" else found
 
 
 def _trend(fit: Fit) -> tuple[float, float] | None:

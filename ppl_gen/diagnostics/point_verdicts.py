@@ -20,19 +20,16 @@ def verdict_point(
     rows: int = 1,
     networks: bool = False,
     restarts: int = 1,
-    implicit: bool = False,
     lone: Sequence[int] = (),
     failed: bool = False,
 ) -> Verdict:
-    """Judge a point estimate (EM, MAP, maximum likelihood, the generator of a game): has it settled?
+    """Judge a point estimate (EM, MAP, maximum likelihood): has it settled?
 
     ``converged`` says whether the algorithm's own criterion was met, ``criterion`` whether it has one, ``trend`` comes
     from `loss_trend` (with ``rows`` it is in nats in all; ``networks``: whether the program has some), ``restarts``
-    counts its starts.
-    ``implicit=True`` is for what a game learned: its losses measure the players against each other, so they cannot show
-    that the program is right. ``lone``: rows that a part of the program has narrowed onto, from `lone_rows`; the
-    likelihood has no bound there, and what is called an optimum is the place where the run was stopped. ``failed``: the
-    algorithm wanted more than a point and found none.
+    counts its starts. ``lone``: rows that a part of the program has narrowed onto, from `lone_rows`; the likelihood has
+    no bound there, and what is called an optimum is the place where the run was stopped. ``failed``: the algorithm
+    wanted more than a point and found none.
 
     >>> print(verdict_point(True, restarts=5))
     trust: the optimum was reached (best of 5 starts); it is a point and carries no uncertainty.
@@ -42,10 +39,7 @@ def verdict_point(
     findings: list[Finding] = []
     settled = trend is not None and math.isfinite(trend[1])
     still = moving(trend, rows, networks)
-    if implicit:
-        found = "the losses of a game do not show whether its samples are like the data"
-        findings.append((1, found, "Look at samples and at a yardstick computed on them"))
-    elif still:
+    if still:
         findings += still
     elif failed:
         found = "the algorithm found no posterior, and what is kept is a point"

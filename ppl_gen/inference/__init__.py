@@ -9,6 +9,7 @@ from ppl_gen.inference.mcmc.nuts import NUTS
 from ppl_gen.inference.objectives.adversarial import Adversarial
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.contrastive import ContrastiveDivergence
+from ppl_gen.inference.objectives.divergences import Divergence
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Game, Loss, Player
 from ppl_gen.inference.objectives.iwae import IWAE
@@ -25,6 +26,7 @@ __all__ = [
     "Adversarial",
     "Algorithm",
     "ContrastiveDivergence",
+    "Divergence",
     "Game",
     "Iterative",
     "Laplace",

@@ -281,7 +281,13 @@ class SVI(Iterative):
 
 
 def _averaged(state: State, values: ProgramState) -> ProgramState:
-    """The learned numbers, those of an optimiser that averages its iterates at their mean."""
+    """The learned numbers, at the mean of the iterates where the player or its optimiser averages them."""
+    average = state.averages.get("program")
+    if average is not None and average.count and state.bad is None:
+        state.run.notes["averaging"] = f"the parameters are an average of the iterates, its decay {average.decay:g}"
+        moved = dict(zip(state.leaves["program"], average.values, strict=True))
+        mean = {name: moved[first].clone() for name, first in state.movers.items()}
+        return replace(values, unconstrained={**values.unconstrained, **mean})
     optimiser = state.optimisers.get("program")
     if not isinstance(optimiser, WhitenedAdam) or not optimiser.count or state.bad is not None:
         return values

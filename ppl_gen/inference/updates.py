@@ -15,6 +15,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.data.calls import ByStep
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.fitting.run import NonFiniteStepError, Run
+from ppl_gen.inference.averages import Average
 from ppl_gen.inference.captured import Steps
 from ppl_gen.inference.fused_adam import FusedAdam
 from ppl_gen.inference.gradients import Step, gradients
@@ -64,6 +65,11 @@ class State:
         self.leaves = {player.name: self._owned(player, leaves) for player in game.players}
         self.fused: dict[str, FusedAdam] = {}
         self.optimisers = {p.name: self._optimiser(p) for p in game.players if self.leaves[p.name]}
+        firsts = {id(leaf): name for name, leaf in self.leaves["program"].items()}
+        #: Every parameter of the program by the name of the leaf that moves it: tied weights share one.
+        self.movers = {name: firsts[id(leaf)] for name, leaf in leaves.items() if id(leaf) in firsts}
+        kept = [(p.name, p.averaging) for p in game.players if p.averaging is not None]
+        self.averages = {name: Average(list(self.leaves[name].values()), decay) for name, decay in kept}
         self.schedules = {n: self._schedule(o) for n, o in self.optimisers.items() if svi.schedule is not None}
         if not self.leaves["program"]:
             fixed = run.notes.get("kept fixed")
@@ -152,13 +158,14 @@ class State:
         info: dict[str, Tensor | float] = {}
         self.steps.whole = source.whole
         self.steps.begin_round()
-        for player in self.game.players:
-            for _ in range(player.updates):
-                if self.together is None:
-                    info.update(self._update(player, source.next(), checked))
-                else:
-                    with self.together.batch(source) as batch:
-                        info.update(self._update(player, batch, checked))
+        turns = [p for p in self.game.players if self.leaves[p.name]]
+        together = [turns] if self.game.simultaneous else [[p] for p in turns for _ in range(p.updates)]
+        for players in together:
+            if self.together is None:
+                info.update(self._update(players, source.next(), checked))
+            else:
+                with self.together.batch(source) as batch:
+                    info.update(self._update(players, batch, checked))
         self.count += 1
         return info
 
@@ -183,10 +190,18 @@ class State:
             sum(site.finite for site in run.info.select()),
         )
 
-    def _update(self, player: Player, batch: Batch, checked: bool) -> dict[str, Tensor | float]:
+    def _update(self, players: Sequence[Player], batch: Batch, checked: bool) -> dict[str, Tensor | float]:
+        """All gradients of ``players`` at one point, and then all their moves."""
+        info: dict[str, Tensor | float] = {}
+        steps = [self._looked(player, batch, checked) for player in players]
+        for player, step in zip(players, steps, strict=True):
+            self._moved(player, step.gradients)
+            info |= {f"{player.name}_loss": step.value, **step.parts}
+        return info
+
+    def _looked(self, player: Player, batch: Batch, checked: bool) -> Step:
+        """Loss and gradients of one player on a batch; the game's state goes on."""
         leaves = list(self.leaves[player.name].values())
-        if not leaves:
-            return {}
         buffers = self.run.workspace.buffers() if checked or self.first else []
         if self.first:
             step = self._validated(player, leaves, batch)
@@ -205,7 +220,12 @@ class State:
                 self.kept[player.name] = [p.detach().clone() for p in leaves]
             self.first = False
         self.losses.append((self.count, step.value))
-        self.game_state, grads = step.state, step.gradients
+        self.game_state = step.state
+        return step
+
+    def _moved(self, player: Player, grads: list[Tensor]) -> None:
+        """One update of one player, and what follows it."""
+        leaves = list(self.leaves[player.name].values())
         if self.svi.clip_norm is not None:
             # Not in place: autograd may hand out one tensor as the gradient of two parameters.
             norm = torch.nn.utils.get_total_norm(grads)
@@ -215,7 +235,9 @@ class State:
             self.schedules[player.name].step()
         if player.after is not None:
             player.after()
-        return {f"{player.name}_loss": step.value, **step.parts}
+        self.game_state = self.game.settle(player.name, self.game_state)
+        if player.name in self.averages:
+            self.averages[player.name].update(leaves)
 
     def reduce(self, step: Step, batch: Batch) -> Step:
         """The step of the whole batch, from those of the processes that share it: between gradients and optimiser."""
@@ -324,6 +346,7 @@ class State:
             "modules": {name: copy.deepcopy(m.state_dict()) for name, m in self.game.modules.items()},
             "optimisers": {name: copy.deepcopy(o.state_dict()) for name, o in self.optimisers.items()},
             "schedules": {name: copy.deepcopy(s.state_dict()) for name, s in self.schedules.items()},
+            "averages": {name: average.state_dict() for name, average in self.averages.items()},
             "game": {name: value.clone() for name, value in self.game_state.items()},
             "begun": not self.first,
             "unreached": {player: dict(values) for player, values in self.unreached.items()},
@@ -347,6 +370,8 @@ class State:
         self.fused = {}
         for name, schedule in self.schedules.items():
             schedule.load_state_dict(copy.deepcopy(saved["schedules"][name]))
+        for name, average in self.averages.items():
+            average.load_state_dict(saved["averages"][name])
         self.game_state = {name: value.clone() for name, value in saved["game"].items()}
         self.steps.load_state_dict(saved["path"])
 

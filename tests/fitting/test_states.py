@@ -45,6 +45,13 @@ GAMES: dict[str, tuple[Any, Any, Any, Any]] = {
         Adversarial("wasserstein", penalty="gradient"),
         ROWS,
     ),
+    "Adversarial, a divergence": (gan(latent=2, hidden=(4,)), None, Adversarial("hellinger"), ROWS),
+    "Adversarial, players at once": (
+        gan(latent=2, hidden=(4,)),
+        None,
+        Adversarial("least-squares", schedule="simultaneous", averaging=0.9),
+        ROWS,
+    ),
     "ContrastiveDivergence": (rbm(hidden=3), None, ContrastiveDivergence(steps=2), BITS),
     "persistent chains": (rbm(hidden=3), None, ContrastiveDivergence(persistent=True, chains=7), BITS),
     "diffusion": (denoising_diffusion(steps=4, hidden=8), None, ELBO(), ROWS),

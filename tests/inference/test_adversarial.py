@@ -373,7 +373,11 @@ def test_a_critic_that_cannot_play_is_refused(critic, message):
     [
         ({"kind": "hinges"}, ValueError, "kind: expected one of 'non-saturating', 'minimax', 'wasserstein'"),
         ({"critic": nn.Linear}, TypeError, r"critic: expected Linear\(...\) \(an instance\)"),
-        ({"penalty": "lipschitz"}, ValueError, "penalty: expected one of 'gradient', 'clip', 'none'"),
+        (
+            {"penalty": "lipschitz"},
+            ValueError,
+            "penalty: expected one of 'gradient', 'r1', 'clip', 'projection', 'none'",
+        ),
         ({"critic_steps": 0}, ValueError, "critic_steps: expected a whole number of at least 1, got 0"),
         ({"critic_steps": 2.5}, ValueError, "critic_steps"),
         ({"weight": 0.0}, ValueError, "weight: expected a positive number"),
@@ -453,7 +457,12 @@ def test_history_and_cost_name_the_players():
     loss = fit.history["critic_fake"] - fit.history["critic_real"] + 10 * fit.history["penalty"]
     assert abs(loss - fit.history["critic_loss"]).max() < 1e-5
     classified = pg.fit(_vae_like, torch.randn(50, 3), _counted("minimax")[1], seed=0)
-    assert set(classified.history.data_vars) == {*common, "critic_accuracy_real", "critic_accuracy_fake"}
+    assert set(classified.history.data_vars) == {
+        *common,
+        "critic_accuracy_real",
+        "critic_accuracy_fake",
+        "divergence_bound",
+    }
     assert classified.cost["gradient_evaluations"] == 6 * 2
 
 

@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariate
 from torch import nn
 
 import ppl_gen as pg
-from ppl_gen.inference import ELBO, IWAE, SVI, Adversarial, ContrastiveDivergence
+from ppl_gen.inference import ELBO, IWAE, SVI, Adversarial, ContrastiveDivergence, Divergence
 from ppl_gen.inference.captured import EAGER, LOOK, SHAPES
 from ppl_gen.models import gan, rbm
 
@@ -120,6 +120,9 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "two players": (lambda: gan(), {"objective": Adversarial(), "batch_size": 10}),
     "gradient penalty": (lambda: gan(), {"objective": Adversarial("wasserstein", penalty="gradient")}),
     "clipped critic": (lambda: gan(), {"objective": Adversarial("wasserstein", penalty="clip")}),
+    "players at once": (lambda: gan(), {"objective": Adversarial("kl", schedule="simultaneous"), "batch_size": 10}),
+    "projected critic": (lambda: gan(), {"objective": Adversarial("wasserstein", penalty="projection")}),
+    "a divergence of one's own": (lambda: gan(), {"objective": Adversarial(Divergence(lambda u: u * u.log()))}),
     "persistent chains": (
         lambda: rbm(hidden=3),
         {"objective": ContrastiveDivergence(persistent=True, chains=4), "batch_size": 8},

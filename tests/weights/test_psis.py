@@ -354,7 +354,6 @@ def test_a_guide_without_k_is_refused():
         (False, {"criterion": False, "trend": (-0.5, -0.001)}, "trust", "the loss had settled"),
         (False, {"trend": (-20.0, -1.0)}, "doubtful", "still falling"),
         (True, {"trend": (-20.0, -1.0)}, "doubtful", "still falling"),
-        (True, {"implicit": True}, "doubtful", "losses of a game"),
     ],
 )
 def test_each_rule_on_points(converged, options, start, words):

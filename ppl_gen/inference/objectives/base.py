@@ -105,7 +105,7 @@ class _WithTerms(Game):
 
     def __init__(self, game: Game, setting: Setting) -> None:
         self.game, self.terms = game, {name: with_known_kwargs(term) for name, term in setting.program.terms.items()}
-        self.players, self.modules = game.players, game.modules
+        self.players, self.modules, self.simultaneous = game.players, game.modules, game.simultaneous
         self.notes = {**game.notes, "terms": f"added to the loss: {', '.join(self.terms)}"}
         for name, term in self.terms.items():
             self._refuse_name(name, [f"{player.name}_loss" for player in game.players])
@@ -120,6 +120,9 @@ class _WithTerms(Game):
 
     def init(self, batch: Batch) -> GameState:
         return self.game.init(batch)
+
+    def settle(self, player: str, state: GameState) -> GameState:
+        return self.game.settle(player, state)
 
     def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
         loss, state = self.game.loss(player, batch, state)

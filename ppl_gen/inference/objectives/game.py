@@ -31,6 +31,8 @@ class Player:
         optimiser: how to build its optimiser unless the algorithm says otherwise: ``optimiser(params) -> Optimizer``.
         owns: which of the program's parameters it moves, by name; None: all. Ignored for players with a module.
         after: called after each of its updates (weight clipping, say).
+        averaging: of the program's player, the decay of an exponential average of its parameters over its updates.
+            The fit keeps it instead of the last ones: players circle around an equilibrium, their average does not.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Player:
     optimiser: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
     owns: Callable[[str], bool] | None = None
     after: Callable[[], None] | None = None
+    averaging: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Game(ABC):
     players: Sequence[Player] = (Player("program"),)
     #: Networks of players other than the program, private to the fit.
     modules: Mapping[str, nn.Module] = {}
+    #: Whether all players look at the same point and the same batch, once each, before any of them moves.
+    simultaneous: bool = False
     #: What was chosen from the dry run, reported in `Fit.notes`.
     notes: Mapping[str, str] = {}
 
@@ -106,3 +111,10 @@ class Game(ABC):
         Differentiable, free of `.item()`, and pure: it changes neither parameters, nor ``state``, nor the game itself.
         A second call with equal parameters, state and random numbers gives equal losses, gradients and next states.
         """
+
+    def settle(self, player: str, state: GameState) -> GameState:
+        """Put the parameters of ``player`` back within their bounds after an update of it; the state after that.
+
+        For bounds that need a state (the vectors of a power iteration, say); `Player.after` is for those without.
+        """
+        return state

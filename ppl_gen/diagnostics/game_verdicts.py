@@ -1,0 +1,144 @@
+"""Verdicts on what a game learned: what its samples show of a collapse, and what nothing can vouch for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_gen.diagnostics.grades import Finding, Verdict, graded
+from ppl_gen.diagnostics.made_rows import FEWEST, RowsCompared, compare_rows
+from ppl_gen.draws.observations import observed_rows
+from ppl_gen.errors import PROGRAM_ERRORS
+
+if TYPE_CHECKING:
+    from ppl_gen.fits.result import Fit
+
+__all__ = ["rows_compared", "verdict_game"]
+
+_ROWS = 1000
+_NUMBERS = 20_000_000  # of rows that are compared, before fewer have to do
+_UNSURE = "the losses of a game do not show whether its samples are like the data"
+_LOOK = "Look at samples and at a yardstick computed on them"
+
+
+def verdict_game(found: RowsCompared | str, records: Mapping[str, Sequence[float]]) -> Verdict:
+    """Judge what a game learned by its samples and its critic; no such fit is trusted without reservation.
+
+    ``found`` compares its rows with those of the data, or says why that was not done; ``records`` is the history.
+
+    >>> alike = RowsCompared(1000, 0.51, 0.6, 0.96, 1.01, 0.0, 0.0)
+    >>> print(verdict_game(alike, {}))
+    doubtful: nearest neighbours do not tell 1000 made rows from the data's (51%, chance 50%), and these cover 96% of \
+it; no density was learned, so neither evidence nor rare rows are vouched for. Look at samples and at a yardstick \
+computed on them.
+    """
+    if isinstance(found, str):
+        return graded([(1, f"{_UNSURE}{f', and {found}' if found else ''}", _LOOK), *_of_critic(records, None)], "")
+    faults = [*_of_rows(found), *_of_critic(records, found)]
+    if faults:
+        return graded(faults, "")
+    alike = (
+        f"nearest neighbours do not tell {found.count} made rows from the data's ({found.accuracy:.0%}, chance 50%), "
+        f"and these cover {found.coverage:.0%} of it"
+    )
+    if found.labels is not None:
+        alike += f", with all {found.labels} labels"
+    beyond = "no density was learned, so neither evidence nor rare rows are vouched for"
+    return graded([(1, f"{alike}; {beyond}", _LOOK)], "")
+
+
+def rows_compared(fit: Fit) -> RowsCompared | str:
+    """Made rows beside those of the data that were learned from, kept with the fit; or why they were not compared."""
+    if "rows compared" not in fit.computed:
+        try:
+            fit.computed["rows compared"] = _compared(fit)
+        except (*PROGRAM_ERRORS, NotImplementedError) as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            fit.computed["rows compared"] = f"its samples could not be compared with the data ({said})"
+    found: RowsCompared | str = fit.computed["rows compared"]
+    return found
+
+
+def _compared(fit: Fit) -> RowsCompared | str:
+    rows = fit.data.rows or 0
+    if fit.data.streamed is not None or rows < FEWEST or fit.info.data_plate is None:
+        return ""
+    with fit.bound():
+        few = observed_rows(fit, fit.data.subset(torch.arange(1)))
+    width = sum(value.numel() for value in few.values())
+    count = min(_ROWS, rows, max(FEWEST, _NUMBERS // max(width, 1)))
+    numbers = torch.Generator().manual_seed(fit.seed)
+    index = torch.randperm(rows, generator=numbers)[:count].sort().values
+    with fit.bound():
+        real = observed_rows(fit, fit.data.subset(index))
+    made = fit.sample(count)
+    pairs = [(value, made[name]) for name, value in real.items() if name in made]
+    if not pairs or any(len(one) != count or one.shape != other.shape for one, other in pairs):
+        return ""
+    columns = [_flat([side[which] for side in pairs]) for which in (0, 1)]
+    if not bool(columns[0].isfinite().all()):
+        return "rows with hidden entries were not compared"
+    return compare_rows(columns[0], columns[1], labels=_labels(fit, index), seed=fit.seed)
+
+
+def _flat(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([value.detach().cpu().reshape(len(value), -1).double() for value in values], 1)
+
+
+def _labels(fit: Fit, index: Tensor) -> Tensor | None:
+    """Labels that came with the data and that the program does not read: one column of few whole numbers."""
+    original = fit.data.original if isinstance(fit.data.original, Mapping) else {}
+    for name in fit.data.left_out:
+        value = original.get(name)
+        if isinstance(value, np.ndarray | Tensor) and len(value) == fit.data.rows:
+            kinds = torch.as_tensor(value)
+            whole = not kinds.is_floating_point() and kinds.dtype is not torch.bool
+            if whole and kinds.dim() == 1 and 2 <= len(kinds.unique()) <= 100 and int(kinds.min()) >= 0:
+                return kinds[index]
+    return None
+
+
+def _of_rows(found: RowsCompared) -> list[Finding]:
+    findings: list[Finding] = []
+    if found.spread < 0.3:
+        told = f"made rows spread {found.spread:.2f} times as far as the data: the program has collapsed"
+        findings.append((2, told, _RESCUE))
+    elif found.coverage < 0.5:
+        told = f"made rows come near {found.coverage:.0%} of the data's rows alone: modes are missing"
+        findings.append((2, told, _RESCUE))
+    if found.missed:
+        named = ", ".join(map(str, found.missed[:5]))
+        findings.append((2, f"made rows leave out the label(s) {named} of {found.labels}", _RESCUE))
+    if found.repeated > 0.2:
+        findings.append((2, f"{found.repeated:.0%} of the made rows repeat another made row", _RESCUE))
+    if found.copied > 0.2:
+        told = f"{found.copied:.0%} of the made rows copy a row of the data"
+        findings.append((1, told, "Compare with rows that were held out: compare_rows(held_out, made)"))
+    if found.z > 5:
+        told = f"nearest neighbours tell {found.accuracy:.0%} of made and observed rows apart (chance 50%)"
+        findings.append((2 if found.accuracy > 0.9 else 1, told, "Run more steps, and look at samples"))
+    return findings
+
+
+_RESCUE = (
+    "Take Adversarial('wasserstein', penalty='gradient'), more critic_steps, or a slower program; see docs/games.md"
+)
+
+
+def _of_critic(records: Mapping[str, Sequence[float]], found: RowsCompared | None) -> list[Finding]:
+    """What the critic's accuracy at the end says: that it has won, or that it sees less than nearest neighbours do."""
+    names = ("critic_accuracy_real", "critic_accuracy_fake")
+    if not all(len(records.get(name, ())) >= FEWEST for name in names):
+        return []
+    real, fake = (float(np.mean(records[name][-max(FEWEST, len(records[name]) // 10) :])) for name in names)
+    if min(real, fake) > 0.98:
+        told = f"the critic was right on {min(real, fake):.1%} of the rows at the end, so it taught the program little"
+        return [(1, told, "Weaken the critic (a lower rate, a smaller network), or take 'wasserstein'")]
+    if found is not None and found.z > 5 and found.accuracy > 0.6 and max(abs(real - 0.5), abs(fake - 0.5)) < 0.05:
+        told = f"the critic was at chance ({real:.0%} and {fake:.0%} right) although the rows differ"
+        return [(1, told, "Give the critic more steps or a larger network: it does not see what nearest neighbours do")]
+    return []

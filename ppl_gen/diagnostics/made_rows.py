@@ -1,0 +1,190 @@
+"""Rows that a program makes beside rows of the data: told apart, covered, repeated, copied, and in which modes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_gen.data.arrays import as_array
+from ppl_gen.errors import require_positive, require_seed
+
+__all__ = ["RowsCompared", "compare_rows", "modes_covered"]
+
+FEWEST = 20  # rows of each kind below which nothing is said
+_NEIGHBOURS = 5  # of a row of the data: its ball reaches to the fifth of them
+_SAME = 0.01  # of the median distance of neighbours in the data: nearer rows are repeats
+_SHUFFLES = 200
+_MISSED = 0.1  # of a label's share in the data: made less often, it counts as missed
+
+
+@dataclass(frozen=True)
+class RowsCompared:
+    """How made rows differ from rows of the data, by nearest neighbours in units of the data's standard deviations.
+
+    Attributes:
+        count: rows of each kind.
+        accuracy: of a classifier that calls a row what its nearest neighbour among all others is; 1/2 where both kinds
+            are alike, near 1 where they are told apart, near 0 where made rows are copies of those of the data.
+        z: how many standard deviations of shuffled labels the accuracy lies above 1/2.
+        coverage: share of the data's rows with a made row nearer than their fifth neighbour in the data (0.97 where
+            both are alike); what is low when modes are missing.
+        spread: standard deviation of the made rows over that of the data, summed over columns.
+        repeated: share of made rows that nearly repeat another made row, beyond that share within the data.
+        copied: share of made rows that nearly repeat a row of the data, beyond that share within the data.
+        missed: labels that made rows show less than a tenth as often as the data do; None without labels.
+        labels: how many labels there are; None without labels.
+
+    Source: Schilling (1986) and Lopez-Paz and Oquab (2017) for tests by classifiers, Naeem et al. (2020) for coverage.
+    """
+
+    count: int
+    accuracy: float
+    z: float
+    coverage: float
+    spread: float
+    repeated: float
+    copied: float
+    missed: tuple[int, ...] | None = None
+    labels: int | None = None
+
+    def __str__(self) -> str:
+        modes = "" if self.missed is None else f", {(self.labels or 0) - len(self.missed)} of {self.labels} labels made"
+        return (
+            f"nearest neighbours tell {self.accuracy:.0%} of {self.count} made and {self.count} observed rows apart "
+            f"(chance: 50%), made rows cover {self.coverage:.0%} of the data (alike: 97%), "
+            f"spread {self.spread:.2f}{modes}"
+        )
+
+
+def compare_rows(data: Any, made: Any, *, labels: Any = None, seed: int = 0) -> RowsCompared:
+    """Compare made rows with rows of the data.
+
+    Both are rows x anything of the same shape; of the longer, as many are drawn as the shorter has. Columns are divided
+    by the data's standard deviations. Memory goes as the square of the rows: some thousand are enough.
+
+    Args:
+        data: rows of the data, best such that the program has not seen.
+        made: rows of the program, as ``fit.sample(1000)["x"]``.
+        labels: a whole number for each row of ``data``; made rows take that of the nearest.
+        seed: of the rows drawn, and of shuffled labels.
+
+    Raises:
+        TypeError: for what holds no numbers.
+        ValueError: for shapes that differ, fewer than 20 rows, numbers that are not finite, labels that do not match.
+
+    Example:
+        >>> numbers = torch.Generator().manual_seed(0)
+        >>> data, made = torch.randn(2, 500, 3, generator=numbers)
+        >>> found = compare_rows(data, made)
+        >>> abs(found.z) < 5 and found.coverage > 0.9
+        True
+        >>> compare_rows(data, 0.1 * made).z > 5
+        True
+    """
+    numbers = torch.Generator().manual_seed(require_seed(seed))
+    rows, others, kinds = _checked(data, made, labels)
+    count = min(len(rows), len(others))
+    chosen = torch.randperm(len(rows), generator=numbers)[:count]
+    rows, others = rows[chosen], others[torch.randperm(len(others), generator=numbers)[:count]]
+    deviation = rows.std(0, correction=0)
+    scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+    spread = float(others.std(0, correction=0).sum() / deviation.sum().clamp_min(torch.finfo(torch.float64).tiny))
+    rows, others = rows / scale, others / scale
+    within, across, own = torch.cdist(rows, rows), torch.cdist(rows, others), torch.cdist(others, others)
+    for square in (within, own):
+        square.fill_diagonal_(math.inf)
+    ball = within.kthvalue(_NEIGHBOURS, dim=1).values
+    nearest = within.min(1).values
+    near = _SAME * float(nearest.median())
+    base = float((nearest <= near).double().mean())
+    accuracy, z = _told_apart(within, across, own, numbers)
+    kinds = None if kinds is None else kinds[chosen]
+    return RowsCompared(
+        count,
+        accuracy,
+        z,
+        coverage=float((across.min(1).values <= ball).double().mean()),
+        spread=spread,
+        repeated=max(0.0, float((own.min(1).values <= near).double().mean()) - base),
+        copied=max(0.0, float((across.min(0).values <= near).double().mean()) - base),
+        missed=None if kinds is None else _missed(kinds, kinds[across.argmin(0)]),
+        labels=None if kinds is None else len(kinds.unique()),
+    )
+
+
+def modes_covered(rows: Any, modes: Any, within: float) -> tuple[int, float]:
+    """How many of the modes have a row within a distance, and the share of rows within it of some mode.
+
+    Args:
+        rows: rows x numbers.
+        modes: modes x numbers.
+        within: the distance, three standard deviations of a mode, say.
+
+    Raises:
+        TypeError: for what holds no numbers.
+        ValueError: for shapes that differ, or a distance that is not positive.
+
+    Example:
+        >>> modes_covered(torch.tensor([[0.0, 0.1], [5.0, 0.0]]), torch.tensor([[0.0, 0.0], [9.0, 0.0]]), within=0.5)
+        (1, 0.5)
+    """
+    require_positive("within", within)
+    points, centres = _numbers("rows", rows), _numbers("modes", modes)
+    if points.dim() != 2:
+        raise ValueError(f"rows: expected rows x numbers, got shape {tuple(points.shape)}")
+    if centres.dim() != 2 or points.shape[1] != centres.shape[1]:
+        wide = points.shape[1]
+        raise ValueError(f"modes: expected modes x {wide} numbers, as in rows, got shape {tuple(centres.shape)}")
+    distance, nearest = torch.cdist(points, centres).min(1)
+    close = distance < within
+    return int(nearest[close].unique().numel()), float(close.double().mean())
+
+
+def _numbers(name: str, value: Any) -> Tensor:
+    """Rows of finite numbers: rows x anything."""
+    rows = torch.as_tensor(as_array(value, name)).detach().cpu().double()
+    if rows.dim() < 1 or 0 in rows.shape:
+        raise ValueError(f"{name}: expected rows of numbers, got shape {tuple(rows.shape)}")
+    if not bool(rows.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers")
+    return rows
+
+
+def _checked(data: Any, made: Any, labels: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    rows, others = _numbers("data", data), _numbers("made", made)
+    if rows.shape[1:] != others.shape[1:]:
+        wanted, got = tuple(rows.shape[1:]), tuple(others.shape[1:])
+        raise ValueError(f"made: expected rows of shape {wanted}, as those of data, got {got}")
+    if min(len(rows), len(others)) < FEWEST:
+        raise ValueError(f"made: expected at least {FEWEST} rows, as of data, got {len(others)} and {len(rows)}")
+    flat = rows.reshape(len(rows), -1), others.reshape(len(others), -1)
+    if labels is None:
+        return *flat, None
+    kinds = torch.as_tensor(as_array(labels, "labels")).detach().cpu()
+    if kinds.shape != (len(rows),) or kinds.is_floating_point():
+        shape = tuple(kinds.shape)
+        raise ValueError(f"labels: expected a whole number for each of {len(rows)} rows, got shape {shape}")
+    return *flat, kinds
+
+
+def _told_apart(within: Tensor, across: Tensor, own: Tensor, numbers: torch.Generator) -> tuple[float, float]:
+    """The accuracy of nearest neighbours, and its distance from chance in standard deviations of shuffled labels."""
+    count = len(within)
+    order = torch.randperm(2 * count, generator=numbers)  # rows at equal distances come in any order
+    pooled = torch.cat([torch.cat([within, across], 1), torch.cat([across.mT, own], 1)])[order][:, order]
+    nearest = pooled.argmin(1)
+    kind = (order >= count).double()
+    shuffled = torch.stack([kind[torch.randperm(2 * count, generator=numbers)] for _ in range(_SHUFFLES)])
+    chance = (shuffled == shuffled[:, nearest]).double().mean(1)
+    accuracy = float((kind == kind[nearest]).double().mean())
+    return accuracy, (accuracy - float(chance.mean())) / max(float(chance.std()), 1e-12)
+
+
+def _missed(kinds: Tensor, made: Tensor) -> tuple[int, ...]:
+    shares: Mapping[int, float] = {int(kind): float((kinds == kind).double().mean()) for kind in kinds.unique()}
+    return tuple(k for k, share in shares.items() if float((made == k).double().mean()) < _MISSED * share)

@@ -1,0 +1,159 @@
+"""What samples show of a game: told apart, modes, repeats; and what the verdict makes of it."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import ppl_gen as pg
+from ppl_gen.diagnostics.game_verdicts import verdict_game
+from ppl_gen.diagnostics.made_rows import RowsCompared, compare_rows, modes_covered
+from ppl_gen.inference import SVI, Adversarial
+
+
+def _rows(seed: int, count: int = 500, columns: int = 2) -> torch.Tensor:
+    return torch.randn(count, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 20])
+def test_rows_of_one_distribution_are_not_told_apart(columns: int) -> None:
+    # z is a standard normal for large numbers: beyond 5 in one of 3 million; the seeds are fixed.
+    found = [compare_rows(_rows(2 * s, columns=columns), _rows(2 * s + 1, columns=columns)) for s in range(5)]
+    assert max(abs(one.z) for one in found) < 5
+    # Each data row is covered with probability 1 - 2^-5 = 0.97, sd of the share over 500 rows at most 0.01.
+    assert all(0.9 < one.coverage <= 1 and 0.85 < one.spread < 1.15 for one in found)
+    assert all(one.repeated < 0.05 and one.copied < 0.05 and one.missed is None for one in found)
+
+
+def test_what_each_fault_looks_like() -> None:
+    data = _rows(0)
+    shifted = compare_rows(data, _rows(1) + 3.0)
+    assert shifted.accuracy > 0.9 and shifted.z > 5 and shifted.coverage < 0.3
+    narrow = compare_rows(data, 0.05 * _rows(1))
+    assert narrow.spread < 0.06 and narrow.coverage < 0.3 and narrow.z > 5
+    point = compare_rows(data, torch.zeros(500, 2) + 0.3)
+    assert point.repeated == 1.0
+    copies = compare_rows(data, data.clone())
+    assert copies.copied > 0.98 and copies.accuracy < 0.1 and copies.z < -5
+    half = compare_rows(torch.cat([_rows(2) - 5, _rows(3) + 5]), _rows(4, 1000) - 5)
+    assert 0.4 < half.coverage < 0.6 and half.z > 5
+
+
+def test_rows_of_zeros_and_ones_may_repeat_each_other() -> None:
+    data, made = ((_rows(seed, columns=3) > 0).float() for seed in (0, 1))
+    found = compare_rows(data, made)
+    assert abs(found.z) < 5 and found.repeated == 0.0 and found.copied < 0.05
+    assert compare_rows(data, torch.ones(500, 3)).z > 5
+
+
+def test_labels_that_made_rows_leave_out_are_named() -> None:
+    labels = torch.arange(500) % 4
+    data = _rows(0) * 0.1 + torch.stack([labels // 2, labels % 2], 1)
+    made = data[labels != 2] + 0.05 * _rows(1)[labels != 2]
+    found = compare_rows(data, made, labels=labels)
+    assert found.missed == (2,) and found.labels == 4
+    assert compare_rows(data, data + 0.05 * _rows(1), labels=labels).missed == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (torch.zeros(30, 2), torch.zeros(30, 3)),
+            r"made: expected rows of shape \(2,\), as those of data, got \(3,\)",
+        ),
+        ((torch.zeros(30, 2), torch.zeros(5, 2)), "made: expected at least 20 rows, as of data, got 5 and 30"),
+        ((torch.zeros(30, 2), torch.full((30, 2), math.nan)), "made: expected finite numbers"),
+        ((torch.zeros(30, 2), torch.zeros(30, 2), torch.zeros(3)), "labels: expected a whole number for each of 30"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(arguments: tuple[torch.Tensor, ...], message: str) -> None:
+    data, made, *labels = arguments
+    with pytest.raises(ValueError, match=message):
+        compare_rows(data, made, labels=labels[0] if labels else None)
+
+
+def test_modes_within_a_distance() -> None:
+    modes = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
+    rows = torch.tensor([[0.1, 0.0], [0.0, 0.3], [4.0, 0.9], [2.0, 2.0]])
+    assert modes_covered(rows, modes, 0.5) == (1, 0.5)
+    assert modes_covered(rows, modes, 1.0) == (2, 0.75)
+    with pytest.raises(ValueError, match="within: expected a positive number"):
+        modes_covered(rows, modes, 0.0)
+    with pytest.raises(ValueError, match="modes: expected modes x 2 numbers"):
+        modes_covered(rows, modes[:, :1], 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ verdicts
+
+ALIKE = RowsCompared(1000, 0.51, 0.6, 0.96, 1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("found", "accuracies", "grade", "words"),
+    [
+        (ALIKE, (0.6, 0.6), "doubtful", "neither evidence nor rare rows are vouched for"),
+        (RowsCompared(1000, 0.99, 30.0, 0.1, 0.05, 0.0, 0.0), None, "do not trust", "has collapsed"),
+        (RowsCompared(1000, 0.8, 20.0, 0.3, 0.9, 0.0, 0.0), None, "do not trust", "modes are missing"),
+        (
+            RowsCompared(1000, 0.7, 9.0, 0.9, 0.9, 0.0, 0.0),
+            None,
+            "doubtful",
+            "tell 70% of made and observed rows apart",
+        ),
+        (RowsCompared(1000, 0.96, 9.0, 0.9, 0.9, 0.0, 0.0), None, "do not trust", "96%"),
+        (RowsCompared(1000, 0.52, 1.0, 0.9, 0.9, 0.6, 0.0), None, "do not trust", "repeat another made row"),
+        (RowsCompared(1000, 0.1, -9.0, 1.0, 1.0, 0.0, 0.9), None, "doubtful", "copy a row of the data"),
+        (RowsCompared(1000, 0.5, 0.0, 0.9, 1.0, 0.0, 0.0, (3, 7), 10), None, "do not trust", "label(s) 3, 7 of 10"),
+        (ALIKE, (1.0, 0.995), "doubtful", "the critic was right on 99.5% of the rows"),
+        (RowsCompared(1000, 0.7, 9.0, 0.9, 0.9, 0.0, 0.0), (0.51, 0.5), "doubtful", "the critic was at chance"),
+        ("", None, "doubtful", "the losses of a game do not show whether its samples are like the data"),
+        ("rows with hidden entries were not compared", None, "doubtful", "hidden entries"),
+    ],
+)
+def test_each_rule_on_games(
+    found: RowsCompared | str, accuracies: tuple[float, float] | None, grade: str, words: str
+) -> None:
+    names = ("critic_accuracy_real", "critic_accuracy_fake")
+    records = {} if accuracies is None else {n: [0.7] * 300 + [a] * 100 for n, a in zip(names, accuracies, strict=True)}
+    verdict = verdict_game(found, records)
+    assert verdict.grade == grade and words in verdict.reason and verdict.advice
+
+
+def _affine(x: torch.Tensor) -> None:
+    loc = pyro.param("loc", torch.tensor(0.0))
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Delta(loc + scale * z), obs=x)
+
+
+def test_the_verdict_on_a_game_tells_a_start_from_a_fit() -> None:
+    x = 3.0 + 0.5 * torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    algorithm = SVI(Adversarial(), steps=400, batch_size=128, lr={"critic": 5e-3, "program": 2e-2})
+    first, last = (pg.fit(_affine, x, SVI(Adversarial(), steps=1), seed=0), pg.fit(_affine, x, algorithm, seed=0))
+    assert first.verdict.grade == "do not trust" and "apart" in str(first.verdict)
+    assert last.verdict.grade == "doubtful"
+    found = last.diagnose().attrs["rows_compared"]
+    assert found.accuracy < 0.65 < 0.9 < first.diagnose().attrs["rows_compared"].accuracy
+    assert last.verdict == last.verdict and "made rows" in last.verdict.reason
+
+
+def test_labels_that_the_program_does_not_read_are_its_modes() -> None:
+    labels = torch.arange(400) % 2
+    x = torch.where(labels == 1, 5.0, -5.0) + torch.randn(400, generator=torch.Generator().manual_seed(0))
+
+    def one_sided(x: torch.Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(5.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Delta(loc + z), obs=x)
+
+    fit = pg.fit(one_sided, {"x": x, "y": labels}, SVI(Adversarial(), steps=1, lr=1e-6), seed=0)
+    found = fit.diagnose().attrs["rows_compared"]
+    assert found.missed == (0,) and found.labels == 2
+    assert fit.verdict.grade == "do not trust"
