@@ -78,7 +78,18 @@ DOUBTFUL: dict[str, Change] = {
 
 #: Which programs are made for rows of any width (their data say which), written by hand.
 ANY_WIDTH = {"gaussian_mixture", "hidden_markov", "char_rnn", "ppca", "factor_analysis", "autoencoder", "vae", "m1"}
-ANY_WIDTH |= {"m2", "gan", "rbm", "denoising_diffusion", "affine_flow", "real_nvp", "maf", "iaf", "spline_flow"}
+ANY_WIDTH |= {
+    "classifier",
+    "m2",
+    "gan",
+    "rbm",
+    "denoising_diffusion",
+    "affine_flow",
+    "real_nvp",
+    "maf",
+    "iaf",
+    "spline_flow",
+}
 
 #: Vectors are numbers, a row each, to these.
 VECTORS = {"gan"}

@@ -67,6 +67,7 @@ FITS: dict[str, set[str]] = {
     "spline_flow": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
     "scalar_flow": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
     "char_rnn": {"SVI(ELBO)", "SVI(Trace_ELBO)"},
+    "classifier": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
 }
 
 #: After so few steps, or along the rotations of a subspace, the curvature is not that of a maximum.

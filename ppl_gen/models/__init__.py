@@ -10,6 +10,7 @@ from ppl_gen.models.linear.components import PrincipalComponents, factor_analysi
 from ppl_gen.models.mixture.gaussian import gaussian_mixture
 from ppl_gen.models.sequences.char_rnn import bits_per_character, char_rnn
 from ppl_gen.models.sequences.hidden_markov import hidden_markov
+from ppl_gen.models.supervised.classifier import classifier
 from ppl_gen.models.variational.semi_supervised import m1, m1_m2, m2
 from ppl_gen.models.variational.vae import vae
 
@@ -20,6 +21,7 @@ __all__ = [
     "autoencoder",
     "bits_per_character",
     "char_rnn",
+    "classifier",
     "codes",
     "denoising_diffusion",
     "factor_analysis",

@@ -18,6 +18,7 @@ from ppl_gen.models.sequences.hidden_markov import hidden_markov
 from ppl_gen.models.small_data import (
     bars,
     first_stage,
+    labelled_bars,
     letters,
     ring,
     some_labelled,
@@ -25,6 +26,7 @@ from ppl_gen.models.small_data import (
     two_groups,
     two_regimes,
 )
+from ppl_gen.models.supervised.classifier import classifier
 from ppl_gen.models.variational.semi_supervised import m1, m1_m2, m2
 from ppl_gen.models.variational.vae import vae
 from ppl_gen.program.program import Recipe
@@ -236,6 +238,13 @@ CATALOGUE: dict[str, Entry] = {
             letters,
             "recurrent network (plain, LSTM, GRU) of sequences of symbols, each predicted from those before it",
             ("density", "samples", "data plate", "exact evidence"),
+        ),
+        Entry(
+            "classifier",
+            lambda: classifier(hidden=(8,)),
+            labelled_bars,
+            "classifier: labels given rows or images, by a perceptron or a small convolutional network",
+            ("density", "samples", "differentiable samples", "data plate"),
         ),
     )
 }

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from ppl_gen.models.variational.semi_supervised import m1
 
-__all__ = ["bars", "first_stage", "letters", "ring", "some_labelled", "two_factors", "two_groups", "two_regimes"]
+__all__ = [
+    "bars",
+    "first_stage",
+    "labelled_bars",
+    "letters",
+    "ring",
+    "some_labelled",
+    "two_factors",
+    "two_groups",
+    "two_regimes",
+]
 
 
 def two_groups() -> Tensor:
@@ -35,6 +45,10 @@ def bars() -> Tensor:
 def some_labelled() -> dict[str, Tensor]:
     direction = torch.arange(16) // 8
     return {"x": bars(), "y": torch.where(torch.arange(16) % 4 == 1, direction, -1)}
+
+
+def labelled_bars() -> dict[str, Tensor]:
+    return {"x": bars(), "y": torch.arange(16) // 8}
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""Programs of labels given rows: p(y | x)."""
