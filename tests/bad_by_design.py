@@ -27,6 +27,13 @@ BY_DESIGN: dict[str, str] = {
     "data.decoded(alphabet='*')": "any different characters are an alphabet",
     "pg.fit(callbacks=[[]])": "no callbacks",
     "pg.fit(compile=False)": "the program runs at every step",
+    "looking.occlusion(grey=-1.0)": "any finite shade",
+    "looking.*(low=-1.0)": "any finite bound below the other",
+    "looking.activation_maximisation(high=-1.0)": "any finite bound",
+    "looking.activation_maximisation(target=0)": "the first score",
+    "looking.activation_maximisation(target=(0,))": "the first score",
+    "looking.top_patches(channel=0)": "the first channel",
+    "looking.*(layer='')": "the name of the network itself among its parts",
     "data.text_rows(text='*')": "any text of the alphabet",
 }
 

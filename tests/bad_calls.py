@@ -26,7 +26,7 @@ from torch import Tensor
 
 import ppl_gen as pg
 from ppl_gen import data as data_module
-from ppl_gen import inference, models, report
+from ppl_gen import inference, looking, models, report
 from ppl_gen.fits.saved import SavedFit
 from ppl_gen.inference import SVI, Adversarial, ContrastiveDivergence
 
@@ -34,17 +34,21 @@ __all__ = ["EXEMPT", "Call", "Target", "accepts_numpy", "calls", "judge", "publi
 
 #: Public names that are not called by a user, and why.
 EXEMPT = {
+    "AdversarialExamples": "made by adversarial_example",
     "Algorithm": "an abstract class",
     "Comparison": "made by pg.compare; its methods are called below",
+    "Embedding": "made by tsne, mds and som",
     "Fit": "made by pg.fit; its methods are called below",
     "Game": "an abstract class",
     "IncompatibleError": "an error",
     "Iterative": "an abstract class",
     "Loss": "what a game returns to the driver",
     "MissingExtraError": "an error",
+    "Neighbours": "made by nearest_images",
     "NonFiniteError": "an error",
     "RankError": "an error",
     "Objective": "an abstract class",
+    "Patches": "made by top_patches",
     "Player": "what a game tells the driver",
     "PrincipalComponents": "made by principal_components",
     "Status": "an enumeration",
@@ -148,6 +152,7 @@ _ZOO: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "affine_flow": ({"features": 2}, _numbers),
     "autoencoder": ({"features": 2, "code": 2, "hidden": (3,)}, _numbers),
     "char_rnn": ({"symbols": 3, "hidden": 2}, lambda: torch.arange(12).reshape(3, 4) % 3),
+    "classifier": ({"classes": 2, "hidden": (3,)}, lambda: {"x": _numbers(), "y": torch.arange(6) % 2}),
     "denoising_diffusion": ({"features": 2, "steps": 3, "hidden": 3, "layers": 1}, _numbers),
     "factor_analysis": ({"features": 3, "latent": 1}, lambda: _numbers(8, 3)),
     "gan": ({"features": 2, "latent": 2, "hidden": (3,)}, _numbers),
@@ -197,6 +202,7 @@ def targets() -> list[Target]:
         *(Target(f"SavedFit.{n}", getattr(pg.load(_saved()), n)) for n in ("to_arviz", "diagnose")),
         *_algorithms(),
         *_pictures(coded),
+        *_views(),
         Target("models.bits_per_character", models.bits_per_character, {"fit": _fitted("char_rnn")}),
         Target("models.principal_components", models.principal_components, {"x": _numbers(), "latent": 1}),
         Target("PrincipalComponents.codes", models.principal_components(_numbers(), 1).codes, {"x": _numbers()}),
@@ -259,6 +265,30 @@ def _pictures(coded: pg.Fit) -> Iterator[Target]:
         yield Target(f"report.{name}", getattr(report, name), {"fit": coded, **extra})
 
 
+def _views() -> Iterator[Target]:
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+    images = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    asked = {"network": net, "x": images}
+    more: dict[str, dict[str, Any]] = {
+        "activation_maps": {},
+        "adversarial_example": {"target": 1, "c": 1.0, "steps": 2},
+        "deconvnet": {},
+        "embed_layers": {"method": "mds"},
+        "guided_backprop": {},
+        "nearest_images": {"training": images},
+        "occlusion": {"size": 2},
+        "saliency": {},
+        "top_patches": {"channel": 0},
+    }
+    for name, extra in more.items():
+        yield Target(f"looking.{name}", getattr(looking, name), {**asked, **extra})
+    yield Target("looking.filters", looking.filters, {"network": net})
+    best = {"network": net, "shape": (1, 4, 4), "steps": 2}
+    yield Target("looking.activation_maximisation", looking.activation_maximisation, best)
+    for name, extra in {"mds": {}, "som": {"epochs": 1, "grid": (2, 2)}, "tsne": {"perplexity": 2.0}}.items():
+        yield Target(f"looking.{name}", getattr(looking, name), {"codes": _numbers(), **extra})
+
+
 def _texts() -> Iterator[Target]:
     yield Target("data.Rows", data_module.Rows, {"entries": {"x": _numbers()}})
     yield Target("data.encoded", data_module.encoded, {"text": "alice"})
@@ -273,6 +303,7 @@ def public() -> Iterator[str]:
         (inference, "inference"),
         (models, "models"),
         (report, "report"),
+        (looking, "looking"),
         (data_module, "data"),
     ):
         again = pg.__all__ if module is not pg else []

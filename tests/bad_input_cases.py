@@ -19,7 +19,7 @@ from pyro.infer.autoguide import AutoDelta, AutoDiscreteParallel, AutoNormal, Au
 from torch import Tensor, nn
 
 import ppl_gen as pg
-from ppl_gen import extending, inference, models
+from ppl_gen import extending, inference, looking, models
 from ppl_gen.diagnostics.units import active_units, code_means
 
 __all__ = ["CASES", "Case", "names"]
@@ -151,6 +151,19 @@ def rows() -> Tensor:
 
 
 @functools.cache
+def network() -> nn.Module:
+    """From images of 6 x 6 pixels to three scores."""
+    with torch.random.fork_rng(devices=[]):
+        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3))
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A layer, without a trace in the generators."""
+    with torch.random.fork_rng(devices=[]):
+        return nn.Linear(inputs, outputs)
+
+
+@functools.cache
 def labels() -> Tensor:
     return torch.arange(40) % 2
 
@@ -186,7 +199,9 @@ def names(folder: Path) -> dict[str, Any]:
         fitted().save(saved)
         text.write_text("no fit\n")
         pg.fit(normal, rows(), inference.SVI(steps=2), checkpoint=kept, progress=False)
-    public = {name: getattr(module, name) for module in (models, inference, extending) for name in module.__all__}
+    public = {
+        name: getattr(module, name) for module in (models, inference, extending, looking) for name in module.__all__
+    }
     programs = (normal, guide, guide_of_another_name, guide_in_the_plate, guide_that_draws_x, guide_without_gradient)
     programs += (counts, no_plate, plate_of_another_name, columns_in_the_plate, observes_nothing, chances)
     programs += (forty_rows, keeps_a_name, sums_everything)
@@ -208,6 +223,11 @@ def names(folder: Path) -> dict[str, Any]:
             "inf": float("inf"),
         },
         **{"x": rows(), "y": labels(), "fit": fitted(), "with_value": with_value},
+        **{
+            "net": network(),
+            "linear": linear,
+            "images": torch.rand(12, 1, 6, 6, generator=torch.Generator().manual_seed(0)),
+        },
         **{"active_units": active_units, "code_means": code_means},
         **{"saved": saved, "text": text, "kept": kept, "damaged": functools.partial(damaged, saved)},
     }

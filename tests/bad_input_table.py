@@ -39,6 +39,14 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.check(rbm(4, 2), x)  ->  data: an rbm takes zeros and ones
             pg.check(char_rnn(3), torch.full((2, 5), 3))  ->  data: char_rnn(symbols=3): expected codes from 0 to 2
             pg.check(char_rnn(3), {"x": torch.zeros(2, 5).long(), "lengths": torch.tensor([6, 5])})  ->  lengths: expected
+            pg.check(classifier(2), x)  ->  data: classifier reads labels from the entry 'y'
+            pg.check(classifier(2), {"x": x, "y": y + 1})  ->  data 'y': expected labels from 0 to 1, got 2
+            pg.check(classifier(), {"x": x, "y": y - 1})  ->  data 'y': expected labels from 0 to
+            pg.check(classifier(), {"x": x, "y": y * 5000})  ->  classes: the labels 'y' reach 5000
+            pg.check(classifier(), {"x": x[:, None], "y": y})  ->  data: classifier takes rows x features or
+            pg.check(classifier(hidden=()), {"x": x[:, None, None], "y": y})  ->  hidden: images need
+            pg.check(classifier(2, linear(4, 3)), {"x": x, "y": y})  ->  network: expected scores of shape (2, 2)
+            pg.check(classifier(2, linear(3, 2)), {"x": x, "y": y})  ->  network: it cannot read rows of shape (4,)
             pg.check(ppca(4, 2), {"x": x, "mask": x})  ->  data 'mask': expected booleans
             pg.check(chances, x)  ->  the model of 'chances' failed on a dry run: at site 'x'
         """,
@@ -181,8 +189,11 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             scalar_flow("beta", concentrations=3.0)  ->  concentrations: expected
             char_rnn(1)  ->  symbols: expected a whole number of at least 2, got 1
             char_rnn(3, cell="transformer")  ->  cell: expected one of
+            classifier(1)  ->  classes: expected at least 2
+            classifier(2, linear(4, 2), hidden=(8,))  ->  hidden: are the widths of the built-in networks
         """,
         TypeError: """
+            classifier(2, "cnn")  ->  network: expected a torch.nn.Module or None, got str
             m1_m2("m1.pt", classes=2)  ->  m1: expected a fit of m1
             m1_m2(fit, classes=2)  ->  m1: expected a fit of m1 (or of vae, a perceptron without classes), got a fit of 'ppca'
         """,
@@ -334,6 +345,52 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.fit(maf(4), x, SVI(steps=1)).posterior()  ->  'maf' has no latent sites
             reconstructions(pg.fit(maf(4), x, SVI(steps=1)))  ->  'maf' has no mean of 'x' in closed form
             pg.prior_predictive(ppca(4, 2, prior="flat"), x, draws=1)  ->  'ppca' gives
+        """,
+    },
+    "Looking inside": {
+        ValueError: """
+            saliency(net, x)  ->  x: the network cannot read rows of shape (4,)
+            saliency(net, images[0, 0])  ->  x: the network cannot read rows of shape (6,)
+            saliency(net, images, target=3)  ->  target: expected a whole number from 0 to 2
+            saliency(net, images, target=[0, 1])  ->  target: expected a whole number from 0 to 2, or one for each of the 12 rows
+            saliency(net, images * nan)  ->  x: expected finite numbers
+            deconvnet(linear(4, 2), x)  ->  network: it has no rectifier
+            deconvnet(net, images, layer="9")  ->  layer: there is no '9'; it has '0', '1', '2'
+            guided_backprop(net, images, 2, layer="0")  ->  target: expected a whole number from 0 to 1
+            occlusion(net, x)  ->  x: expected images, rows x channels x height x width
+            occlusion(net, images[0])  ->  x: expected images, rows x channels x height x width, got shape (1, 6, 6); one image
+            occlusion(net, images, size=7)  ->  size: expected a square of at most 6 pixels
+            occlusion(net, images, size=2, stride=3)  ->  stride: expected at most the 2 pixels
+            activation_maximisation(net, (1, 6, 6), 5)  ->  target: expected a whole number from 0 to 2
+            activation_maximisation(net, (6,), 0)  ->  x: the network cannot read rows of shape (6,)
+            activation_maximisation(net, (1, 6, 6), 0, penalty=0.0)  ->  penalty: 0 takes both bounds
+            activation_maximisation(net, (1, 6, 6), 0, low=1.0, high=0.0)  ->  high: expected more than low
+            adversarial_example(net, images + 1, 1)  ->  x: expected numbers from 0.0 to 1.0
+            adversarial_example(net, images, 3)  ->  target: expected a whole number from 0 to 2
+            adversarial_example(net, images, torch.zeros(12, 2))  ->  target: expected finite codes of shape (12, 3)
+            adversarial_example(net, images, 1, c=0.0)  ->  c: expected a positive number
+            adversarial_example(net, images, 1, within=1.0)  ->  within: expected a number between 0 and 1
+            filters(linear(4, 2))  ->  network: expected one with convolutions, got Linear without any
+            filters(net, "1")  ->  layer: expected a convolution or a linear layer, '1' is ReLU
+            activation_maps(linear(4, 2), x)  ->  network: expected one with convolutions
+            top_patches(net, images, channel=2)  ->  channel: expected one from 0 to 1, got 2
+            top_patches(net, images, channel=-1)  ->  channel: expected
+            top_patches(net, images, 0, "3")  ->  layer: expected one that gives maps of channels
+            nearest_images(net, images, images[:, :, 1:])  ->  training: expected rows of shape (1, 6, 6)
+            nearest_images(net, images, images[:5])  ->  count: expected at most the 5 training rows
+            nearest_images(nn.Flatten(), images, images)  ->  layer: the network has no linear layer
+            tsne(x[:4])  ->  codes: expected at least 5 rows
+            mds(torch.ones(9, 3))  ->  codes: all rows are equal
+            som(x, grid=(8, 1))  ->  grid: expected
+            som(x[:, :1])  ->  codes: a map of two dimensions
+            embed_layers(net, images, "umap")  ->  method: expected one of 'tsne', 'mds', 'som'
+        """,
+        TypeError: """
+            saliency(fit, x)  ->  network: expected a torch.nn.Module, such as fit.module("encoder"), got Fit
+            saliency(nn.ReLU, x)  ->  network: expected a torch.nn.Module, such as fit.module("encoder"), got the class itself
+            saliency(net, "digits.npy")  ->  x: expected rows as a tensor or an array of real numbers, got str
+            activation_maps(net, images, 3)  ->  layer: expected the name of a layer, got int
+            embed_layers(net, images, layers="0")  ->  layers: expected names of layers in a list
         """,
     },
     "Files": {

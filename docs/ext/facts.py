@@ -27,7 +27,7 @@ from ppl_gen.workspace.isolation import isolated
 from ppl_gen.workspace.workspace import Workspace
 
 TOP = Path(__file__).parents[2]
-MODULES = ("ppl_gen", "ppl_gen.inference", "ppl_gen.extending", "ppl_gen.models", "ppl_gen.report")
+MODULES = ("ppl_gen", "ppl_gen.inference", "ppl_gen.extending", "ppl_gen.models", "ppl_gen.report", "ppl_gen.looking")
 
 
 def public_names() -> dict[str, list[str]]:

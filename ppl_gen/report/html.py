@@ -13,6 +13,7 @@ from ppl_gen.report.draws import Scalar, distinct, global_scalars, replicates
 from ppl_gen.report.figures import Picture, picture
 from ppl_gen.report.plots import colours, curves_of, draw_apart, draw_curve, draw_density, draw_heldout, draw_predictive
 from ppl_gen.report.posteriors import frame_of_posteriors, posterior_words
+from ppl_gen.report.seen_section import seen
 from ppl_gen.report.table import answer, frame, labels_of, standings, trust
 from ppl_gen.runtime.atomic import replace_file
 
@@ -50,6 +51,7 @@ def page(comparison: Comparison) -> str:
     densities, left_out, without = _densities(fits, style)
     predictive, no_predictive = _predictive(fits, style)
     groups, units, no_codes = coded(fits, comparison.test_rows, in_sample=comparison.in_sample)
+    sights, unseen = seen(fits, comparison.test_rows)
     return environment.from_string(source).render(
         program=comparison.program,
         answer=answer(comparison),
@@ -71,6 +73,8 @@ def page(comparison: Comparison) -> str:
         groups=groups,
         units=units,
         no_codes=no_codes,
+        sights=sights,
+        unseen=unseen,
         legend=[(label, *style[label]) for label in fits],
         verdicts=[_verdict(line) for line in comparison.lines if line.fit is not None and line.status != "diverged"],
         failures=[line for line in comparison.lines if line.fit is None or line.traceback or line.status == "diverged"],
