@@ -82,13 +82,14 @@ left, middle, right_side = figure.subfigures(1, 3, width_ratios=(1.3, 1, 1))
 
 
 def pictures(axes, images, title, cmap="gray_r"):
+    axes = list(axes)
     for axis in axes:
         axis.set(xticks=[], yticks=[])
         axis.set_frame_on(False)
     for axis, image in zip(axes, images, strict=False):
         most = image.abs().max()
         axis.imshow(image, cmap=cmap, vmin=-most if cmap == "RdBu_r" else None, vmax=most if cmap == "RdBu_r" else None)
-    axes[0].set_title(title, fontsize=9, loc="left")
+    axes[0].set_title(title, fontsize=9, loc="left").set_in_layout(False)  # wider than its picture
 
 
 grid = left.subplots(8, 10)
@@ -106,7 +107,8 @@ pictures(top.subplots(4, 4).flat, filters(network)[:, 0], "Filters of the first 
 cells = below.subplots(4, 9)
 for line, found in zip(cells, patches, strict=True):
     pictures(line, found.patches[:, 0].nan_to_num(0.0), "")
-cells[0, 0].set_title("Top patches of four channels of the second layer", fontsize=9, loc="left")
+title = cells[0, 0].set_title("Top patches of four channels of the second layer", fontsize=9, loc="left")
+title.set_in_layout(False)
 top, below = right_side.subfigures(2, 1)
 for axis, (name, found) in zip(top.subplots(1, 2), seen.items(), strict=True):
     axis.scatter(*found.points.T, c=y, cmap="tab10", s=6)
@@ -117,9 +119,9 @@ cells = below.subplots(6, 7)
 asked = (train["y"][near.by_pixels] != y.unsqueeze(1)).sum(1).topk(3).indices  # where pixels mislead most
 for k, row in enumerate(asked):
     pictures(
-        cells[2 * k], [x[row, 0], *train["x"][near.by_layer[row], 0]], "a digit, and the nearest by the last layer"
+        cells[2 * k], [x[row, 0], *train["x"][near.by_layer[row], 0]], "A digit, and the nearest by the last layer"
     )
-    pictures(cells[2 * k + 1], [torch.zeros(side, side), *train["x"][near.by_pixels[row], 0]], "by pixels")
+    pictures(cells[2 * k + 1], [torch.zeros(side, side), *train["x"][near.by_pixels[row], 0]], "    by pixels")
 figure.savefig("what_the_network_sees.png", dpi=120)
 
 if not quick:
