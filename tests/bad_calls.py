@@ -155,8 +155,10 @@ _ZOO: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "classifier": ({"classes": 2, "hidden": (3,)}, lambda: {"x": _numbers(), "y": torch.arange(6) % 2}),
     "denoising_diffusion": ({"features": 2, "steps": 3, "hidden": 3, "layers": 1}, _numbers),
     "factor_analysis": ({"features": 3, "latent": 1}, lambda: _numbers(8, 3)),
+    "ffjord": ({"features": 2, "hidden": (3,), "method": "rk4", "steps": 2}, _numbers),
     "gan": ({"features": 2, "latent": 2, "hidden": (3,)}, _numbers),
     "gaussian_mixture": ({"components": 2}, _numbers),
+    "glow": ({"features": (1, 2, 2), "steps": 1, "channels": 2}, lambda: _numbers(6, 4).reshape(6, 1, 2, 2)),
     "hidden_markov": ({"states": 2}, lambda: _numbers(3, 4)),
     "iaf": ({"features": 2, "layers": 1, "hidden": (3,)}, _numbers),
     "m1": ({"features": 2, "latent": 2, "hidden": (3,)}, _numbers),
@@ -165,6 +167,8 @@ _ZOO: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
         lambda: {"x": _numbers(), "y": torch.arange(6) % 2},
     ),
     "maf": ({"features": 2, "layers": 1, "hidden": (3,)}, _numbers),
+    "naf": ({"features": 2, "layers": 1, "hidden": (3,), "units": 2}, _numbers),
+    "nice": ({"features": 2, "layers": 2, "hidden": (3,)}, _numbers),
     "ppca": ({"features": 3, "latent": 1}, lambda: _numbers(8, 3)),
     "rbm": ({"visible": 2, "hidden": 2, "sweeps": 2}, lambda: (_numbers() > 0).double()),
     "real_nvp": ({"features": 2, "layers": 2, "hidden": (3,)}, _numbers),
@@ -203,6 +207,7 @@ def targets() -> list[Target]:
         *_algorithms(),
         *_pictures(coded),
         *_views(),
+        Target("models.bits_per_dimension", models.bits_per_dimension, {"evidence": -3.0, "dimensions": 2}),
         Target("models.bits_per_character", models.bits_per_character, {"fit": _fitted("char_rnn")}),
         Target("models.principal_components", models.principal_components, {"x": _numbers(), "latent": 1}),
         Target("PrincipalComponents.codes", models.principal_components(_numbers(), 1).codes, {"x": _numbers()}),
@@ -251,6 +256,12 @@ def _algorithms() -> Iterator[Target]:
         yield Target(f"inference.{objective.__name__}", objective, {}, lambda o: _fit(SVI(o, steps=1)))
     yield Target("inference.Adversarial", Adversarial, {}, _fit_gan)
     yield Target("inference.Divergence", inference.Divergence, {"f": lambda u: u * u.log()})
+    yield Target(
+        "inference.flow_guide",
+        inference.flow_guide,
+        {"layers": 1},
+        lambda g: pg.check(pg.Program(normal, g), _numbers()),
+    )
     yield Target("inference.ContrastiveDivergence", ContrastiveDivergence, {}, _fit_rbm)
     for rule in (inference.Plateau, inference.Patience):
         yield Target(f"inference.{rule.__name__}", rule, {}, lambda r: _fit(SVI(steps=2, stop_rule=r), _numbers()))

@@ -182,6 +182,17 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             denoising_diffusion(4, schedule="square")  ->  schedule: expected
             real_nvp(1)  ->  features: one column depends on no other
             maf(4, hidden=(2,))  ->  hidden: expected widths of at least 4
+            real_nvp((4, 4))  ->  features: expected a number of columns or (channels, height, width)
+            real_nvp((1, 28, 28), scales=4)  ->  scales: images of 28 x 28 pixels can be halved 2 time(s)
+            real_nvp(4, levels=1)  ->  levels: expected a whole number of at least 2 and at most 4096, got 1
+            real_nvp(4, margin=0.5)  ->  margin: expected a number between 0 and 0.5
+            nice(4, prior="cauchy")  ->  prior: expected one of
+            glow(4, steps=0)  ->  steps: expected
+            glow((1, 3, 3))  ->  features: glow couples halves of the channels
+            naf(4, units=0)  ->  units: expected
+            ffjord(4, method="euler")  ->  method: expected one of
+            ffjord(4, tolerance=0)  ->  tolerance: expected a positive number
+            bits_per_dimension(nan, 784)  ->  evidence: expected an Evidence or a finite number
             spline_flow(4, bins=1)  ->  bins: expected
             spline_flow(4, bound="wide")  ->  bound: expected
             scalar_flow("gamma")  ->  base: expected
@@ -205,6 +216,8 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             ELBO(time_step="one")  ->  time_step: expected
             IWAE(particles=-1)  ->  particles: expected a whole number of at least 1, got -1
             IWAE(chunk=0)  ->  chunk: expected a whole number of at least 1, got 0
+            flow_guide("spline")  ->  kind: expected one of
+            flow_guide(layers=0)  ->  layers: expected
             Adversarial("friendly")  ->  kind: expected one of
             Adversarial(penalty="l2")  ->  penalty: expected
             Adversarial("wasserstein", clip=0)  ->  clip: expected a positive number

@@ -9,7 +9,7 @@ import torch
 
 import ppl_gen as pg
 from ppl_gen.inference import SVI
-from ppl_gen.models import affine_flow, iaf, maf, real_nvp, spline_flow
+from ppl_gen.models import affine_flow, glow, iaf, maf, naf, nice, real_nvp, spline_flow
 
 Z = 5.5
 RECIPES = {
@@ -18,7 +18,12 @@ RECIPES = {
     "maf": lambda d: maf(d, layers=2, hidden=(16,)),
     "iaf": lambda d: iaf(d, layers=2, hidden=(16,)),
     "spline_flow": lambda d: spline_flow(d, layers=3, hidden=(16,), bins=5),
+    "nice": lambda d: nice(d, layers=3, hidden=(16,), prior="normal"),
+    "naf": lambda d: naf(d, layers=2, hidden=(16,), units=4),
+    "glow": lambda d: glow(d, steps=2, channels=12),
 }
+#: Those that start at independent normals.
+PLAIN = [name for name in RECIPES if name not in ("naf", "glow")]
 STILL = SVI(steps=1, lr=1e-30)
 
 

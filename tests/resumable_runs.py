@@ -13,7 +13,7 @@ from torch import nn
 
 import ppl_gen as pg
 from ppl_gen.inference import CAVI, ELBO, EM, SVI, Adversarial, ContrastiveDivergence, Laplace, Pathfinder
-from ppl_gen.models import gan, gaussian_mixture, rbm
+from ppl_gen.models import gan, gaussian_mixture, rbm, real_nvp
 
 BITS = (torch.rand(20, 6, generator=torch.Generator().manual_seed(1)) < 0.4).double()
 ROWS = torch.randn(30, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -61,6 +61,11 @@ RUNS: dict[str, tuple[Callable[[], Any], Any, Any]] = {
     ),
     "baselines": (lambda: pg.Program(switch, switch_guide), SVI(ELBO(enumerate=False), steps=9, lr=0.05), X8),
     "batch normalisation and dropout": (_batch_norm, SVI(steps=9, lr=0.01, batch_size=7), ROWS),
+    "batch norm of a flow of images": (
+        lambda: real_nvp(channels=3, blocks=1, scales=2),
+        SVI(steps=9, lr=0.01, batch_size=7),
+        BITS[:, :4].reshape(20, 1, 2, 2) + ROWS[:20, :1, None, None],
+    ),
     "two players": (
         lambda: gan(latent=2, hidden=(4,)),
         SVI(Adversarial("wasserstein", critic_steps=2), steps=9, batch_size=8),

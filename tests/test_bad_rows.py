@@ -90,6 +90,7 @@ ANY_WIDTH |= {
     "iaf",
     "spline_flow",
 }
+ANY_WIDTH |= {"nice", "naf", "glow", "ffjord"}
 
 #: Vectors are numbers, a row each, to these.
 VECTORS = {"gan"}

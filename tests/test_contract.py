@@ -66,6 +66,10 @@ FITS: dict[str, set[str]] = {
     "iaf": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
     "spline_flow": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
     "scalar_flow": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
+    "nice": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
+    "naf": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
+    "glow": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
+    "ffjord": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
     "char_rnn": {"SVI(ELBO)", "SVI(Trace_ELBO)"},
     "classifier": {"SVI(ELBO)", "SVI(Trace_ELBO)", "SVI(Adversarial)"},
 }

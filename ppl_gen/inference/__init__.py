@@ -4,6 +4,7 @@ from ppl_gen.fitting.algorithm import Algorithm, Iterative
 from ppl_gen.fitting.stopping import Patience, Plateau
 from ppl_gen.inference.cavi import CAVI
 from ppl_gen.inference.em.em import EM
+from ppl_gen.inference.guides.flow_guide import flow_guide
 from ppl_gen.inference.laplace import Laplace
 from ppl_gen.inference.mcmc.nuts import NUTS
 from ppl_gen.inference.objectives.adversarial import Adversarial
@@ -36,4 +37,5 @@ __all__ = [
     "Patience",
     "Plateau",
     "Player",
+    "flow_guide",
 ]

@@ -4,7 +4,19 @@ from ppl_gen.models.adversarial.gan import gan
 from ppl_gen.models.autoencoders.autoencoder import autoencoder
 from ppl_gen.models.diffusion.denoising import denoising_diffusion
 from ppl_gen.models.energy.rbm import rbm
-from ppl_gen.models.flows import affine_flow, iaf, maf, real_nvp, scalar_flow, spline_flow
+from ppl_gen.models.flows import (
+    affine_flow,
+    bits_per_dimension,
+    ffjord,
+    glow,
+    iaf,
+    maf,
+    naf,
+    nice,
+    real_nvp,
+    scalar_flow,
+    spline_flow,
+)
 from ppl_gen.models.latent_codes import anomaly_scores, codes, reconstructions
 from ppl_gen.models.linear.components import PrincipalComponents, factor_analysis, ppca, principal_components
 from ppl_gen.models.mixture.gaussian import gaussian_mixture
@@ -20,19 +32,24 @@ __all__ = [
     "anomaly_scores",
     "autoencoder",
     "bits_per_character",
+    "bits_per_dimension",
     "char_rnn",
     "classifier",
     "codes",
     "denoising_diffusion",
     "factor_analysis",
+    "ffjord",
     "gan",
     "gaussian_mixture",
+    "glow",
     "hidden_markov",
     "iaf",
     "m1",
     "m1_m2",
     "m2",
     "maf",
+    "naf",
+    "nice",
     "ppca",
     "principal_components",
     "rbm",

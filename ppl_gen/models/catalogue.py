@@ -10,7 +10,18 @@ from ppl_gen.models.adversarial.gan import gan
 from ppl_gen.models.autoencoders.autoencoder import autoencoder
 from ppl_gen.models.diffusion.denoising import denoising_diffusion
 from ppl_gen.models.energy.rbm import rbm
-from ppl_gen.models.flows import affine_flow, iaf, maf, real_nvp, scalar_flow, spline_flow
+from ppl_gen.models.flows import (
+    affine_flow,
+    ffjord,
+    glow,
+    iaf,
+    maf,
+    naf,
+    nice,
+    real_nvp,
+    scalar_flow,
+    spline_flow,
+)
 from ppl_gen.models.linear.components import factor_analysis, ppca
 from ppl_gen.models.mixture.gaussian import gaussian_mixture
 from ppl_gen.models.sequences.char_rnn import char_rnn
@@ -21,6 +32,7 @@ from ppl_gen.models.small_data import (
     labelled_bars,
     letters,
     ring,
+    ripples,
     some_labelled,
     two_factors,
     two_groups,
@@ -230,6 +242,34 @@ CATALOGUE: dict[str, Entry] = {
             lambda: scalar_flow("uniform", bins=4),
             two_groups,
             "flow of single numbers to uniform, Beta or normal codes",
+            _FLOW,
+        ),
+        Entry(
+            "nice",
+            lambda: nice(layers=2, hidden=(8,)),
+            ring,
+            "flow of additive coupling layers, which keep volumes, and one scale for each column",
+            _FLOW,
+        ),
+        Entry(
+            "naf",
+            lambda: naf(layers=1, hidden=(8,), units=3),
+            ring,
+            "neural autoregressive flow: a monotone network for each column; samples by bisection",
+            _FLOW,
+        ),
+        Entry(
+            "glow",
+            lambda: glow(steps=1, channels=4),
+            ripples,
+            "flow of images: activation norm, invertible 1 x 1 convolutions, couplings, several scales",
+            _FLOW,
+        ),
+        Entry(
+            "ffjord",
+            lambda: ffjord(hidden=(6,), method="rk4", steps=2),
+            ring,
+            "flow in continuous time: any network, its trace integrated",
             _FLOW,
         ),
         Entry(

@@ -17,6 +17,7 @@ __all__ = [
     "labelled_bars",
     "letters",
     "ring",
+    "ripples",
     "some_labelled",
     "two_factors",
     "two_groups",
@@ -69,6 +70,13 @@ def two_factors() -> Tensor:
 def ring() -> Tensor:
     angle = torch.arange(40) * (2 * math.pi / 40)
     return 2 * torch.stack([angle.cos(), angle.sin()], -1)
+
+
+def ripples() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    place = 2 * math.pi * torch.rand(24, 1, 1, 1, generator=generator)
+    across = torch.arange(4).unsqueeze(-1) + 2.0 * torch.arange(4)
+    return (across + place).sin() + 0.2 * torch.randn(24, 1, 4, 4, generator=generator)
 
 
 def letters() -> dict[str, Tensor]:

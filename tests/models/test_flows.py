@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from fixtures import float64_under
-from flow_cases import RECIPES, STILL, Z, bent, fitted, flow_of, mean_log_normal
+from flow_cases import PLAIN, RECIPES, STILL, Z, bent, fitted, flow_of, mean_log_normal
 
 import ppl_gen as pg
 from ppl_gen.inference import SVI
@@ -48,7 +48,7 @@ def test_log_determinants_are_autograds_and_the_inverse_inverts(name, state):
     plain = condition < 1e6
     assert float(plain.double().mean()) > 0.7 and float(errors[plain].max()) < 1e-8, (errors, condition)
     assert bool((errors < 1e-8 + 1e-14 * condition).all())
-    if state != "untrained" and name != "affine_flow":
+    if state != "untrained" and name not in ("affine_flow", "nice"):  # which stretch all of space alike
         assert float(flow.log_det(rows).detach().std()) > 0.05, "the determinant differs between rows"
 
 
@@ -95,7 +95,7 @@ def test_the_density_integrates_to_one(name, state):
     assert float(values.sum()) * cell == pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_flow_starts_at_independent_normals_in_the_units_of_the_data(name):
     x = 1000.0 + 50.0 * bent(200, 3)
     evidence = pg.fit(RECIPES[name](3), x, STILL, seed=0).evidence()
@@ -115,7 +115,7 @@ def test_the_affine_flow_reaches_the_maximum_of_the_closed_form():
     torch.testing.assert_close(fit.module("flow").decode(torch.zeros(4)).detach(), x.mean(0), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", ("real_nvp", "maf", "iaf", "spline_flow"))
+@pytest.mark.parametrize("name", ("real_nvp", "maf", "iaf", "spline_flow", "nice", "naf", "glow"))
 def test_training_beats_the_best_normal(name):
     new = bent(2800, 3)[800:]
     x = bent(800, 3)
@@ -130,7 +130,7 @@ def test_training_beats_the_best_normal(name):
     assert gain(fitted(name, steps=0)) < Z < gain(fitted(name))
 
 
-@pytest.mark.parametrize("name", ("real_nvp", "maf", "iaf", "spline_flow"))
+@pytest.mark.parametrize("name", ("real_nvp", "maf", "iaf", "spline_flow", "naf"))
 def test_samples_follow_the_density(name):
     """Shares of samples in 16 boxes against quadrature of the density: a chi-squared test with 15 degrees of freedom."""
     fit = fitted(name, features=2, steps=150)

@@ -7,7 +7,8 @@ from pyro.distributions.transforms import LowerCholeskyAffine
 from torch import Tensor, nn
 
 from ppl_gen.data.inputs import check_width
-from ppl_gen.models.flows.base import Layer, flow_recipe, through
+from ppl_gen.models.flows.base import Layer, through
+from ppl_gen.models.flows.recipe import flow_recipe
 from ppl_gen.program.program import Recipe
 
 __all__ = ["affine_flow"]

@@ -12,7 +12,8 @@ from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 
 from ppl_gen.data.inputs import check_width
-from ppl_gen.models.flows.base import Layer, checked_sizes, flow_recipe, through
+from ppl_gen.models.flows.base import Layer, through
+from ppl_gen.models.flows.recipe import checked_sizes, flow_recipe
 from ppl_gen.program.program import Recipe
 
 __all__ = ["iaf", "maf"]

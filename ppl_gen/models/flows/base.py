@@ -5,21 +5,18 @@ r"""What all flows share: layers between rows and codes, the units of the data, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import Transform
+from torch.nn.functional import logsigmoid
 
-from ppl_gen.data.inputs import check_width, entries, row_width
-from ppl_gen.errors import require_whole
-from ppl_gen.program.program import Program, Recipe
-
-__all__ = ["Flow", "Layer", "checked_sizes", "flow_recipe", "through"]
+__all__ = ["Base", "Flow", "Layer", "run_through", "through"]
 
 #: Zeros in the shape of a code -> the distribution of as many independent numbers.
 Base = Callable[[Tensor], Any]
@@ -29,12 +26,21 @@ class Layer(nn.Module):
     """One invertible map; each direction returns its value and the log determinant of its own Jacobian, per row."""
 
     def to_code(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Towards the codes: ... x features -> (... x features, ...)."""
+        """Towards the codes: ... x the shape of a row -> (the same, ...)."""
         raise NotImplementedError
 
     def to_data(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Towards the rows, the inverse of `to_code`."""
         raise NotImplementedError
+
+
+def run_through(layers: Iterable[Any], value: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor | float]:
+    """Several layers in their order (towards the rows: the layers are given in reverse), and their log determinants."""
+    total: Tensor | float = 0.0
+    for layer in layers:
+        value, log_det = layer.to_data(value) if inverse else layer.to_code(value)
+        total = total + log_det
+    return value, total
 
 
 def through(transform: Any, value: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -57,12 +63,15 @@ class Flow(nn.Module):
     .. math:: z = f\Bigl(\frac{x - m}{s}\Bigr), \quad
               \log p(x) = \log p_Z(z) + \log \left| \det \frac{\partial z}{\partial x} \right|
 
-    m and s are mean and standard deviation of each column of the training data, fixed (buffers).
+    m and s are mean and standard deviation of each column of the training data, of each channel of images, fixed
+    (buffers). With ``margin`` rows lie in [0, 1], and their logits stand in the place of x.
 
     Args:
         layers: from the rows to the codes, in standardised units.
-        rows: the training data, N x features; or N, and then a row is a single number.
+        rows: the training data, N x features or N x channels x height x width; or N, and then a row is a single number.
         base: makes the distribution of independent numbers of a code from zeros of their shape.
+        margin: a of the logit log(y / (1 - y)), y = a + (1 - 2 a) x, for rows in [0, 1]; None: x as it is.
+        together: one m and s for all columns.
 
     Example:
         >>> flow = Flow([], torch.tensor([[0.0, 1.0], [2.0, 5.0]]))
@@ -75,15 +84,34 @@ class Flow(nn.Module):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, layers: Sequence[Layer], rows: Tensor, base: Base | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        rows: Tensor,
+        base: Base | None = None,
+        *,
+        margin: float | None = None,
+        together: bool = False,
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.make_codes = base or _normal
+        self.margin = margin
         self.single = rows.dim() == 1
         columns = (rows.unsqueeze(-1) if self.single else rows).double()
+        self.shape = tuple(columns.shape[1:])
+        if margin is not None:
+            columns = _logit(columns, margin)[0]
+        if together:
+            loc, scale = (value.expand(self.shape) for value in (columns.mean(), columns.std(correction=0)))
+        else:
+            over = (0, 2, 3) if len(self.shape) == 3 else (0,)
+            loc = columns.mean(over, keepdim=len(self.shape) == 3)
+            scale = columns.std(over, correction=0, keepdim=len(self.shape) == 3)
+            loc, scale = (v.squeeze(0) if len(self.shape) == 3 else v for v in (loc, scale))
         precision = torch.get_default_dtype()
-        self.register_buffer("loc", columns.mean(0).to(precision))
-        self.register_buffer("scale", columns.std(0, correction=0).to(precision))
+        self.register_buffer("loc", loc.to(precision).clone())
+        self.register_buffer("scale", scale.to(precision).clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """The codes z of rows x: `encode`."""
@@ -108,8 +136,8 @@ class Flow(nn.Module):
 
     def codes(self) -> Any:
         """p_Z: the distribution of one code."""
-        zeros = torch.zeros_like(self.loc)
-        return self.make_codes(zeros[0]) if self.single else self.make_codes(zeros).to_event(1)
+        zeros = self.loc.new_zeros(self.shape)
+        return self.make_codes(zeros[0]) if self.single else self.make_codes(zeros).to_event(len(self.shape))
 
     def rows(self) -> Any:
         """p(x): the distribution of one row."""
@@ -117,20 +145,26 @@ class Flow(nn.Module):
 
     def to_code(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """z, and log |det dz/dx|."""
-        value = (self._columns(x, "x") - self.loc) / self.scale
-        total = -self.scale.log().sum()
-        for layer in self._layers():
-            value, log_det = layer.to_code(value)
-            total = total + log_det
-        return self._shaped(value), total.expand(value.shape[:-1])
+        value = self._columns(x, "x")
+        total: Any = -self.scale.log().expand(self.shape).sum()
+        if self.margin is not None:
+            value, slopes = _logit(value, self.margin)
+            total = total + slopes.flatten(-len(self.shape)).sum(-1)
+        value, log_det = run_through(self._layers(), (value - self.loc) / self.scale)
+        return self._shaped(value), self._each(total + log_det, value)
 
     def to_data(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x, and log |det dx/dz|."""
-        value, total = self._columns(z, "z"), self.scale.log().sum()
-        for layer in reversed(self._layers()):
-            value, log_det = layer.to_data(value)
-            total = total + log_det
-        return self._shaped(self.loc + self.scale * value), total.expand(value.shape[:-1])
+        value, total = run_through(reversed(self._layers()), self._columns(z, "z"), inverse=True)
+        total = total + self.scale.log().expand(self.shape).sum()
+        value = self.loc + self.scale * value
+        if self.margin is not None:
+            value, slopes = _unlogit(value, self.margin)
+            total = total + slopes.flatten(-len(self.shape)).sum(-1)
+        return self._shaped(value), self._each(total, value)
+
+    def _each(self, total: Tensor, value: Tensor) -> Tensor:
+        return total.expand(value.shape[: value.dim() - len(self.shape)])
 
     def _layers(self) -> list[Layer]:
         return list(self.layers)  # type: ignore[arg-type]
@@ -139,12 +173,31 @@ class Flow(nn.Module):
         value = value.to(self.loc)
         if self.single:
             return value.unsqueeze(-1)
-        if value.dim() == 0 or value.shape[-1] != len(self.loc):
-            raise ValueError(f"{name}: this flow takes rows of {len(self.loc)} columns, got {tuple(value.shape)}")
+        if tuple(value.shape[-len(self.shape) :]) != self.shape:
+            wanted = f"{self.shape[0]} columns" if len(self.shape) == 1 else f"shape {self.shape}"
+            raise ValueError(f"{name}: this flow takes rows of {wanted}, got {tuple(value.shape)}")
         return value
 
     def _shaped(self, value: Tensor) -> Tensor:
         return value.squeeze(-1) if self.single else value
+
+
+def _logit(x: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Numbers of [0, 1] on the line, and the logarithm of the slope of each."""
+    inside = margin + (1 - 2 * margin) * x
+    below, above = inside.log(), torch.log1p(-inside)
+    return below - above, math.log(1 - 2 * margin) - below - above
+
+
+def _unlogit(y: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    made = ((y.sigmoid() - margin) / (1 - 2 * margin)).clamp(*_reach(margin))
+    return made, logsigmoid(y) + logsigmoid(-y) - math.log(1 - 2 * margin)
+
+
+def _reach(margin: float) -> tuple[float, float]:
+    """How far beyond [0, 1] the logits reach."""
+    beyond = margin / (1 - 2 * margin)
+    return -beyond, 1 + beyond
 
 
 class _FlowTransform(Transform):
@@ -163,7 +216,9 @@ class _FlowTransform(Transform):
 
     @property
     def codomain(self) -> Any:  # type: ignore[override]
-        return constraints.real if self.flow.single else constraints.real_vector
+        margin = self.flow.margin
+        bound = constraints.real if margin is None else constraints.interval(*_reach(margin))
+        return bound if self.flow.single else constraints.independent(bound, len(self.flow.shape))
 
     def _call(self, x: Tensor) -> Tensor:
         made, self._log_det = self.flow.to_data(x)
@@ -183,73 +238,3 @@ class _FlowTransform(Transform):
 
 def _normal(zeros: Tensor) -> Any:
     return dist.Normal(zeros, 1.0)
-
-
-def flow_recipe(
-    name: str,
-    features: int | None,
-    layers: Callable[[int], Sequence[Layer]],
-    arguments: Mapping[str, Any],
-    *,
-    base: Base | None = None,
-    single: bool = False,
-) -> Recipe:
-    """The recipe of a flow: ``layers(features)`` is called once per fit, after the data have been looked at.
-
-    Args:
-        name: of the recipe.
-        features: columns of the data; None: as many as they have.
-        layers: makes the layers, from the rows to the codes.
-        arguments: for the recipe's repr.
-        base: see `Flow`.
-        single: data of N numbers, without columns, are taken too.
-    """
-
-    def build(data: Any) -> Program:
-        columns = row_width(features, data, name)
-        rows = _rows(data, name, columns, single)
-        flow = Flow(layers(columns), rows, base)
-
-        def model(x: Tensor) -> None:
-            pyro.module("flow", flow)
-            with pyro.plate("data", len(x)):
-                pyro.sample("x", flow.rows(), obs=x.to(flow.loc))
-
-        return Program(model, name=name, evidence=flow.log_prob)
-
-    return Recipe(build, name=name, arguments=arguments)
-
-
-def _rows(data: Any, name: str, features: int, single: bool) -> Tensor:
-    (rows,) = entries(data, name, "x")
-    assert rows is not None  # the first entry
-    rows = rows.double()
-    if not (single and rows.dim() == 1) and (rows.dim() != 2 or rows.shape[1] != features):
-        wanted = "single numbers (N, or N x 1)" if single else f"rows of {features} columns"
-        raise ValueError(f"data: {name} takes {wanted}, got shape {tuple(rows.shape)}")
-    columns = rows.reshape(len(rows), -1)
-    constant = (columns == columns[:1]).all(0) | (columns.std(0, correction=0).to(torch.get_default_dtype()) == 0)
-    if bool(constant.any()):
-        which = ", ".join(map(str, constant.nonzero().squeeze(-1).tolist()))
-        raise ValueError(f"data: column(s) {which} are constant: no density exists in that direction; leave them out")
-    return rows
-
-
-def checked_sizes(features: int | None, layers: int, hidden: Sequence[int], *, smallest: int = 1) -> tuple[int, ...]:
-    """The hidden widths as a tuple, once all sizes that are known have been looked at.
-
-    Raises:
-        ValueError: naming the size that is out of its range.
-    """
-    check_width("features", features)
-    if features is not None and features < 2:
-        raise ValueError("features: one column depends on no other; take scalar_flow() or affine_flow(1)")
-    require_whole("layers", layers)
-    widths = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
-    if not widths:
-        raise ValueError("hidden: expected the width of at least one layer, got none")
-    for width in widths:
-        require_whole("hidden", width)
-        if width < smallest:
-            raise ValueError(f"hidden: expected widths of at least {smallest} (one for each column), got {width}")
-    return widths

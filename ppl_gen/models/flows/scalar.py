@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ppl_gen.arguments import require_choice
 from ppl_gen.errors import require_positive
-from ppl_gen.models.flows.base import Layer, flow_recipe, through
+from ppl_gen.models.flows.base import Layer, through
+from ppl_gen.models.flows.recipe import flow_recipe
 from ppl_gen.models.flows.splines import IDENTITY, checked_spline, rational_quadratic
 from ppl_gen.program.program import Recipe
 

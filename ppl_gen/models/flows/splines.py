@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ppl_gen.errors import require_positive, require_whole
-from ppl_gen.models.flows.base import Layer, checked_sizes, flow_recipe
+from ppl_gen.models.flows.base import Layer
 from ppl_gen.models.flows.coupling import Coupling, coupling_orders
+from ppl_gen.models.flows.recipe import checked_sizes, flow_recipe
 from ppl_gen.program.program import Recipe
 
 __all__ = ["IDENTITY", "checked_spline", "rational_quadratic", "spline_flow"]

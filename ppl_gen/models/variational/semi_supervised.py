@@ -22,8 +22,9 @@ from torch import Tensor
 from ppl_gen.data.inputs import check_width, row_width
 from ppl_gen.diagnostics.units import active_units
 from ppl_gen.errors import is_number, require_whole
+from ppl_gen.models.variational.encoders import NormalEncoder
 from ppl_gen.models.variational.labels import Classifier, labels_of
-from ppl_gen.models.variational.vae import Decoder, NormalEncoder, check_classes, vae
+from ppl_gen.models.variational.vae import Decoder, check_classes, vae
 from ppl_gen.nn.likelihoods import Kind, check_likelihood, check_rows, chosen_likelihood
 from ppl_gen.nn.networks import Perceptron, Reading, Writing, checked_widths
 from ppl_gen.program.program import Program, Recipe

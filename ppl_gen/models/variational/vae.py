@@ -19,50 +19,18 @@ from torch import Tensor, nn
 from ppl_gen.arguments import require_choice
 from ppl_gen.data.inputs import entries, row_shape
 from ppl_gen.errors import require_whole
+from ppl_gen.models.variational.encoders import Encoder, FlowEncoder, NormalEncoder, flow_maps
+from ppl_gen.nn.flow_maps import FlowMap
 from ppl_gen.nn.likelihoods import Kind, Likelihood, check_likelihood, chosen_likelihood
 from ppl_gen.nn.networks import (
     ConvolutionalDecoder,
     ConvolutionalEncoder,
     Perceptron,
     checked_widths,
-    standardised,
 )
 from ppl_gen.program.program import Program, Recipe
 
-__all__ = ["Decoder", "NormalEncoder", "check_classes", "check_labels", "vae"]
-
-#: The widest and the narrowest a guide may get, as logarithms of standard deviations: a run that diverges says so by
-#: its loss and not by a distribution that cannot be made.
-LOG_SCALE = (-15.0, 8.0)
-
-
-class NormalEncoder(nn.Module):
-    """q(z | x) from a network of twice as many outputs as z has numbers: means, and logarithms of scales.
-
-    Calling it with rows (and labels, where it was made for them) gives a `pyro.distributions` distribution over z:
-    ``encoder(x).mean`` are the codes.
-
-    Args:
-        network: from standardised rows to means and logarithms of scales.
-        centre: subtracted from the rows, in their shape.
-        spread: the rows are divided by it.
-    """
-
-    centre: Tensor
-    spread: Tensor
-
-    def __init__(self, network: nn.Module, centre: Tensor, spread: Tensor) -> None:
-        super().__init__()
-        self.network = network
-        self.register_buffer("centre", centre.clone())
-        self.register_buffer("spread", spread.clone())
-
-    def forward(self, x: Tensor, *label: Tensor) -> Any:
-        seen = standardised(x, self.centre, self.spread)
-        if isinstance(self.network, Perceptron):
-            seen = seen.flatten(-self.centre.dim())
-        loc, log_scale = self.network(seen, *label).chunk(2, -1)
-        return dist.Normal(loc, log_scale.clamp(*LOG_SCALE).exp()).to_event(1)
+__all__ = ["Decoder", "check_classes", "check_labels", "vae"]
 
 
 class Decoder(nn.Module):
@@ -91,8 +59,10 @@ def vae(
     network: str = "perceptron",
     activation: str = "tanh",
     classes: int | None = None,
+    posterior: str = "normal",
+    posterior_layers: int = 4,
 ) -> Recipe:
-    r"""A variational autoencoder of rows or images, with an amortised normal guide.
+    r"""A variational autoencoder of rows or images, with an amortised normal guide, or one of flows.
 
     .. math:: \log p(x) \ge \mathbb{E}_{q(z \mid x)} [\log p(x \mid z)] - \mathrm{KL}(q(z \mid x) \,\|\, p(z)),
               \quad q(z \mid x) = \mathrm{Normal}(m(x), \mathrm{diag}\, s(x)^2)
@@ -118,6 +88,10 @@ def vae(
         activation: between the layers of a perceptron: "tanh", "relu", "softplus", "elu" or "sigmoid".
         classes: a conditional VAE, p(x | y): the data hold labels ``y`` in 0 ... classes - 1 beside ``x``, and both
             networks see them; ``fit.sample(n, given={"y": 3})`` draws rows of one class.
+        posterior: "normal", or a flow behind the normal whose weights the encoder moves for each row: "planar",
+            "radial", "sylvester" or "iaf" (see `ppl_gen.inference.flow_guide`). Such a q(z | x) knows the density of
+            its own draws, and has no mean: codes are drawn by ``fit.posterior(data)``.
+        posterior_layers: maps of that flow.
 
     Returns:
         A recipe; it raises ValueError for data of another shape or outside of the likelihood's support.
@@ -128,6 +102,8 @@ def vae(
     References:
         Auto-encoding variational Bayes (Kingma and Welling, 2014); beta-VAE (Higgins et al., 2017).
         Learning structured output representation using deep conditional generative models (Sohn et al., 2015).
+        Variational inference with normalizing flows (Rezende and Mohamed, 2015).
+        Sylvester normalizing flows for variational inference (van den Berg et al., 2018).
 
     Example:
         >>> import torch, ppl_gen as pg
@@ -142,6 +118,7 @@ def vae(
     widths = checked_widths(hidden, activation)
     check_likelihood(likelihood, scale, levels)
     check_classes(classes)
+    flow_maps(posterior, posterior_layers, latent)
     require_choice("network", network, ("perceptron", "convolutional"))
     if network == "convolutional":
         _check_images(given or (1, 1, 1), widths, classes)
@@ -154,33 +131,43 @@ def vae(
         if classes is not None:
             check_labels(data, "vae", classes)
         coders: tuple[nn.Module, Perceptron | ConvolutionalDecoder]
+        maps = flow_maps(posterior, posterior_layers, latent)
+        numbers = 2 * latent + sum(part.numbers for part in maps)
         if network == "convolutional":
-            coders = _convolutional(shape, latent, widths[-1], pixels)
+            coders = _convolutional(shape, latent, numbers, widths[-1], pixels)
         else:
             coders = (
-                Perceptron(prod(shape), widths, 2 * latent, activation=activation, classes=classes),
+                Perceptron(prod(shape), widths, numbers, activation=activation, classes=classes),
                 Perceptron(latent, widths[::-1], pixels.outputs, activation=activation, classes=classes),
             )
-        encoder = NormalEncoder(coders[0], pixels.centre, pixels.spread)
+        encoder = _encoder(coders[0], pixels, maps, latent)
         program = _conditional if classes is not None else _plain
         return program(encoder, Decoder(coders[1], pixels), latent)
 
-    arguments = {"features": features, "latent": latent, "hidden": widths, "likelihood": likelihood}
+    arguments: dict[str, Any] = {"features": features, "latent": latent, "hidden": widths, "likelihood": likelihood}
+    if posterior != "normal":
+        arguments["posterior"] = posterior
     return Recipe(build, name="vae", arguments=arguments)
 
 
+def _encoder(network: nn.Module, pixels: Likelihood, maps: list[FlowMap], latent: int) -> Encoder:
+    if not maps:
+        return NormalEncoder(network, pixels.centre, pixels.spread)
+    return FlowEncoder(network, pixels.centre, pixels.spread, maps, latent)
+
+
 def _convolutional(
-    shape: Sequence[int], latent: int, hidden: int, pixels: Likelihood
+    shape: Sequence[int], latent: int, numbers: int, hidden: int, pixels: Likelihood
 ) -> tuple[ConvolutionalEncoder, ConvolutionalDecoder]:
     depth = pixels.outputs // prod(shape)
     filters = (32, 64)
     return (
-        ConvolutionalEncoder(shape, filters, hidden, 2 * latent),
+        ConvolutionalEncoder(shape, filters, hidden, numbers),
         ConvolutionalDecoder(shape, filters, hidden, latent, depth),
     )
 
 
-def _plain(encoder: NormalEncoder, decoder: Decoder, latent: int) -> Program:
+def _plain(encoder: Encoder, decoder: Decoder, latent: int) -> Program:
     def model(x: Tensor) -> None:
         pyro.module("decoder", decoder)
         with pyro.plate("data", len(x)):
@@ -195,7 +182,7 @@ def _plain(encoder: NormalEncoder, decoder: Decoder, latent: int) -> Program:
     return Program(model, guide, name="vae")
 
 
-def _conditional(encoder: NormalEncoder, decoder: Decoder, latent: int) -> Program:
+def _conditional(encoder: Encoder, decoder: Decoder, latent: int) -> Program:
     def model(x: Tensor, y: Tensor) -> None:
         pyro.module("decoder", decoder)
         with pyro.plate("data", len(x)):
