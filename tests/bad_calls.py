@@ -26,7 +26,7 @@ from torch import Tensor
 
 import ppl_gen as pg
 from ppl_gen import data as data_module
-from ppl_gen import inference, looking, models, report
+from ppl_gen import distances, inference, looking, models, report
 from ppl_gen.fits.saved import SavedFit
 from ppl_gen.inference import SVI, Adversarial, ContrastiveDivergence
 
@@ -101,12 +101,32 @@ def _numbers(rows: int = 6, columns: int = 2) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
+def _images() -> Tensor:
+    return torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
 def _fit(algorithm: Any, validation: Any = None) -> Any:
     return pg.fit(normal, _numbers(), algorithm, validation=validation, progress=False)
 
 
 def _fit_gan(objective: Any) -> Any:
     return pg.fit(models.gan(2, latent=2, hidden=(3,)), _numbers(), SVI(objective, steps=1), progress=False)
+
+
+def _fit_codes(objective: Any) -> Any:
+    return pg.fit(models.vae(2, latent=2, hidden=(3,)), _numbers(), SVI(objective, steps=1), progress=False)
+
+
+def labels(x: Tensor, y: Tensor, domain: Tensor) -> None:
+    weights = pyro.param("weights", torch.eye(2))
+    with pyro.plate("data", len(x)):
+        features = pyro.deterministic("features", x @ weights, event_dim=1)
+        pyro.sample("y", dist.Categorical(logits=features), obs=y)
+
+
+def _fit_labels(objective: Any) -> Any:
+    data = {"x": _numbers(), "y": torch.arange(6) % 2, "domain": torch.arange(6) // 3}
+    return pg.fit(labels, data, SVI(objective, steps=1), progress=False)
 
 
 def _fit_rbm(objective: Any) -> Any:
@@ -153,14 +173,17 @@ _ZOO: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "autoencoder": ({"features": 2, "code": 2, "hidden": (3,)}, _numbers),
     "char_rnn": ({"symbols": 3, "hidden": 2}, lambda: torch.arange(12).reshape(3, 4) % 3),
     "classifier": ({"classes": 2, "hidden": (3,)}, lambda: {"x": _numbers(), "y": torch.arange(6) % 2}),
+    "dcgan": ({"shape": (1, 8, 8), "latent": 2, "filters": 2}, _images),
     "denoising_diffusion": ({"features": 2, "steps": 3, "hidden": 3, "layers": 1}, _numbers),
     "factor_analysis": ({"features": 3, "latent": 1}, lambda: _numbers(8, 3)),
     "ffjord": ({"features": 2, "hidden": (3,), "method": "rk4", "steps": 2}, _numbers),
     "gan": ({"features": 2, "latent": 2, "hidden": (3,)}, _numbers),
     "gaussian_mixture": ({"components": 2}, _numbers),
     "glow": ({"features": (1, 2, 2), "steps": 1, "channels": 2}, lambda: _numbers(6, 4).reshape(6, 1, 2, 2)),
+    "gran": ({"shape": (1, 8, 8), "latent": 2, "steps": 2, "hidden": 3, "filters": 2}, _images),
     "hidden_markov": ({"states": 2}, lambda: _numbers(3, 4)),
     "iaf": ({"features": 2, "layers": 1, "hidden": (3,)}, _numbers),
+    "lapgan": ({"shape": (1, 8, 8), "levels": 1, "latent": 2, "filters": 2, "hidden": (3,)}, _images),
     "m1": ({"features": 2, "latent": 2, "hidden": (3,)}, _numbers),
     "m2": (
         {"features": 2, "classes": 2, "latent": 2, "hidden": (3,)},
@@ -208,6 +231,15 @@ def targets() -> list[Target]:
         *_pictures(coded),
         *_views(),
         Target("models.bits_per_dimension", models.bits_per_dimension, {"evidence": -3.0, "dimensions": 2}),
+        Target("models.ConvolutionalCritic", models.ConvolutionalCritic, {"shape": (1, 8, 8), "filters": 2}),
+        Target("models.laplacian_pyramid", models.laplacian_pyramid, {"images": _images(), "levels": 1}),
+        Target("models.from_pyramid", models.from_pyramid, {"bands": models.laplacian_pyramid(_images(), 1)}),
+        Target("distances.mmd", distances.mmd, {"x": _numbers(), "y": _numbers()}),
+        Target(
+            "distances.frechet_distance",
+            distances.frechet_distance,
+            {"features_a": _numbers(), "features_b": _numbers()},
+        ),
         Target("models.bits_per_character", models.bits_per_character, {"fit": _fitted("char_rnn")}),
         Target("models.principal_components", models.principal_components, {"x": _numbers(), "latent": 1}),
         Target("PrincipalComponents.codes", models.principal_components(_numbers(), 1).codes, {"x": _numbers()}),
@@ -262,6 +294,11 @@ def _algorithms() -> Iterator[Target]:
         {"layers": 1},
         lambda g: pg.check(pg.Program(normal, g), _numbers()),
     )
+    yield Target("inference.ConditionalAdversarial", inference.ConditionalAdversarial, {}, _fit_gan)
+    yield Target("inference.EBGAN", inference.EBGAN, {}, _fit_gan)
+    yield Target("inference.WAE", inference.WAE, {"kind": "gan"}, _fit_codes)
+    yield Target("inference.AdversarialTraining", inference.AdversarialTraining, {"steps": 1}, _fit_labels)
+    yield Target("inference.DomainAdversarial", inference.DomainAdversarial, {}, _fit_labels)
     yield Target("inference.ContrastiveDivergence", ContrastiveDivergence, {}, _fit_rbm)
     for rule in (inference.Plateau, inference.Patience):
         yield Target(f"inference.{rule.__name__}", rule, {}, lambda r: _fit(SVI(steps=2, stop_rule=r), _numbers()))
@@ -316,6 +353,7 @@ def public() -> Iterator[str]:
         (report, "report"),
         (looking, "looking"),
         (data_module, "data"),
+        (distances, "distances"),
     ):
         again = pg.__all__ if module is not pg else []
         yield from (f"{short}.{name}" for name in module.__all__ if name not in EXEMPT and name not in again)

@@ -21,6 +21,8 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.check(ppca(4, 2), x[:1])  ->  data: column(s) 0, 1, 2, 3 are constant
             pg.check(ppca(4, 2), x[:, :3])  ->  data: ppca(features=4) takes rows of 4 columns, got (40, 3)
             pg.check(vae(4), x[:, :3])  ->  data: vae was made for rows of shape (4,)
+            pg.check(dcgan(), x)  ->  data: dcgan takes images, rows x (channels, height, width)
+            pg.check(dcgan((1, 8, 8)), torch.arange(405.0).reshape(5, 1, 9, 9))  ->  data: dcgan was made for rows of shape (1, 8, 8)
             pg.check(hidden_markov(2), x[0])  ->  data: hidden_markov takes sequences x time
             pg.check(normal, (x, y))  ->  data: a tuple of 2 values, and the model takes 1 (x)
             pg.check(normal, 3.0)  ->  data 'x': expected rows
@@ -175,6 +177,14 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             hidden_markov(2, categories=3)  ->  categories: only categorical emissions have them
             gan(4, latent=0)  ->  latent: expected
             gan(4, hidden="8")  ->  hidden: expected
+            dcgan((1, 8))  ->  shape: expected (channels, height, width)
+            dcgan(filters=0)  ->  filters: expected
+            ConvolutionalCritic((1, 4, 4))  ->  shape: expected (channels, height, width)
+            ConvolutionalCritic((1, 8, 8), norm="layer")  ->  norm: expected one of
+            lapgan((1, 8, 8), levels=9)  ->  levels: images of 8 x 8 pixels can be halved 3 time(s), got 9
+            laplacian_pyramid(x, 1)  ->  images: expected a tensor of real numbers, rows x channels x height x width
+            from_pyramid([x, x])  ->  bands: expected the tensors of a pyramid, the finest first
+            gran(steps=0)  ->  steps: expected
             rbm(4, 0)  ->  hidden: expected
             rbm(4, 2, scale=-1.0)  ->  scale: expected
             rbm(4, 2, scale="wide")  ->  scale: expected
@@ -229,6 +239,20 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             Divergence(lambda u: u * u.log() + 1)  ->  f: f(1) has to be 0
             Divergence(lambda u: -u * u + 1)  ->  f: expected a convex function
             Divergence(lambda u: u * u.log(), lambda t: t.exp())  ->  conjugate: at t = f'(u)
+            WAE("sinkhorn")  ->  kind: expected one of
+            WAE(kernel="linear")  ->  kernel: expected one of
+            WAE("mmd", critic=nn.Identity())  ->  critic: 'mmd' has none
+            EBGAN(noise=0)  ->  noise: expected a positive number
+            EBGAN(entropy=-1)  ->  entropy: expected
+            ConditionalAdversarial(critic_steps=0)  ->  critic_steps: expected
+            pg.fit(gan(4), x, SVI(ConditionalAdversarial({"y": nn.Identity()}), steps=1))  ->  critics: ['y'] are not observed
+            AdversarialTraining(radius=0)  ->  radius: expected a positive number
+            AdversarialTraining(norm="1")  ->  norm: expected one of
+            AdversarialTraining(bounds=(1, 0))  ->  bounds: expected two numbers
+            AdversarialTraining(clean=1)  ->  clean: expected
+            pg.fit(normal, x, SVI(AdversarialTraining(entry="pixels"), steps=1))  ->  entry: the model of 'normal' takes no 'pixels'
+            DomainAdversarial(domains=1)  ->  domains: expected
+            pg.fit(normal, x, SVI(DomainAdversarial(), steps=1))  ->  domain: the model of 'normal' takes no 'domain'
             ContrastiveDivergence(steps=0)  ->  steps: expected
             ContrastiveDivergence(chains=5)  ->  chains: without persistent=True
             SVI(steps=0)  ->  steps: expected
@@ -269,6 +293,9 @@ TABLE: dict[str, dict[type[Exception], str]] = {
         TypeError: """
             Divergence("kl")  ->  f: expected a function, got str
             pg.exploitability(fit, EM())  ->  algorithm: expected the SVI that played the game, got EM
+            EBGAN(energy="quadratic")  ->  energy: expected a torch network or None
+            WAE("gan", critic=3)  ->  critic: expected a torch network or None
+            AdversarialTraining(objective="ELBO")  ->  objective: expected
             Adversarial(critic="perceptron")  ->  critic: expected a torch network or None
             SVI(objective="ELBO")  ->  objective: expected
             SVI(schedule="cosine")  ->  schedule: expected a function

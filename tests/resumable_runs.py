@@ -12,11 +12,27 @@ from programs import X8, both, both_guide, switch, switch_guide
 from torch import nn
 
 import ppl_gen as pg
-from ppl_gen.inference import CAVI, ELBO, EM, SVI, Adversarial, ContrastiveDivergence, Laplace, Pathfinder
-from ppl_gen.models import gan, gaussian_mixture, rbm, real_nvp
+from ppl_gen.inference import (
+    CAVI,
+    EBGAN,
+    ELBO,
+    EM,
+    SVI,
+    WAE,
+    Adversarial,
+    AdversarialTraining,
+    ConditionalAdversarial,
+    ContrastiveDivergence,
+    DomainAdversarial,
+    Laplace,
+    Pathfinder,
+)
+from ppl_gen.models import dcgan, gan, gaussian_mixture, lapgan, rbm, real_nvp, vae
 
 BITS = (torch.rand(20, 6, generator=torch.Generator().manual_seed(1)) < 0.4).double()
 ROWS = torch.randn(30, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+IMAGES = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+DOMAINS = {"x": ROWS, "y": (ROWS[:, 0] > 0).long(), "domain": torch.arange(30) % 2}
 PAIRS = torch.cat([ROWS[:15, 0] - 2.0, ROWS[15:, 0] + 2.0])
 
 
@@ -46,6 +62,18 @@ def _batch_norm() -> Any:
             pyro.sample("z", dist.Normal(loc * x, 1.0).to_event(1))
 
     return pg.Program(model, guide)
+
+
+_FEATURES, _SCORES = nn.Linear(2, 3), nn.Linear(3, 2)
+
+
+def in_domains(x: torch.Tensor, y: torch.Tensor, domain: torch.Tensor) -> None:
+    """A classifier that names its features, of rows of two domains."""
+    pyro.module("features", _FEATURES)
+    pyro.module("scores", _SCORES)
+    with pyro.plate("data", len(x)):
+        features = pyro.deterministic("features", _FEATURES(x).tanh(), event_dim=1)
+        pyro.sample("y", dist.Categorical(logits=_SCORES(features)), obs=y)
 
 
 def _decaying(optimiser: torch.optim.Optimizer) -> Any:
@@ -81,6 +109,21 @@ RUNS: dict[str, tuple[Callable[[], Any], Any, Any]] = {
         ),
         ROWS,
     ),
+    "two players, batch normalisation in both": (
+        lambda: dcgan(latent=2, filters=2),
+        SVI(Adversarial(), steps=9, batch_size=8),
+        IMAGES,
+    ),
+    "a critic for every site": (
+        lambda: lapgan(levels=1, latent=2, filters=2, hidden=(3,)),
+        SVI(ConditionalAdversarial(), steps=9, batch_size=8),
+        IMAGES,
+    ),
+    "an energy": (lambda: gan(latent=2, hidden=(4,)), SVI(EBGAN(energy_steps=2), steps=9, batch_size=8), ROWS),
+    "matched codes": (lambda: vae(latent=2, hidden=(4,)), SVI(WAE("mmd"), steps=9, batch_size=8), ROWS),
+    "a critic of codes": (lambda: vae(latent=2, hidden=(4,)), SVI(WAE("gan"), steps=9, batch_size=8), ROWS),
+    "worst rows": (lambda: in_domains, SVI(AdversarialTraining(steps=2), steps=9, batch_size=8), DOMAINS),
+    "a critic of domains": (lambda: in_domains, SVI(DomainAdversarial(), steps=9, batch_size=8), DOMAINS),
     "persistent chains": (
         lambda: rbm(hidden=3),
         SVI(ContrastiveDivergence(persistent=True), steps=9, batch_size=6, lr=0.05, optimiser="sgd"),

@@ -91,6 +91,7 @@ ANY_WIDTH |= {
     "spline_flow",
 }
 ANY_WIDTH |= {"nice", "naf", "glow", "ffjord"}
+ANY_WIDTH |= {"dcgan", "lapgan", "gran"}
 
 #: Vectors are numbers, a row each, to these.
 VECTORS = {"gan"}

@@ -1,6 +1,9 @@
 """The zoo: functions that return recipes, one family per file."""
 
+from ppl_gen.models.adversarial.dcgan import dcgan
 from ppl_gen.models.adversarial.gan import gan
+from ppl_gen.models.adversarial.gran import gran
+from ppl_gen.models.adversarial.lapgan import from_pyramid, lapgan, laplacian_pyramid
 from ppl_gen.models.autoencoders.autoencoder import autoencoder
 from ppl_gen.models.diffusion.denoising import denoising_diffusion
 from ppl_gen.models.energy.rbm import rbm
@@ -25,8 +28,10 @@ from ppl_gen.models.sequences.hidden_markov import hidden_markov
 from ppl_gen.models.supervised.classifier import classifier
 from ppl_gen.models.variational.semi_supervised import m1, m1_m2, m2
 from ppl_gen.models.variational.vae import vae
+from ppl_gen.nn.images import ConvolutionalCritic
 
 __all__ = [
+    "ConvolutionalCritic",
     "PrincipalComponents",
     "affine_flow",
     "anomaly_scores",
@@ -36,14 +41,19 @@ __all__ = [
     "char_rnn",
     "classifier",
     "codes",
+    "dcgan",
     "denoising_diffusion",
     "factor_analysis",
     "ffjord",
+    "from_pyramid",
     "gan",
     "gaussian_mixture",
     "glow",
+    "gran",
     "hidden_markov",
     "iaf",
+    "lapgan",
+    "laplacian_pyramid",
     "m1",
     "m1_m2",
     "m2",

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ppl_gen.models.adversarial.dcgan import dcgan
 from ppl_gen.models.adversarial.gan import gan
+from ppl_gen.models.adversarial.gran import gran
+from ppl_gen.models.adversarial.lapgan import lapgan
 from ppl_gen.models.autoencoders.autoencoder import autoencoder
 from ppl_gen.models.diffusion.denoising import denoising_diffusion
 from ppl_gen.models.energy.rbm import rbm
@@ -34,6 +37,7 @@ from ppl_gen.models.small_data import (
     ring,
     ripples,
     some_labelled,
+    squares,
     two_factors,
     two_groups,
     two_regimes,
@@ -71,7 +75,15 @@ class Entry:
 
 
 # What several models offer alike; the contract test holds every row against the dry run.
-_CODES = ("density", "latent sites", "samples", "differentiable samples", "differentiable latents", "data plate")
+_CODES = (
+    "density",
+    "latent sites",
+    "samples",
+    "differentiable samples",
+    "differentiable latents",
+    "codes",
+    "data plate",
+)
 _LABELS = ("density", "latent sites", "samples", "differentiable latents", "data plate")
 _LINEAR = (
     "density",
@@ -84,6 +96,7 @@ _LINEAR = (
     "exact evidence",
     "EM steps",
 )
+_IMPLICIT = ("latent sites", "samples", "differentiable samples", "differentiable latents", "codes", "data plate")
 _FLOW = ("density", "samples", "differentiable samples", "data plate", "exact evidence")
 
 
@@ -178,7 +191,28 @@ CATALOGUE: dict[str, Entry] = {
             lambda: gan(latent=4, hidden=(16,)),
             ring,
             "generative adversarial network: a perceptron of normal noise, without a density",
-            ("latent sites", "samples", "differentiable samples", "differentiable latents", "data plate"),
+            _IMPLICIT,
+        ),
+        Entry(
+            "dcgan",
+            lambda: dcgan(latent=4, filters=4),
+            squares,
+            "deep convolutional adversarial network of images: transposed convolutions with batch norm",
+            _IMPLICIT,
+        ),
+        Entry(
+            "lapgan",
+            lambda: lapgan(levels=1, latent=4, filters=4, hidden=(8,)),
+            squares,
+            "pyramid of adversarial networks of images: a coarse image, then what each finer scale adds",
+            _IMPLICIT,
+        ),
+        Entry(
+            "gran",
+            lambda: gran(latent=4, steps=2, hidden=4, filters=2),
+            squares,
+            "recurrent adversarial network of images: a sum of canvases drawn in turn",
+            _IMPLICIT,
         ),
         Entry(
             "rbm",
@@ -198,6 +232,7 @@ CATALOGUE: dict[str, Entry] = {
                 "samples",
                 "differentiable samples",
                 "differentiable latents",
+                "codes",
                 "data plate",
                 "time steps",
             ),

@@ -19,6 +19,7 @@ __all__ = [
     "ring",
     "ripples",
     "some_labelled",
+    "squares",
     "two_factors",
     "two_groups",
     "two_regimes",
@@ -77,6 +78,16 @@ def ripples() -> Tensor:
     place = 2 * math.pi * torch.rand(24, 1, 1, 1, generator=generator)
     across = torch.arange(4).unsqueeze(-1) + 2.0 * torch.arange(4)
     return (across + place).sin() + 0.2 * torch.randn(24, 1, 4, 4, generator=generator)
+
+
+def squares() -> Tensor:
+    """Images of 8 x 8 pixels, a bright square of 4 x 4 somewhere in each."""
+    at = torch.arange(16)
+    inside = [
+        (torch.arange(8) - start.unsqueeze(-1) < 4) & (torch.arange(8) >= start.unsqueeze(-1))
+        for start in (at // 4, at % 4)
+    ]
+    return (inside[0].unsqueeze(-1) & inside[1].unsqueeze(-2)).unsqueeze(1).to(torch.float64)
 
 
 def letters() -> dict[str, Tensor]:

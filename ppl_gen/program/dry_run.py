@@ -201,6 +201,7 @@ def _derived_offers(program: Program, sites: dict[str, Site], plate: bool, free:
         "finite local latents": bool(local) and all(site.finite for site in local),
         "no free parameters": not free,
         "differentiable latents": bool(latents) and all(site.finite or not site.discrete for site in latents),
+        "codes": bool(latents) and all(s.local and s.reparameterised and not s.improper for s in latents),
         "data plate": plate,
         **{offer: getattr(program, name) is not None for name, offer in program.offer_fields().items()},
     }

@@ -20,6 +20,7 @@ OFFERS: dict[str, str] = {
     "finite local latents": "latent sites inside the data plate take finitely many values and can be summed out",
     "no free parameters": "every unknown is a sample site with a prior (no pyro.param, no trainable network)",
     "differentiable latents": "every latent site is continuous, or finite and can be summed out",
+    "codes": "every latent site stands in the data plate, with a prior whose draws carry gradients",
     "data plate": "the rows are exchangeable and stand in one plate, so minibatches are unbiased",
     "exact evidence": "log p(x) per row in closed form",
     "energy": "an unnormalised density: free energy and a Gibbs sampler",

@@ -12,16 +12,28 @@ import pyro.infer
 import pytest
 import torch
 from programs import X8, both, both_guide, switch, switch_guide
-from resumable_runs import BITS, ROWS, RUNS, numbers, same
+from resumable_runs import BITS, DOMAINS, IMAGES, ROWS, RUNS, in_domains, numbers, same
 
 import ppl_gen as pg
 from ppl_gen.data.batches import Batches
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.fitting.loop import iterate
-from ppl_gen.inference import ELBO, EM, IWAE, SVI, Adversarial, ContrastiveDivergence
+from ppl_gen.inference import (
+    EBGAN,
+    ELBO,
+    EM,
+    IWAE,
+    SVI,
+    WAE,
+    Adversarial,
+    AdversarialTraining,
+    ConditionalAdversarial,
+    ContrastiveDivergence,
+    DomainAdversarial,
+)
 from ppl_gen.inference.gradients import gradients
 from ppl_gen.inference.updates import CHECK
-from ppl_gen.models import denoising_diffusion, gan, rbm
+from ppl_gen.models import dcgan, denoising_diffusion, gan, lapgan, rbm, vae
 from ppl_gen.workspace.isolation import generators, set_generators
 
 
@@ -52,6 +64,17 @@ GAMES: dict[str, tuple[Any, Any, Any, Any]] = {
         Adversarial("least-squares", schedule="simultaneous", averaging=0.9),
         ROWS,
     ),
+    "Adversarial with batch norm": (dcgan(latent=2, filters=2), None, Adversarial(), IMAGES),
+    "ConditionalAdversarial": (
+        lapgan(levels=1, latent=2, filters=2, hidden=(3,)),
+        None,
+        ConditionalAdversarial(),
+        IMAGES,
+    ),
+    "EBGAN": (gan(latent=2, hidden=(4,)), None, EBGAN(damping=0.1), ROWS),
+    **{f"WAE-{kind}": (vae(latent=2, hidden=(4,)), None, WAE(kind), ROWS) for kind in ("mmd", "gan", "energy")},
+    "AdversarialTraining": (in_domains, None, AdversarialTraining(steps=2, clean=0.5), DOMAINS),
+    "DomainAdversarial": (in_domains, None, DomainAdversarial(), DOMAINS),
     "ContrastiveDivergence": (rbm(hidden=3), None, ContrastiveDivergence(steps=2), BITS),
     "persistent chains": (rbm(hidden=3), None, ContrastiveDivergence(persistent=True, chains=7), BITS),
     "diffusion": (denoising_diffusion(steps=4, hidden=8), None, ELBO(), ROWS),

@@ -645,7 +645,7 @@ def test_offers_follow_from_the_dry_run() -> None:
     assert offers(no_plate, X8) == _USUAL - {"data plate"} | {"differentiable samples", "no free parameters"}
     assert offers(regression()[0], sine_rows(6)) == _USUAL | {"differentiable samples"}
     implicit = generator()[0]
-    assert offers(implicit, torch.zeros(4, 1)) == _USUAL - {"density"} | {"differentiable samples"}
+    assert offers(implicit, torch.zeros(4, 1)) == _USUAL - {"density"} | {"differentiable samples", "codes"}
 
 
 def test_offers_of_sites_without_gradients_or_observations() -> None:

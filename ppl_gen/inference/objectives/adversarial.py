@@ -21,6 +21,7 @@ from ppl_gen.inference.objectives.critics import (
     check_output,
     data_penalty,
     default_critic,
+    described_critic,
     gradient_penalty,
     largest_singular_value,
     starting_vectors,
@@ -67,7 +68,8 @@ class Adversarial(Objective):
         kind: which game, by name, or a `Divergence`.
         critic: a network from rows to one number each, called with the observed site's values (rows x event;
             several sites flattened and joined). The fit plays with a private copy, ``fit.module("critic")``. None:
-            a small perceptron on standardised rows, made under the fit's seed.
+            a small perceptron on standardised rows, or `ConvolutionalCritic` where they are images (without batch
+            norm under a penalty on gradients or projection), made under the fit's seed.
         penalty: ``"gradient"`` adds ``penalty_weight E (|grad T| - 1)^2`` between the two kinds of rows; ``"r1"`` adds
             ``penalty_weight E |grad T|^2 / 2`` on the data, so that the critic is flat where it has nothing more to
             tell, and players come to rest; ``"clip"``
@@ -190,7 +192,9 @@ class _AdversarialGame(Game):
         self._refuse_teacher_forcing(setting)
         with without_side_effects():
             real, _ = self.rows(setting.probe)
-        critic = default_critic(real) if objective.critic is None else copy.deepcopy(objective.critic)
+        rowwise = objective.constraint not in ("none", "clip")
+        own = objective.critic
+        critic = default_critic(real, rowwise=rowwise) if own is None else copy.deepcopy(own)
         self.critic = critic.to(device=real.device, dtype=real.dtype)
         check_output(self.critic, real)
         if not any(p.requires_grad for p in self.critic.parameters()):
@@ -201,8 +205,7 @@ class _AdversarialGame(Game):
             Player("critic", objective.critic_updates, optimiser=objective.optimiser, after=after),
             Player("program", optimiser=objective.optimiser, averaging=objective.averaging or None),
         )
-        columns = real[0].numel()
-        made = f"perceptron on {columns} standardised column(s) (default)" if objective.critic is None else "as given"
+        made = described_critic(real, rowwise=rowwise) if own is None else "as given"
         self.notes = {"critic": f"{made}; constraint: {objective.constraint}", "gradients": self.rows.notes()}
         self.bound = self.costs.bound if objective.weight == 1 else None
         if self.bound is not None:

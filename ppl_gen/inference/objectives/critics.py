@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from ppl_gen.nn.images import ConvolutionalCritic, is_image
 from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = [
     "Standardise",
+    "check_critic",
     "check_output",
     "data_penalty",
     "default_critic",
+    "described_critic",
     "gradient_penalty",
     "largest_singular_value",
     "starting_vectors",
@@ -113,17 +118,55 @@ class Standardise(nn.Module):
         return (x.flatten(1) - self.loc) / self.scale
 
 
-def default_critic(real: Tensor) -> nn.Module:
-    """A perceptron from rows (rows x event) to one number each: rows x 1."""
+class StandardisePixels(nn.Module):
+    """Images as they are, minus the mean and over the standard deviation of all pixels of those it was made from."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        scale = rows.std(correction=0)
+        self.register_buffer("loc", rows.mean())
+        self.register_buffer("scale", torch.where(scale > 0, scale, torch.ones_like(scale)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.loc) / self.scale
+
+
+def check_critic(name: str, critic: Any) -> None:
+    """Raise TypeError, naming the argument, unless ``critic`` is a network or None."""
+    if critic is not None and not isinstance(critic, nn.Module):
+        hint = f"{critic.__name__}(...) (an instance)" if isinstance(critic, type) else "a torch network"
+        raise TypeError(f"{name}: expected {hint} or None, got {critic!r}")
+
+
+def default_critic(real: Tensor, *, rowwise: bool = False) -> nn.Module:
+    """A network from rows (rows x event) to one number each, rows x 1: convolutional for images, else a perceptron.
+
+    ``rowwise``: what it says of a row must not depend on the others, as under a gradient penalty: no batch norm.
+    """
+    if is_image(real.shape[1:]):
+        return nn.Sequential(
+            StandardisePixels(real), ConvolutionalCritic(real.shape[1:], norm="none" if rowwise else "batch")
+        )
     width = 128
     layers = [nn.Linear(real[0].numel(), width), nn.LeakyReLU(0.2), nn.Linear(width, width), nn.LeakyReLU(0.2)]
     return nn.Sequential(Standardise(real), *layers, nn.Linear(width, 1))
 
 
-def check_output(critic: nn.Module, real: Tensor) -> None:
+def described_critic(real: Tensor, *, rowwise: bool = False) -> str:
+    """The default critic of these rows in words, for `Fit.notes`."""
+    if is_image(real.shape[1:]):
+        size = " x ".join(map(str, real.shape[1:]))
+        return f"convolutional network on {size} pixels, {'no' if rowwise else 'with'} batch norm (default)"
+    return f"perceptron on {real[0].numel()} standardised column(s) (default)"
+
+
+def check_output(critic: nn.Module, real: Tensor, name: str = "critic", outputs: int = 1) -> None:
     """Call the critic once in evaluation mode, where it changes nothing of its own."""
     if any(nn.parameter.is_lazy(p) for p in (*critic.parameters(), *critic.buffers())):
-        raise ValueError("critic: it has lazy layers without shapes; call it once on some rows before the fit")
+        raise ValueError(f"{name}: it has lazy layers without shapes; call it once on some rows before the fit")
     modes = {module: module.training for module in critic.modules()}
     critic.eval()
     try:
@@ -131,10 +174,11 @@ def check_output(critic: nn.Module, real: Tensor) -> None:
             shape = tuple(critic(real).shape)
     except (RuntimeError, ValueError) as error:  # both come from layers that refuse a shape
         raise ValueError(
-            f"critic: it cannot take the observed rows, a tensor of shape {tuple(real.shape)}: {error}"
+            f"{name}: it cannot take the observed rows, a tensor of shape {tuple(real.shape)}: {error}"
         ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if shape not in ((len(real),), (len(real), 1)):
-        raise ValueError(f"critic: expected one number for each of {len(real)} rows, got a tensor of shape {shape}")
+    if shape not in (((len(real),), (len(real), 1)) if outputs == 1 else ((len(real), outputs),)):
+        many = "one number" if outputs == 1 else f"{outputs} numbers"
+        raise ValueError(f"{name}: expected {many} for each of {len(real)} rows, got a tensor of shape {shape}")

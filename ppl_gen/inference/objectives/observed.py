@@ -15,10 +15,11 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.carried import _base, _Carrier
 from ppl_gen.handlers.unobserved import unobserved
+from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.program.info import ProgramInfo, Site
 from ppl_gen.workspace.isolation import without_side_effects
 
-__all__ = ["ObservedRows", "compared_sites", "reads_own_observation"]
+__all__ = ["ObservedRows", "compared_sites", "reads_own_observation", "refuse_own_observation", "rows_first"]
 
 _RELAXED = ("Bernoulli", "Categorical", "OneHotCategorical")
 
@@ -108,7 +109,7 @@ class ObservedRows:
             real, made = torch.where(shown, real, 0.0), torch.where(shown, made, 0.0)
         frames = [f for f in node["cond_indep_stack"] if f.name == self.info.data_plate]
         axis = frames[0].dim - fn.event_dim - extra if frames else None
-        return _rows_first(real, axis, batch), _rows_first(made, axis, batch)
+        return rows_first(real, axis, batch), rows_first(made, axis, batch)
 
     def notes(self) -> str:
         """How gradients reach the parameters, site by site."""
@@ -142,13 +143,26 @@ def _shown(node: Mapping[str, Any]) -> Tensor | None:
     return total
 
 
-def _rows_first(value: Tensor, axis: int | None, batch: Batch) -> Tensor:
+def rows_first(value: Tensor, axis: int | None, batch: Batch) -> Tensor:
     """Rows in front, at least rows x 1: without a data plate the first dimension, where it counts the rows."""
     if axis is not None:
         value = value.movedim(axis, 0)
     elif not (value.dim() and value.shape[0] == batch.rows):
         value = value.unsqueeze(0)
     return value.unsqueeze(-1) if value.dim() == 1 else value
+
+
+def refuse_own_observation(setting: Setting, sites: Sequence[Site]) -> None:
+    """Raise IncompatibleError where the program makes one of the sites by reading its observation."""
+    traced = poutine.trace(unobserved(setting.model))
+    reads = reads_own_observation(
+        lambda b: traced.get_trace(*b.args, **b.kwargs), setting.probe, [site.name for site in sites]
+    )
+    if reads:
+        raise IncompatibleError(
+            f"the program {setting.program.name!r} reads its own observation of {', '.join(reads)} to make it, so "
+            "its rows would be compared with copies of themselves; generate step by step inside the model"
+        )
 
 
 def reads_own_observation(run: Callable[[Batch], poutine.Trace], batch: Batch, names: Sequence[str]) -> list[str]:

@@ -55,7 +55,7 @@ def gan(features: int | None = None, *, latent: int = 16, hidden: Sequence[int] 
         x                            observed   Delta         [5]    [2]     data    -
         generator$$$layers.0.weight  parameter                       [8, 4]
         ...
-        offers: data plate, differentiable latents, differentiable samples, latent sites, samples
+        offers: codes, data plate, differentiable latents, differentiable samples, latent sites, samples
     """
     check_width("features", features)
     require_whole("latent", latent)

@@ -1,0 +1,179 @@
+"""A conditional adversarial game for every observed site of a program: each is made given those before it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, softplus
+
+from ppl_gen.data.batching import Batch
+from ppl_gen.errors import IncompatibleError, require_whole
+from ppl_gen.handlers.sites import is_sample
+from ppl_gen.inference.objectives.base import Objective
+from ppl_gen.inference.objectives.critics import check_output, default_critic, described_critic
+from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
+from ppl_gen.inference.objectives.observed import compared_sites, refuse_own_observation, rows_first
+from ppl_gen.program.offers import Need
+from ppl_gen.workspace.isolation import without_side_effects
+
+__all__ = ["ConditionalAdversarial"]
+
+
+@dataclass(frozen=True)
+class ConditionalAdversarial(Objective):
+    r"""One non-saturating game for each observed site: made given the observed sites before it, and judged beside them.
+
+    With observed sites :math:`x_1, x_2, \ldots` in the order of the program, program q and data p,
+
+    .. math:: \max_{T_s} \; \mathbb{E}_p \log D_s(x_s, x_{<s}) + \mathbb{E}_{p(x_{<s})} \mathbb{E}_{q(x_s \mid x_{<s})}
+              \log(1 - D_s(x_s, x_{<s})), \qquad D_s = \mathrm{sigmoid}(T_s)
+
+    and the program minimises the sum over sites of :math:`-\mathbb{E} \log D_s`. What a site is made from is observed,
+    so no site learns from the mistakes of another, as in a pyramid of adversarial networks (`lapgan`) whose scales are
+    trained each by itself; `fit.sample` makes each site from the made ones. By the chain rule, log odds of all critics
+    add up to those of the whole row. A program with one observed site is played as by `Adversarial`.
+
+    Each critic sees the site and, where the site is an image, the image of the observed site just before it, enlarged
+    to its size, as further channels; else all observed values before it, flattened and joined.
+
+    Losses are per row. The history keeps ``critic_accuracy_real`` and ``critic_accuracy_fake`` over all sites, and
+    the mean critic outputs ``critic_real`` and ``critic_fake``.
+
+    Args:
+        critics: for observed sites by name, networks from what is said above to one number each; the fit plays with
+            private copies, ``fit.module("critic")[name]``. Sites that are not named have the default critic.
+        critic_steps: updates of the critics for each of the program.
+
+    Raises:
+        ValueError, TypeError: for settings out of range, or critics that do not fit the observed sites.
+        IncompatibleError: for draws without a gradient at an observed site.
+
+    Unless the algorithm names others, both players use Adam (2e-4, betas 0.5 and 0.999).
+
+    Source: Mirza and Osindero (2014); Denton, Chintala, Szlam and Fergus (2015).
+
+    Example:
+        >>> import ppl_gen as pg
+        >>> from ppl_gen.inference import SVI
+        >>> from ppl_gen.models import lapgan
+        >>> fit = pg.fit(lapgan(levels=1, filters=4), torch.rand(20, 1, 16, 16), SVI(ConditionalAdversarial(), steps=2))
+        >>> sorted(fit.module("critic"))
+        ['coarse', 'x']
+    """
+
+    critics: Mapping[str, nn.Module] | None = None
+    critic_steps: int = 1
+
+    uses_guide = False
+
+    def __post_init__(self) -> None:
+        given: Any = self.critics  # whatever was passed
+        if given is not None:
+            if not isinstance(given, Mapping):
+                raise TypeError(f"critics: expected networks by the names of sites, or None, got {given!r}")
+            for name, critic in given.items():
+                if not isinstance(critic, nn.Module):
+                    raise TypeError(f"critics: expected a torch network for {name!r}, got {critic!r}")
+        require_whole("critic_steps", self.critic_steps)
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        return (("differentiable samples",), ("samples",), ("data plate",))
+
+    def optimiser(self, params: list[Tensor]) -> torch.optim.Optimizer:
+        """The optimiser of either player where the algorithm names none."""
+        fused = all(p.device.type in ("cpu", "cuda", "mps") for p in params)
+        return torch.optim.Adam(params, lr=2e-4, betas=(0.5, 0.999), fused=fused or None)
+
+    def undivided(self, setting: Setting) -> str | None:
+        return None  # both players' losses are means over rows
+
+    def build(self, setting: Setting) -> Game:
+        return _ConditionalGame(self, setting)
+
+
+class _ConditionalGame(Game):
+    def __init__(self, objective: ConditionalAdversarial, setting: Setting) -> None:
+        self.setting = setting
+        self.sites = compared_sites(setting.info, None, None)
+        stuck = [site.name for site in self.sites if not site.reparameterised]
+        if stuck:
+            raise IncompatibleError(
+                f"the program {setting.program.name!r} gives no gradient to its draws of {', '.join(stuck)}: they are "
+                "not reparameterised"
+            )
+        refuse_own_observation(setting, self.sites)
+        with without_side_effects(), torch.no_grad():
+            pairs = self._pairs(setting.probe)
+        given = objective.critics or {}
+        unknown = [name for name in given if name not in pairs]
+        if unknown:
+            raise ValueError(f"critics: {unknown} are not observed in {setting.program.name!r}; it has {list(pairs)}")
+        networks = {}
+        for name, (real, _) in pairs.items():
+            own = given.get(name)
+            networks[name] = (default_critic(real) if own is None else copy.deepcopy(own)).to(real)
+            check_output(networks[name], real, f"critics: {name}")
+        self.keys = {name: name.replace(".", "_") for name in networks}  # torch has no full stops in names
+        self.critics = nn.ModuleDict({self.keys[name]: network for name, network in networks.items()})
+        self.modules: Mapping[str, nn.Module] = {"critic": self.critics}
+        self.players = (
+            Player("critic", objective.critic_steps, optimiser=objective.optimiser),
+            Player("program", optimiser=objective.optimiser),
+        )
+        made = {name: "as given" if name in given else described_critic(real) for name, (real, _) in pairs.items()}
+        self.notes = {"critic": "; ".join(f"{name}: {how}" for name, how in made.items())}
+
+    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
+        if player == "critic":
+            with torch.no_grad():
+                pairs = self._pairs(batch)
+            return self._critic_loss(pairs), state
+        scores = [self.critics[self.keys[name]](made) for name, (_, made) in self._pairs(batch).items()]
+        return Loss(torch.stack([softplus(-score).mean() for score in scores]).sum()), state
+
+    def _critic_loss(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Loss:
+        scores = [
+            (self.critics[self.keys[name]](real), self.critics[self.keys[name]](made))
+            for name, (real, made) in pairs.items()
+        ]
+        value = torch.stack([softplus(-real).mean() + softplus(made).mean() for real, made in scores]).sum()
+        real, made = (torch.cat([score.detach().flatten() for score in column]) for column in zip(*scores, strict=True))
+        parts = {"critic_real": real.mean(), "critic_fake": made.mean()}
+        parts["critic_accuracy_real"] = (real > 0).to(value.dtype).mean()
+        parts["critic_accuracy_fake"] = (made < 0).to(value.dtype).mean()
+        return Loss(value, parts)
+
+    def _pairs(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """What each critic sees of observed and of made rows: rows x event, what comes before it joined to both."""
+        trace = poutine.trace(self.setting.model).get_trace(*batch.args, **batch.kwargs)
+        nodes = [(site, trace.nodes[site.name]) for site in self.sites]
+        seen: list[Tensor] = []
+        found = {}
+        for site, node in nodes:
+            assert is_sample(node)
+            real, made = (self._rows(node, value, batch) for value in (node["value"], node["fn"].rsample()))
+            real = real.to(made)
+            found[site.name] = (_joined(real, seen), _joined(made, seen))
+            seen.append(real)
+        return found
+
+    def _rows(self, node: Mapping[str, Any], value: Tensor, batch: Batch) -> Tensor:
+        frames = [f for f in node["cond_indep_stack"] if f.name == self.setting.info.data_plate]
+        axis = frames[0].dim - node["fn"].event_dim if frames else None
+        return rows_first(value, axis, batch)
+
+
+def _joined(rows: Tensor, before: Sequence[Tensor]) -> Tensor:
+    if not before:
+        return rows
+    if rows.dim() == 4 and before[-1].dim() == 4:
+        enlarged = interpolate(before[-1], size=rows.shape[2:], mode="nearest")
+        return torch.cat([rows, enlarged], 1)
+    return torch.cat([rows.flatten(1), *(other.flatten(1) for other in before)], 1)

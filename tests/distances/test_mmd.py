@@ -1,0 +1,88 @@
+"""The maximum mean discrepancy against closed forms, and as a test of two samples."""
+
+import math
+
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+
+from ppl_gen.distances import mmd
+
+
+def _normals(rows, shift, scale, width=2, seed=0):
+    return shift + scale * torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _expected(shift, one, other, width, length):
+    """Squared discrepancy of N(0, one^2) and N(shift, other^2) under exp(-d^2 / 2 l^2), coordinates independent."""
+
+    def mean(variance, distance):
+        total = length**2 + variance
+        return ((length**2 / total) ** 0.5 * math.exp(-(distance**2) / (2 * total))) ** width
+
+    return mean(2 * one**2, 0.0) + mean(2 * other**2, 0.0) - 2 * mean(one**2 + other**2, shift)
+
+
+def test_it_is_the_double_sum_of_its_definition():
+    x, y = _normals(7, 0.0, 1.0), _normals(5, 0.5, 2.0, seed=1)
+    for kernel, lengths in (("rbf", (0.7,)), ("rbf", (0.5, 2.0)), ("imq", (0.5, 2.0))):
+        total = 0.0
+        for length in lengths:
+
+            def k(a, b, length=length, kernel=kernel):
+                squared = torch.from_numpy(cdist(a.numpy(), b.numpy(), "sqeuclidean"))
+                if kernel == "rbf":
+                    return (-squared / (2 * length**2)).exp()
+                return length**2 / (length**2 + squared)
+
+            within = sum((k(r, r).sum() - len(r)) / (len(r) * (len(r) - 1)) for r in (x, y))
+            total += (within - 2 * k(x, y).mean()) / len(lengths)
+        assert abs(float(mmd(x, y, kernel=kernel, scales=lengths) - total)) < 1e-12
+
+
+@pytest.mark.parametrize(("shift", "scale", "width"), [(0.0, 1.0, 2), (1.0, 1.0, 1), (0.5, 2.0, 3)])
+def test_its_mean_is_the_closed_form_of_two_normals(shift, scale, width):
+    values = torch.stack(
+        [
+            mmd(_normals(60, 0.0, 1.0, width, 2 * s), _normals(80, shift, scale, width, 2 * s + 1), scales=[1.5])
+            for s in range(400)
+        ]
+    )
+    expected = _expected(shift, 1.0, scale, width, 1.5)
+    # An unbiased estimate: the mean of 400 independent values within four of its standard errors.
+    assert abs(float(values.mean()) - expected) < 4 * float(values.std()) / 20
+    assert (expected == 0) == (shift == 0)
+    if shift:
+        assert float(values.mean()) > 10 * float(values.std()) / 20, "it would show a difference"
+    else:
+        assert float(values.min()) < 0, "unbiased at zero, so it falls below"
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "imq"])
+def test_scales_taken_from_both_samples_leave_the_mean_at_zero(kernel):
+    """Under exchange of the two samples the scales stay, so its mean over all ways to part them is zero."""
+    values = torch.stack(
+        [mmd(_normals(20, 0.0, 1.0, 2, 2 * s), _normals(30, 0.0, 1.0, 2, 2 * s + 1), kernel=kernel) for s in range(400)]
+    )
+    assert abs(float(values.mean())) < 4 * float(values.std()) / 20
+    far = mmd(_normals(20, 0.0, 1.0), _normals(30, 1.0, 1.0, seed=1), kernel=kernel)
+    assert float(far) > 5 * float(values.std())
+
+
+def test_it_is_differentiable_and_its_slope_is_that_of_differences():
+    x, y = _normals(6, 0.0, 1.0).requires_grad_(), _normals(8, 0.3, 1.0, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: mmd(a, b, scales=[0.5, 1.0], kernel="imq"), (x, y))
+    same = torch.ones(4, 2, dtype=torch.float64, requires_grad=True)
+    mmd(same, same.detach()).backward()
+    assert bool(same.grad.isfinite().all()), "rows that coincide have no direction, and no NaN"
+
+
+def test_arrays_and_images_are_taken_and_other_rows_refused():
+    images = torch.rand(5, 1, 4, 4)
+    torch.testing.assert_close(mmd(images, images.flip(0)), mmd(images.flatten(1).numpy(), images.flip(0).flatten(1)))
+    with pytest.raises(ValueError, match=r"y: expected rows of shape \(2,\) as x has, got \(3,\)"):
+        mmd(torch.rand(5, 2), torch.rand(5, 3))
+    with pytest.raises(ValueError, match="x: expected at least two rows"):
+        mmd(torch.rand(1, 2), torch.rand(5, 2))
+    with pytest.raises(ValueError, match="scales: expected a positive number"):
+        mmd(torch.rand(5, 2), torch.rand(5, 2), scales=[0.0])

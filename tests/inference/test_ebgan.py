@@ -1,0 +1,142 @@
+"""The game of an energy and a program: its entropy against exact ones, its equilibrium against the data's normal."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import ppl_gen as pg
+from ppl_gen.inference import EBGAN, SVI
+from ppl_gen.inference.objectives.ebgan import smoothed_entropy
+from ppl_gen.models import gan
+
+
+class Quadratic(nn.Module):
+    """E(x) = (x - b)^2 / 2 v: the normals, up to their constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.b, self.log_v = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return 0.5 * (x - self.b).square() * (-self.log_v).exp()
+
+
+def _affine(x):
+    loc = pyro.param("loc", torch.tensor(0.5))
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Delta(loc + scale * z), obs=x)
+
+
+def _rows(rows=1000, loc=2.0, scale=1.5):
+    rows = torch.randn(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return loc + scale * (rows - rows.mean()) / rows.std(correction=0)
+
+
+def _falling(steps):
+    return lambda optimiser: torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, total_iters=steps)
+
+
+def _played(steps, **settings):
+    objective = EBGAN(energy=Quadratic(), noise=0.5, **settings)
+    algorithm = SVI(objective, steps=steps, batch_size=200, lr=2e-2, optimiser="adam", schedule=_falling(max(steps, 2)))
+    return pg.fit(_affine, _rows(), algorithm, seed=0)
+
+
+@pytest.mark.slow
+def test_the_equilibrium_is_the_normal_of_the_data():
+    found = {}
+    for steps in (1, 1500):
+        fit = _played(steps)
+        energy = fit.module("energy").requires_grad_(False)
+        # The noise is half of the data's standard deviation, so that g has to give the rest of the variance.
+        smoothed = math.sqrt(float(fit.params["scale"]) ** 2 + 0.75**2)
+        found[steps] = torch.tensor(
+            [float(energy.b), float((0.5 * energy.log_v).exp()), float(fit.params["loc"]), smoothed]
+        )
+    wanted = torch.tensor([2.0, 1.5, 2.0, 1.5])
+    # Entropy is underestimated by some (sd / noise) / B = 1 % of a nat, and the players end within their last steps,
+    # below 0.02 / 50, of where they circle: 0.1 is far beyond both.
+    assert float((found[1500] - wanted).abs().max()) < 0.1
+    assert float((found[1] - wanted).abs().max()) > 0.4
+
+
+@pytest.mark.slow
+def test_without_its_entropy_the_program_goes_to_a_point_and_the_energy_is_not_that_of_the_data():
+    fit = _played(1500, entropy=0.0)
+    assert float(fit.params["scale"]) < 0.5 < 1.29  # with entropy: sqrt(1.5^2 - 0.75^2)
+    assert float(fit.history["spread"][-50:].mean()) < 0.4
+
+
+def test_the_entropy_is_a_lower_bound_that_is_near_where_rows_have_neighbours():
+    generator, values = torch.Generator().manual_seed(0), {}
+    for noise in (0.5, 0.01):
+        exact = 0.5 * math.log(2 * math.pi * math.e * (1 + noise**2))
+        drawn = []
+        for _ in range(200):
+            centres = torch.randn(100, 1, generator=generator, dtype=torch.float64)
+            x = centres + noise * torch.randn(100, 1, generator=generator, dtype=torch.float64)
+            drawn.append(torch.stack(smoothed_entropy(x, centres, torch.tensor(noise, dtype=torch.float64))))
+        values[noise] = (torch.stack(drawn).mean(0), exact)
+    (near, rows), exact = values[0.5]
+    # Of a single normal of sd 1 with 100 rows: below the exact entropy by less than (sd / noise) / B = 0.02, give or take
+    # the error of 200 batches, 0.7 / sqrt(200 * 100) = 0.005.
+    assert exact - 0.04 < float(near) < exact + 0.02 and float(rows) > 20
+    (far, alone), exact = values[0.01]
+    assert float(far) < exact - 0.1, "rows far apart on the scale of the noise: the bound is loose"
+    assert float(alone) < 5
+    one = torch.zeros(8, 3)
+    value, rows = smoothed_entropy(one, one, torch.tensor(2.0))
+    assert abs(float(value) - 1.5 * math.log(2 * math.pi * 4.0)) < 1e-5 and float(rows) == pytest.approx(8.0)
+    apart = 1e3 * torch.arange(8.0)[:, None]
+    value, rows = smoothed_entropy(apart, apart, torch.tensor(1.0))
+    # log B above that of one normal, at its centre.
+    assert abs(float(value) - (0.5 * math.log(2 * math.pi) + math.log(8))) < 1e-5 and float(rows) == pytest.approx(1.0)
+
+
+def test_the_gradient_of_the_entropy_is_that_of_the_exact_one():
+    """d/ds of 1/2 log(s^2 + noise^2) is s / (s^2 + noise^2)."""
+    generator, noise, slopes = torch.Generator().manual_seed(0), torch.tensor(0.5, dtype=torch.float64), []
+    for _ in range(300):
+        scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        centres = scale * torch.randn(200, 1, generator=generator, dtype=torch.float64)
+        x = centres + noise * torch.randn(200, 1, generator=generator, dtype=torch.float64)
+        smoothed_entropy(x, centres, noise)[0].backward()
+        slopes.append(float(scale.grad))
+    mean, error = torch.tensor(slopes).mean(), torch.tensor(slopes).std() / 300**0.5
+    # The bound's own error is of the order of (sd / noise) / B = 0.01 of a nat.
+    assert abs(float(mean) - 0.8) < 0.02 + 4 * float(error)
+
+
+def test_the_default_energy_learns_two_modes_and_is_lower_there():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.where(torch.arange(1000) % 2 == 0, -2.0, 2.0)[:, None] + 0.3 * torch.randn(1000, 1, generator=generator)
+    fits = [
+        pg.fit(gan(latent=2, hidden=(32, 32)), x, SVI(EBGAN(damping=0.01), steps=steps, batch_size=128), seed=0)
+        for steps in (1, 800)
+    ]
+    shares = [(fit.sample(1000)["x"].abs() - 2.0).abs().lt(1.0).float().mean() for fit in fits]
+    assert float(shares[0]) < 0.4 < 0.75 < float(shares[1])
+    right = float((fits[1].sample(1000)["x"] > 0).float().mean())
+    assert 0.2 < right < 0.8, "both modes"
+    energy = fits[1].module("energy").requires_grad_(False)
+    low, between = (float(energy(torch.full((1, 1), at))) for at in (2.0, 0.0))
+    assert low < between - 0.5
+    assert fits[1].notes["energy"].startswith("a small network on standardised rows (default)")
+
+
+def test_a_program_that_reads_x_to_make_x_is_refused():
+    def forced(x):
+        w = pyro.param("w", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w * x.cumsum(-1), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(pg.IncompatibleError, match="reads its own observation of x"):
+        pg.fit(forced, torch.randn(10, 4), SVI(EBGAN(), steps=1))
+    with pytest.raises(ValueError, match="energy: expected one number for each of 10 rows"):
+        pg.fit(gan(4, latent=2, hidden=(3,)), torch.randn(10, 4), SVI(EBGAN(energy=nn.Linear(4, 2)), steps=1))

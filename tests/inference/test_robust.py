@@ -1,0 +1,207 @@
+"""Adversarial and domain-adversarial training against closed forms of linear scores, and on data made for them."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, softplus
+
+import ppl_gen as pg
+from ppl_gen.inference import ELBO, SVI, Adversarial, AdversarialTraining, DomainAdversarial
+from ppl_gen.models import gan
+
+W, B = torch.tensor([1.5, -0.5, 0.25], dtype=torch.float64), 0.3
+
+
+def _logistic(x, y):
+    w, b = pyro.param("w", W), pyro.param("b", torch.tensor(B))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ w + b), obs=y)
+
+
+def _rows(rows=200):
+    x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return {"x": x, "y": (x @ W > 0).double()}
+
+
+def _first(objective, data=None, program=_logistic):
+    fit = pg.fit(program, data or _rows(), SVI(objective, steps=1, lr=1e-12), seed=0)
+    return {name: float(fit.history[name][0]) for name in fit.history.data_vars}
+
+
+@pytest.mark.parametrize(("norm", "dual"), [("inf", 1), ("2", 2)])
+@pytest.mark.parametrize("steps", [1, 7])
+def test_the_worst_rows_of_logistic_regression_are_the_closed_form(norm, dual, steps):
+    """max over |r| <= eps of softplus(-s (w r + w x + b)) = softplus(eps |w|_dual - s (w x + b)), s = +-1."""
+    data = _rows()
+    margin = (2 * data["y"] - 1) * (data["x"] @ W + B)
+    for radius in (0.1, 1.0):
+        found = _first(AdversarialTraining(radius, norm, steps=steps))
+        worst = float(softplus(radius * W.norm(dual) - margin).mean())
+        assert abs(found["program_loss"] - worst) < 1e-12
+        assert abs(found["clean_loss"] - float(softplus(-margin).mean())) < 1e-12 < worst - found["clean_loss"]
+    half = _first(AdversarialTraining(1.0, norm, steps=steps, clean=0.25))
+    assert abs(half["program_loss"] - (0.75 * worst + 0.25 * found["clean_loss"])) < 1e-12
+
+
+def test_bounds_are_kept_and_rows_that_stand_at_them_do_not_move():
+    data = _rows()
+    data["x"] = data["x"].clamp(-1.0, 1.0)
+    margin = (2 * data["y"] - 1) * (data["x"] @ W + B)
+    sign = -(2 * data["y"] - 1)[:, None] * W.sign()
+    moved = (data["x"] + 0.5 * sign).clamp(-1.0, 1.0)
+    exact = softplus(-(2 * data["y"] - 1) * (moved @ W + B)).mean()
+    found = _first(AdversarialTraining(0.5, steps=1, bounds=(-1, 1)), data)
+    assert abs(found["program_loss"] - float(exact)) < 1e-12
+    assert float(exact) < float(softplus(0.5 * W.norm(1) - margin).mean()) - 0.01
+
+
+def test_more_steps_go_further_where_the_loss_bends():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+
+    def bent(x, y):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=4 * net(x)), obs=y)
+
+    data = {**_rows(), "y": _rows()["y"].long()}
+    losses = [_first(AdversarialTraining(1.0, "2", steps=steps), data, bent)["program_loss"] for steps in (1, 3, 20)]
+    clean = _first(ELBO(), data, bent)["program_loss"]
+    assert clean < losses[0] < losses[2] and losses[1] < losses[2]
+
+
+def test_robust_weights_rest_on_the_column_that_an_adversary_cannot_turn():
+    """One column of +-1 that is right in 90 % of the rows, and one of +-0.1 that is always right (Tsipras et al. 2019)."""
+    generator = torch.Generator().manual_seed(0)
+    y = (torch.rand(2000, generator=generator) < 0.5).float()
+    sign = 2 * y - 1
+    strong = torch.where(torch.rand(2000, generator=generator) < 0.9, sign, -sign)
+    data = {"x": torch.stack([strong, 0.1 * sign], 1), "y": y}
+
+    def program(x, y):
+        w = pyro.param("w", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+    weights = {}
+    for name, objective in (("plain", ELBO()), ("robust", AdversarialTraining(0.3, steps=1))):
+        weights[name] = pg.fit(program, data, SVI(objective, steps=400, lr=0.05), seed=0).params["w"]
+    # An adversary of 0.3 turns the second column around, and cannot turn the first.
+    assert float(weights["robust"][1].abs()) < 0.3 < 1.0 < float(weights["plain"][1])
+    assert float(weights["robust"][0]) > 0.5
+
+    def accuracy(w, radius):
+        margin = sign * (data["x"] @ w) - radius * w.abs().sum()
+        return float((margin > 0).float().mean())
+
+    assert accuracy(weights["plain"], 0.3) < 0.6 < 0.85 < accuracy(weights["robust"], 0.3)
+
+
+def test_what_an_adversary_cannot_move_is_refused():
+    def without(x, y):
+        b = pyro.param("b", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=b), obs=y)
+
+    with pytest.raises(pg.IncompatibleError, match="gives no gradient to the entry 'x'"):
+        _first(AdversarialTraining(), program=without)
+    whole = {**_rows(), "x": _rows()["x"].long()}
+    with pytest.raises(ValueError, match="entry: expected rows of real numbers in 'x', got torch.int64"):
+        _first(AdversarialTraining(), whole, lambda x, y: _logistic(x.double(), y))
+    with pytest.raises(pg.IncompatibleError, match="objective: Adversarial is a game of several players"):
+        played = AdversarialTraining(objective=Adversarial())
+        pg.fit(gan(2, latent=2, hidden=(3,)), torch.randn(10, 2), SVI(played, steps=1))
+    assert not AdversarialTraining(objective=Adversarial()).uses_guide and AdversarialTraining().uses_guide
+
+
+# Domain-adversarial features.
+
+
+def _two_domains(rows=2000):
+    """Column 0 tells the class in both domains; column 1 does in the first, and is shifted in the second, unlabelled."""
+    generator = torch.Generator().manual_seed(0)
+    y, domain = torch.randint(2, (2, rows), generator=generator)
+    sign = 2.0 * y - 1
+    noise = torch.randn(rows, 2, generator=generator)
+    first = sign + 0.8 * noise[:, 0]
+    second = torch.where(domain == 0, 2 * sign, torch.full_like(sign, -4.0)) + 0.5 * noise[:, 1]
+    return {"x": torch.stack([first, second], 1), "y": torch.where(domain == 0, y, -1), "domain": domain}, y
+
+
+def _features(net, head):
+    def program(x, y, domain):
+        pyro.module("net", net)
+        pyro.module("head", head)
+        with pyro.plate("data", len(x)):
+            h = pyro.deterministic("features", net(x), event_dim=1)
+            with pyro.poutine.mask(mask=y >= 0):
+                pyro.sample("y", dist.Categorical(logits=head(h)), obs=y.clamp(min=0))
+
+    return program
+
+
+def _adapted(weight, steps=600):
+    torch.manual_seed(0)
+    net, head = nn.Linear(2, 1), nn.Linear(1, 2)
+    data, y = _two_domains()
+    algorithm = SVI(DomainAdversarial(weight=weight), steps=steps, batch_size=250, lr=1e-2)
+    fit = pg.fit(_features(net, head), data, algorithm, seed=0)
+    with torch.no_grad():
+        guessed = fit.module("head")(fit.module("net")(data["x"])).argmax(1)
+    target = data["domain"] == 1
+    return fit, float((guessed == y)[target].float().mean())
+
+
+def test_features_that_do_not_tell_domains_apart_carry_over_to_the_other_domain():
+    deaf, kept = _adapted(0.0)
+    heard, carried = _adapted(1.0)
+    last = slice(-100, None)
+    # The critic of a program that does not hear of it tells domains apart; the other's is near chance: a loss of log 2.
+    assert float(deaf.history["critic_accuracy"][last].mean()) > 0.75
+    assert float(heard.history["critic_accuracy"][last].mean()) < 0.62
+    assert abs(float(heard.history["critic_loss"][last].mean()) - math.log(2)) < 0.06
+    # Column 0 alone is right in Phi(1 / 0.8) = 89 % of the rows.
+    assert kept < 0.65 < 0.8 < carried
+    ratio = (heard.module("net").weight[0, 1] / heard.module("net").weight[0, 0]).abs()
+    assert float(ratio) < 0.15 < float((deaf.module("net").weight[0, 1] / deaf.module("net").weight[0, 0]).abs())
+
+
+def test_the_losses_of_both_players():
+    torch.manual_seed(0)
+    net, head = nn.Linear(2, 3), nn.Linear(3, 2)
+    critic = nn.Linear(3, 2)
+    data, _ = _two_domains(300)
+    objective = DomainAdversarial(weight=0.7, critic=critic)
+    fit = pg.fit(_features(net, head), data, SVI(objective, steps=1, lr=1e-12), seed=0)
+    with torch.no_grad():
+        h = net(data["x"])
+        missed = cross_entropy(critic(h), data["domain"])
+        labelled = data["y"] >= 0
+        # Per row of all rows: those without a label pay nothing.
+        own = cross_entropy(head(h)[labelled], data["y"][labelled], reduction="sum") / 300
+    assert abs(float(fit.history["critic_loss"][0]) - float(missed)) < 1e-5
+    assert abs(float(fit.history["own_loss"][0]) - float(own)) < 1e-5
+    assert abs(float(fit.history["program_loss"][0]) - float(own - 0.7 * missed)) < 1e-5
+
+
+def test_features_and_domains_that_are_not_there_are_refused():
+    net, head = nn.Linear(2, 1), nn.Linear(1, 2)
+    data, _ = _two_domains(30)
+
+    def played(program=None, rows=data, **settings):
+        pg.fit(program or _features(net, head), rows, SVI(DomainAdversarial(**settings), steps=1), seed=0)
+
+    with pytest.raises(ValueError, match=r"site: there is no 'codes' in 'program', which has .*features"):
+        played(site="codes")
+    with pytest.raises(
+        ValueError, match="domain: expected one integer from 0 to 1 for each row in 'domain', got values"
+    ):
+        played(rows={**data, "domain": data["domain"] + 1})
+    with pytest.raises(ValueError, match="critic: expected 2 numbers for each of 30 rows"):
+        played(critic=nn.Linear(1, 3))
+    with pytest.raises(ValueError, match="domain: the model of '_logistic' takes no 'domain' from the data"):
+        played(_logistic, _rows())
