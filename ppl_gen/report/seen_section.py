@@ -129,7 +129,7 @@ def _filters(reader: _Reader) -> Picture | None:
     cells = torch.cat([found, empty]).reshape(-1, across, *found.shape[1:])
     most = found.abs().max()
     alt = f"{reader.label}: {len(found)} filters of the first layer, each {found.shape[-2]} x {found.shape[-1]} pixels"
-    return _panel(reader, cells, torch.stack([-most, most]), alt, [])
+    return _panel(reader, cells, torch.stack([-most, most]), alt, [], gap=4)
 
 
 def _maps(reader: _Reader) -> Picture | None:
@@ -159,16 +159,16 @@ def _saliency(reader: _Reader) -> Picture:
     return _panel(reader, cells, torch.tensor([0.0, 1.0]), alt, [])
 
 
-def _panel(reader: _Reader, cells: Tensor, like: Tensor, alt: str, below: list[str]) -> Picture:
+def _panel(reader: _Reader, cells: Tensor, like: Tensor, alt: str, below: list[str], gap: int = 1) -> Picture:
     down, across = cells.shape[:2]
     shape = picture_shape(cells.shape[2:])
     assert shape is not None  # images
     height = 0.3 + (WIDTH - 0.2) / across * shape[1] / shape[2] * down
-    return picture(WIDTH, height, _drawn(cells, like, below), alt, reader.label, pixels=True)
+    return picture(WIDTH, height, _drawn(cells, like, below, gap), alt, reader.label, pixels=True)
 
 
-def _drawn(cells: Tensor, like: Tensor, below: list[str]) -> Callable[[Axes], None]:
-    return lambda axes: draw_cells(axes, cells, like, below=below)
+def _drawn(cells: Tensor, like: Tensor, below: list[str], gap: int) -> Callable[[Axes], None]:
+    return lambda axes: draw_cells(axes, cells, like, below=below, gap=gap)
 
 
 _KINDS: tuple[tuple[str, str, Callable[[_Reader], Picture | None]], ...] = (
