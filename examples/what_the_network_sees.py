@@ -77,51 +77,49 @@ for name, found in seen.items():
 best = activation_maximisation(network, x.shape[1:], range(10), penalty=0.05, low=0.0, high=1.0)
 patches = [top_patches(network, train["x"][:1000], channel, names[1]) for channel in range(4)]
 
-figure = Figure(figsize=(15, 7.2), layout="constrained")
-left, middle, right_side = figure.subfigures(1, 3, width_ratios=(1.3, 1, 1))
+figure = Figure(figsize=(15, 8), layout="constrained")
+left, middle, right_side = figure.subfigures(1, 3, width_ratios=(1.25, 0.9, 1))
 
 
-def pictures(axes, images, title, cmap="gray_r"):
-    axes = list(axes)
-    for axis in axes:
-        axis.set(xticks=[], yticks=[])
-        axis.set_frame_on(False)
-    for axis, image in zip(axes, images, strict=False):
+def pictures(part, down, across, images, title, cmap="gray_r"):
+    part.suptitle(title, x=0.01, ha="left", fontsize=9)
+    for axis, image in zip(part.subplots(down, across, squeeze=False).flat, images, strict=True):
+        axis.set_axis_off()
         most = image.abs().max()
-        axis.imshow(image, cmap=cmap, vmin=-most if cmap == "RdBu_r" else None, vmax=most if cmap == "RdBu_r" else None)
-    axes[0].set_title(title, fontsize=9, loc="left").set_in_layout(False)  # wider than its picture
+        axis.imshow(image, cmap=cmap, **({"vmin": -most, "vmax": most} if cmap == "RdBu_r" else {}))
 
 
-grid = left.subplots(8, 10)
-pictures(grid[0], x[shown, 0], "Held-out digits")
-pictures(grid[1], maps["saliency"][shown], "Saliency: the gradient of the score")
-pictures(grid[2], deconvnet(network, x[shown], y[shown])[:, 0], "Deconvolutional network", "RdBu_r")
-pictures(grid[3], guided_backprop(network, x[shown], y[shown])[:, 0], "Guided backpropagation", "RdBu_r")
 hidden = occlusion(network, x[shown], y[shown], size=max(2, side // 7), grey=0.0)
-pictures(grid[4], hidden, "Occlusion: what a square takes from the score", "RdBu_r")
-pictures(grid[5], best[:, 0], "Pictures of the largest scores")
-pictures(grid[6], fooled.x[:, 0], "Taken for the next digit")
-pictures(grid[7], fooled.change[:, 0], "what was added", "RdBu_r")
+lines = [
+    (x[shown, 0], "Held-out digits", "gray_r"),
+    (maps["saliency"][shown], "Saliency: the gradient of the score", "gray_r"),
+    (deconvnet(network, x[shown], y[shown])[:, 0], "Deconvolutional network", "RdBu_r"),
+    (guided_backprop(network, x[shown], y[shown])[:, 0], "Guided backpropagation", "RdBu_r"),
+    (hidden, "Occlusion: what a square takes from the score", "RdBu_r"),
+    (best[:, 0], "Pictures of the largest scores", "gray_r"),
+    (fooled.x[:, 0], "Taken for the next digit", "gray_r"),
+    (fooled.change[:, 0], "What was added", "RdBu_r"),
+]
+for part, (images, title, cmap) in zip(left.subfigures(8, 1), lines, strict=True):
+    pictures(part, 1, len(images), images, title, cmap)
 top, below = middle.subfigures(2, 1)
-pictures(top.subplots(4, 4).flat, filters(network)[:, 0], "Filters of the first layer", "RdBu_r")
-cells = below.subplots(4, 9)
-for line, found in zip(cells, patches, strict=True):
-    pictures(line, found.patches[:, 0].nan_to_num(0.0), "")
-title = cells[0, 0].set_title("Top patches of four channels of the second layer", fontsize=9, loc="left")
-title.set_in_layout(False)
+pictures(top, 4, 4, filters(network)[:, 0], "Filters of the first layer", "RdBu_r")
+found = torch.cat([one.patches[:, 0].nan_to_num(0.0) for one in patches])
+pictures(below, 4, 9, found, "Top patches of four channels of the second layer")
 top, below = right_side.subfigures(2, 1)
 for axis, (name, found) in zip(top.subplots(1, 2), seen.items(), strict=True):
     axis.scatter(*found.points.T, c=y, cmap="tab10", s=6)
     title = "t-SNE of the pixels" if name == "x" else "t-SNE of the scores"
-    axis.set_title(f"{title}\ntrustworthiness {found.scores['trustworthiness']:.2f}", fontsize=8, loc="left")
+    axis.set_title(f"{title}\ntrustworthiness {found.scores['trustworthiness']:.3f}", fontsize=8, loc="left")
     axis.set(xticks=[], yticks=[])
-cells = below.subplots(6, 7)
 asked = (train["y"][near.by_pixels] != y.unsqueeze(1)).sum(1).topk(3).indices  # where pixels mislead most
-for k, row in enumerate(asked):
-    pictures(
-        cells[2 * k], [x[row, 0], *train["x"][near.by_layer[row], 0]], "A digit, and the nearest by the last layer"
-    )
-    pictures(cells[2 * k + 1], [torch.zeros(side, side), *train["x"][near.by_pixels[row], 0]], "    by pixels")
+both = [index for row in asked for index in (near.by_layer[row], near.by_pixels[row])]
+images = [
+    image for row, index in zip(asked.repeat_interleave(2), both, strict=True) for image in (x[row], *train["x"][index])
+]
+pictures(
+    below, 6, 7, [image[0] for image in images], "Three digits, and the nearest by the last layer; below, by pixels"
+)
 figure.savefig("what_the_network_sees.png", dpi=120)
 
 if not quick:
