@@ -420,8 +420,8 @@ def test_the_report_shows_codes_of_held_out_rows(comparison) -> None:
         "Codes, reconstructions and samples" in parsed.text and "Held-out rows and their reconstructions" in parsed.text
     )
     pictures = [image for image in parsed.all("img") if image["src"].startswith("data:image/png;base64,")]
-    # One of reconstructions; samples, traversals, manifolds and codes of two fits.
-    assert len(pictures) == 1 + 4 * 2
+    # One of reconstructions; samples, traversals, manifolds and codes of two fits; filters and saliency of two encoders.
+    assert len(pictures) == 1 + 4 * 2 + 2 * 2
     for image in pictures:
         assert base64.b64decode(image["src"].split(",", 1)[1]).startswith(b"\x89PNG")
         assert len(image["alt"]) > 20 and len(image["src"]) < 200_000
