@@ -284,6 +284,12 @@ def _averaged(state: State, values: ProgramState) -> ProgramState:
     """The learned numbers, at the mean of the iterates where the player or its optimiser averages them."""
     average = state.averages.get("program")
     if average is not None and average.count and state.bad is None:
+        if ran_along := state.ran_along():
+            state.run.notes["averaging"] = (
+                f"none: {', '.join(ran_along)} kept running averages of what the last parameters made, and these do "
+                "not belong to an average of parameters"
+            )
+            return values
         state.run.notes["averaging"] = f"the parameters are an average of the iterates, its decay {average.decay:g}"
         moved = dict(zip(state.leaves["program"], average.values, strict=True))
         mean = {name: moved[first].clone() for name, first in state.movers.items()}

@@ -70,6 +70,9 @@ class State:
         self.movers = {name: firsts[id(leaf)] for name, leaf in leaves.items() if id(leaf) in firsts}
         kept = [(p.name, p.averaging) for p in game.players if p.averaging is not None]
         self.averages = {name: Average(list(self.leaves[name].values()), decay) for name, decay in kept}
+        others = {id(part) for module in game.modules.values() for part in module.modules()}
+        #: What the program's networks remembered before the first step; asked for where parameters are averaged.
+        self.began = [kept for kept in run.workspace.buffers() if id(kept[0]) not in others] if self.averages else []
         self.schedules = {n: self._schedule(o) for n, o in self.optimisers.items() if svi.schedule is not None}
         if not self.leaves["program"]:
             fixed = run.notes.get("kept fixed")
@@ -327,6 +330,15 @@ class State:
         if not norms or bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
             return []
         return [name for name, p in every.items() if not bool(p.isfinite().all())]
+
+    def ran_along(self) -> list[str]:
+        """The kinds of networks of the program whose statistics, as those of batch norm, moved with the parameters."""
+        moved = (
+            type(module).__name__
+            for module, name, value in self.began
+            if value.is_floating_point() and not torch.equal(module._buffers[name], value)  # type: ignore[arg-type]
+        )
+        return sorted(set(moved))
 
     def put_back(self) -> None:
         """The parameters before the last update of each player, where steps were checked."""

@@ -110,3 +110,19 @@ def test_rows_that_are_no_images_are_refused():
             pg.check(dcgan(), data)
     with pytest.raises(ValueError, match=r"all 40 row\(s\) are equal"):
         pg.check(dcgan(), torch.ones(40, 1, 8, 8))
+
+
+def test_averages_of_parameters_do_not_go_with_running_averages_of_others():
+    """They would be evaluated together in silence; a critic's batch norm is another matter, and no part of the program."""
+    last, averaged = (
+        pg.fit(dcgan(latent=3, filters=4), _images(), SVI(Adversarial(averaging=a), steps=4, batch_size=10), seed=0)
+        for a in (0.0, 0.9)
+    )
+    assert averaged.notes["averaging"].startswith("none: BatchNorm2d kept running averages")
+    assert all(torch.equal(averaged.params[name], value) for name, value in last.params.items())
+    recurrent = pg.models.gran(latent=2, hidden=3, filters=2)
+    last, averaged = (
+        pg.fit(recurrent, _images(), SVI(Adversarial(averaging=a), steps=4, batch_size=10), seed=0) for a in (0.0, 0.9)
+    )
+    assert "with batch norm" in averaged.notes["critic"] and "average of the iterates" in averaged.notes["averaging"]
+    assert any(not torch.equal(averaged.params[name], value) for name, value in last.params.items())

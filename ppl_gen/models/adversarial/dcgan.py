@@ -33,7 +33,7 @@ def dcgan(shape: Sequence[int] | None = None, *, latent: int = 100, filters: int
 
     Batch norm: in training, rows are normalised by their batch, so batches of some dozens are needed; running averages
     are part of the fit, are saved with it, and are what ``fit.sample`` and ``fit.module("generator")`` use, so that
-    there no row depends on another.
+    there no row depends on another. They belong to the last parameters, so ``Adversarial(averaging=...)`` keeps those.
 
     Sites: ``z`` (latent) and ``x`` for each row. The network is ``fit.module("generator")``, from noise to images.
 
