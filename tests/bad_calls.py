@@ -139,6 +139,7 @@ def _fitted(name: str) -> pg.Fit:
         "normal": (normal, _numbers()),
         "vae": (models.vae(2, latent=2, hidden=(3,)), _numbers()),
         "char_rnn": (models.char_rnn(3, hidden=2), torch.arange(12).reshape(3, 4) % 3),
+        "denoising_diffusion": (models.denoising_diffusion(2, steps=3, hidden=3, layers=1), _numbers()),
         "m1": (models.m1(2, latent=2, hidden=(3,)), _numbers()),
         "gan": (models.gan(2, latent=2, hidden=(3,)), _numbers()),
     }
@@ -171,6 +172,10 @@ def _checked(rows: Any) -> Callable[[Any], Any]:
 _ZOO: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "affine_flow": ({"features": 2}, _numbers),
     "autoencoder": ({"features": 2, "code": 2, "hidden": (3,)}, _numbers),
+    "binomial_diffusion": (
+        {"features": 2, "steps": 3, "hidden": 3, "layers": 1},
+        lambda: (_numbers() > 0).double(),
+    ),
     "char_rnn": ({"symbols": 3, "hidden": 2}, lambda: torch.arange(12).reshape(3, 4) % 3),
     "classifier": ({"classes": 2, "hidden": (3,)}, lambda: {"x": _numbers(), "y": torch.arange(6) % 2}),
     "dcgan": ({"shape": (1, 8, 8), "latent": 2, "filters": 2}, _images),
@@ -240,6 +245,7 @@ def targets() -> list[Target]:
             distances.frechet_distance,
             {"features_a": _numbers(), "features_b": _numbers()},
         ),
+        *_diffused(),
         Target("models.bits_per_character", models.bits_per_character, {"fit": _fitted("char_rnn")}),
         Target("models.principal_components", models.principal_components, {"x": _numbers(), "latent": 1}),
         Target("PrincipalComponents.codes", models.principal_components(_numbers(), 1).codes, {"x": _numbers()}),
@@ -299,6 +305,7 @@ def _algorithms() -> Iterator[Target]:
     yield Target("inference.WAE", inference.WAE, {"kind": "gan"}, _fit_codes)
     yield Target("inference.AdversarialTraining", inference.AdversarialTraining, {"steps": 1}, _fit_labels)
     yield Target("inference.DomainAdversarial", inference.DomainAdversarial, {}, _fit_labels)
+    yield Target("inference.SimpleDiffusion", inference.SimpleDiffusion, {})
     yield Target("inference.ContrastiveDivergence", ContrastiveDivergence, {}, _fit_rbm)
     for rule in (inference.Plateau, inference.Patience):
         yield Target(f"inference.{rule.__name__}", rule, {}, lambda r: _fit(SVI(steps=2, stop_rule=r), _numbers()))
@@ -335,6 +342,16 @@ def _views() -> Iterator[Target]:
     yield Target("looking.activation_maximisation", looking.activation_maximisation, best)
     for name, extra in {"mds": {}, "som": {"epochs": 1, "grid": (2, 2)}, "tsne": {"perplexity": 2.0}}.items():
         yield Target(f"looking.{name}", getattr(looking, name), {"codes": _numbers(), **extra})
+
+
+def _diffused() -> Iterator[Target]:
+    valid = {"fit": _fitted("denoising_diffusion"), "seed": 0}
+    yield Target("models.ddim_sample", models.ddim_sample, {**valid, "n": 2})
+    yield Target(
+        "models.guided_sample", models.guided_sample, {**valid, "n": 2, "log_density": lambda x: -(x[:, 0] ** 2)}
+    )
+    seen = _numbers(4) > 0
+    yield Target("models.inpaint", models.inpaint, {**valid, "data": _numbers(4), "mask": seen, "resamples": 1})
 
 
 def _texts() -> Iterator[Target]:

@@ -137,6 +137,11 @@ def fitted() -> pg.Fit:
 
 
 @functools.cache
+def noising_fit() -> pg.Fit:
+    return pg.fit(models.denoising_diffusion(4, steps=3, hidden=4), rows(), inference.SVI(steps=1), progress=False)
+
+
+@functools.cache
 def compared() -> pg.Comparison:
     """A comparison of nothing: what its methods refuse, they refuse before they look."""
     return pg.Comparison((), "nothing")
@@ -228,6 +233,7 @@ def names(folder: Path) -> dict[str, Any]:
             "linear": linear,
             "images": torch.rand(12, 1, 6, 6, generator=torch.Generator().manual_seed(0)),
         },
+        "noising_fit": noising_fit(),
         **{"active_units": active_units, "code_means": code_means},
         **{"saved": saved, "text": text, "kept": kept, "damaged": functools.partial(damaged, saved)},
     }

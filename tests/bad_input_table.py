@@ -133,6 +133,10 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.fit(rbm(4, 2), (x > 0).float(), SVI(steps=1))  ->  SVI(ELBO) does not fit the program 'rbm'
             pg.fit(normal, x, CAVI())  ->  CAVI does not fit the program 'normal'
             pg.fit(normal, x, SVI(ContrastiveDivergence()))  ->  SVI(ContrastiveDivergence) does not fit
+            pg.fit(normal, x, SVI(SimpleDiffusion()))  ->  SVI(SimpleDiffusion) does not fit
+            inpaint(fit, x, x > 0)  ->  inpaint needs a fit of denoising_diffusion
+            ddim_sample(fit, 2)  ->  ddim_sample needs a fit of denoising_diffusion
+            guided_sample(fit, lambda x: x[:, 0], 2)  ->  guided_sample needs a fit of denoising_diffusion
         """,
     },
     "Settings of a model": {
@@ -190,6 +194,11 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             rbm(4, 2, scale="wide")  ->  scale: expected
             denoising_diffusion(4, steps=1)  ->  steps: expected
             denoising_diffusion(4, schedule="square")  ->  schedule: expected
+            denoising_diffusion((4, 4))  ->  features: expected columns, or images
+            denoising_diffusion((1, 3, 3))  ->  layers: 3 levels halve an image 2 times
+            binomial_diffusion(4, steps=1)  ->  steps: expected
+            binomial_diffusion(4, layers=0)  ->  layers: expected
+            pg.check(binomial_diffusion(4), x)  ->  data: binomial_diffusion takes zeros and ones
             real_nvp(1)  ->  features: one column depends on no other
             maf(4, hidden=(2,))  ->  hidden: expected widths of at least 4
             real_nvp((4, 4))  ->  features: expected a number of columns or (channels, height, width)
@@ -359,6 +368,13 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             codes(fit, draws=0)  ->  draws: expected
             pg.compare_rows(x, x[:5])  ->  made: expected at least 20 rows
             pg.modes_covered(x, x[:2], within=0)  ->  within: expected a positive number
+            noising_fit.predict({"x": x, "mask": x})  ->  data 'mask': expected booleans, True where x is observed
+            inpaint(noising_fit, x, x[:, :3] > 0)  ->  data 'mask': expected the shape of x
+            inpaint(noising_fit, x, x > 0, draws=0)  ->  draws: expected
+            inpaint(noising_fit, x, x > 0, particles=2, resamples=2)  ->  particles: a particle filter goes through
+            ddim_sample(noising_fit, 2, steps=9)  ->  steps: expected
+            ddim_sample(noising_fit, 2, eta=2.0)  ->  eta: expected a number from 0 to 1
+            guided_sample(noising_fit, lambda x: x, 2)  ->  log_density: expected one number for each of 2 rows
             bits_per_character(fit, x[0])  ->  data: the fit of 'ppca'
             pg.prior_predictive(normal, x, draws=0)  ->  draws: expected
             pg.stream([x], rows=0)  ->  rows: expected

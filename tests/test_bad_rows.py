@@ -84,6 +84,7 @@ ANY_WIDTH |= {
     "gan",
     "rbm",
     "denoising_diffusion",
+    "binomial_diffusion",
     "affine_flow",
     "real_nvp",
     "maf",

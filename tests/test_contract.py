@@ -28,6 +28,7 @@ from ppl_gen.inference import (
     ContrastiveDivergence,
     Laplace,
     Pathfinder,
+    SimpleDiffusion,
 )
 from ppl_gen.models.catalogue import CATALOGUE
 from ppl_gen.program.offers import OFFERS
@@ -45,6 +46,7 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
     "SVI(EBGAN)": lambda: SVI(objective=EBGAN(), steps=STEPS),
     "SVI(WAE)": lambda: SVI(objective=WAE(), steps=STEPS),
     "SVI(ContrastiveDivergence)": lambda: SVI(objective=ContrastiveDivergence(), steps=STEPS),
+    "SVI(SimpleDiffusion)": lambda: SVI(objective=SimpleDiffusion(), steps=STEPS),
     "EM": lambda: EM(steps=STEPS),
     "CAVI": lambda: CAVI(steps=STEPS),
     "NUTS": lambda: NUTS(draws=10, warmup=10, chains=1),
@@ -70,7 +72,8 @@ FITS: dict[str, set[str]] = {
     "m1": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", "SVI(Adversarial)", "SVI(EBGAN)", "SVI(WAE)"},
     "m2": {"SVI(ELBO)", "SVI(Trace_ELBO)"},
     "m1_m2": {"SVI(ELBO)", "SVI(Trace_ELBO)"},
-    "denoising_diffusion": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", *IMPLICIT, "SVI(WAE)"},
+    "denoising_diffusion": {"SVI(ELBO)", "SVI(IWAE)", "SVI(Trace_ELBO)", *IMPLICIT, "SVI(WAE)", "SVI(SimpleDiffusion)"},
+    "binomial_diffusion": {"SVI(ELBO)", "SVI(Trace_ELBO)"},
     "affine_flow": {"SVI(ELBO)", "SVI(Trace_ELBO)", *IMPLICIT},
     "real_nvp": {"SVI(ELBO)", "SVI(Trace_ELBO)", *IMPLICIT},
     "maf": {"SVI(ELBO)", "SVI(Trace_ELBO)", *IMPLICIT},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -16,7 +17,16 @@ from ppl_gen.data.sources import Columns, collected
 from ppl_gen.data.streams import Stream
 from ppl_gen.errors import IncompatibleError, require_whole
 
-__all__ = ["active_steps", "check_width", "entries", "row_shape", "row_width", "seen_in_part", "sequences"]
+__all__ = [
+    "active_steps",
+    "check_width",
+    "checked_shape",
+    "entries",
+    "row_shape",
+    "row_width",
+    "seen_in_part",
+    "sequences",
+]
 
 LOOK = 10_000  # rows of a large file that a recipe looks at, where these tell enough: the shape, where weights start
 _MASK = 'leave missing entries out by a mask, True where observed: {"x": torch.nan_to_num(x), "mask": ~x.isnan()}'
@@ -65,6 +75,24 @@ def check_width(name: str, given: int | None, least: int = 1) -> None:
     """Raise ValueError unless a width of a recipe is a whole number, or None: the one of the data."""
     if given is not None:
         require_whole(name, given, least)
+
+
+def checked_shape(features: int | Sequence[int]) -> tuple[int, ...]:
+    """The shape of a row from a number of columns or a shape; raises ValueError for anything else.
+
+    Example:
+        >>> checked_shape(3), checked_shape([1, 28, 28])
+        ((3,), (1, 28, 28))
+    """
+    given: Any = features  # whatever was passed
+    if not isinstance(given, numbers.Integral | Sequence | torch.Size) or isinstance(given, str):
+        raise ValueError(f"features: expected a number of columns or the shape of a row, got {given!r}")
+    shape = (given,) if isinstance(given, numbers.Integral) else tuple(given)
+    if not shape:
+        raise ValueError("features: expected a number of columns or the shape of a row, got an empty shape")
+    for size in shape:
+        require_whole("features", size)
+    return tuple(map(int, shape))
 
 
 def row_shape(data: Any, program: str) -> tuple[int, ...]:

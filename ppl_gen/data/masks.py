@@ -79,5 +79,5 @@ def refuse_unread_masks(rows: Dataset, names: Collection[str], program: str) -> 
         raise IncompatibleError(
             f"data: {found[0]!r} looks like a mask, and the program {program!r} does not read it: its answers would be "
             "those of whole rows. Leave it out (or rename it, if it is not a mask), or use a program that takes one "
-            "(ppca and factor_analysis read the entry 'mask')"
+            "(ppca and factor_analysis read the entry 'mask'; fit.predict of a diffusion model completes rows by it)"
         )

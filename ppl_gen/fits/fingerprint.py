@@ -39,7 +39,15 @@ __all__ = ["described", "differences", "fingerprint", "learned_of", "settings_of
 
 Entries = dict[str, list[Any]]
 
-_ANSWERS = ("evidence", "local_posterior", "cavi", "energy", "time_steps", "terms")  # of a program, beside its pair
+_ANSWERS = (
+    "evidence",
+    "local_posterior",
+    "imputes",
+    "cavi",
+    "energy",
+    "time_steps",
+    "terms",
+)  # of a program, beside its pair
 _MOST, _DEEPEST, _ITEMS, _SHOWN = 5000, 8, 100, 16
 _TOLERANCE = 1e-5  # of constants computed from data, whose last bits differ from machine to machine
 _PLAIN = (type(None), bool, int, str, bytes, complex, enum.Enum, torch.dtype, torch.device, slice, range)

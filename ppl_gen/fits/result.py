@@ -191,9 +191,19 @@ class Fit:
 
         If nothing is missing (or ``data`` is None), replicates of the observed sites. Latents are drawn given what is
         observed of each row, as `posterior` draws them.
+
+        Entries may be missing too: ``{"x": x, "mask": seen}``, where a program reads a mask (`ppca`), or says how its
+        rows are completed (``Program.imputes``: `denoising_diffusion`); these then come with what is seen as it is.
+
+        Raises:
+            IncompatibleError: for a mask that the program can do nothing with.
+            ValueError: for a mask that is not of booleans, in the shape of x where the program completes rows.
         """
+        from ppl_gen.draws.imputed import asks_to_complete, completed_rows
         from ppl_gen.draws.predictive import predictive_draws
 
+        if asks_to_complete(self, data):
+            return completed_rows(self, data, draws, seed)
         return predictive_draws(self, data, draws, seed)
 
     def sample(self, n: int, given: Mapping[str, Any] | None = None, *, seed: int | None = None) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Game, Loss, Player
 from ppl_gen.inference.objectives.iwae import IWAE
 from ppl_gen.inference.objectives.robust import AdversarialTraining
+from ppl_gen.inference.objectives.simple_diffusion import SimpleDiffusion
 from ppl_gen.inference.objectives.wae import WAE
 from ppl_gen.inference.pathfinder import Pathfinder
 from ppl_gen.inference.svi import SVI
@@ -47,5 +48,6 @@ __all__ = [
     "Patience",
     "Plateau",
     "Player",
+    "SimpleDiffusion",
     "flow_guide",
 ]

@@ -5,7 +5,11 @@ from ppl_gen.models.adversarial.gan import gan
 from ppl_gen.models.adversarial.gran import gran
 from ppl_gen.models.adversarial.lapgan import from_pyramid, lapgan, laplacian_pyramid
 from ppl_gen.models.autoencoders.autoencoder import autoencoder
+from ppl_gen.models.diffusion.binomial import binomial_diffusion
+from ppl_gen.models.diffusion.ddim import ddim_sample
 from ppl_gen.models.diffusion.denoising import denoising_diffusion
+from ppl_gen.models.diffusion.guidance import guided_sample
+from ppl_gen.models.diffusion.inpainting import inpaint
 from ppl_gen.models.energy.rbm import rbm
 from ppl_gen.models.flows import (
     affine_flow,
@@ -36,12 +40,14 @@ __all__ = [
     "affine_flow",
     "anomaly_scores",
     "autoencoder",
+    "binomial_diffusion",
     "bits_per_character",
     "bits_per_dimension",
     "char_rnn",
     "classifier",
     "codes",
     "dcgan",
+    "ddim_sample",
     "denoising_diffusion",
     "factor_analysis",
     "ffjord",
@@ -50,8 +56,10 @@ __all__ = [
     "gaussian_mixture",
     "glow",
     "gran",
+    "guided_sample",
     "hidden_markov",
     "iaf",
+    "inpaint",
     "lapgan",
     "laplacian_pyramid",
     "m1",

@@ -11,6 +11,7 @@ from ppl_gen.models.adversarial.gan import gan
 from ppl_gen.models.adversarial.gran import gran
 from ppl_gen.models.adversarial.lapgan import lapgan
 from ppl_gen.models.autoencoders.autoencoder import autoencoder
+from ppl_gen.models.diffusion.binomial import binomial_diffusion
 from ppl_gen.models.diffusion.denoising import denoising_diffusion
 from ppl_gen.models.energy.rbm import rbm
 from ppl_gen.models.flows import (
@@ -225,7 +226,7 @@ CATALOGUE: dict[str, Entry] = {
             "denoising_diffusion",
             lambda: denoising_diffusion(steps=4, hidden=8),
             ring,
-            "diffusion model of vectors: a fixed chain into noise, a learned chain back",
+            "diffusion model of vectors or images: a fixed chain into noise, a learned chain back",
             (
                 "density",
                 "latent sites",
@@ -235,7 +236,15 @@ CATALOGUE: dict[str, Entry] = {
                 "codes",
                 "data plate",
                 "time steps",
+                "noise prediction",
             ),
+        ),
+        Entry(
+            "binomial_diffusion",
+            lambda: binomial_diffusion(steps=4, hidden=8),
+            bars,
+            "diffusion model of zeros and ones: bits flipped into fair coins, a learned chain back",
+            ("density", "latent sites", "samples", "data plate", "time steps"),
         ),
         Entry(
             "affine_flow",

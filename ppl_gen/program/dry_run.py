@@ -203,6 +203,7 @@ def _derived_offers(program: Program, sites: dict[str, Site], plate: bool, free:
         "differentiable latents": bool(latents) and all(site.finite or not site.discrete for site in latents),
         "codes": bool(latents) and all(s.local and s.reparameterised and not s.improper for s in latents),
         "data plate": plate,
+        "noise prediction": program.time_steps is not None and program.time_steps.error is not None,
         **{offer: getattr(program, name) is not None for name, offer in program.offer_fields().items()},
     }
     return frozenset(name for name, held in offers.items() if held)

@@ -80,8 +80,11 @@ class TimeSteps:
         term: ``term(t, *data) -> rows``: an unbiased draw of the term of time step ``t`` (rows of integers in 1..T)
             of the negative ELBO, in nats.
         constant: ``constant(*data) -> rows``: what remains, the same for every step (the divergence at T).
+        error: ``error(t, *data) -> (rows, rows)``: the squared error of the noise predicted at step ``t``, and the term
+            of the same draw with a gradient for what the error does not depend on (the widths), for `SimpleDiffusion`.
     """
 
     steps: int
     term: Callable[..., Tensor]
     constant: Callable[..., Tensor]
+    error: Callable[..., tuple[Tensor, Tensor]] | None = None

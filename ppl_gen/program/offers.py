@@ -27,6 +27,7 @@ OFFERS: dict[str, str] = {
     "EM steps": "closed-form E- and M-steps",
     "CAVI updates": "closed-form coordinate updates of a conjugate guide",
     "time steps": "a Markov chain of latents whose ELBO terms can be entered at any time step",
+    "noise prediction": "time steps at which the noise is predicted, so that its plain error can be learned by",
 }
 
 #: Names of the zoo's models that offer something. The zoo stands above the contract, and an error has to name examples

@@ -38,6 +38,9 @@ class Program:
             in a program with global sites ``evidence(values, *data)``, at these values of them.
         local_posterior: exact p(z | x) of latent sites inside the data plate, where it is known in closed form:
             ``local_posterior(values, *data)`` gives a distribution over the rows for each such site.
+        imputes: what `Fit.predict` draws of rows that are seen in part, where the model itself reads no mask:
+            ``imputes(values, seen, *data)`` gives, for the observed site of the entry x, rows with the entries that are
+            ``seen`` (booleans in the shape of x) as they are and the others drawn.
         em: closed-form E- and M-steps.
         cavi: closed-form coordinate updates.
         energy: an unnormalised density.
@@ -69,6 +72,7 @@ class Program:
     relabel: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
     evidence: Callable[..., Tensor] | None = field(default=None, metadata={"offer": "exact evidence"})
     local_posterior: Callable[..., Mapping[str, Any]] | None = None
+    imputes: Callable[..., Mapping[str, Tensor]] | None = None
     em: EMSteps | None = field(default=None, metadata={"offer": "EM steps", "kind": EMSteps})
     cavi: CAVIUpdates | None = field(default=None, metadata={"offer": "CAVI updates", "kind": CAVIUpdates})
     energy: Energy | None = field(default=None, metadata={"offer": "energy", "kind": Energy})
@@ -105,7 +109,7 @@ class Program:
         require_text("name", self.name)
         require_whole("data_dim", self.data_dim, least=0)
         require_mapping("terms", self.terms, "a mapping from names to functions")
-        for offer in ("start", "relabel", "evidence", "local_posterior"):
+        for offer in ("start", "relabel", "evidence", "local_posterior", "imputes"):
             require_function(offer, getattr(self, offer))
         for own in fields(self):
             if "kind" in own.metadata:

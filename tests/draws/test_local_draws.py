@@ -359,7 +359,8 @@ def test_a_mask_that_the_program_does_not_read_is_refused_and_one_it_reads_is_us
     seen = torch.rand(30, 3, generator=torch.Generator().manual_seed(1)) > 0.3
     for recipe in (denoising_diffusion(3, steps=5, hidden=4), vae(3, latent=1, hidden=(4,), likelihood="normal")):
         fit = pg.fit(recipe, x, SVI(steps=1), seed=0)
-        for ask in (fit.predict, fit.posterior, fit.evidence):
+        completes = fit.program.imputes is not None  # whose rows `fit.predict` fills in
+        for ask in (fit.posterior, fit.evidence, *(() if completes else (fit.predict,))):
             with pytest.raises(pg.IncompatibleError, match="'mask' looks like a mask.*does not read it"):
                 ask({"x": x, "mask": seen})
     fit = pg.fit(ppca(3, 1), {"x": x, "mask": seen}, SVI(steps=1), seed=0)

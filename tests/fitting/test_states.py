@@ -30,6 +30,7 @@ from ppl_gen.inference import (
     ConditionalAdversarial,
     ContrastiveDivergence,
     DomainAdversarial,
+    SimpleDiffusion,
 )
 from ppl_gen.inference.gradients import gradients
 from ppl_gen.inference.updates import CHECK
@@ -77,6 +78,7 @@ GAMES: dict[str, tuple[Any, Any, Any, Any]] = {
     "DomainAdversarial": (in_domains, None, DomainAdversarial(), DOMAINS),
     "ContrastiveDivergence": (rbm(hidden=3), None, ContrastiveDivergence(steps=2), BITS),
     "persistent chains": (rbm(hidden=3), None, ContrastiveDivergence(persistent=True, chains=7), BITS),
+    "simple diffusion": (denoising_diffusion(steps=4, hidden=8), None, SimpleDiffusion(), ROWS),
     "diffusion": (denoising_diffusion(steps=4, hidden=8), None, ELBO(), ROWS),
 }
 

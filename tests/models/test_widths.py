@@ -10,6 +10,7 @@ from ppl_gen.inference import EM, SVI, Adversarial, ContrastiveDivergence
 from ppl_gen.models import (
     affine_flow,
     autoencoder,
+    binomial_diffusion,
     char_rnn,
     denoising_diffusion,
     factor_analysis,
@@ -56,6 +57,12 @@ CASES = {  # the recipe without a width, the one with it, data and algorithm
         lambda: denoising_diffusion(steps=4),
         lambda: denoising_diffusion(COLUMNS, steps=4),
         rows,
+        STEPS,
+    ),
+    "binomial_diffusion": (
+        lambda: binomial_diffusion(steps=4),
+        lambda: binomial_diffusion(COLUMNS, steps=4),
+        bits,
         STEPS,
     ),
     "affine_flow": (lambda: affine_flow(), lambda: affine_flow(COLUMNS), rows, STEPS),

@@ -17,6 +17,7 @@ from ppl_gen.models.catalogue import CATALOGUE
 
 READ = {"ppca", "factor_analysis"}
 LENGTHS = {"hidden_markov", "char_rnn"}
+COMPLETED = {"denoising_diffusion", "binomial_diffusion"}  # `fit.predict` completes their rows by the entry 'mask'
 FLAGS = {"bool": torch.bool, "float": torch.float32, "int": torch.long}
 ASKED = ("evidence", "posterior", "predict")
 
@@ -66,12 +67,36 @@ def test_a_mask_that_a_program_does_not_read_is_refused_by_name(program):
         for flags in (hidden(data["x"]), hidden(data["x"])[..., 0] if data["x"].dim() > 1 else hidden(data["x"])):
             masked = {**data, name: flags.to(FLAGS[dtype])}
             acts = [functools.partial(pg.fit, CATALOGUE[program].recipe(), masked, algorithm)]
-            acts += [functools.partial(getattr(fit, question), masked) for question in ASKED]
+            asked = [q for q in ASKED if q != "predict" or name != "mask" or program not in COMPLETED]
+            acts += [functools.partial(getattr(fit, question), masked) for question in asked]
             for act in acts:
                 with pytest.raises(pg.IncompatibleError) as caught:
                     act()
                 text = str(caught.value)
                 assert (name in text and "does not read it" in text) or act.func == fit.posterior and program in text
+
+
+@pytest.mark.parametrize("program", sorted(CATALOGUE))
+def test_no_question_passes_over_a_mask_without_a_word(program):
+    """What is hidden is nonsense in one of two answers: they are equal where it is honoured, or both are refused."""
+    fit, _ = fitted(program)
+    data, seen = entries(program), ~hidden(entries(program)["x"])
+    other = data["x"].flip(0)
+    pair = [{**data, "x": torch.where(seen, data["x"], x), "mask": seen} for x in (data["x"], other)]
+    honoured = {"ppca": ASKED, "factor_analysis": ASKED, **dict.fromkeys(COMPLETED, ("predict",))}.get(program, ())
+    for question in ASKED:
+        if question in honoured:
+            first, second = (answer(fit, question, data) for data in pair)
+            assert alike(first, second) and not alike(first, answer(fit, question, entries(program))), question
+            continue
+        for masked in pair:
+            with pytest.raises(pg.IncompatibleError):
+                answer(fit, question, masked)
+    if program not in READ:
+        with pytest.raises(ValueError, match="no site or input named .'mask'|samples"):
+            fit.sample(len(data["x"]), given={"mask": seen})
+        with pytest.raises(pg.IncompatibleError, match="'mask' looks like a mask|does not fit|improper"):
+            pg.prior_predictive(CATALOGUE[program].recipe(), pair[0], draws=2)
 
 
 def test_a_mask_in_the_shape_of_the_rows_needs_no_name_and_other_flags_are_let_be():

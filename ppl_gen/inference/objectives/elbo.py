@@ -18,6 +18,7 @@ from ppl_gen.handlers.sites import in_plate, is_sample, log_density, own_scale, 
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.estimators import Estimators, choose_estimators, refuse_tied_rows
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
+from ppl_gen.inference.objectives.time_steps import TimeStepGame
 from ppl_gen.inference.objectives.tracing import analytic_kl, traces, weighed_alike
 from ppl_gen.program.offers import Need
 
@@ -74,7 +75,7 @@ class ELBO(Objective):
     def build(self, setting: Setting) -> Game:
         if setting.program.time_steps is not None and self.time_step == "sampled":
             self._refuse_beta("its chain is entered at one time step", 'time_step="all" runs the whole chain')
-            return _TimeStepGame(setting, self.particles)
+            return TimeStepGame(setting, self.particles)
         estimators = choose_estimators(setting, self.enumerate)
         if estimators.model_sums:
             names = ", ".join(estimators.model_sums)
@@ -241,31 +242,3 @@ class _EnumeratedGuideGame(Game):
                 for model, guide in elbo._get_traces(self.model, self.guide, batch.args, batch.kwargs):
                     total = total - expected_elbo(model, guide) / self.particles
         return Loss(total / (batch.total or 1)), state
-
-
-class _TimeStepGame(Game):
-    """One time step per row, uniform over the chain: T times its term is unbiased for the sum.
-
-    The steps of a batch are spread evenly over the chain and dealt to its rows at random, which takes a quarter to a
-    third off the noise of the loss (Kingma et al. 2021).
-    """
-
-    def __init__(self, setting: Setting, particles: int) -> None:
-        assert setting.program.time_steps is not None
-        self.chain, self.particles, self.setting = setting.program.time_steps, particles, setting
-        self.notes = {"gradients": f"one of {self.chain.steps} time steps sampled per row"}
-
-    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
-        terms = []
-        for _ in range(self.particles):
-            t = self._time_steps(batch.rows or 1)
-            terms.append(self.chain.term(t, *batch.args, **batch.kwargs).mean() * self.chain.steps)
-        constant = self.chain.constant(*batch.args, **batch.kwargs).mean()
-        kl = torch.stack(terms).mean()
-        return Loss(kl + constant, {"chain": kl.detach(), "constant": constant.detach()}), state
-
-    def _time_steps(self, rows: int) -> Tensor:
-        """One time step for each row, from 1 to the last."""
-        even = (torch.arange(rows) + torch.rand(rows)) / rows
-        dealt = even[torch.randperm(rows)]
-        return 1 + (dealt * self.chain.steps).long().clamp(max=self.chain.steps - 1)

@@ -26,7 +26,7 @@ class Noising:
     r"""The chain with variances ``betas`` (T, each in (0, 1)); :math:`\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)`.
 
     Every method takes a time step ``t`` in 1..T, one integer or one for each row, and returns mean and standard
-    deviation, ready to broadcast against rows x features.
+    deviation, ready to broadcast against rows x the shape of a row.
 
     Args:
         betas: the variance that each step adds.
@@ -49,6 +49,17 @@ class Noising:
             raise ValueError(f"betas: expected one variance for each of T steps, got shape {tuple(self.betas.shape)}")
         if not bool(((self.betas > 0) & (self.betas < 1)).all()):
             raise ValueError(f"betas: expected variances strictly between 0 and 1, got {self.betas.tolist()}")
+
+    @classmethod
+    def unchecked(cls, betas: Tensor) -> Noising:
+        """The chain of variances that hold a gradient and are not looked at, so that a step can be recorded."""
+        made = object.__new__(cls)
+        object.__setattr__(made, "betas", betas)
+        return made
+
+    def current(self) -> Noising:
+        """The chain itself; of a learned one (`LearnedNoising`), the chain at its present parameters."""
+        return self
 
     @property
     def steps(self) -> int:
@@ -75,6 +86,16 @@ class Noising:
         """beta_t (1 - abar_{t-1}) / (1 - abar_t), zero at t = 1: indexed t = 1..T at 0..T-1."""
         return self.betas * self.noise[:-1] / self.noise[1:]
 
+    @cached_property
+    def log_variances(self) -> tuple[Tensor, Tensor]:
+        """Logarithms of the variances of q(x_{t-1} | x_t, x_0) and of q(x_t | x_{t-1}): each T.
+
+        Between them lies that of the best p(x_{t-1} | x_t) of rows with unit variance. The former is zero at t = 1;
+        that of the second step stands in for it.
+        """
+        lower = self.posterior_variance[1:].log()
+        return torch.cat([lower[:1], lower]), self.betas.log()
+
     def step(self, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """q(x_t | x_{t-1} = x)."""
         beta = at(self.betas, t, x, first=1)
@@ -83,6 +104,11 @@ class Noising:
     def marginal(self, start: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         r"""q(x_t | x_0 = start) = Normal(sqrt(abar_t) x_0, 1 - abar_t)."""
         return at(self.kept, t, start).sqrt() * start, at(self.noise, t, start).sqrt()
+
+    def between(self, x: Tensor, s: int, t: int) -> tuple[Tensor, Tensor]:
+        """q(x_t | x_s = x) of two single steps, 0 <= s < t."""
+        log_kept = self._log_kept[t] - self._log_kept[s]
+        return (0.5 * log_kept).exp().to(x) * x, (-torch.expm1(log_kept)).sqrt().to(x)
 
     def posterior(self, start: Tensor, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         r"""q(x_{t-1} | x_t = x, x_0 = start); at t = 1 all mass is at x_0.
@@ -97,8 +123,12 @@ class Noising:
 
 
 def at(table: Tensor, t: int | Tensor, like: Tensor, first: int = 0) -> Tensor:
-    """Entries of ``table`` (indexed from ``first``) at the steps ``t``, as a column beside the rows of ``like``."""
-    return table.to(like)[t - first].unsqueeze(-1)
+    """Entries of ``table`` (indexed from ``first``) at the steps ``t``, ready to broadcast against ``like``.
+
+    One entry for each row where ``t`` is a step for each: the dimensions of a row follow as ones.
+    """
+    found = table.to(like)[t - first]
+    return found.reshape(*found.shape, *[1] * (like.dim() - found.dim() if found.dim() else 1))
 
 
 def noise_schedule(kind: Schedule, steps: int) -> Noising:

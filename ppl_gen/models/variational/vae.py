@@ -6,7 +6,6 @@ r"""Variational autoencoders: a network of normal latents, and a network that gu
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.arguments import require_choice
-from ppl_gen.data.inputs import entries, row_shape
+from ppl_gen.data.inputs import checked_shape, entries, row_shape
 from ppl_gen.errors import require_whole
 from ppl_gen.models.variational.encoders import Encoder, FlowEncoder, NormalEncoder, flow_maps
 from ppl_gen.nn.flow_maps import FlowMap
@@ -113,7 +112,7 @@ def vae(
         >>> fit.module("encoder")(x[:4]).mean.shape, fit.sample(5)["x"].shape
         (torch.Size([4, 2]), torch.Size([5, 3]))
     """
-    given = None if features is None else _checked_shape(features)
+    given = None if features is None else checked_shape(features)
     require_whole("latent", latent)
     widths = checked_widths(hidden, activation)
     check_likelihood(likelihood, scale, levels)
@@ -203,19 +202,6 @@ def _check_images(shape: tuple[int, ...], widths: tuple[int, ...], classes: int 
             "network: 'convolutional' takes images, features=(channels, height, width), at least one hidden width and "
             f"no classes; got features={shape}, hidden={widths}, classes={classes}"
         )
-
-
-def _checked_shape(features: int | Sequence[int]) -> tuple[int, ...]:
-    """The shape of a row from a number of columns or a shape; raises ValueError for anything else."""
-    given: Any = features  # whatever was passed
-    if not isinstance(given, numbers.Integral | Sequence | torch.Size) or isinstance(given, str):
-        raise ValueError(f"features: expected a number of columns or the shape of a row, got {given!r}")
-    shape = (given,) if isinstance(given, numbers.Integral) else tuple(given)
-    if not shape:
-        raise ValueError("features: expected a number of columns or the shape of a row, got an empty shape")
-    for size in shape:
-        require_whole("features", size)
-    return tuple(map(int, shape))
 
 
 def check_classes(classes: int | None) -> None:
