@@ -141,7 +141,9 @@ def players_in_turn_and_at_once() -> Iterator[Check]:
         game = Adversarial("wasserstein", critic=critic, penalty="none", critic_steps=1, schedule=schedule, averaging=0)
         fit = pg.fit(point, torch.zeros(4, 1), SVI(game, steps=steps, lr=rate, optimiser="sgd"), seed=0)
         ends = np.linalg.matrix_power(np.array(turn), steps) @ [0.5, 1.0]
-        error = max(abs(float(fit.module("critic").weight) - ends[0]), abs(float(fit.params["theta"]) - ends[1]))
+        error = max(
+            abs(float(fit.module("critic").weight.detach()) - ends[0]), abs(float(fit.params["theta"]) - ends[1])
+        )
         yield Check("closed form", f"both players of the game theta phi after {steps} steps, {schedule}", error, 1e-10)
 
 

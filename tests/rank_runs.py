@@ -132,7 +132,11 @@ CURVES: dict[str, tuple[Any, Any, SVI]] = {
     "two players at once": (
         generator(),
         ROWS,
-        svi(Adversarial("hinge", penalty="projection", schedule="simultaneous", averaging=0.9), batch_size=10),
+        svi(
+            Adversarial("least-squares", penalty="projection", schedule="simultaneous", averaging=0.9),
+            batch_size=10,
+            optimiser="sgd",
+        ),
     ),
 }
 

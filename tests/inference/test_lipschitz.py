@@ -103,18 +103,18 @@ def test_a_projected_critic_at_first_steps_takes_weights_below_norm_one_as_they_
 
 def test_r1_of_a_linear_critic_is_exact_and_pulls_its_slope_to_nothing() -> None:
     flat = nn.Linear(3, 1).double()
-    penalty = data_penalty(flat, torch.randn(7, 3, dtype=torch.float64))
+    scale = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    penalty = data_penalty(flat, torch.randn(7, 3, dtype=torch.float64), scale)
     weight = flat.weight.detach()
-    assert abs(float(penalty.detach()) - 0.5 * float(weight.square().sum())) < 1e-12
+    assert abs(float(penalty.detach()) - 0.5 * float((scale * weight).square().sum())) < 1e-12
     (pull,) = torch.autograd.grad(penalty, [flat.weight])
-    torch.testing.assert_close(pull, weight, rtol=1e-12, atol=0)
+    torch.testing.assert_close(pull, scale.square() * weight, rtol=1e-12, atol=0)
     critic = nn.Linear(16, 1)
     data = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
     objective = Adversarial(critic=critic, penalty="r1", penalty_weight=2.0)
     fit = pg.fit(gan(latent=2, hidden=(4,)), data, SVI(objective, steps=1), seed=0)
-    assert float(fit.records["penalty"][0]) == pytest.approx(
-        0.5 * float(critic.weight.detach().square().sum()), rel=1e-5
-    )
+    slope = data.std(0, correction=0) * critic.weight.detach()
+    assert float(fit.records["penalty"][0]) == pytest.approx(0.5 * float(slope.square().sum()), rel=1e-5)
     bound = math.log(4) - (fit.records["critic_loss"][0] - 2.0 * fit.records["penalty"][0])
     assert fit.records["divergence_bound"][0] == pytest.approx(bound, rel=1e-4), "penalties are no part of the bound"
 

@@ -43,18 +43,20 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
     return (torch.linalg.vector_norm(slope.flatten(1), dim=1) - 1.0).square().mean()
 
 
-def data_penalty(critic: nn.Module, real: Tensor) -> Tensor:
-    """E |grad T(x)|^2 / 2, a scalar, at ``real`` rows (rows x event): R1 of Mescheder, Geiger and Nowozin (2018).
+def data_penalty(critic: nn.Module, real: Tensor, scale: Tensor) -> Tensor:
+    """E |scale grad T(x)|^2 / 2, a scalar, at ``real`` rows (rows x event): R1 of Mescheder et al. (2018).
+
+    ``scale`` has the shape of a row; with the standard deviations of its columns, units of the data do not matter.
 
     Example:
         >>> flat = nn.Linear(2, 1)
         >>> _ = nn.init.constant_(flat.weight, 3.0)
-        >>> data_penalty(flat, torch.zeros(4, 2)).item()  # (9 + 9) / 2
-        9.0
+        >>> data_penalty(flat, torch.zeros(4, 2), torch.tensor([1.0, 2.0])).item()  # (9 + 36) / 2
+        22.5
     """
     at = real.detach().clone().requires_grad_()
     (slope,) = torch.autograd.grad(critic(at).sum(), at, create_graph=True)
-    return slope.flatten(1).square().sum(1).mean() / 2
+    return (slope * scale).flatten(1).square().sum(1).mean() / 2
 
 
 def weight_matrices(network: nn.Module) -> dict[str, Tensor]:
