@@ -20,7 +20,7 @@ import torch
 from versions import table, write
 
 import ppl_gen as pg
-from ppl_gen.inference import ELBO, IWAE, SVI, Adversarial, ContrastiveDivergence
+from ppl_gen.inference import ELBO, IWAE, SVI, Adversarial, ContrastiveDivergence, WakeSleep, Walkback
 from ppl_gen.models.catalogue import CATALOGUE
 
 STEPS = 6
@@ -29,6 +29,8 @@ OBJECTIVES: dict[str, Any] = {
     "IWAE, K = 3": IWAE(particles=3),
     "Adversarial": Adversarial("non-saturating"),
     "ContrastiveDivergence": ContrastiveDivergence(),
+    "WakeSleep": WakeSleep(),
+    "Walkback": Walkback(),
     "pyro.infer.TraceEnum_ELBO": pyro.infer.TraceEnum_ELBO(strict_enumeration_warning=False),
 }
 

@@ -19,11 +19,13 @@ from ppl_gen.version import __version__ as __version__
 if TYPE_CHECKING:
     from ppl_gen.comparison.compare import Comparison, compare
     from ppl_gen.diagnostics.made_rows import compare_rows, modes_covered
+    from ppl_gen.evidence.annealed import AIS
     from ppl_gen.fits.loading import load
     from ppl_gen.fits.saddle import exploitability
 
 
 __all__ = [
+    "AIS",
     "Comparison",
     "Fit",
     "FitWarning",
@@ -58,6 +60,7 @@ def _zoo(offer: str) -> list[str]:
 offers.zoo[:] = [_zoo]
 
 _LAZY = {
+    "AIS": "evidence.annealed",
     "Comparison": "comparison.compare",
     "compare": "comparison.compare",
     "compare_rows": "diagnostics.made_rows",

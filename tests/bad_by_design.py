@@ -25,6 +25,7 @@ BY_DESIGN: dict[str, str] = {
     "report.plot_traversal(units=[[]0[]])": "the number of a unit",
     "data.encoded(text=*)": "any text of the alphabet",
     "data.decoded(alphabet='*')": "any different characters are an alphabet",
+    "pg.AIS(temperatures=3)": "three temperatures",
     "pg.fit(callbacks=[[]])": "no callbacks",
     "pg.fit(compile=False)": "the program runs at every step",
     "looking.occlusion(grey=-1.0)": "any finite shade",

@@ -22,7 +22,7 @@ import torch
 from bad_by_design import BY_DESIGN, NOT_CALLED
 from bad_values import kind_of, numpy_of, values
 from conftest import generators, settings, store
-from torch import Tensor
+from torch import Tensor, nn
 
 import ppl_gen as pg
 from ppl_gen import data as data_module
@@ -169,6 +169,24 @@ def _checked(rows: Any) -> Callable[[Any], Any]:
     return lambda recipe: pg.check(recipe, rows())
 
 
+def _binary() -> Tensor:
+    return (_numbers() > 0).double()
+
+
+def _fit_helmholtz(objective: Any) -> Any:
+    return pg.fit(models.helmholtz(2, (2,)), _binary(), SVI(objective, steps=1), progress=False)
+
+
+def _fit_gsn(objective: Any) -> Any:
+    return pg.fit(models.gsn(2, hidden=(2,)), _numbers(), SVI(objective, steps=1), progress=False)
+
+
+@functools.cache
+def _energy() -> pg.Fit:
+    fit: pg.Fit = _fit_rbm(ContrastiveDivergence())
+    return fit
+
+
 _ZOO: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "affine_flow": ({"features": 2}, _numbers),
     "autoencoder": ({"features": 2, "code": 2, "hidden": (3,)}, _numbers),
@@ -179,6 +197,12 @@ _ZOO: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "char_rnn": ({"symbols": 3, "hidden": 2}, lambda: torch.arange(12).reshape(3, 4) % 3),
     "classifier": ({"classes": 2, "hidden": (3,)}, lambda: {"x": _numbers(), "y": torch.arange(6) % 2}),
     "dcgan": ({"shape": (1, 8, 8), "latent": 2, "filters": 2}, _images),
+    "dbm": ({"visible": 2, "hidden": (2, 2), "updates": 1, "sweeps": 2}, _binary),
+    "dbn": ({"visible": 2, "hidden": (2, 2), "sweeps": 2}, _binary),
+    "energy_model": ({"network": nn.Linear(2, 1), "sweeps": 2}, _numbers),
+    "gaussian_rbm": ({"visible": 2, "hidden": 2, "sweeps": 2}, _numbers),
+    "gsn": ({"features": 2, "hidden": (2,), "sweeps": 2}, _numbers),
+    "helmholtz": ({"visible": 2, "hidden": (2,)}, _binary),
     "denoising_diffusion": ({"features": 2, "steps": 3, "hidden": 3, "layers": 1}, _numbers),
     "factor_analysis": ({"features": 3, "latent": 1}, lambda: _numbers(8, 3)),
     "ffjord": ({"features": 2, "hidden": (3,), "method": "rk4", "steps": 2}, _numbers),
@@ -247,6 +271,11 @@ def targets() -> list[Target]:
         ),
         *_diffused(),
         Target("models.bits_per_character", models.bits_per_character, {"fit": _fitted("char_rnn")}),
+        Target(
+            "models.rbm_stack",
+            models.rbm_stack,
+            {"x": _binary(), "hidden": (2, 2), "algorithm": SVI(ContrastiveDivergence(), steps=1)},
+        ),
         Target("models.principal_components", models.principal_components, {"x": _numbers(), "latent": 1}),
         Target("PrincipalComponents.codes", models.principal_components(_numbers(), 1).codes, {"x": _numbers()}),
         *_texts(),
@@ -273,6 +302,8 @@ def _driver() -> Iterator[Target]:
     yield Target("pg.modes_covered", pg.modes_covered, {"rows": rows, "modes": rows[:2], "within": 1.0})
     played = {"fit": _fitted("gan"), "algorithm": SVI(Adversarial(), steps=1), "steps": 1, "looks": 2}
     yield Target("pg.exploitability", pg.exploitability, played)
+    walk = {"temperatures": 5, "chains": 4, "burn": 1}
+    yield Target("pg.AIS", pg.AIS, walk, lambda method: _energy().evidence(method=method))
     yield Target("pg.load", pg.load, {"path": _saved(), "program": normal})
     yield Target("pg.load_data", pg.load_data, {"name": "alice", "length": 8})
     yield Target("pg.Program", pg.Program, {"model": normal}, lambda program: pg.check(program, _numbers()))
@@ -307,6 +338,8 @@ def _algorithms() -> Iterator[Target]:
     yield Target("inference.DomainAdversarial", inference.DomainAdversarial, {}, _fit_labels)
     yield Target("inference.SimpleDiffusion", inference.SimpleDiffusion, {})
     yield Target("inference.ContrastiveDivergence", ContrastiveDivergence, {}, _fit_rbm)
+    yield Target("inference.WakeSleep", inference.WakeSleep, {}, _fit_helmholtz)
+    yield Target("inference.Walkback", inference.Walkback, {}, _fit_gsn)
     for rule in (inference.Plateau, inference.Patience):
         yield Target(f"inference.{rule.__name__}", rule, {}, lambda r: _fit(SVI(steps=2, stop_rule=r), _numbers()))
 

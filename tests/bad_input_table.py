@@ -39,6 +39,10 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.check(vae(4, likelihood="bernoulli"), x)  ->  data: likelihood='bernoulli' takes zeros and ones
             pg.check(vae(1, likelihood="categorical", levels=2), y[:, None] + 1)  ->  data: categorical pixels are integers
             pg.check(rbm(4, 2), x)  ->  data: an rbm takes zeros and ones
+            pg.check(dbm(4), x)  ->  data: a dbm takes zeros and ones
+            pg.check(helmholtz(4), x)  ->  data: a helmholtz takes zeros and ones
+            pg.check(gaussian_rbm(4), x[:1])  ->  data: column(s) 0, 1, 2, 3 are constant
+            pg.check(energy_model(nn.Identity()), x)  ->  network: expected one number for each of 2 rows
             pg.check(char_rnn(3), torch.full((2, 5), 3))  ->  data: char_rnn(symbols=3): expected codes from 0 to 2
             pg.check(char_rnn(3), {"x": torch.zeros(2, 5).long(), "lengths": torch.tensor([6, 5])})  ->  lengths: expected
             pg.check(classifier(2), x)  ->  data: classifier reads labels from the entry 'y'
@@ -131,6 +135,9 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.fit(gan(4), x, NUTS())  ->  NUTS does not fit the program 'gan'
             pg.fit(vae(4), x, EM())  ->  EM does not fit the program 'vae'
             pg.fit(rbm(4, 2), (x > 0).float(), SVI(steps=1))  ->  SVI(ELBO) does not fit the program 'rbm'
+            pg.fit(dbn(4, (3, 2)), (x > 0).float(), SVI(ContrastiveDivergence(), steps=1))  ->  SVI(ContrastiveDivergence) does not fit
+            pg.fit(ppca(4, 2), x, SVI(WakeSleep(), steps=1))  ->  WakeSleep gives no gradient that leads to the posterior of
+            pg.fit(vae(4), x, SVI(Walkback()))  ->  SVI(Walkback) does not fit the program 'vae'
             pg.fit(normal, x, CAVI())  ->  CAVI does not fit the program 'normal'
             pg.fit(normal, x, SVI(ContrastiveDivergence()))  ->  SVI(ContrastiveDivergence) does not fit
             pg.fit(normal, x, SVI(SimpleDiffusion()))  ->  SVI(SimpleDiffusion) does not fit
@@ -192,6 +199,14 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             rbm(4, 0)  ->  hidden: expected
             rbm(4, 2, scale=-1.0)  ->  scale: expected
             rbm(4, 2, scale="wide")  ->  scale: expected
+            gaussian_rbm(4, 0)  ->  hidden: expected
+            dbm(4, (3,))  ->  hidden: expected units of at least 2 layer(s)
+            dbm(4, updates=0)  ->  updates: expected
+            dbn(4, (3,))  ->  hidden: expected units of at least 2 layer(s)
+            helmholtz(4, ())  ->  hidden: expected units of at least 1 layer(s)
+            gsn(4, corruption=0)  ->  corruption: expected
+            energy_model(nn.Identity(), tail=0)  ->  tail: expected a positive number
+            rbm_stack(x, (3, 2))  ->  data: a rbm_stack takes zeros and ones
             denoising_diffusion(4, steps=1)  ->  steps: expected
             denoising_diffusion(4, schedule="square")  ->  schedule: expected
             denoising_diffusion((4, 4))  ->  features: expected columns, or images
@@ -224,6 +239,8 @@ TABLE: dict[str, dict[type[Exception], str]] = {
         """,
         TypeError: """
             classifier(2, "cnn")  ->  network: expected a torch.nn.Module or None, got str
+            dbn(4, layers=[fit, fit])  ->  layers: expected fits of rbm, got a fit of 'ppca'
+            energy_model("network")  ->  network: expected a torch network
             m1_m2("m1.pt", classes=2)  ->  m1: expected a fit of m1
             m1_m2(fit, classes=2)  ->  m1: expected a fit of m1 (or of vae, a perceptron without classes), got a fit of 'ppca'
         """,
@@ -264,6 +281,11 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.fit(normal, x, SVI(DomainAdversarial(), steps=1))  ->  domain: the model of 'normal' takes no 'domain'
             ContrastiveDivergence(steps=0)  ->  steps: expected
             ContrastiveDivergence(chains=5)  ->  chains: without persistent=True
+            ContrastiveDivergence(temperatures=5)  ->  temperatures: chains that start at the rows
+            ContrastiveDivergence(persistent=True, temperatures=1)  ->  temperatures: expected
+            ContrastiveDivergence(persistent=True, restart=1.0)  ->  restart: expected
+            WakeSleep(guide="wake")  ->  guide: 'wake' weighs particles
+            Walkback(steps=0)  ->  steps: expected
             SVI(steps=0)  ->  steps: expected
             SVI(steps=10, epochs=1)  ->  give steps or epochs
             SVI(batch_size=-1)  ->  batch_size: expected
@@ -350,6 +372,8 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             fit.evidence(particles=-1)  ->  particles: expected a whole number of at least 1, got -1
             fit.evidence(draws=2.5)  ->  draws: expected
             fit.evidence(chunk=0)  ->  chunk: expected
+            pg.AIS(temperatures=[0.0, 0.5])  ->  temperatures: expected a whole number of at least 1, or inverse
+            pg.AIS(chains=1)  ->  chains: expected
             fit.marginal_likelihood(draws=0)  ->  draws: expected
             fit.to_arviz(draws=0)  ->  draws: expected
             fit.diagnose(draws=0)  ->  draws: expected

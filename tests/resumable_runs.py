@@ -26,8 +26,10 @@ from ppl_gen.inference import (
     DomainAdversarial,
     Laplace,
     Pathfinder,
+    WakeSleep,
+    Walkback,
 )
-from ppl_gen.models import dcgan, gan, gaussian_mixture, lapgan, rbm, real_nvp, vae
+from ppl_gen.models import dcgan, gan, gaussian_mixture, gsn, helmholtz, lapgan, rbm, real_nvp, vae
 
 BITS = (torch.rand(20, 6, generator=torch.Generator().manual_seed(1)) < 0.4).double()
 ROWS = torch.randn(30, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -129,6 +131,17 @@ RUNS: dict[str, tuple[Callable[[], Any], Any, Any]] = {
         SVI(ContrastiveDivergence(persistent=True), steps=9, batch_size=6, lr=0.05, optimiser="sgd"),
         BITS,
     ),
+    "tempered chains": (
+        lambda: rbm(hidden=3),
+        SVI(ContrastiveDivergence(persistent=True, temperatures=3), steps=9, batch_size=6, lr=0.05),
+        BITS,
+    ),
+    "wake and sleep": (
+        lambda: helmholtz(hidden=(3, 2)),
+        SVI(WakeSleep(particles=2, guide="both"), steps=9, batch_size=6, lr=0.05),
+        BITS,
+    ),
+    "walkback": (lambda: gsn(hidden=(4,)), SVI(Walkback(), steps=9, batch_size=6, lr=0.05), BITS),
     "EM": (lambda: gaussian_mixture(components=2), EM(steps=9, tolerance=0.0), PAIRS),
     "EM by gradients": (lambda: gaussian_mixture(components=2), EM(steps=9, tolerance=0.0, m_step="gradient"), PAIRS),
     "EM from minibatches": (lambda: gaussian_mixture(components=2), EM(steps=9, batch_size=7), PAIRS),

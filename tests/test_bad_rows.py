@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ppl_gen as pg
 from ppl_gen.diagnostics.units import active_units, code_means
-from ppl_gen.inference import SVI, Adversarial, Algorithm, ContrastiveDivergence
+from ppl_gen.inference import SVI, Adversarial, Algorithm, ContrastiveDivergence, WakeSleep, Walkback
 from ppl_gen.models import anomaly_scores, bits_per_character, codes, reconstructions
 from ppl_gen.models.catalogue import CATALOGUE
 
@@ -93,6 +93,7 @@ ANY_WIDTH |= {
 }
 ANY_WIDTH |= {"nice", "naf", "glow", "ffjord"}
 ANY_WIDTH |= {"dcgan", "lapgan", "gran"}
+ANY_WIDTH |= {"gaussian_rbm", "dbm", "dbn", "helmholtz", "gsn"}
 
 #: Vectors are numbers, a row each, to these.
 VECTORS = {"gan"}
@@ -119,7 +120,7 @@ def _tensors(data: Any) -> list[Tensor]:
 def _fit(program: str) -> tuple[pg.Fit, Algorithm]:
     """One step of the first algorithm that the program fits; and that algorithm."""
     entry = CATALOGUE[program]
-    for objective in (None, Adversarial(), ContrastiveDivergence()):
+    for objective in (None, Adversarial(), ContrastiveDivergence(), WakeSleep(), Walkback()):
         algorithm = SVI(steps=1) if objective is None else SVI(objective, steps=1)
         try:
             return pg.fit(entry.recipe(), entry.data(), algorithm, progress=False), algorithm

@@ -102,7 +102,7 @@ def _add_prior(fit: Fit, batch: Batch, groups: Groups, draws: int) -> None:
     shown = [info.shown(site.name) for site in info.select(kind="observed")]
     latent = [s.name for s in info.sites.values() if s.kind in ("latent", "deterministic") and s.name not in shown]
     groups["prior"] = {name: as_array(drawn[name])[None] for name in latent if name in drawn}
-    if info.select(kind="observed") and fit.program.energy is None:
+    if info.select(kind="observed") and not fit.program.drawn_by_chain:
         groups["prior_predictive"] = {name: as_array(drawn[name])[None] for name in shown if name in drawn}
 
 
@@ -138,7 +138,7 @@ def _values(fit: Fit, groups: Groups, place: tuple[int, int]) -> dict[str, Tenso
 
 
 def _add_predictive(fit: Fit, batch: Batch, groups: Groups, kept: list[tuple[int, int]]) -> None:
-    if fit.program.energy is not None:
+    if fit.program.drawn_by_chain:
         return  # a replicate is a Markov chain of its own: fit.sample runs it when it is wanted
     limit = _affordable(replicated(fit, batch, [_values(fit, groups, kept[0]) if kept else {}]))
     kept = _thinned(kept, limit)

@@ -155,7 +155,7 @@ def _spread(name: str, value: Tensor, shape: tuple[int, ...], *, whole: bool = F
 
 def _refuse_teacher_forcing(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> None:
     """A program that reads x in order to make x cannot generate by forgetting its observation: say so."""
-    if fit.program.energy is not None:
+    if fit.program.drawn_by_chain:
         return
     observed = [site.name for site in fit.info.select(kind="observed")]
     found = reads_own_observation(lambda b: run(fit, b, values, replicate=True), batch, observed)

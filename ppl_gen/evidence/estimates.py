@@ -17,6 +17,7 @@ from ppl_gen.draws.new_data import follows_rows
 from ppl_gen.draws.predictive import global_draws
 from ppl_gen.enumeration.finite_globals import summed_globals
 from ppl_gen.errors import IncompatibleError, require_whole
+from ppl_gen.evidence.annealed import LogPartition
 from ppl_gen.evidence.averaging import ENOUGH, Average, normaliser, weighed_parameters
 from ppl_gen.evidence.integration import RowIntegral, row_integral
 from ppl_gen.inference.guides.resolved import point_sites
@@ -46,6 +47,7 @@ class Evidence:
     smoothed) moves the mean, in nats per row, ``guide_gap_stderr`` the error of that; None where it was not measured.
     Both are part of ``mc_stderr``, in quadrature; both are zero for an exact guide, and `repr` tells of a gap beyond
     `NOTABLE` of its errors. ``mc_stderr`` is NaN where one draw shows no error, and infinite where nothing is known.
+    ``log_partition`` is how the normaliser of an energy was found, by annealing forward and back.
     """
 
     mean: float
@@ -60,6 +62,7 @@ class Evidence:
     effective_draws: Tensor | None = None
     guide_gap: float | None = None
     guide_gap_stderr: float | None = None
+    log_partition: LogPartition | None = None
 
     def __repr__(self) -> str:
         carried = "" if self.effective_draws is None else f", {float(self.effective_draws.median()):.0f} effective"
@@ -169,11 +172,15 @@ def _require_density(fit: Fit) -> None:
         )
     if "density" in fit.info.offers or fit.program.evidence is not None:
         return
-    why = (
-        "its energy has no normaliser in closed form"
-        if fit.program.energy is not None
-        else ("its observations come from a deterministic map (Delta)")
-    )
+    if fit.program.energy is not None:
+        why = (
+            "its energy has no normaliser in closed form (fit.evidence(method=pg.AIS()) estimates one where the energy "
+            "can be tempered)"
+        )
+    elif fit.program.transition is not None:
+        why = "it is a Markov chain, whose stationary distribution is not known in closed form"
+    else:
+        why = "its observations come from a deterministic map (Delta)"
     raise IncompatibleError(
         f"the program {fit.program.name!r} has no density: {why}, so there is no evidence to compute. "
         "Compare its samples instead: fit.sample(n)."

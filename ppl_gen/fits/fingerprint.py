@@ -46,6 +46,7 @@ _ANSWERS = (
     "cavi",
     "energy",
     "time_steps",
+    "transition",
     "terms",
 )  # of a program, beside its pair
 _MOST, _DEEPEST, _ITEMS, _SHOWN = 5000, 8, 100, 16

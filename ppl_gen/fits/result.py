@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import xarray
 
     from ppl_gen.diagnostics.verdicts import Verdict
+    from ppl_gen.evidence.annealed import AIS
     from ppl_gen.evidence.estimates import Evidence
 
 __all__ = ["Fit", "Status", "require_fit"]
@@ -216,19 +217,31 @@ class Fit:
         return sample_rows(self, n, given or {}, seed)
 
     def evidence(
-        self, data: Any = None, *, particles: int = 100, draws: int = 100, chunk: int = 1000, seed: int | None = None
+        self,
+        data: Any = None,
+        *,
+        particles: int = 100,
+        draws: int = 100,
+        chunk: int = 1000,
+        seed: int | None = None,
+        method: AIS | None = None,
     ) -> Evidence:
         """Log predictive density per row, log 1/S sum_s p(x_i | theta_s), local latents integrated out.
+
+        ``method=pg.AIS(...)`` estimates the normaliser of an energy where it cannot be enumerated.
 
         Raises:
             IncompatibleError: if the program has no normalised density.
         """
         from ppl_gen.draws.new_data import require_shared
+        from ppl_gen.evidence.energies import energy_evidence, has_energy
         from ppl_gen.evidence.estimates import row_evidence
 
         rows = self.dataset(data)
         require_shared(self, rows)
-        return row_evidence(self, rows, particles=particles, draws=draws, chunk=chunk, seed=seed)
+        if method is None and not has_energy(self.program):
+            return row_evidence(self, rows, particles=particles, draws=draws, chunk=chunk, seed=seed)
+        return energy_evidence(self, rows, method, particles=particles, draws=draws, chunk=chunk, seed=seed)
 
     def marginal_likelihood(self, *, draws: int = 2000, particles: int = 100, seed: int | None = None) -> Evidence:
         """log p(all data) in nats, globals and locals integrated out, by importance weighting.

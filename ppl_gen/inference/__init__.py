@@ -20,6 +20,8 @@ from ppl_gen.inference.objectives.iwae import IWAE
 from ppl_gen.inference.objectives.robust import AdversarialTraining
 from ppl_gen.inference.objectives.simple_diffusion import SimpleDiffusion
 from ppl_gen.inference.objectives.wae import WAE
+from ppl_gen.inference.objectives.wake_sleep import WakeSleep
+from ppl_gen.inference.objectives.walkback import Walkback
 from ppl_gen.inference.pathfinder import Pathfinder
 from ppl_gen.inference.svi import SVI
 
@@ -49,5 +51,7 @@ __all__ = [
     "Plateau",
     "Player",
     "SimpleDiffusion",
+    "WakeSleep",
+    "Walkback",
     "flow_guide",
 ]

@@ -259,7 +259,7 @@ class SVI(Iterative):
                 f"{', '.join(unmoved[:5])}{more}: no gradient of the loss reaches them, as behind .detach(), .item() "
                 "or a comparison"
             )
-        if ("density",) not in self.objective.needs:
+        if not any("density" in need for need in self.objective.needs):
             run.notes["game"] = f"{self.objective.label} does not use the density: look at samples, not at the loss"
         values = _averaged(state, state.run.workspace.snapshot())
         guide, failed = state.guide, None

@@ -10,6 +10,12 @@ from ppl_gen.models.diffusion.ddim import ddim_sample
 from ppl_gen.models.diffusion.denoising import denoising_diffusion
 from ppl_gen.models.diffusion.guidance import guided_sample
 from ppl_gen.models.diffusion.inpainting import inpaint
+from ppl_gen.models.energy.dbm import dbm
+from ppl_gen.models.energy.dbn import dbn, rbm_stack
+from ppl_gen.models.energy.energy_model import energy_model
+from ppl_gen.models.energy.gaussian_rbm import gaussian_rbm
+from ppl_gen.models.energy.gsn import gsn
+from ppl_gen.models.energy.helmholtz import helmholtz
 from ppl_gen.models.energy.rbm import rbm
 from ppl_gen.models.flows import (
     affine_flow,
@@ -46,17 +52,23 @@ __all__ = [
     "char_rnn",
     "classifier",
     "codes",
+    "dbm",
+    "dbn",
     "dcgan",
     "ddim_sample",
     "denoising_diffusion",
+    "energy_model",
     "factor_analysis",
     "ffjord",
     "from_pyramid",
     "gan",
     "gaussian_mixture",
+    "gaussian_rbm",
     "glow",
     "gran",
+    "gsn",
     "guided_sample",
+    "helmholtz",
     "hidden_markov",
     "iaf",
     "inpaint",
@@ -71,6 +83,7 @@ __all__ = [
     "ppca",
     "principal_components",
     "rbm",
+    "rbm_stack",
     "real_nvp",
     "reconstructions",
     "scalar_flow",

@@ -13,6 +13,12 @@ from ppl_gen.models.adversarial.lapgan import lapgan
 from ppl_gen.models.autoencoders.autoencoder import autoencoder
 from ppl_gen.models.diffusion.binomial import binomial_diffusion
 from ppl_gen.models.diffusion.denoising import denoising_diffusion
+from ppl_gen.models.energy.dbm import dbm
+from ppl_gen.models.energy.dbn import dbn
+from ppl_gen.models.energy.energy_model import energy_model
+from ppl_gen.models.energy.gaussian_rbm import gaussian_rbm
+from ppl_gen.models.energy.gsn import gsn
+from ppl_gen.models.energy.helmholtz import helmholtz
 from ppl_gen.models.energy.rbm import rbm
 from ppl_gen.models.flows import (
     affine_flow,
@@ -37,6 +43,7 @@ from ppl_gen.models.small_data import (
     letters,
     ring,
     ripples,
+    small_network,
     some_labelled,
     squares,
     two_factors,
@@ -221,6 +228,48 @@ CATALOGUE: dict[str, Entry] = {
             bars,
             "restricted Boltzmann machine of zeros and ones: an energy, trained by contrastive divergence",
             ("samples", "data plate", "exact evidence", "energy"),
+        ),
+        Entry(
+            "gaussian_rbm",
+            lambda: gaussian_rbm(hidden=3, sweeps=20),
+            ring,
+            "restricted Boltzmann machine of numbers: visible normals, hidden zeros and ones",
+            ("samples", "data plate", "exact evidence", "energy"),
+        ),
+        Entry(
+            "dbm",
+            lambda: dbm(hidden=(4, 3), updates=3, sweeps=20),
+            bars,
+            "deep Boltzmann machine of zeros and ones: mean field for the data, chains for the model",
+            ("samples", "data plate", "exact evidence", "energy"),
+        ),
+        Entry(
+            "dbn",
+            lambda: dbn(hidden=(4, 3), sweeps=20),
+            bars,
+            "deep belief network of zeros and ones: layers of coins below a Boltzmann machine, trained by wake-sleep",
+            ("latent sites", "samples", "data plate", "energy"),
+        ),
+        Entry(
+            "helmholtz",
+            lambda: helmholtz(hidden=(4, 3)),
+            bars,
+            "Helmholtz machine: a sigmoid belief network of zeros and ones, and a network that recognises its states",
+            ("density", "latent sites", "samples", "data plate"),
+        ),
+        Entry(
+            "energy_model",
+            lambda: energy_model(small_network(), sweeps=10),
+            ring,
+            "energy-based model: a network of one's own as energy, rows moved by Langevin steps",
+            ("samples", "data plate", "energy"),
+        ),
+        Entry(
+            "gsn",
+            lambda: gsn(hidden=(8,), sweeps=10),
+            bars,
+            "generative stochastic network: a chain that corrupts rows and restores them",
+            ("samples", "data plate", "transition"),
         ),
         Entry(
             "denoising_diffusion",

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppl_gen.models.variational.semi_supervised import m1
 
@@ -18,6 +18,7 @@ __all__ = [
     "letters",
     "ring",
     "ripples",
+    "small_network",
     "some_labelled",
     "squares",
     "two_factors",
@@ -88,6 +89,17 @@ def squares() -> Tensor:
         for start in (at // 4, at % 4)
     ]
     return (inside[0].unsqueeze(-1) & inside[1].unsqueeze(-2)).unsqueeze(1).to(torch.float64)
+
+
+@functools.cache
+def small_network() -> nn.Module:
+    """A network from pairs to one number each, for `energy_model`; always the same weights."""
+    network = nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return network
 
 
 def letters() -> dict[str, Tensor]:

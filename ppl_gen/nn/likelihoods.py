@@ -16,7 +16,7 @@ from ppl_gen.arguments import require_choice
 from ppl_gen.data.inputs import entries, seen_in_part
 from ppl_gen.errors import require_positive, require_whole
 
-__all__ = ["Kind", "Likelihood", "check_likelihood", "check_rows", "chosen_likelihood"]
+__all__ = ["Kind", "Likelihood", "as_handed_out", "check_likelihood", "check_rows", "chosen_likelihood"]
 
 Kind = Literal["auto", "bernoulli", "normal", "categorical"]
 _LOOKED_AT = 256  # rows of data that are redrawn for every batch
@@ -85,7 +85,7 @@ class BernoulliPixels(Likelihood):
         self.chances = (rows.sum(0) + 0.5) / (len(rows) + 1)
 
     def suited(self, data: Any) -> Likelihood:
-        if self.grey or not _is_grey(_as_handed_out(data, check_rows(data, "this likelihood", self.shape))):
+        if self.grey or not _is_grey(as_handed_out(data, check_rows(data, "this likelihood", self.shape))):
             return self
         other = copy(self)
         other.grey = True
@@ -178,7 +178,7 @@ def chosen_likelihood(
         return CategoricalPixels(shape, rows, levels)
     wide = rows if rows.is_floating_point() else rows.to(torch.get_default_dtype())
     wide = wide.to(torch.get_default_dtype())
-    seen = _as_handed_out(data, wide)
+    seen = as_handed_out(data, wide)
     outside = (seen < 0) | (seen > 1)
     if kind == "auto" and seen_in_part(data):
         raise ValueError(
@@ -215,7 +215,7 @@ def _is_grey(rows: Tensor) -> bool:
     return bool(((rows != 0) & (rows != 1)).any())
 
 
-def _as_handed_out(data: Any, rows: Tensor) -> Tensor:
+def as_handed_out(data: Any, rows: Tensor) -> Tensor:
     """Data that are redrawn for every batch show by a first draw what their rows are like."""
     draw = getattr(data, "on_batch", None)
     return rows if draw is None else torch.as_tensor(draw({"x": rows[:_LOOKED_AT]}).get("x", rows))

@@ -190,10 +190,10 @@ def _derived_offers(program: Program, sites: dict[str, Site], plate: bool, free:
     observed = [site for site in sites.values() if site.kind == "observed"]
     local = [site for site in latents if site.local]
     offers = {
-        "density": program.energy is None and not any(site.likelihood_free for site in observed),
+        "density": not program.drawn_by_chain and not any(site.likelihood_free for site in observed),
         "latent sites": bool(latents),
         "samples": bool(observed) and not any(site.improper for site in local),
-        "differentiable samples": program.energy is None
+        "differentiable samples": not program.drawn_by_chain
         and bool(observed)
         and all(site.reparameterised for site in latents)
         and all(site.reparameterised or not site.discrete or site.support is not None for site in observed)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["CAVIUpdates", "EMSteps", "Energy", "TimeSteps"]
+__all__ = ["CAVIUpdates", "EMSteps", "Energy", "Tempering", "TimeSteps", "Transition"]
 
 Values = Mapping[str, Tensor]
 
@@ -62,13 +62,44 @@ class Energy:
         free_energy: ``free_energy(x) -> rows``, in nats.
         gibbs: ``gibbs(x, steps) -> x``: moves each row by ``steps`` sweeps, without gradients.
         log_partition: ``log_partition() -> log Z`` where it can be computed exactly, else None.
-        site: the observed site whose density this is.
+        site: the site whose density this is: an observed one, or a latent one below which the program draws the rows.
+        tempering: ``tempering() -> Tempering`` at the present parameters: what annealed importance sampling and
+            tempered chains walk along.
+        bound: ``free_energy`` lies above that of the program (a variational one does), so that
+            -free_energy - log Z is a lower bound of log p.
     """
 
     free_energy: Callable[[Tensor], Tensor]
     gibbs: Callable[[Tensor, int], Tensor]
     log_partition: Callable[[], Tensor] | None = None
     site: str = "x"
+    tempering: Callable[[], Tempering] | None = None
+    bound: bool = False
+
+
+@dataclass(frozen=True)
+class Tempering:
+    r"""Unnormalised densities f_b of the states of a chain, 0 <= b <= 1, from one that can be drawn to the program's.
+
+    At b = 0 states are drawn exactly and the normaliser is known; at b = 1 the normaliser is the Z of the energy. The
+    states are rows, or hidden units that stand for them. b is a number, or one for each state (states x 1).
+
+    Args:
+        begin: ``begin(count) -> states``: exact draws at b = 0.
+        log_base: log of the normaliser at b = 0, a scalar.
+        log_density: ``log_density(states, b) -> log f_b`` per state, nats.
+        move: ``move(states, b, steps) -> states``: leaves f_b invariant; without gradients.
+        between: ``between(states, old, new) -> (states, log f_new - log f_old)``: the difference at the states given,
+            in float64, and the states after one sweep at ``new``; None: made of the two before.
+        of_rows: ``of_rows(x) -> states``: where chains that start at data begin; None: the states are rows.
+    """
+
+    begin: Callable[[int], Tensor]
+    log_base: Tensor
+    log_density: Callable[[Tensor, Any], Tensor]
+    move: Callable[[Tensor, Any, int], Tensor]
+    between: Callable[[Tensor, float, float], tuple[Tensor, Tensor]] | None = None
+    of_rows: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,3 +119,18 @@ class TimeSteps:
     term: Callable[..., Tensor]
     constant: Callable[..., Tensor]
     error: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A Markov chain of rows that forgets a part of one and draws the row anew: x -> corrupted -> x'.
+
+    Args:
+        corrupt: ``corrupt(x) -> corrupted``: rows with a part of them lost, drawn without gradients.
+        denoise: ``denoise(corrupted) -> distribution`` over the rows, one event each, as a Pyro distribution.
+        site: the observed site whose rows these are.
+    """
+
+    corrupt: Callable[[Tensor], Tensor]
+    denoise: Callable[[Tensor], Any]
+    site: str = "x"

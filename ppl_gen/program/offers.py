@@ -26,6 +26,7 @@ OFFERS: dict[str, str] = {
     "energy": "an unnormalised density: free energy and a Gibbs sampler",
     "EM steps": "closed-form E- and M-steps",
     "CAVI updates": "closed-form coordinate updates of a conjugate guide",
+    "transition": "a Markov chain of rows: a corruption, and a distribution that undoes it",
     "time steps": "a Markov chain of latents whose ELBO terms can be entered at any time step",
     "noise prediction": "time steps at which the noise is predicted, so that its plain error can be learned by",
 }

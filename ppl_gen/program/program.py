@@ -14,7 +14,7 @@ from torch import Tensor
 from ppl_gen.arguments import require_function, require_instance, require_mapping, require_text
 from ppl_gen.errors import require_flag, require_whole
 from ppl_gen.handlers.opened import opened
-from ppl_gen.program.extensions import CAVIUpdates, EMSteps, Energy, TimeSteps
+from ppl_gen.program.extensions import CAVIUpdates, EMSteps, Energy, TimeSteps, Transition
 
 __all__ = ["Program", "Recipe", "as_recipe", "with_known_kwargs"]
 
@@ -45,6 +45,7 @@ class Program:
         cavi: closed-form coordinate updates.
         energy: an unnormalised density.
         time_steps: a chain of latents that the ELBO may enter at a sampled time step.
+        transition: a chain of rows that is learned by its steps.
         terms: named terms that are added to the loss of every objective and are no part of the density (a penalty, a
             classifier's loss): called with the data, each gives nats per row; rescaled on minibatches as the rows are.
         data_dim: the dimension of the data's arrays along which the rows run: 1 for words x documents or for batches of
@@ -77,6 +78,7 @@ class Program:
     cavi: CAVIUpdates | None = field(default=None, metadata={"offer": "CAVI updates", "kind": CAVIUpdates})
     energy: Energy | None = field(default=None, metadata={"offer": "energy", "kind": Energy})
     time_steps: TimeSteps | None = field(default=None, metadata={"offer": "time steps", "kind": TimeSteps})
+    transition: Transition | None = field(default=None, metadata={"offer": "transition", "kind": Transition})
     terms: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     data_dim: int = 0
 
@@ -114,6 +116,11 @@ class Program:
         for own in fields(self):
             if "kind" in own.metadata:
                 require_instance(own.name, getattr(self, own.name), own.metadata["kind"])
+
+    @property
+    def drawn_by_chain(self) -> bool:
+        """Whether a Markov chain draws its rows, which then have no normalised density."""
+        return self.energy is not None or self.transition is not None
 
     @classmethod
     def offer_fields(cls) -> dict[str, str]:

@@ -31,10 +31,13 @@ from ppl_gen.inference import (
     ContrastiveDivergence,
     DomainAdversarial,
     SimpleDiffusion,
+    WakeSleep,
+    Walkback,
 )
 from ppl_gen.inference.gradients import gradients
 from ppl_gen.inference.updates import CHECK
-from ppl_gen.models import dcgan, denoising_diffusion, gan, lapgan, rbm, vae
+from ppl_gen.models import dbm, dbn, dcgan, denoising_diffusion, energy_model, gan, gsn, helmholtz, lapgan, rbm, vae
+from ppl_gen.models.small_data import small_network
 from ppl_gen.workspace.isolation import generators, set_generators
 
 
@@ -79,6 +82,18 @@ GAMES: dict[str, tuple[Any, Any, Any, Any]] = {
     "ContrastiveDivergence": (rbm(hidden=3), None, ContrastiveDivergence(steps=2), BITS),
     "persistent chains": (rbm(hidden=3), None, ContrastiveDivergence(persistent=True, chains=7), BITS),
     "simple diffusion": (denoising_diffusion(steps=4, hidden=8), None, SimpleDiffusion(), ROWS),
+    "tempered chains": (
+        rbm(hidden=3),
+        None,
+        ContrastiveDivergence(persistent=True, chains=7, temperatures=3, restart=0.2),
+        BITS,
+    ),
+    "deep chains": (dbm(hidden=(3, 2)), None, ContrastiveDivergence(persistent=True), BITS),
+    "Langevin chains": (energy_model(small_network()), None, ContrastiveDivergence(steps=2, persistent=True), ROWS),
+    "wake-sleep": (helmholtz(hidden=(3, 2)), None, WakeSleep(), BITS),
+    "reweighted wake-sleep": (helmholtz(hidden=(3, 2)), None, WakeSleep(particles=3, guide="both"), BITS),
+    "up-down": (dbn(hidden=(3, 2)), None, WakeSleep(steps=2), BITS),
+    "walkback": (gsn(hidden=(4,)), None, Walkback(steps=2), BITS),
     "diffusion": (denoising_diffusion(steps=4, hidden=8), None, ELBO(), ROWS),
 }
 
@@ -102,7 +117,7 @@ def _played_twice(name: str, run: Any, algorithm: SVI) -> None:
         assert same(kept, dict(state)), "the state that was passed stays as it was"
         assert same(held, [leaf.detach() for leaf in leaves])
         assert not any(value.requires_grad for value in first.state.values())
-    assert bool(state) == (name in ("ELBO, score function with baselines", "persistent chains"))
+    assert bool(state) == (name == "ELBO, score function with baselines" or name.endswith(" chains"))
     assert not state or not same(dict(first.state), dict(state)), "a state that never moves would show nothing"
 
 

@@ -20,7 +20,8 @@ from ppl_gen.inference import ELBO, IWAE, SVI, ContrastiveDivergence
 from ppl_gen.inference.gradients import gradients
 from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.models import rbm
-from ppl_gen.models.energy.rbm import BoltzmannMachine, GibbsRows
+from ppl_gen.models.energy.chain_rows import ChainRows
+from ppl_gen.models.energy.rbm import BoltzmannMachine
 from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.extensions import Energy
 
@@ -118,13 +119,13 @@ def test_a_gibbs_sweep_has_the_transition_probabilities_of_the_joint_distributio
 
 def test_a_row_is_a_chain_that_ends_near_the_model_and_has_no_log_density():
     made, count = machine(scale=0.5), 100_000
-    drawn = GibbsRows(made, sweeps=60).expand(torch.Size([count])).sample()
+    drawn = ChainRows(made, sweeps=60).expand(torch.Size([count])).sample()
     assert drawn.shape == (count, 4)
     p = made.log_density(states(4)).exp().detach()
     seen = torch.bincount((drawn.long() * 2 ** torch.arange(3, -1, -1)).sum(1), minlength=16) / count
     assert float(((seen - p) / (p * (1 - p) / count).sqrt()).abs().max()) < Z
     with pytest.raises(pg.IncompatibleError, match="ContrastiveDivergence"):
-        GibbsRows(made, sweeps=1).log_prob(drawn)
+        ChainRows(made, sweeps=1).log_prob(drawn)
 
 
 # --------------------------------------------------------------------------------------- gradients of the objective

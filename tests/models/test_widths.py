@@ -6,15 +6,20 @@ import pytest
 import torch
 
 import ppl_gen as pg
-from ppl_gen.inference import EM, SVI, Adversarial, ContrastiveDivergence
+from ppl_gen.inference import EM, SVI, Adversarial, ContrastiveDivergence, WakeSleep, Walkback
 from ppl_gen.models import (
     affine_flow,
     autoencoder,
     binomial_diffusion,
     char_rnn,
+    dbm,
+    dbn,
     denoising_diffusion,
     factor_analysis,
     gan,
+    gaussian_rbm,
+    gsn,
+    helmholtz,
     iaf,
     m1,
     m2,
@@ -53,6 +58,16 @@ CASES = {  # the recipe without a width, the one with it, data and algorithm
     "m2": (lambda: m2(classes=2), lambda: m2(COLUMNS, classes=2), labelled, STEPS),
     "gan": (lambda: gan(), lambda: gan(COLUMNS), rows, SVI(Adversarial(), steps=3)),
     "rbm": (lambda: rbm(hidden=4), lambda: rbm(COLUMNS, 4), bits, SVI(ContrastiveDivergence(), steps=3)),
+    "gaussian_rbm": (
+        lambda: gaussian_rbm(hidden=2),
+        lambda: gaussian_rbm(COLUMNS, 2),
+        rows,
+        SVI(ContrastiveDivergence(), steps=3),
+    ),
+    "dbm": (lambda: dbm(hidden=(3, 2)), lambda: dbm(COLUMNS, (3, 2)), bits, SVI(ContrastiveDivergence(), steps=3)),
+    "dbn": (lambda: dbn(hidden=(3, 2)), lambda: dbn(COLUMNS, (3, 2)), bits, SVI(WakeSleep(), steps=3)),
+    "helmholtz": (lambda: helmholtz(hidden=(3,)), lambda: helmholtz(COLUMNS, (3,)), bits, SVI(WakeSleep(), steps=3)),
+    "gsn": (lambda: gsn(), lambda: gsn(COLUMNS), rows, SVI(Walkback(), steps=3)),
     "denoising_diffusion": (
         lambda: denoising_diffusion(steps=4),
         lambda: denoising_diffusion(COLUMNS, steps=4),
