@@ -115,7 +115,8 @@ def scores(network: nn.Module, x: Tensor) -> Tensor:
             found = logits(x)
     except PROGRAM_ERRORS as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"x: the network cannot read rows of shape {tuple(x.shape[1:])}: {text}") from error
+        hint = "; one image is x[None]" if x.dim() == 3 else ""
+        raise ValueError(f"x: the network cannot read rows of shape {tuple(x.shape[1:])}: {text}{hint}") from error
     if not isinstance(found, Tensor):
         if hasattr(found, "logits"):
             raise TypeError(
@@ -193,15 +194,22 @@ def chosen_layer(
     if layer is None:
         found = layers_of(network, kinds)
         if not found:
-            raise ValueError(f"network: expected one with {what}, got {type(network).__name__} without any")
+            raise ValueError(
+                f"network: expected one with {what}, got {type(network).__name__} without any; name a layer of it: "
+                f"{_leaves(network)}"
+            )
         return next(iter(found))
     if not isinstance(layer, str):
         raise TypeError(f"{argument}: expected the name of a layer, got {type(layer).__name__}")
     names = [name for name, _ in network.named_modules()]
     if layer not in names:
-        shown = ", ".join(repr(name) for name, part in network.named_modules() if name and not list(part.children()))
-        raise ValueError(f"{argument}: there is no {layer!r}; it has {shown or 'none'}")
+        raise ValueError(f"{argument}: there is no {layer!r}; it has {_leaves(network)}")
     return layer
+
+
+def _leaves(network: nn.Module) -> str:
+    """Names of the layers that have no parts."""
+    return ", ".join(repr(name) for name, part in network.named_modules() if not list(part.children()))
 
 
 def recorded(network: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

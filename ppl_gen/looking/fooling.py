@@ -162,7 +162,7 @@ def _aims(first: Tensor, target: Any, within: float) -> list[_Aim]:
         if not fits or not bool(given.isfinite().all()):
             raise ValueError(
                 f"target: expected finite codes of shape {tuple(first.shape)}, or one of {first.shape[1]} numbers, "
-                f"got shape {tuple(given.shape)}"
+                f"got shape {tuple(given.shape)}; labels are integers"
             )
         codes = given.detach().to(first)
         return [
