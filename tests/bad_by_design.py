@@ -23,6 +23,7 @@ BY_DESIGN: dict[str, str] = {
     "inference.SVI(optimiser={})": "no player is named, so each has the usual optimiser",
     "report.plot_traversal(row=3)": "the number of a row",
     "report.plot_traversal(units=[[]0[]])": "the number of a unit",
+    "distances.mmd(scales=[[]2.5[]])": "the length of one kernel",
     "data.encoded(text=*)": "any text of the alphabet",
     "data.decoded(alphabet='*')": "any different characters are an alphabet",
     "pg.AIS(temperatures=3)": "three temperatures",
