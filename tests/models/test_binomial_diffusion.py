@@ -132,6 +132,7 @@ def test_sampled_time_steps_have_the_bound_as_their_mean():
     assert float(z.abs().max()) < Z and Z * float(drawn.std(0).max()) / 4000**0.5 < 0.5
 
 
+@pytest.mark.slow
 def test_evidence_lies_between_the_bound_and_the_density():
     chain, rows = some_chain(), states(3)
     fit = pg.fit(pg.Recipe(lambda data: chain.program()), rows, SVI(**STILL))
