@@ -47,7 +47,9 @@ def test_log_determinants_are_autograds_and_the_inverse_inverts(name, state):
     # A flow may stretch far rows so much that the determinant of autograd's matrix loses digits, not the flow's sum.
     plain = condition < 1e6
     assert float(plain.double().mean()) > 0.7 and float(errors[plain].max()) < 1e-8, (errors, condition)
-    assert bool((errors < 1e-8 + 1e-14 * condition).all())
+    # Where condition numbers reach the inverse of double precision, they are themselves no longer known.
+    known = condition < 1e13
+    assert bool((errors < 1e-8 + 1e-14 * condition)[known].all())
     if state != "untrained" and name not in ("affine_flow", "nice"):  # which stretch all of space alike
         assert float(flow.log_det(rows).detach().std()) > 0.05, "the determinant differs between rows"
 
