@@ -153,8 +153,8 @@ def test_steps_are_captured_and_importance_weighted_bounds_too():
     runs = [pg.fit(program, X, SVI(steps=12, lr=0.01), seed=1, compile=mode) for mode in (False, "graph")]
     assert [run.cost["path"] == "eager" for run in runs] == [True, False], runs[1].cost
     torch.testing.assert_close(*(torch.as_tensor(run.records["program_loss"]) for run in runs), rtol=1e-9, atol=1e-9)
-    tight = pg.fit(program, X, SVI(IWAE(particles=20), steps=200, lr=0.02), seed=1)
-    assert exact_linear() - 1.0 < bound(tight, last=50) < exact_linear() + 0.2
+    tight = pg.fit(program, X, SVI(IWAE(particles=5), steps=80, lr=0.05), seed=1)
+    assert exact_linear() - 1.0 < bound(tight) < exact_linear() + 0.3
 
 
 @pytest.mark.slow

@@ -157,7 +157,7 @@ def test_evidence_of_a_row_does_not_depend_on_the_rows_beside_it():
     assert fit.sample(4)["x"].shape == (4, 1, 4, 4)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param("real_nvp", marks=pytest.mark.slow), "glow"])
 def test_training_beats_the_best_independent_normals(name):
     x, new = waves(300), waves(500, seed=9)
     normal = torch.distributions.Normal(x.mean(0), x.std(0)).log_prob(new).sum((1, 2, 3))
@@ -235,6 +235,7 @@ def exact_shares(flow, beyond=0.0):
     return shares
 
 
+@pytest.mark.slow
 def test_pixels_have_the_probability_of_their_intervals():
     x = two_pixels(400)
     recipe = real_nvp(channels=6, blocks=1, levels=4, margin=0.05)
