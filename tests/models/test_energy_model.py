@@ -52,7 +52,7 @@ def moons(count, generator):
 
 def by_quadrature(machine, width=6.0, cells=400):
     """log Z in the user's units of a machine over pairs, by a sum over a grid of standardised rows."""
-    axis = torch.linspace(-width, width, cells)
+    axis = torch.linspace(-width, width, cells, dtype=machine.loc.dtype)
     grid = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
         total = torch.logsumexp(-machine.energy(grid), 0)
