@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 
 import ppl_gen as pg
-from ppl_gen.inference import EM, NUTS, SVI, Adversarial, ContrastiveDivergence
+from ppl_gen.inference import EM, NUTS, SVI, Adversarial, ContrastiveDivergence, WakeSleep, Walkback
 from ppl_gen.models import ppca
 from ppl_gen.models.catalogue import CATALOGUE
 
@@ -29,7 +29,8 @@ def entries(name):
 
 @functools.cache
 def fitted(name):
-    for algorithm in (EM(steps=2), SVI(steps=1), SVI(Adversarial(), steps=1), SVI(ContrastiveDivergence(), steps=1)):
+    objectives = (Adversarial(), ContrastiveDivergence(), WakeSleep(), Walkback())
+    for algorithm in (EM(steps=2), SVI(steps=1), *(SVI(objective, steps=1) for objective in objectives)):
         try:
             return pg.fit(CATALOGUE[name].recipe(), CATALOGUE[name].data(), algorithm, seed=0), algorithm
         except pg.IncompatibleError:
