@@ -110,13 +110,11 @@ def _sigmoid(a: Array) -> Array:
 
 
 def _log_sigmoid(a: Array) -> tuple[Array, Array]:
-    shrunk = np.exp(-np.abs(a))
-    return np.minimum(a, 0.0) - np.log1p(shrunk), shrunk
+    return -np.logaddexp(0.0, -a), a  # torch's second result is scratch for the gradient
 
 
-def _log_sigmoid_backward(gradient: Array, a: Array, shrunk: Array) -> Array:
-    shrunk = np.exp(-np.abs(a))
-    return gradient * np.where(a < 0, 1.0, shrunk) / (1.0 + shrunk)
+def _log_sigmoid_backward(gradient: Array, a: Array, scratch: Array) -> Array:
+    return gradient / (1.0 + np.exp(a))
 
 
 def _softplus(a: Array, beta: float = 1.0, threshold: float = 20.0) -> Array:
@@ -151,15 +149,25 @@ def _slice_backward(gradient: Array, shape: Sequence[int], axis: int, start: int
 
 def _pad(a: Array, widths: Sequence[int], value: float = 0.0) -> Array:
     """Pairs of widths from the last axis on; negative ones cut."""
-    shape, into, out = list(np.shape(a)), [slice(None)] * np.ndim(a), [slice(None)] * np.ndim(a)
-    for axis, (low, high) in enumerate(zip(widths[::2], widths[1::2], strict=True), 1):
-        size = shape[-axis]
-        shape[-axis] = size + low + high
-        out[-axis] = slice(max(-low, 0), size - max(-high, 0))
-        into[-axis] = slice(max(low, 0), shape[-axis] - max(high, 0))
-    whole = np.full(shape, value)
-    whole[tuple(into)] = a[tuple(out)]
+    shape, into, out = _padding(np.shape(a), tuple(widths))
+    if shape is None:
+        return a[out]
+    whole = np.empty(shape)
+    whole.fill(value)
+    whole[into] = a[out]
     return whole
+
+
+@functools.lru_cache(1024)
+def _padding(shape: tuple[int, ...], widths: tuple[int, ...]) -> tuple[tuple[int, ...] | None, Any, Any]:
+    """The padded shape (None where nothing is added), and the places that are filled, and by which."""
+    wide, into, out = list(shape), [slice(None)] * len(shape), [slice(None)] * len(shape)
+    for axis, (low, high) in enumerate(zip(widths[::2], widths[1::2], strict=True), 1):
+        size = wide[-axis]
+        wide[-axis] = size + low + high
+        out[-axis] = slice(max(-low, 0), size - max(-high, 0))
+        into[-axis] = slice(max(low, 0), wide[-axis] - max(high, 0))
+    return tuple(wide) if max(widths) > 0 else None, tuple(into), tuple(out)
 
 
 def _index(a: Array, places: Sequence[Array | None]) -> Array:

@@ -31,12 +31,18 @@ _RESHAPED = {
 }
 #: Operations and second arguments that leave the first as it is.
 _NOTHING = {
-    *((name, number) for name in ("aten::mul.Tensor", "aten::mul.Scalar") for number in ("1", "1.0")),
-    *((name, number) for name in ("aten::div.Tensor", "aten::div.Scalar") for number in ("1", "1.0")),
-    *((name, number) for name in ("aten::add.Tensor", "aten::add.Scalar") for number in ("0", "0.0")),
-    *((name, number) for name in ("aten::sub.Tensor", "aten::sub.Scalar") for number in ("0", "0.0")),
-    *(("aten::pow.Tensor_Scalar", number) for number in ("1", "1.0")),
+    "aten::mul.Tensor": 1,
+    "aten::mul.Scalar": 1,
+    "aten::div.Tensor": 1,
+    "aten::div.Scalar": 1,
+    "aten::add.Tensor": 0,
+    "aten::add.Scalar": 0,
+    "aten::sub.Tensor": 0,
+    "aten::sub.Scalar": 0,
+    "aten::pow.Tensor_Scalar": 1,
 }
+#: Those whose arguments may change places.
+_EITHER = {"aten::mul.Tensor", "aten::add.Tensor"}
 _EVERYTHING = 2**62  # the end of a slice that has none
 _DTYPES = (torch.float64, torch.int64, torch.bool)
 
@@ -143,16 +149,29 @@ class _Writer:
     def _shorter(self, name: str, call: Call, args: Sequence[Any], shape: tuple[int, ...]) -> str:
         """What constants make simpler; "" where there is nothing. No value is changed in place: names may be shared."""
         first, second = str(args[0]), str(args[1]) if len(args) > 1 else ""
-        given = self.values.get(call.inputs[0]) if isinstance(call.inputs[0], Slot) else None
-        if (name, second) in _NOTHING and given is not None and given.dtype == torch.float64 and given.shape == shape:
-            return first
+        if name in _NOTHING and len(args) == 2:
+            if self._is(call.inputs[0], shape) and _all(call.inputs[1], _NOTHING[name]):
+                return first
+            if name in _EITHER and self._is(call.inputs[1], shape) and _all(call.inputs[0], _NOTHING[name]):
+                return second
         if name == "aten::pow.Tensor_Scalar" and second in ("2", "2.0"):
             return f"{first} * {first}"
+        if (
+            name == "aten::xlogy.Tensor"
+            and not isinstance(call.inputs[0], Slot)
+            and bool((call.inputs[0].value != 0).all())
+        ):
+            return f"{first} * {self._function('aten::log')}({second})"
         if name in ("aten::clamp", "aten::clamp_"):
             low, high = second or "None", str(args[2]) if len(args) > 2 else "None"
             floor = first if low == "None" else f"{self._function('aten::clamp_min')}({first}, {low})"
             return floor if high == "None" else f"{self._function('aten::clamp_max')}({floor}, {high})"
         return ""
+
+    def _is(self, leaf: Any, shape: tuple[int, ...]) -> bool:
+        """Whether it is of this shape, in the numbers of results."""
+        value = self.values.get(leaf) if isinstance(leaf, Slot) else None
+        return value is not None and value.dtype == torch.float64 and tuple(value.shape) == shape
 
     def _parts(self, name: str, call: Call, args: Sequence[Any]) -> list[str]:
         """Pieces along a dimension, each under its own name."""
@@ -210,6 +229,13 @@ class _Writer:
             self.places[id(value)] = len(self.constants)
             self.constants.append(value.numpy()[()] if isinstance(value, Tensor) else value)
         return f"c{self.places[id(value)]}"
+
+
+def _all(leaf: Any, number: int) -> bool:
+    """Whether it is this number in every entry."""
+    if isinstance(leaf, Slot) or not isinstance(leaf.value, Tensor | int | float):
+        return False
+    return bool((torch.as_tensor(leaf.value) == number).all())
 
 
 class _Text(str):

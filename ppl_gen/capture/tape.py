@@ -326,7 +326,10 @@ class _Recorder(TorchDispatchMode):
         """The operations that matter, tensors numbered."""
         leaves, structure = tree_flatten(results)
         live, slots = self.dependent | self.written, _Slots(self.inputs)
+        # Two results must not share memory that they did not share: whoever has one may change it.
+        single = self.written | {_storage(t) for t in _tensors(leaves)}
         calls: list[Call] = []
+        known: dict[Any, tuple[Slot | None, ...]] = {}  # what was computed before, from the same arguments
         large = numbers = 0
         for noted in self.noted:
             packet = noted.operation.overloadpacket
@@ -336,13 +339,34 @@ class _Recorder(TorchDispatchMode):
             if packet in _NOTHING and not self.reshaped and slots.stands_for(noted.outputs[0], noted.inputs[0]):
                 continue
             inputs = slots.read(noted.inputs)
+            key = _key(noted, inputs) if self._repeats(noted, single) else None
+            if key in known:
+                slots.same(noted.outputs, known[key])
+                continue
             given = {_storage(t) for t in _tensors(noted.inputs)}
             large += sum(t.nbytes for t in _tensors(noted.outputs) if t.nbytes >= _LARGE and _storage(t) not in given)
             numbers += sum(t.numel() for t in _tensors(noted.outputs) if _storage(t) not in given)
             calls.append(Call(noted.operation, inputs, noted.structure, slots.write(noted.outputs)))
+            if key is not None:
+                known[key] = calls[-1].outputs
         found = slots.read(leaves)
         frozen = tuple(Outside(tensor) for tensor in self.outside.values() if _storage(tensor) not in self.dependent)
         return Tape(len(self.inputs), tuple(_needed(calls, found)), found, structure, frozen, large, numbers)
+
+    def _repeats(self, noted: _Noted, single: Collection[int]) -> bool:
+        """Whether the same operation on the same arguments would give the same numbers, which nobody changes."""
+        if self.reshaped or torch.Tag.nondeterministic_seeded in noted.operation.tags:
+            return False
+        return not any(_storage(t) in single for t in _tensors([noted.inputs, noted.outputs]))
+
+
+def _key(noted: _Noted, inputs: Sequence[Leaf]) -> Any:
+    """What tells an operation on some arguments from others."""
+    leaves = (
+        leaf if isinstance(leaf, Slot) else id(given) if isinstance(given, Tensor) else (type(given), repr(given))
+        for leaf, given in zip(inputs, noted.inputs, strict=True)
+    )
+    return noted.operation, repr(noted.structure), tuple(leaves)
 
 
 class _Slots:
@@ -358,6 +382,12 @@ class _Slots:
             return False
         self.numbers[id(alias)] = self.numbers[id(tensor)]
         return True
+
+    def same(self, leaves: list[Any], slots: Sequence[Slot | None]) -> None:
+        """Give tensors the slots of others that hold the same numbers."""
+        for leaf, slot in zip(leaves, slots, strict=True):
+            if slot is not None:
+                self.numbers[id(leaf)] = slot
 
     def read(self, leaves: list[Any]) -> tuple[Leaf, ...]:
         """Slot or constant of each leaf; constants carry no gradient, as the tape holds its own."""

@@ -143,3 +143,28 @@ def test_recording_does_not_import_the_compiler() -> None:
         "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_what_is_computed_twice_from_the_same_is_computed_once():
+    tape = record(lambda: (X.exp() * 2.0, X.exp() * 2.0 + X.exp()), [X])
+    names = [call.operation.name() for call in tape.calls]
+    assert names.count("aten::exp") == 1 and names.count("aten::mul.Tensor") == 2  # the first of them is a result
+
+
+def test_results_that_are_equal_keep_memory_of_their_own():
+    replay = replayed(lambda x: (x.exp(), x.exp(), x.exp().view(3)), X)
+    first, second, third = replay(ELSEWHERE)
+    first.zero_()
+    assert torch.equal(second, ELSEWHERE.exp()) and torch.equal(third, ELSEWHERE.exp())
+
+
+def test_draws_and_what_is_written_into_are_not_merged():
+    def twice(x):
+        one, other = torch.zeros_like(x), torch.zeros_like(x)
+        one += x
+        return one * 1.0, other + x, torch.rand(3) * x, torch.rand(3) * x
+
+    tape = record(lambda: twice(X), [X], draws=True)
+    torch.manual_seed(0)
+    one, other, noise, more = recording(tape).load()(ELSEWHERE)
+    assert torch.equal(one, ELSEWHERE) and torch.equal(other, ELSEWHERE) and not torch.equal(noise, more)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ppl_gen.capture.arrays import ArrayRecording, array_recording
 from ppl_gen.capture.compiled import CannotCompileError, compiled
+from ppl_gen.capture.narrow import narrowed
 from ppl_gen.capture.replay import Recording, agrees, recording
 from ppl_gen.capture.tape import RecordingRefused, Tape, record
 from ppl_gen.fitting.run import Run
@@ -91,7 +92,7 @@ def captured(run: Run, density: Unconstrained, points: Sequence[Tensor], gradien
     began = time.perf_counter()
     points = [point for point in points if not bool(program(point)[0].isnan())]
     try:
-        tape = record(lambda: program(points[0]), [points[0]])
+        tape = narrowed(record(lambda: program(points[0]), [points[0]]), [points[0]])
         made: Recording = recording(tape)
         agrees(made.load(), program, points)
     except RecordingRefused as refused:
