@@ -56,9 +56,13 @@ def exact_fit(steps, covariance, middle=MIDDLE, spread=SPREAD):
 
 @pytest.fixture(scope="module")
 def pair():
-    with torch.random.fork_rng():
-        torch.set_default_dtype(torch.float64)
-        return exact_fit(200, torch.tensor([[1.0, RHO], [RHO, 1.0]]))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.random.fork_rng():
+            return exact_fit(200, torch.tensor([[1.0, RHO], [RHO, 1.0]]))
+    finally:
+        torch.set_default_dtype(default)
 
 
 def asked(rows):
