@@ -41,7 +41,7 @@ for row, (base, codes) in zip(panels, bases.items(), strict=True):
         row[0].plot(place, density, label=f"density {when}", ls="--" if when == "before" else "-")
         panel.hist(made, bins=40, range=(low, high), density=True, color="tab:purple", alpha=0.6)
         panel.plot(there, codes.pdf(there), color="black", lw=1)
-        panel.set(title=f"codes {when}, to {base}: off by {distances[base, when]:.3f}", xlim=(low, high))
+        panel.set(title=f"{when}, to {base}: off by {distances[base, when]:.3f}", xlim=(low, high))
     row[3].hist(fits["after"].sample(4000, seed=1)["x"], bins=60, density=True, color="tab:green", alpha=0.6)
     row[3].set(title="codes drawn and taken back", xlim=(-6, 11))
     row[0].set(title="new data", xlim=(-6, 11))

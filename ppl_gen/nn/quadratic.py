@@ -133,7 +133,10 @@ def swept(
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
-    """K products of long and narrow matrices: on processors numpy's library takes half of the time of torch's."""
-    if left.device.type != "cpu":
+    """K products of long and narrow matrices, on one thread by numpy's library, which takes less time than torch's.
+
+    On several, its threads and those of torch would wait for each other.
+    """
+    if left.device.type != "cpu" or torch.get_num_threads() > 1:
         return left @ right
     return torch.from_numpy(left.numpy() @ right.numpy())

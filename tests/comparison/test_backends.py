@@ -110,6 +110,7 @@ def test_a_process_killed_from_outside_is_a_row_and_the_others_finish(alone, tmp
     assert line.status == "failed" and ("its worker ended" if above else "SIGKILL") in line.message
 
 
+@pytest.mark.slow
 def test_threads_of_joblib_wait_for_processes(alone) -> None:
     """Fits in threads of one process would share Pyro's parameter store: here each has a process."""
     with joblib.parallel_config("threading", n_jobs=2):

@@ -39,6 +39,7 @@ def test_a_right_program_is_looked_at_where_its_data_are_possible(seed: int) -> 
     assert pg.check(count, torch.tensor([18.0, 16.0, 22.0, 25.0])).finite_latents == ["n"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_chains_draw_from_the_truncated_posterior() -> None:
     """a | x has the density a^-20 on [max x, 3]; integrated on a grid."""

@@ -106,6 +106,7 @@ def test_rows_that_lack_the_last_steps_are_summed_together_too():
     assert found[0].shape == (5, 4) and torch.allclose(*found, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_k_hats_are_those_of_unrolled_weights(fit, monkeypatch):
     """The same random numbers give the same draws either way, so that the k-hats agree to rounding."""
     together = fit.diagnose(draws=100)
