@@ -74,7 +74,7 @@ class ArrayRecording(Recording):
 def array_recording(tape: Tape, u: Tensor) -> ArrayRecording:
     """The text of a tape with one input, such as ``u``, in NumPy's operations.
 
-    >>> from ppl_gen.capture.tape import record
+    >>> from ppl_gen.capture.recorder import record
     >>> u = torch.tensor([1.0, 3.0], dtype=torch.float64)
     >>> text = array_recording(record(lambda: ((u * u).sum(), 2.0 * u), [u]), u)
     >>> value, gradient = text.load_arrays()(np.array([3.0, 4.0]))

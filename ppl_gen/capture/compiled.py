@@ -34,7 +34,7 @@ class CannotCompileError(RuntimeError):
 def worth_compiling(tape: Tape, steps: int) -> bool:
     """Whether compiling saves more in so many replays than it takes, guessed from numbers and never by a clock.
 
-    >>> from ppl_gen.capture.tape import record
+    >>> from ppl_gen.capture.recorder import record
     >>> x = torch.zeros(3)
     >>> tape = record(lambda: x.exp().sum(), [x])
     >>> worth_compiling(tape, 2000), worth_compiling(tape, 10_000_000)

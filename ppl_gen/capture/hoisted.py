@@ -14,7 +14,7 @@ def hoisted(tape: Tape) -> tuple[Tape, Tape]:
     """The part that no draw reaches, and the rest as a function of the same inputs followed by the first's results.
 
     >>> import torch
-    >>> from ppl_gen.capture.tape import record
+    >>> from ppl_gen.capture.recorder import record
     >>> x = torch.ones(3)
     >>> first, rest = hoisted(record(lambda: x.exp() + torch.rand(3), [x], draws=True))
     >>> [call.operation.name() for call in first.calls], rest.inputs

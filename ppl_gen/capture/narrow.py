@@ -36,7 +36,7 @@ def narrowed(tape: Tape, inputs: Sequence[Tensor]) -> Tape:
 
     ``inputs`` are such as the tape is replayed on; what the operations give is compared at them.
 
-    >>> from ppl_gen.capture.tape import record
+    >>> from ppl_gen.capture.recorder import record
     >>> scale = torch.tensor([2.0])
     >>> tape = narrowed(record(lambda: scale.expand(1000).log() * torch.arange(1000.0), [scale]), [scale])
     >>> [call.operation.name() for call in tape.calls], tape.numbers

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ppl_gen.capture.compiled import ABORTS, CannotCompileError, compiled, worth_compiling
 from ppl_gen.capture.hoisted import hoisted
+from ppl_gen.capture.recorder import record
 from ppl_gen.capture.replay import recording
-from ppl_gen.capture.tape import RecordingRefused, Tape, record
+from ppl_gen.capture.tape import RecordingRefused, Tape
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.workspace.isolation import generators, set_generators
 

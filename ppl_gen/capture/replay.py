@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
-from ppl_gen.capture.tape import Call, Constant, RecordingRefused, Slot, Tape, record
+from ppl_gen.capture.recorder import record
+from ppl_gen.capture.tape import Call, Constant, RecordingRefused, Slot, Tape
 
 __all__ = ["Recording", "agrees", "record_checked", "recording"]
 

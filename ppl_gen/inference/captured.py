@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ppl_gen.capture.compiled import ABORTS, CannotCompileError, compiled, worth_compiling
+from ppl_gen.capture.recorder import record
 from ppl_gen.capture.replay import recording
-from ppl_gen.capture.tape import RecordingRefused, Tape, record
+from ppl_gen.capture.tape import RecordingRefused, Tape
 from ppl_gen.data.batching import Batch
 from ppl_gen.data.calls import ByStep
 from ppl_gen.errors import PROGRAM_ERRORS

@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from ppl_gen.capture.array_operations import FUNCTIONS, TEXT
 from ppl_gen.capture.arrays import array_recording
+from ppl_gen.capture.recorder import record
 from ppl_gen.capture.replay import agrees
-from ppl_gen.capture.tape import RecordingRefused, record
+from ppl_gen.capture.tape import RecordingRefused
 
 DRAWN = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 EXTREME = torch.tensor([0.0, 1.0, -1.0, 1e-300, 1e300, -1e300, 700.0, -700.0, 30.0, math.inf, -math.inf, math.nan])

@@ -9,8 +9,8 @@ from test_tape import ELSEWHERE, FUNCTIONS, X, with_gradient
 
 from ppl_gen.capture.arrays import array_recording
 from ppl_gen.capture.narrow import narrowed
+from ppl_gen.capture.recorder import record
 from ppl_gen.capture.replay import agrees, recording
-from ppl_gen.capture.tape import record
 
 ROWS = torch.linspace(-1.0, 2.0, 50, dtype=torch.float64)
 

@@ -16,8 +16,8 @@ from fixtures import float64_under
 import ppl_gen as pg
 from ppl_gen.capture import repeated as repeated_file
 from ppl_gen.capture.hoisted import hoisted
+from ppl_gen.capture.recorder import record
 from ppl_gen.capture.repeated import Repeated
-from ppl_gen.capture.tape import record
 from ppl_gen.inference import SVI
 from ppl_gen.weights.log_mean import LogMean
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from ppl_gen.capture.recorder import record
 from ppl_gen.capture.replay import record_checked, recording
-from ppl_gen.capture.tape import RecordingRefused, record
+from ppl_gen.capture.tape import RecordingRefused
 
 X = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
 ELSEWHERE = torch.tensor([1.7, 0.4, -0.6], dtype=torch.float64)

@@ -14,8 +14,9 @@ from torch import Tensor
 from ppl_gen.capture.arrays import ArrayRecording, array_recording
 from ppl_gen.capture.compiled import CannotCompileError, compiled
 from ppl_gen.capture.narrow import narrowed
+from ppl_gen.capture.recorder import record
 from ppl_gen.capture.replay import Recording, agrees, recording
-from ppl_gen.capture.tape import RecordingRefused, Tape, record
+from ppl_gen.capture.tape import RecordingRefused, Tape
 from ppl_gen.fitting.run import Run
 from ppl_gen.inference.mcmc.kernel import Chain, Function
 from ppl_gen.inference.potentials import note_unrecorded

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ppl_gen.capture.arrays import array_recording
+from ppl_gen.capture.recorder import record
 from ppl_gen.capture.replay import agrees, recording
-from ppl_gen.capture.tape import RecordingRefused, record
+from ppl_gen.capture.tape import RecordingRefused
 from ppl_gen.fitting.run import Run
 from ppl_gen.inference.mcmc.kernel import DrawTable
 from ppl_gen.inference.unconstrained import Unconstrained
