@@ -213,7 +213,7 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             denoising_diffusion((1, 3, 3))  ->  layers: 3 levels halve an image 2 times
             binomial_diffusion(4, steps=1)  ->  steps: expected
             binomial_diffusion(4, layers=0)  ->  layers: expected
-            pg.check(binomial_diffusion(4), x)  ->  data: binomial_diffusion takes zeros and ones
+            pg.check(binomial_diffusion(4), x)  ->  data: a binomial_diffusion takes zeros and ones
             real_nvp(1)  ->  features: one column depends on no other
             maf(4, hidden=(2,))  ->  hidden: expected widths of at least 4
             real_nvp((4, 4))  ->  features: expected a number of columns or (channels, height, width)

@@ -16,7 +16,16 @@ from ppl_gen.arguments import require_choice
 from ppl_gen.data.inputs import entries, seen_in_part
 from ppl_gen.errors import require_positive, require_whole
 
-__all__ = ["Kind", "Likelihood", "as_handed_out", "check_likelihood", "check_rows", "chosen_likelihood"]
+__all__ = [
+    "Kind",
+    "Likelihood",
+    "as_handed_out",
+    "check_likelihood",
+    "check_rows",
+    "chosen_likelihood",
+    "log_odds",
+    "zeros_and_ones",
+]
 
 Kind = Literal["auto", "bernoulli", "normal", "categorical"]
 _LOOKED_AT = 256  # rows of data that are redrawn for every batch
@@ -219,3 +228,21 @@ def as_handed_out(data: Any, rows: Tensor) -> Tensor:
     """Data that are redrawn for every batch show by a first draw what their rows are like."""
     draw = getattr(data, "on_batch", None)
     return rows if draw is None else torch.as_tensor(draw({"x": rows[:_LOOKED_AT]}).get("x", rows))
+
+
+def log_odds(rows: Tensor) -> Tensor:
+    """Of each column; one row of fair coins more than there are: a column that never varies keeps finite log odds."""
+    return ((rows.sum(0, dtype=torch.float64) + 0.5) / (len(rows) + 1)).logit()
+
+
+def zeros_and_ones(rows: Tensor, program: str) -> Tensor:
+    """The rows; raises ValueError where one holds anything but zeros and ones."""
+    other = (rows != 0) & (rows != 1)
+    if bool(other.any()):
+        first = tuple(int(i) for i in other.nonzero()[0])
+        article = "an" if program == "rbm" else "a"
+        raise ValueError(
+            f"data: {article} {program} takes zeros and ones, got {float(rows[first]):g} at index {first}; threshold "
+            "the data, or draw them as coins (torch.bernoulli)"
+        )
+    return rows

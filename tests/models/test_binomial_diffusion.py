@@ -15,6 +15,7 @@ import torch
 from fixtures import float64_under
 
 import ppl_gen as pg
+from ppl_gen.data.rows import Rows
 from ppl_gen.inference import ELBO, SVI
 from ppl_gen.models import binomial_diffusion, inpaint
 from ppl_gen.models.diffusion.bits import BitDiffusion, BitNoising, erasing_schedule
@@ -200,3 +201,11 @@ def test_whole_chains_and_sampled_steps_train_the_same_program():
 def test_data_that_do_not_suit_are_refused(data, message):
     with pytest.raises(ValueError, match=message):
         pg.fit(binomial_diffusion(2, steps=4), data, SVI(steps=1))
+
+
+def test_rows_that_are_drawn_as_coins_for_every_batch_are_taken():
+    grey = Rows({"x": torch.full((40, 3), 0.3)}, on_batch=lambda batch: {"x": torch.bernoulli(batch["x"])})
+    fit = pg.fit(binomial_diffusion(steps=3, hidden=4), grey, SVI(steps=3, batch_size=10), seed=0)
+    assert set(fit.sample(5, seed=0)["x"].unique().tolist()) <= {0.0, 1.0}
+    with pytest.raises(ValueError, match="binomial_diffusion takes zeros and ones, got 0.3"):
+        pg.check(binomial_diffusion(steps=3, hidden=4), grey["x"])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ppl_gen.data.inputs import checked_shape, entries, row_shape
 from ppl_gen.models.diffusion.bits import BitDenoiser, BitDiffusion, erasing_schedule
 from ppl_gen.models.diffusion.networks import check_network, time_network
+from ppl_gen.nn.likelihoods import as_handed_out, log_odds, zeros_and_ones
 from ppl_gen.program.program import Program, Recipe
 
 __all__ = ["binomial_diffusion"]
@@ -63,9 +63,7 @@ def binomial_diffusion(
         shape = row_shape(data, "binomial_diffusion") if given is None else given
         check_network(hidden, layers, shape)
         rows = _bits(data, shape)
-        # One row of fair coins more than there are: a bit that never varies keeps finite log odds.
-        chances = (rows.sum(0, dtype=torch.float64) + 0.5) / (len(rows) + 1)
-        reverse = BitDenoiser(chances, noising, time_network(shape, hidden, layers))
+        reverse = BitDenoiser(log_odds(rows).sigmoid(), noising, time_network(shape, hidden, layers))
         return BitDiffusion(noising, reverse, shape).program("binomial_diffusion")
 
     return Recipe(build, name="binomial_diffusion", arguments={"features": features, "steps": steps})
@@ -77,11 +75,5 @@ def _bits(data: Any, shape: tuple[int, ...]) -> Tensor:
     if tuple(rows.shape[1:]) != shape or rows.dim() < 2:
         wanted = f"{shape[0]} columns" if len(shape) == 1 else f"shape {shape}"
         raise ValueError(f"data: binomial_diffusion takes rows of {wanted}, got {tuple(rows.shape)}")
-    other = (rows != 0) & (rows != 1)
-    if bool(other.any()):
-        first = tuple(int(i) for i in other.nonzero()[0])
-        raise ValueError(
-            f"data: binomial_diffusion takes zeros and ones, got {float(rows[first]):g} at index {first}; threshold "
-            "the data, or draw them as coins (torch.bernoulli)"
-        )
+    zeros_and_ones(as_handed_out(data, rows), "binomial_diffusion")
     return rows

@@ -20,7 +20,8 @@ from ppl_gen.errors import require_number, require_whole
 from ppl_gen.models.energy.bipartite import ENUMERABLE, Bipartite, all_states, flip
 from ppl_gen.models.energy.chain_rows import ChainRows
 from ppl_gen.models.energy.helmholtz import checked_layers
-from ppl_gen.models.energy.rbm import binary, binary_rows, log_odds
+from ppl_gen.models.energy.rbm import binary_rows
+from ppl_gen.nn.likelihoods import log_odds, zeros_and_ones
 from ppl_gen.program.extensions import Energy, Tempering
 from ppl_gen.program.program import Program, Recipe
 
@@ -133,7 +134,7 @@ class DeepMachine(nn.Module):
 
     def log_density(self, x: Tensor) -> Tensor:
         """log p(v) per row, exact; rows x visible -> rows."""
-        return -self.exact_free_energy(binary(x, "dbm").to(self.base)).double() - self.log_partition()
+        return -self.exact_free_energy(zeros_and_ones(x, "dbm").to(self.base)).double() - self.log_partition()
 
 
 def dbm(

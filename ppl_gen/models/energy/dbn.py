@@ -17,7 +17,8 @@ from ppl_gen.errors import require_number, require_seed, require_whole
 from ppl_gen.models.energy.bipartite import ENUMERABLE
 from ppl_gen.models.energy.chain_rows import ChainRows
 from ppl_gen.models.energy.helmholtz import SigmoidLayers, checked_layers
-from ppl_gen.models.energy.rbm import BoltzmannMachine, binary_rows, log_odds, rbm
+from ppl_gen.models.energy.rbm import BoltzmannMachine, binary_rows, rbm
+from ppl_gen.nn.likelihoods import log_odds
 from ppl_gen.program.extensions import Energy
 from ppl_gen.program.program import Program, Recipe
 

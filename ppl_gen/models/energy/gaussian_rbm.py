@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pyro
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
@@ -17,8 +16,8 @@ from torch.nn.functional import softplus
 from ppl_gen.data.inputs import check_width, entries, row_width
 from ppl_gen.errors import require_number, require_whole
 from ppl_gen.models.energy.bipartite import ENUMERABLE, all_states, flip, gained
-from ppl_gen.models.energy.chain_rows import ChainRows
-from ppl_gen.program.extensions import Energy, Tempering
+from ppl_gen.models.energy.rbm import machine_program
+from ppl_gen.program.extensions import Tempering
 from ppl_gen.program.program import Program, Recipe
 
 __all__ = ["GaussianMachine", "gaussian_rbm", "number_rows"]
@@ -165,19 +164,7 @@ def gaussian_rbm(visible: int | None = None, hidden: int = 16, *, scale: float =
     def build(data: Any) -> Program:
         rows = number_rows(data, row_width(visible, data, "gaussian_rbm"), "gaussian_rbm")
         machine = GaussianMachine(rows.mean(0), rows.std(0, correction=0), hidden, scale)
-        exact = hidden <= ENUMERABLE
-
-        def gaussian_rbm(x: Tensor) -> None:
-            pyro.module("machine", machine)
-            with pyro.plate("data", len(x)):
-                pyro.sample("x", ChainRows(machine, sweeps), obs=x.to(machine.weight))
-
-        partition = machine.log_partition if exact else None
-        return Program(
-            gaussian_rbm,
-            energy=Energy(machine.free_energy, machine.gibbs, partition, tempering=machine.tempering),
-            evidence=machine.log_density if exact else None,
-        )
+        return machine_program(machine, sweeps, exact=hidden <= ENUMERABLE, name="gaussian_rbm")
 
     return Recipe(build, name="gaussian_rbm", arguments={"visible": visible, "hidden": hidden})
 

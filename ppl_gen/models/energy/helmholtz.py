@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.data.inputs import check_width, row_width
-from ppl_gen.models.energy.rbm import binary_rows, log_odds
+from ppl_gen.models.energy.rbm import binary_rows
+from ppl_gen.nn.likelihoods import log_odds
 from ppl_gen.nn.networks import checked_widths
 from ppl_gen.program.program import Program, Recipe
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ppl_gen.data.inputs import check_width, entries, row_width
-from ppl_gen.errors import is_number, require_whole
+from ppl_gen.errors import require_number, require_whole
 from ppl_gen.models.energy.bipartite import ENUMERABLE, Bipartite, flip
 from ppl_gen.models.energy.chain_rows import ChainRows
-from ppl_gen.nn.likelihoods import as_handed_out
+from ppl_gen.nn.likelihoods import as_handed_out, log_odds, zeros_and_ones
 from ppl_gen.program.extensions import Energy, Tempering
 from ppl_gen.program.program import Program, Recipe
 
-__all__ = ["BoltzmannMachine", "binary", "binary_rows", "log_odds", "rbm"]
+__all__ = ["BoltzmannMachine", "binary_rows", "machine_program", "rbm"]
 
 
 class BoltzmannMachine(nn.Module):
@@ -75,7 +75,7 @@ class BoltzmannMachine(nn.Module):
 
     def log_density(self, x: Tensor) -> Tensor:
         """log p(v) = -F(v) - log Z per row, exact; rows x visible -> rows."""
-        return -self.free_energy(binary(x).to(self.weight)).double() - self.log_partition()
+        return -self.free_energy(zeros_and_ones(x, "rbm").to(self.weight)).double() - self.log_partition()
 
 
 def rbm(visible: int | None = None, hidden: int = 16, *, scale: float = 0.01, sweeps: int = 1000) -> Recipe:
@@ -117,27 +117,31 @@ def rbm(visible: int | None = None, hidden: int = 16, *, scale: float = 0.01, sw
     check_width("visible", visible)
     for name, value in (("hidden", hidden), ("sweeps", sweeps)):
         require_whole(name, value)
-    if not is_number(scale) or not 0 <= scale < float("inf"):
-        raise ValueError(f"scale: expected a finite number of at least 0, got {scale!r}")
+    require_number("scale", scale)
 
     def build(data: Any) -> Program:
         rows = binary_rows(data, row_width(visible, data, "rbm"), "rbm")
         machine = BoltzmannMachine(log_odds(rows), hidden, scale)
-        exact = min(rows.shape[1], hidden) <= ENUMERABLE
-
-        def rbm(x: Tensor) -> None:
-            pyro.module("machine", machine)
-            with pyro.plate("data", len(x)):
-                pyro.sample("x", ChainRows(machine, sweeps), obs=x.to(machine.weight))
-
-        partition = machine.log_partition if exact else None
-        return Program(
-            rbm,
-            energy=Energy(machine.free_energy, machine.gibbs, partition, tempering=machine.tempering),
-            evidence=machine.log_density if exact else None,
-        )
+        return machine_program(machine, sweeps, exact=min(rows.shape[1], hidden) <= ENUMERABLE, name="rbm")
 
     return Recipe(build, name="rbm", arguments={"visible": visible, "hidden": hidden})
+
+
+def machine_program(machine: Any, sweeps: int, *, exact: bool, name: str) -> Program:
+    """Rows of a machine with one layer of hidden units, which are summed out; ``exact``: log Z can be enumerated."""
+
+    def model(x: Tensor) -> None:
+        pyro.module("machine", machine)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", ChainRows(machine, sweeps), obs=x.to(machine.weight))
+
+    partition = machine.log_partition if exact else None
+    return Program(
+        model,
+        name=name,
+        energy=Energy(machine.free_energy, machine.gibbs, partition, tempering=machine.tempering),
+        evidence=machine.log_density if exact else None,
+    )
 
 
 def binary_rows(data: Any, visible: int, program: str) -> Tensor:
@@ -151,23 +155,5 @@ def binary_rows(data: Any, visible: int, program: str) -> Tensor:
         raise ValueError(
             f"data: {program}(visible={visible}) takes rows of {visible} columns, got shape {tuple(rows.shape)}"
         )
-    binary(as_handed_out(data, rows), program)
+    zeros_and_ones(as_handed_out(data, rows), program)
     return rows.double()
-
-
-def log_odds(rows: Tensor) -> Tensor:
-    """Of each column; one row of fair coins more than there are: a column that never varies keeps finite log odds."""
-    return ((rows.sum(0) + 0.5) / (len(rows) + 1)).logit()
-
-
-def binary(rows: Tensor, program: str = "rbm") -> Tensor:
-    """The rows; raises ValueError where one holds anything but zeros and ones."""
-    other = (rows != 0) & (rows != 1)
-    if bool(other.any()):
-        first = tuple(int(i) for i in other.nonzero()[0])
-        article = "an" if program == "rbm" else "a"
-        raise ValueError(
-            f"data: {article} {program} takes zeros and ones, got {float(rows[first]):g} at index {first}; threshold "
-            "the data, or draw them as coins (torch.bernoulli)"
-        )
-    return rows
