@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from ppl_gen.arguments import require_choice
 from ppl_gen.data.batching import Batch
-from ppl_gen.errors import IncompatibleError, require_number, require_positive, require_whole
-from ppl_gen.handlers.unobserved import unobserved
+from ppl_gen.errors import require_number, require_positive, require_whole
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.costs import COSTS, Costs, costs_of
 from ppl_gen.inference.objectives.critics import (
@@ -29,7 +27,7 @@ from ppl_gen.inference.objectives.critics import (
 )
 from ppl_gen.inference.objectives.divergences import Divergence
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
-from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, reads_own_observation
+from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, refuse_own_observation
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import without_side_effects
 
@@ -188,7 +186,7 @@ class _AdversarialGame(Game):
         self.simultaneous = objective.schedule == "simultaneous"
         sites = compared_sites(setting.info, objective.site, objective.relaxation)
         self.rows = ObservedRows(setting.model, setting.info, sites, objective.relaxation)
-        self._refuse_teacher_forcing(setting)
+        refuse_own_observation(setting, sites)
         with without_side_effects():
             real, _ = self.rows(setting.probe)
         rowwise = objective.constraint not in ("none", "clip")
@@ -265,13 +263,3 @@ class _AdversarialGame(Game):
             for parameter in self.critic.parameters():
                 if parameter.requires_grad:
                     parameter.clamp_(-bound, bound)
-
-    def _refuse_teacher_forcing(self, setting: Setting) -> None:
-        traced = poutine.trace(unobserved(setting.model))
-        names = [site.name for site in self.rows.sites]
-        reads = reads_own_observation(lambda b: traced.get_trace(*b.args, **b.kwargs), setting.probe, names)
-        if reads:
-            raise IncompatibleError(
-                f"the program {setting.program.name!r} reads its own observation of {', '.join(reads)} to make it, so "
-                "a critic would compare the data with copies of themselves; generate step by step inside the model"
-            )
