@@ -109,9 +109,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
         if target is not None:
             axis.plot([target, target], [place - 0.4, place + 0.4], color="black", linewidth=1.5)
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set(xscale="log", xlabel="time of ppl_gen over that of the peer (line: target; green: met, red: missed)")
+    axis.set(xscale="log", xlabel="time of ppl_gen over the peer's\n(line: target; green: met, red: missed)")
     axis.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=7)
-    axis.invert_yaxis()
+    axis.set_ylim(len(bars) - 0.4, -0.6)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
