@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ppl_gen.diagnostics.grades import Finding, Verdict, graded
 from ppl_gen.diagnostics.made_rows import FEWEST, RowsCompared, compare_rows
 from ppl_gen.draws.observations import observed_rows
+from ppl_gen.draws.sampling import sample_rows
 from ppl_gen.errors import PROGRAM_ERRORS
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ __all__ = ["rows_compared", "verdict_game"]
 
 _ROWS = 1000
 _NUMBERS = 20_000_000  # of rows that are compared, before fewer have to do
+_SEARCHED = 30_000  # rows of the data at most among which copies are looked for,
+_SEARCHED_NUMBERS = 3_000_000  # or as many as hold so many numbers, for a second or so
+_CERTAIN = 5  # copies beyond those among the data's rows: from fewer nothing is said of rows not looked at
 _UNSURE = "the losses of a game do not show whether its samples are like the data"
 _LOOK = "Look at samples and at a yardstick computed on them"
 
@@ -67,22 +72,61 @@ def _compared(fit: Fit) -> RowsCompared | str:
     rows = fit.data.rows or 0
     if fit.data.streamed is not None or rows < FEWEST or fit.info.data_plate is None:
         return ""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(fit.seed))
     with fit.bound():
-        few = observed_rows(fit, fit.data.subset(torch.arange(1)))
-    width = sum(value.numel() for value in few.values())
-    count = min(_ROWS, rows, max(FEWEST, _NUMBERS // max(width, 1)))
-    numbers = torch.Generator().manual_seed(fit.seed)
-    index = torch.randperm(rows, generator=numbers)[:count].sort().values
-    with fit.bound():
-        real = observed_rows(fit, fit.data.subset(index))
-    made = fit.sample(count)
-    pairs = [(value, made[name]) for name, value in real.items() if name in made]
-    if not pairs or any(len(one) != count or one.shape != other.shape for one, other in pairs):
+        width = sum(value.numel() for value in observed_rows(fit, fit.data.subset(order[:1])).values())
+        affordable = max(FEWEST, _NUMBERS // max(width, 1))
+        some = order[: min(_ROWS, affordable)]
+        observed = observed_rows(fit, fit.data.subset(some))
+    entries, conditional = _entries(fit, some, observed)
+    # What a program reads besides decides what it makes: it makes other rows than those it is compared with.
+    count = min(_ROWS, rows // 2 if conditional else rows, affordable)
+    if count < FEWEST:
+        return ""
+    read, left = (order[:count], order[count:]) if conditional else (None, order)
+    made = sample_rows(fit, count, {}, None, read=read)
+    names = [name for name in observed if name in made]
+    most = max(count, min(_SEARCHED, _SEARCHED_NUMBERS // max(width, 1)))
+    index = left[: most if all(name in entries for name in names) else count].sort().values
+    real = _observed(fit, index, entries, names)
+    pairs = [(value, made[name]) for name, value in real.items()]
+    if not pairs or any(
+        len(one) != len(index) or len(other) != count or one.shape[1:] != other.shape[1:] for one, other in pairs
+    ):
         return ""
     columns = [_flat([side[which] for side in pairs]) for which in (0, 1)]
     if not bool(columns[0].isfinite().all()):
         return "rows with hidden entries were not compared"
-    return compare_rows(columns[0], columns[1], labels=_labels(fit, index), seed=fit.seed)
+    found = compare_rows(columns[0], columns[1], labels=_labels(fit, index), seed=fit.seed)
+    if found.copied * count < _CERTAIN:
+        return found
+    return replace(found, copied=min(1.0, found.copied * len(left) / len(index)))
+
+
+def _entries(fit: Fit, index: Tensor, observed: Mapping[str, Tensor]) -> tuple[dict[str, int | str], bool]:
+    """Which argument of the program each observed site is, where it is one; and whether there are other arguments."""
+    batch = fit.data.batch(index)
+    found: dict[str, int | str] = {}
+    others = 0
+    passed: list[tuple[int | str, Any]] = [*enumerate(batch.args), *batch.kwargs.items()]
+    for place, value in passed:
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != len(index):
+            continue
+        same = [n for n, seen in observed.items() if seen.shape == value.shape and bool((seen == value).all())]
+        found |= dict.fromkeys(same, place)
+        others += not same
+    return found, others > 0
+
+
+def _observed(fit: Fit, index: Tensor, entries: Mapping[str, int | str], names: Sequence[str]) -> dict[str, Tensor]:
+    """What was observed of these rows: read off the data, or by running the program on them."""
+    if not all(name in entries for name in names):
+        with fit.bound():
+            real = observed_rows(fit, fit.data.subset(index))
+        return {name: real[name] for name in names}
+    batch = fit.data.batch(index)
+    places = {name: entries[name] for name in names}
+    return {name: batch.args[at] if isinstance(at, int) else batch.kwargs[at] for name, at in places.items()}
 
 
 def _flat(values: Sequence[Tensor]) -> Tensor:
@@ -115,9 +159,12 @@ def _of_rows(found: RowsCompared) -> list[Finding]:
         findings.append((2, f"made rows leave out the label(s) {named} of {found.labels}", _RESCUE))
     if found.repeated > 0.2:
         findings.append((2, f"{found.repeated:.0%} of the made rows repeat another made row", _RESCUE))
+    held_out = "Compare with rows that were held out: compare_rows(held_out, made)"
     if found.copied > 0.2:
-        told = f"{found.copied:.0%} of the made rows copy a row of the data"
-        findings.append((1, told, "Compare with rows that were held out: compare_rows(held_out, made)"))
+        findings.append((1, f"{found.copied:.0%} of the made rows copy a row of the data", held_out))
+    elif found.clinging:
+        told = "made rows lie nearer to rows of the data than these to one another, as copies with a little noise do"
+        findings.append((1, told, held_out))
     if found.z > 5:
         told = f"nearest neighbours tell {found.accuracy:.0%} of made and observed rows apart (chance 50%)"
         findings.append((2 if found.accuracy > 0.9 else 1, told, "Run more steps, and look at samples"))

@@ -20,6 +20,7 @@ _NEIGHBOURS = 5  # of a row of the data: its ball reaches to the fifth of them
 _SAME = 0.01  # of the median distance of neighbours in the data: nearer rows are repeats
 _SHUFFLES = 200
 _MISSED = 0.1  # of a label's share in the data: made less often, it counts as missed
+_CHUNK = 5000  # rows of the data at a time
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,15 @@ class RowsCompared:
             both are alike); what is low when modes are missing.
         spread: standard deviation of the made rows over that of the data, summed over columns.
         repeated: share of made rows that nearly repeat another made row, beyond that share within the data.
-        copied: share of made rows that nearly repeat a row of the data, beyond that share within the data.
+        copied: share of made rows that nearly repeat one of all rows of the data, beyond that share within the data.
         missed: labels that made rows show less than a tenth as often as the data do; None without labels.
         labels: how many labels there are; None without labels.
+        nearer: the probability that a made row lies less than half as far from its nearest row of the data as one of
+            the data's does, both over the distance from there to the next: below 1/2 where both are alike, near 1
+            where made rows are rows of the data with a little noise.
 
-    Source: Schilling (1986) and Lopez-Paz and Oquab (2017) for tests by classifiers, Naeem et al. (2020) for coverage.
+    Source: Schilling (1986) and Lopez-Paz and Oquab (2017) for tests by classifiers, Naeem et al. (2020) for coverage,
+    Meehan, Chaudhuri and Dasgupta (2020) for ranks of distances as a sign of copies.
     """
 
     count: int
@@ -51,6 +56,13 @@ class RowsCompared:
     copied: float
     missed: tuple[int, ...] | None = None
     labels: int | None = None
+    nearer: float = 0.0
+
+    @property
+    def clinging(self) -> bool:
+        """Whether made rows lie nearer to rows of the data than these to one another, by five standard deviations."""
+        deviation = math.sqrt((2 * self.count + 1) / 12) / self.count  # of Mann and Whitney's statistic
+        return self.z < -5 or self.nearer - 0.5 > 5 * deviation
 
     def __str__(self) -> str:
         modes = "" if self.missed is None else f", {(self.labels or 0) - len(self.missed)} of {self.labels} labels made"
@@ -64,11 +76,12 @@ class RowsCompared:
 def compare_rows(data: Any, made: Any, *, labels: Any = None, seed: int = 0) -> RowsCompared:
     """Compare made rows with rows of the data.
 
-    Both are rows x anything of the same shape; of the longer, as many are drawn as the shorter has. Columns are divided
-    by the data's standard deviations. Memory goes as the square of the rows: some thousand are enough.
+    Both are rows x anything of the same shape; of the longer, as many are drawn as the shorter has, but copies are
+    looked for among all rows of the data. Columns are divided by the data's standard deviations. Memory goes as the
+    square of the fewer rows: some thousand are enough.
 
     Args:
-        data: rows of the data, best such that the program has not seen.
+        data: rows of the data: such that the program has not seen, or those that it may have copied.
         made: rows of the program, as ``fit.sample(1000)["x"]``.
         labels: a whole number for each row of ``data``; made rows take that of the nearest.
         seed: of the rows drawn, and of shuffled labels.
@@ -87,31 +100,31 @@ def compare_rows(data: Any, made: Any, *, labels: Any = None, seed: int = 0) -> 
         True
     """
     numbers = torch.Generator().manual_seed(require_seed(seed))
-    rows, others, kinds = _checked(data, made, labels)
-    count = min(len(rows), len(others))
-    chosen = torch.randperm(len(rows), generator=numbers)[:count]
-    rows, others = rows[chosen], others[torch.randperm(len(others), generator=numbers)[:count]]
+    every, others, kinds = _checked(data, made, labels)
+    count = min(len(every), len(others))
+    chosen = torch.randperm(len(every), generator=numbers)[:count]
+    rows, others = every[chosen], others[torch.randperm(len(others), generator=numbers)[:count]]
     deviation = rows.std(0, correction=0)
     scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
     spread = float(others.std(0, correction=0).sum() / deviation.sum().clamp_min(torch.finfo(torch.float64).tiny))
-    rows, others = rows / scale, others / scale
+    # About the mean: far from zero, distances by matrix products lose their digits.
+    every, rows, others = ((values - rows.mean(0)) / scale for values in (every, rows, others))
     within, across, own = torch.cdist(rows, rows), torch.cdist(rows, others), torch.cdist(others, others)
     for square in (within, own):
         square.fill_diagonal_(math.inf)
     ball = within.kthvalue(_NEIGHBOURS, dim=1).values
-    nearest = within.min(1).values
-    near = _SAME * float(nearest.median())
-    base = float((nearest <= near).double().mean())
     accuracy, z = _told_apart(within, across, own, numbers)
     kinds = None if kinds is None else kinds[chosen]
+    copied, nearer = _copies(every, rows, others, chosen)
     return RowsCompared(
         count,
         accuracy,
         z,
         coverage=float((across.min(1).values <= ball).double().mean()),
         spread=spread,
-        repeated=max(0.0, float((own.min(1).values <= near).double().mean()) - base),
-        copied=max(0.0, float((across.min(0).values <= near).double().mean()) - base),
+        repeated=_repeated(own.min(1).values, within.min(1).values),
+        copied=copied,
+        nearer=nearer,
         missed=None if kinds is None else _missed(kinds, kinds[across.argmin(0)]),
         labels=None if kinds is None else len(kinds.unique()),
     )
@@ -183,6 +196,45 @@ def _told_apart(within: Tensor, across: Tensor, own: Tensor, numbers: torch.Gene
     chance = (shuffled == shuffled[:, nearest]).double().mean(1)
     accuracy = float((kind == kind[nearest]).double().mean())
     return accuracy, (accuracy - float(chance.mean())) / max(float(chance.std()), 1e-12)
+
+
+def _repeated(made: Tensor, data: Tensor) -> float:
+    """The share of made rows with next to no distance to their neighbour, beyond that share in the data."""
+    near = _SAME * float(data.median())
+    return max(0.0, float((made <= near).double().mean()) - float((data <= near).double().mean()))
+
+
+def _copies(every: Tensor, rows: Tensor, others: Tensor, chosen: Tensor) -> tuple[float, float]:
+    """`RowsCompared.copied` and ``nearer``, the rows of the data being rows ``chosen`` of ``every`` one of them."""
+    made, source = _nearest(others, every)
+    data, beside = _nearest(rows, every, chosen)
+    # Each over the distance from there to the next, the row itself left out: dense and sparse places count alike.
+    made_ratio = 2 * _over(made, _nearest(every[source], every, source)[0])
+    data_ratio = _over(data, _nearest(every[beside], every, beside, chosen)[0])
+    ranked = data_ratio.sort().values
+    above = len(ranked) - torch.searchsorted(ranked, made_ratio, right=True)
+    equal = len(ranked) - above - torch.searchsorted(ranked, made_ratio)
+    return _repeated(made, data), float((above + equal / 2).double().mean() / len(ranked))
+
+
+def _over(distance: Tensor, unit: Tensor) -> Tensor:
+    """Their ratio; 1 where both are zero, as among rows of zeros and ones."""
+    return torch.where((distance == 0) & (unit == 0), 1.0, distance / unit)
+
+
+def _nearest(points: Tensor, rows: Tensor, *leaving_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance to and number of the nearest of ``rows``; for each point the numbers ``leaving_out`` do not count."""
+    best = torch.full((len(points),), math.inf, dtype=points.dtype)
+    where = torch.zeros(len(points), dtype=torch.long)
+    for begin in range(0, len(rows), _CHUNK):
+        distance = torch.cdist(points, rows[begin : begin + _CHUNK])
+        for numbers in leaving_out:
+            held = (numbers >= begin) & (numbers < begin + distance.shape[1])
+            distance[held.nonzero().squeeze(1), numbers[held] - begin] = math.inf
+        least, at = distance.min(1)
+        where = torch.where(least < best, at + begin, where)
+        best = torch.minimum(least, best)
+    return best, where
 
 
 def _missed(kinds: Tensor, made: Tensor) -> tuple[int, ...]:

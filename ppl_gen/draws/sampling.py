@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["fixed_value", "sample_rows", "template"]
 
 
-def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) -> dict[str, Tensor]:
-    """See `Fit.sample`."""
+def sample_rows(
+    fit: Fit, n: int, given: Mapping[str, Any], seed: int | None, *, read: Tensor | None = None
+) -> dict[str, Tensor]:
+    """See `Fit.sample`; what the program reads comes from the rows ``read`` of the data, None: from the first ones."""
     from ppl_gen.draws.new_data import row_latents
 
     positive("n", n)
@@ -42,7 +44,7 @@ def sample_rows(fit: Fit, n: int, given: Mapping[str, Any], seed: int | None) ->
         raise ValueError(f"given: no site or input named {unknown}{said}; sites are {sorted(fit.info.sites)}")
     own = row_latents(fit)  # new rows get new ones
     with fit.bound(seed):
-        batch = template(fit, n, inputs)
+        batch = template(fit, n, inputs, read)
         shared = global_draws(fit, 1)[0] if fit.info.select(local=False) else {}
         values = {name: value for name, value in shared.items() if name not in own}
         values.update({name: fixed_value(fit, name, value, n) for name, value in {**fixed, **inputs}.items()})
@@ -105,8 +107,8 @@ class _Generating:
         ) from error
 
 
-def template(fit: Fit, n: int, inputs: Mapping[str, Any]) -> Batch:
-    batch = fit.data.template(n)
+def template(fit: Fit, n: int, inputs: Mapping[str, Any], read: Tensor | None = None) -> Batch:
+    batch = fit.data.template(n) if read is None else fit.data.batch(read, total=n)
     args, kwargs = list(batch.args), dict(batch.kwargs)
     for name, value in inputs.items():
         place = fit.data.positional.index(name) if name in fit.data.positional else None

@@ -27,6 +27,7 @@ def test_rows_of_one_distribution_are_not_told_apart(columns: int) -> None:
     # Each data row is covered with probability 1 - 2^-5 = 0.97, sd of the share over 500 rows at most 0.01.
     assert all(0.9 < one.coverage <= 1 and 0.85 < one.spread < 1.15 for one in found)
     assert all(one.repeated < 0.05 and one.copied < 0.05 and one.missed is None for one in found)
+    assert all(one.nearer < 0.4 and not one.clinging for one in found)
 
 
 def test_what_each_fault_looks_like() -> None:
@@ -41,6 +42,32 @@ def test_what_each_fault_looks_like() -> None:
     assert copies.copied > 0.98 and copies.accuracy < 0.1 and copies.z < -5
     half = compare_rows(torch.cat([_rows(2) - 5, _rows(3) + 5]), _rows(4, 1000) - 5)
     assert 0.4 < half.coverage < 0.6 and half.z > 5
+
+
+@pytest.mark.parametrize("columns", [1, 2, 20])
+@pytest.mark.parametrize("noise", [0.05, 0.2])
+def test_copies_with_a_little_noise_are_seen_and_missing_modes_are_no_copies(columns: int, noise: float) -> None:
+    data = _rows(0, columns=columns)
+    nearest = torch.cdist(data, data).fill_diagonal_(math.inf).min(1).values.median() / columns**0.5
+    found = compare_rows(data, data + noise * nearest * _rows(1, columns=columns))
+    assert found.clinging and found.nearer > 0.6
+    verdict = verdict_game(found, {})
+    assert "nearer to rows of the data than these to one another" in str(verdict) and "held_out" in verdict.advice
+    assert not compare_rows(data, 0.5 * _rows(1, columns=columns)).clinging
+
+
+def test_copies_are_looked_for_among_all_rows_of_the_data() -> None:
+    data = _rows(0, 20_000)
+    made = data[torch.randperm(20_000, generator=torch.Generator().manual_seed(1))[:500]]
+    found = compare_rows(data, made)
+    assert found.copied > 0.9 and abs(found.z) < 5, "among 500 rows of 20000 a copy seldom meets its source"
+    assert compare_rows(data, _rows(2)).copied < 0.05
+
+
+def test_rows_far_from_zero_are_compared_as_others_are() -> None:
+    data, made = _rows(0, 100).double(), _rows(1, 100).double()
+    near, far = compare_rows(data, made), compare_rows(data + 1e8, made + 1e8)
+    assert abs(near.accuracy - far.accuracy) < 0.02 and abs(near.nearer - far.nearer) < 0.02
 
 
 def test_rows_of_zeros_and_ones_may_repeat_each_other() -> None:
@@ -157,3 +184,45 @@ def test_labels_that_the_program_does_not_read_are_its_modes() -> None:
     found = fit.diagnose().attrs["rows_compared"]
     assert found.missed == (0,) and found.labels == 2
     assert fit.verdict.grade == "do not trust"
+
+
+def test_a_program_that_hands_out_the_rows_it_was_given_is_seen_however_many_they_are() -> None:
+    data = _rows(0, 20_000)
+
+    def remembering(x: torch.Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            at = pyro.sample("at", dist.Uniform(0.0, 1.0))
+            rows = data[(at * len(data)).long().clamp(max=len(data) - 1)]
+            pyro.sample("x", dist.Delta(rows + 1e-9 * loc, event_dim=1), obs=x)
+
+    fit = pg.fit(remembering, data, SVI(Adversarial(), steps=1, batch_size=64), seed=0)
+    assert "of the made rows copy a row of the data" in str(fit.verdict)
+
+
+def test_what_a_program_reads_comes_from_other_rows_than_it_is_compared_with() -> None:
+    """Sorted by what is read: the first rows are no sample of it. Read off the same rows, near copies are no fault."""
+    labels = torch.arange(3).repeat_interleave(300)
+    x = 4.0 * labels + torch.randn(900, generator=torch.Generator().manual_seed(0))
+
+    def given(x: torch.Tensor, y: torch.Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Delta(4.0 * y + scale * z), obs=x)
+
+    fit = pg.fit(given, {"x": x, "y": labels}, SVI(Adversarial(), steps=1, lr=1e-9), seed=0)
+    found = fit.diagnose().attrs["rows_compared"]
+    assert found.count == 450 and abs(found.z) < 5 and found.coverage > 0.9 and not found.clinging
+
+    def told(x: torch.Tensor, y: torch.Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(0.01))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Delta(y + scale * z), obs=x)
+
+    y = 10 * torch.randn(900, generator=torch.Generator().manual_seed(1))
+    x = y + 0.01 * torch.randn(900, generator=torch.Generator().manual_seed(2))
+    fit = pg.fit(told, {"x": x, "y": y}, SVI(Adversarial(), steps=1, lr=1e-9), seed=0)
+    found = fit.diagnose().attrs["rows_compared"]
+    assert not found.clinging and found.copied < 0.2
