@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from ppl_gen.capture.tape import WRITES_STATISTICS, Call, Constant, Leaf, Outside, RecordingRefused, Slot, Tape
 
-__all__ = ["record"]
+__all__ = ["other_generators", "record"]
 
 _aten = torch.ops.aten
 #: These read the shape of their argument and not its numbers.
@@ -64,16 +64,16 @@ def record(
         >>> [call.operation.name() for call in tape.calls]
         ['aten::mul.Tensor', 'aten::pow.Tensor_Scalar', 'aten::sum']
     """
-    others = _other_generators()
+    others = other_generators()
     with _Readings() as readings, _Recorder(inputs, draws, writable) as recorder:
         readings.recorder = recorder
         results = function()
-    if _other_generators() != others:
+    if other_generators() != others:
         raise RecordingRefused("it draws from NumPy's or Python's random numbers, which a replay would repeat")
     return recorder.tape(results)
 
 
-def _other_generators() -> tuple[Any, ...]:
+def other_generators() -> tuple[Any, ...]:
     """Where NumPy's and Python's generators stand."""
     name, keys, place, *_ = np.random.get_state(legacy=True)
     return name, bytes(np.asarray(keys)), place, random.getstate()

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.enumeration.finite_globals import combinations, summed_globals
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.weights.densities import joint_densities
+from ppl_gen.weights.fresh_noise import FreshNoise
 from ppl_gen.weights.log_weights import global_draw
 from ppl_gen.weights.particles import can_vectorise, log_weights_in_chunks
 from ppl_gen.weights.sizes import Largest
@@ -150,31 +150,6 @@ def _integrated(fit: Fit, batch: Batch, outside: dict[str, Tensor], particles: i
     return torch.stack([one({name: value[i] for name, value in outside.items()}) for i in range(count)])
 
 
-class _FreshNoise(TorchFunctionMode):
-    """What `torch.vmap` refuses: noise written into an empty tensor is made as a new one."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "requires_grad_":
-            return args[0]  # Pyro says it of every parameter it hands out, and nothing is differentiated here
-        if name not in ("normal_", "exponential_", "cauchy_", "uniform_"):
-            return func(*args, **kwargs)
-        like, rest = args[0], [*args[1:], *(v for k, v in kwargs.items() if k != "generator")]
-        options = {"dtype": like.dtype, "device": like.device}
-        if name == "normal_":
-            mean, std = rest or (0.0, 1.0)
-            return mean + std * torch.randn(like.shape, **options)
-        u = torch.rand(like.shape, **options)
-        if name == "uniform_":
-            low, high = rest or (0.0, 1.0)
-            return low + (high - low) * u
-        if name == "exponential_":
-            return -torch.log1p(-u) / (rest[0] if rest else 1.0)
-        loc, scale = rest or (0.0, 1.0)
-        return loc + scale * torch.tan(math.pi * (u - 0.5))
-
-
 def many(one: Callable[[Any], Any], inputs: Any, batch: Batch, particles: int = 1) -> Any | None:
     """``one`` of many inputs at once, each with random numbers of its own; None where the program does not allow it.
 
@@ -186,7 +161,7 @@ def many(one: Callable[[Any], Any], inputs: Any, batch: Batch, particles: int = 
     cells = sum(v.numel() for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)) * particles
     state = torch.get_rng_state()
     try:
-        with warnings.catch_warnings(), _FreshNoise():
+        with warnings.catch_warnings(), FreshNoise():
             warnings.simplefilter("ignore", UserWarning)  # that an operation has no batching rule costs time, no more
             trial = torch.vmap(one, randomness="different")(first)
             torch.set_rng_state(state)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 from pyro import poutine
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ppl_gen.arguments import require_choice
+from ppl_gen.capture.tape import RecordingRefused
 from ppl_gen.data.batching import Batch
-from ppl_gen.errors import IncompatibleError, require_flag, require_number, require_whole
+from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError, require_flag, require_number, require_whole
+from ppl_gen.handlers.private import HANDLERS
+from ppl_gen.handlers.rank_noise import RankNoise
 from ppl_gen.handlers.rescale import RescalePlate, Weigh
 from ppl_gen.handlers.sites import in_plate, is_sample, log_density, own_scale, parallel, scaled
 from ppl_gen.inference.objectives.base import Objective
@@ -21,8 +26,14 @@ from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
 from ppl_gen.inference.objectives.time_steps import TimeStepGame
 from ppl_gen.inference.objectives.tracing import analytic_kl, traces, weighed_alike
 from ppl_gen.program.offers import Need
+from ppl_gen.weights.at_once import at_once, can_go_at_once
+from ppl_gen.workspace.closures import functions_of
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["ELBO"]
+
+#: Parts of the loss by name, and of each score-function site its cost and log q.
+_Draw = tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,11 @@ class ELBO(Objective):
     reparameterised site is taken in closed form where torch registers one and the guide draws the sites in the
     model's order; what has no reparameterisation gets the score function with a running-mean baseline per site.
     A program that offers ``time steps`` is entered at one sampled step of its chain.
+
+    The draws of a step are made at once where a trial shows that each comes to what it comes to alone, and one by one
+    where it does not: numbers read into Python, buffers written (batch norm), draws of NumPy, anything that the program
+    keeps from one run to the next. ``fit.notes["particles"]`` says "vectorised" or "unrolled". Where a guide's
+    sites are summed out, at time steps, and in fits of several processes they are made one by one.
 
     With ``beta`` other than 1 the divergence of the latents is weighed, E_q[log p(x | z)] - beta KL(q || p): a bound
     for beta >= 1 only. The program's own density, and so `fit.evidence`, stays what it was.
@@ -108,6 +124,11 @@ class _SampledGame(Game):
     def __init__(self, setting: Setting, estimators: Estimators, particles: int) -> None:
         self.setting, self.estimators, self.particles = setting, estimators, particles
         self.notes = estimators.notes()
+        self.vectorise = particles > 1 and can_go_at_once(
+            partial(self._draw, setting.probe), functions_of(setting.program, setting.guide)
+        )
+        if particles > 1:
+            self.notes["particles"] = "vectorised" if self.vectorise else "unrolled"
 
     def init(self, batch: Batch) -> GameState:
         """The baseline of each score-function site: a mean cost.
@@ -117,32 +138,69 @@ class _SampledGame(Game):
         if not self.estimators.score:
             return {}
         with torch.no_grad():
-            return self._particle(batch, {})[1]
+            return self._scored(self._draw(batch)[1], {}, batch)[1]
 
     def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
-        drawn = []
-        for _ in range(self.particles):
-            found, state = self._particle(batch, state)
-            drawn.append(found)
-        surrogate, reconstruction, kl = (torch.stack(column).mean() for column in zip(*drawn, strict=True))
+        parts, scored = self._draws(batch)
+        loss, reconstruction, kl = (parts[name].mean() for name in ("loss", "reconstruction", "kl"))
+        terms = []
+        for k in range(self.particles if scored else 0):
+            one = {name: (cost[k], log_q[k]) for name, (cost, log_q) in scored.items()}
+            term, state = self._scored(one, state, batch)
+            terms.append(term)
+        surrogate = loss + torch.stack(terms).mean() if terms else loss
         return Loss(surrogate, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}), state
 
-    def _particle(self, batch: Batch, baseline: GameState) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-        """Surrogate, reconstruction and divergence of one draw, scalars in nats per row; and the baselines after it."""
+    def _draws(self, batch: Batch) -> _Draw:
+        """`_draw` for every particle, first dim, all at once where the program was seen to allow it."""
+        one = partial(self._draw, batch)
+        # Where several processes share a batch, the noise of a row has its place in tensors of single particles.
+        if self.vectorise and not any(isinstance(handler, RankNoise) for handler in HANDLERS):
+            if is_validation_enabled():
+                with without_side_effects():
+                    one()  # the checks look at numbers, of one particle alone; what is drawn for them does not count
+            try:
+                together: _Draw = at_once(one, self.particles)
+                return together
+            except RecordingRefused:
+                raise
+            except PROGRAM_ERRORS:
+                pass  # a way through the program that the trial did not take
+        singles = [one() for _ in range(self.particles)]
+        found: _Draw = tree_map(lambda *values: torch.stack(values), singles[0], *singles[1:])
+        return found
+
+    def _draw(self, batch: Batch) -> _Draw:
+        """The parts of the loss at one draw, scalars in nats per row; of score-function sites the cost and log q."""
         guide, model = traces(self.setting, batch)
         rows = batch.total or 1
         touched, likelihood = self._log_likelihood(guide, model, batch)
         kl, reconstruction = self._kl(guide, model, touched), -likelihood
         loss = (reconstruction + kl) / rows
-        surrogate, after = loss, dict[str, Tensor]()
+        scored = {}
         for name in self.estimators.score:
-            local = self.setting.info.sites[name].local and not self.estimators.model_sums
-            # Of a row in nats, whatever the size of the batch: a baseline stays one where batches differ in size.
-            shown = (batch.rows or 1) if local else 1
-            cost = self._row_costs(guide, model) * (shown / rows) if local else loss.detach()
-            term, after[name] = self._score_term(guide.nodes[name], cost.detach(), baseline.get(name))
-            surrogate = surrogate + term / shown
-        return (surrogate, reconstruction / rows, kl / rows), after
+            cost = self._row_costs(guide, model) * (self._shown(name, batch) / rows) if self._by_rows(name) else loss
+            log_q = log_density(guide.nodes[name])
+            scored[name] = cost.detach(), self._by_row(log_q) if cost.dim() else log_q.sum()
+        return {"loss": loss, "reconstruction": reconstruction / rows, "kl": kl / rows}, scored
+
+    def _by_rows(self, name: str) -> bool:
+        """Whether each row has a cost of its own at a score-function site."""
+        return self.setting.info.sites[name].local and not self.estimators.model_sums
+
+    def _shown(self, name: str, batch: Batch) -> int:
+        """Costs of a row are in nats, whatever the size of the batch: a baseline stays one where batches differ."""
+        return (batch.rows or 1) if self._by_rows(name) else 1
+
+    def _scored(
+        self, scored: Mapping[str, tuple[Tensor, Tensor]], baseline: GameState, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What one particle's score-function sites add to the surrogate, a scalar; and the baselines after it."""
+        terms, after = [], dict[str, Tensor]()
+        for name, (cost, log_q) in scored.items():
+            term, after[name] = self._score_term(cost, log_q, baseline.get(name))
+            terms.append(term / self._shown(name, batch))
+        return torch.stack(terms).sum(), after
 
     def _row_costs(self, guide: poutine.Trace, model: poutine.Trace) -> Tensor:
         """The part of the loss that each row contributes, shape (rows,): all that a site of that row can influence."""
@@ -208,14 +266,12 @@ class _SampledGame(Game):
         rows = row_log_density(trace, plate, without=others).sum() * (batch.rescale * own_scale(trace, plate))
         return touched, rows + log_prior(trace, plate, without=others)
 
-    def _score_term(self, site: dict[str, Any], cost: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _score_term(self, cost: Tensor, log_q: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
         """(cost - baseline) grad log q, of value zero and with the score-function gradient; and the next baseline.
 
-        ``cost`` has shape (rows,), or is a scalar for all rows together; what is returned are scalars.
+        ``cost`` and ``log_q`` have shape (rows,), or are scalars for all rows together; what is returned are scalars.
         """
         mean = cost.mean() if mean is None else mean
-        log_q = log_density(site)
-        log_q = self._by_row(log_q) if cost.dim() else log_q.sum()
         return ((cost - mean) * (log_q - log_q.detach())).sum(), 0.9 * mean + 0.1 * cost.mean()
 
 
