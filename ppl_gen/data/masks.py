@@ -21,19 +21,25 @@ if TYPE_CHECKING:
 
 __all__ = ["looks_like_mask", "refuse_unread_masks"]
 
-_NAMES = frozenset(
-    "available isna isnan isnull missing missingness na nan notna notnull ok observed present seen unobserved "
-    "unseen valid".split()
+_WORDS = frozenset(
+    "absent available given hidden invalid isna isnan known na nan notna null obs ok present seen unknown unobs unseen "
+    "valid visible".split()
 )
+_PARTS = ("isnull", "mask", "missing", "notnull", "observed")
 _MOST = 100_000  # numbers that are looked at
 
 
-def looks_like_mask(name: str, value: Any, entries: Mapping[str, Any]) -> bool:
+def looks_like_mask(name: str, value: Any, entries: Mapping[str, Any], *, read: bool = True) -> bool:
     """Whether an entry says which others are missing: by its name, or as booleans in the shape of a whole table.
 
+    Of an entry that nothing is known to ``read``, zeros and ones in that shape are enough: an argument of a model that
+    holds them may be data.
+
     >>> x = torch.zeros(2, 3)
-    >>> looks_like_mask("x_mask", [0, 1], {"x": x}), looks_like_mask("b", x > 0, {"x": x}), looks_like_mask("b", x, {})
-    (True, True, False)
+    >>> looks_like_mask("isKnown", [0, 1], {"x": x}), looks_like_mask("b", x > 0, {"x": x})
+    (True, True)
+    >>> looks_like_mask("b", x, {"x": x}), looks_like_mask("b", x, {"x": x}, read=False)
+    (False, True)
     """
     if value is None:
         return False
@@ -49,10 +55,14 @@ def looks_like_mask(name: str, value: Any, entries: Mapping[str, Any]) -> bool:
     boolean = flags.dtype is torch.bool
     if boolean and tuple(flags.shape) in whole:
         return True
-    words = re.split(r"[^a-z]+", str(name).lower())
-    named = "mask" in str(name).lower() or not _NAMES.isdisjoint(words)
+    suspect = _named_like_one(str(name)) or (not read and tuple(flags.shape) in whole)
     few = flags.reshape(-1)[:_MOST]
-    return named and (boolean or bool(((few == 0) | (few == 1)).all()))
+    return suspect and (boolean or bool(((few == 0) | (few == 1)).all()))
+
+
+def _named_like_one(name: str) -> bool:
+    words = re.split(r"[^a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
+    return not _WORDS.isdisjoint(words) or any(part in name.lower() for part in _PARTS)
 
 
 def _named(data: Any) -> Mapping[str, Any]:
@@ -75,9 +85,9 @@ def refuse_unread_masks(rows: Dataset, names: Collection[str], program: str) -> 
     values = {
         name: getattr(data[name], "value", data[name]) for name in sorted(names) if name in data
     }  # of pg.constant
-    if found := [name for name, value in values.items() if looks_like_mask(name, value, entries)]:
+    if found := [name for name, value in values.items() if looks_like_mask(name, value, entries, read=False)]:
         raise IncompatibleError(
             f"data: {found[0]!r} looks like a mask, and the program {program!r} does not read it: its answers would be "
-            "those of whole rows. Leave it out (or rename it, if it is not a mask), or use a program that takes one "
+            "those of whole rows. Leave it out, since nothing reads it, or use a program that takes one "
             "(ppca and factor_analysis read the entry 'mask'; fit.predict of a diffusion model completes rows by it)"
         )

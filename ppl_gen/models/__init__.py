@@ -11,12 +11,13 @@ from ppl_gen.models.diffusion.denoising import denoising_diffusion
 from ppl_gen.models.diffusion.guidance import guided_sample
 from ppl_gen.models.diffusion.inpainting import inpaint
 from ppl_gen.models.energy.dbm import dbm
-from ppl_gen.models.energy.dbn import dbn, rbm_stack
+from ppl_gen.models.energy.dbn import dbn
 from ppl_gen.models.energy.energy_model import energy_model
 from ppl_gen.models.energy.gaussian_rbm import gaussian_rbm
 from ppl_gen.models.energy.gsn import gsn
 from ppl_gen.models.energy.helmholtz import helmholtz
 from ppl_gen.models.energy.rbm import rbm
+from ppl_gen.models.energy.stack import rbm_stack
 from ppl_gen.models.flows import (
     affine_flow,
     bits_per_dimension,

@@ -11,7 +11,7 @@ import ppl_gen as pg
 from ppl_gen.inference import SVI, ContrastiveDivergence
 from ppl_gen.inference.gradients import gradients
 from ppl_gen.inference.objectives.contrastive import _Chains
-from ppl_gen.models import rbm
+from ppl_gen.models import energy_model, rbm
 from ppl_gen.program.extensions import Energy
 
 Z = 5.5
@@ -71,15 +71,32 @@ def test_restarted_chains_begin_at_the_base():
     program, made, x = two_modes(4, 1.0)
     chains = _Chains(program.energy)
     old = torch.full((60_000, 4), 1.0)
-    anew = chains.restarted(old, 0.25)
+    anew = chains.restarted(old, 0.25, ladder=False)
     base = (0.25 * 0.5**4 * torch.ones(16)).index_add(0, torch.tensor([15]), torch.tensor([0.75]))
     assert frequency_gap(anew, base) < Z  # even coins: the data are on half of the time
     ladder = torch.stack([torch.zeros_like(old), old])
-    again = chains.restarted(ladder, 0.25)
+    again = chains.restarted(ladder, 0.25, ladder=True)
     assert torch.equal(again[0], ladder[0]) and frequency_gap(again[1], base) < Z
     game, batch = played(program, ContrastiveDivergence(persistent=True, restart=0.5), x)
     step = gradients(game, "program", list(made.parameters()), batch, game.init(batch))
     assert step.state["chains"].shape == x.shape
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (1, 2, 3)])
+@pytest.mark.parametrize("temperatures", [None, 3])
+def test_rows_of_chains_may_have_any_shape(shape, temperatures):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(torch.Size(shape).numel(), 1))
+    x = torch.randn(10, *shape)
+    persistent = ContrastiveDivergence(persistent=True, restart=0.5, chains=6, temperatures=temperatures)
+    fit = pg.fit(energy_model(network, sweeps=2), x, SVI(persistent, steps=3), seed=0)
+    assert fit.status == "finished"
+    program = energy_model(network)(x)
+    game, batch = played(program, persistent, x)
+    begun = game.init(batch)["chains"]
+    lead = () if temperatures is None else (temperatures,)
+    assert begun.shape == (*lead, 6, *shape)
+    kept = _Chains(program.energy).restarted(begun, 0.0, ladder=temperatures is not None)
+    assert torch.equal(kept, begun)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from ppl_gen.inference import SVI, ContrastiveDivergence, WakeSleep
 from ppl_gen.models import dbm, dbn, gan, rbm, rbm_stack
 from ppl_gen.models.energy.chain_rows import ChainRows
 from ppl_gen.models.energy.dbm import DeepMachine
+from ppl_gen.models.energy.rbm import BoltzmannMachine
 
 Z = 5.5
 
@@ -242,3 +243,53 @@ def test_what_does_not_fit_is_refused():
         pg.fit(dbm(), x * 0.5, SVI(ContrastiveDivergence(), steps=1))
     with pytest.raises(pg.IncompatibleError, match="normaliser"):
         pg.fit(rbm(hidden=17), torch.ones(3, 17), SVI(ContrastiveDivergence(), steps=1)).evidence()
+
+
+# ------------------------------------------------------------------------------------------------ greedy layers of a dbm
+@pytest.mark.parametrize("copies", [(2, 1), (1, 2)])
+def test_copies_of_units_share_their_weights_in_energy_and_chain(copies):
+    machine = BoltzmannMachine(torch.zeros(3), 2, 1.0, copies)
+    randomise(machine)
+    rows, hidden = states(3 * copies[0]), states(2 * copies[1])
+    pull = torch.zeros(len(rows), len(hidden))
+    for low in rows.split(3, 1):
+        pull = pull + (low @ machine.visible_bias)[:, None]
+        for high in hidden.split(2, 1):
+            pull = pull + low @ machine.weight @ high.T
+    for high in hidden.split(2, 1):
+        pull = pull + high @ machine.hidden_bias
+    torch.testing.assert_close(machine.free_energy(rows), -pull.logsumexp(1), atol=1e-5, rtol=0)
+    chances = (pull.logsumexp(1) - pull.flatten().logsumexp(0)).exp().detach()
+    begun = rows[torch.multinomial(chances, 40_000, replacement=True)]
+    assert frequency_gap(machine.gibbs(begun, 1), chances) < Z
+
+
+@pytest.mark.parametrize("hidden", [(6, 4), (5, 4, 3)])
+def test_greedy_layers_raise_the_likelihood_at_which_a_dbm_begins(hidden):
+    x = bars(3)
+    for seed in range(5):
+        stack = rbm_stack(x, hidden, SVI(ContrastiveDivergence(), steps=400, lr=0.03), undirected=True, seed=seed)
+        begun = [
+            pg.fit(recipe, x, SVI(ContrastiveDivergence(), steps=1, lr=1e-30), seed=seed).evidence()
+            for recipe in (dbm(layers=stack), dbm(hidden=hidden))
+        ]
+        assert all(one.exact for one in begun) and begun[0].mean > begun[1].mean + 0.3, (seed, begun)
+
+
+def test_layers_of_the_other_kind_of_network_are_refused():
+    x, once = bars(3), SVI(ContrastiveDivergence(), steps=1)
+    directed, undirected = (rbm_stack(x, (4, 3), once, undirected=kind) for kind in (False, True))
+    with pytest.raises(ValueError, match="expected the machines of .*undirected=True"):
+        dbm(layers=directed)
+    with pytest.raises(ValueError, match=r"expected the machines of rbm_stack\(x, hidden\)"):
+        dbn(layers=undirected)
+    with pytest.raises(ValueError, match="layers: expected machines between layers"):
+        pg.fit(dbm(hidden=(5, 3), layers=undirected), x, once)
+    with pytest.raises(ValueError, match="hidden: expected units of at least 2"):
+        rbm_stack(x, (4,), once, undirected=True)
+    with pytest.raises(pg.IncompatibleError):
+        undirected[0].evidence(method=pg.AIS(temperatures=5, chains=2))
+    made = pg.fit(dbm(layers=undirected), x, SVI(ContrastiveDivergence(), steps=1, lr=1e-30)).module("machine")
+    low, high = (fit.module("machine") for fit in undirected)
+    assert torch.equal(made.weights[0], low.weight) and torch.equal(made.weights[1], high.weight)
+    torch.testing.assert_close(made.biases[1], (low.hidden_bias + high.visible_bias) / 2)

@@ -108,6 +108,35 @@ def test_a_mask_in_the_shape_of_the_rows_needs_no_name_and_other_flags_are_let_b
     assert fit.evidence({"x": x, "female": hidden(x[:, 0])}, particles=2).rows == len(x)
 
 
+@pytest.mark.parametrize(
+    "name", ["known", "unknown", "isObserved", "notMissing", "given", "visible_x", "hidden", "obs"]
+)
+def test_flags_by_other_names_are_masks_too(name):
+    """Of one flag a row the name is all there is; flags in the shape of the rows that nothing reads need none."""
+    fit, _ = fitted("rbm")
+    x = entries("rbm")["x"]
+    for key, flags in ((name, hidden(x[:, 0])), (name, hidden(x[:, 0]).long()), ("b", hidden(x).to(x))):
+        masked = {"x": x, key: flags}
+        for act in (
+            lambda d: pg.fit(CATALOGUE["rbm"].recipe(), d, SVI(ContrastiveDivergence(), steps=1)),
+            fit.evidence,
+        ):
+            with pytest.raises(pg.IncompatibleError, match=f"'{key}' looks like a mask.*does not read it"):
+                act(masked)
+    assert fit.evidence({"x": x, "b": hidden(x).to(x) + 1.0}).rows == len(x)
+    assert fit.evidence({"x": x, "label": hidden(x[:, 0]).long()}).rows == len(x)
+
+
+def test_an_argument_of_zeros_and_ones_is_no_mask():
+    def shifted(x, b):
+        w = pyro.param("w", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w * b, 1.0).to_event(1), obs=x)
+
+    fit = pg.fit(shifted, {"x": X, "b": OK.float()}, SVI(steps=2), seed=0)
+    assert fit.status == "finished" and "left out" not in fit.notes
+
+
 @pytest.mark.parametrize("program", sorted(READ | LENGTHS))
 def test_what_a_mask_hides_does_not_matter_and_that_it_hides_does(program):
     data = entries(program)

@@ -162,7 +162,7 @@ class _ContrastiveGame(Game):
             else:
                 states = state["chains"]
                 if objective.restart:
-                    states = chains.restarted(states, objective.restart)
+                    states = chains.restarted(states, objective.restart, ladder=objective.temperatures is not None)
                 if objective.temperatures is None:
                     made = states = chains.move(states, objective.steps)
                 else:
@@ -216,14 +216,14 @@ class _Chains:
             below = [self.path.begin(len(states)).to(states) for _ in range(count - 1)]
         return torch.stack([*below, states])
 
-    def restarted(self, states: Tensor, chance: float) -> Tensor:
+    def restarted(self, states: Tensor, chance: float, *, ladder: bool) -> Tensor:
         """Some chains at draws of b = 0; of a ladder those of the last temperature."""
         assert self.path is not None
-        last = states if states.dim() < 3 else states[-1]
+        last = states[-1] if ladder else states
         fresh = self.path.begin(len(last)).to(last)
         shape = (len(last),) + (1,) * (last.dim() - 1)
         anew = torch.where(torch.rand(shape, device=last.device) < chance, fresh, last)
-        return anew if states.dim() < 3 else torch.cat([states[:-1], anew[None]])
+        return torch.cat([states[:-1], anew[None]]) if ladder else anew
 
     def tempered(self, states: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """Sweeps at every temperature, then swaps of even and of odd pairs; and the share of swaps that were made."""

@@ -7,7 +7,7 @@ r"""The deep Boltzmann machine: layers of zeros and ones, each connected with th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -20,10 +20,14 @@ from ppl_gen.errors import require_number, require_whole
 from ppl_gen.models.energy.bipartite import ENUMERABLE, Bipartite, all_states, flip
 from ppl_gen.models.energy.chain_rows import ChainRows
 from ppl_gen.models.energy.helmholtz import checked_layers
-from ppl_gen.models.energy.rbm import binary_rows
+from ppl_gen.models.energy.rbm import BoltzmannMachine, binary_rows
+from ppl_gen.models.energy.stack import check_widths, machines_of
 from ppl_gen.nn.likelihoods import log_odds, zeros_and_ones
 from ppl_gen.program.extensions import Energy, Tempering
 from ppl_gen.program.program import Program, Recipe
+
+if TYPE_CHECKING:
+    from ppl_gen.fits.result import Fit
 
 __all__ = ["DeepMachine", "dbm"]
 
@@ -51,6 +55,20 @@ class DeepMachine(nn.Module):
         self.biases = nn.ParameterList([odds.to(self.weights[0].dtype), *(torch.zeros(size) for size in hidden)])
         self.register_buffer("base", self.biases[0].detach().clone())
         self.sizes, self.row, self.updates = sizes, odds.shape, updates
+
+    @torch.no_grad()
+    def fill(self, machines: Sequence[BoltzmannMachine]) -> None:
+        """Begin at the machines of a stack: each layer's units then hear both neighbours, as each machine had it.
+
+        Two machines know the biases of a layer between them; their mean is what half of each makes.
+        """
+        check_widths(machines, self.sizes)
+        for layer, machine in enumerate(machines):
+            self.weights[layer].copy_(machine.weight * (1.0 if 2 in machine.copies else 0.5))
+        below, above = ([getattr(one, side) for one in machines] for side in ("visible_bias", "hidden_bias"))
+        inner = [(low + high) / 2 for low, high in zip(above[:-1], below[1:], strict=True)]
+        for bias, value in zip(self.biases, [below[0], *inner, above[-1]], strict=True):
+            bias.copy_(value)
 
     def pair(self) -> Bipartite:
         """Layers of odd number outside, the visible one and the others of even number summed out."""
@@ -139,8 +157,9 @@ class DeepMachine(nn.Module):
 
 def dbm(
     visible: int | None = None,
-    hidden: Sequence[int] = (64, 32),
+    hidden: Sequence[int] | None = None,
     *,
+    layers: Sequence[Fit] | None = None,
     scale: float = 0.01,
     updates: int = 10,
     sweeps: int = 1000,
@@ -154,12 +173,14 @@ def dbm(
     others summed out. ``fit.evidence(method=pg.AIS())`` gives the lower bound above with log Z by annealing. With at
     most 12 units in odd layers ``fit.evidence()`` is exact, by enumeration.
 
-    The network is ``machine``; ``fit.sample`` runs one chain of ``sweeps`` for each row.
+    Layers that were learned one by one are a better start than random weights: ``layers=rbm_stack(x, hidden,
+    undirected=True)``. The network is ``machine``; ``fit.sample`` runs one chain of ``sweeps`` for each row.
 
     Args:
         visible: columns of the data; None: as many as they have.
-        hidden: units of the layers, from the lowest to the top; two at least.
-        scale: standard deviation of the starting weights.
+        hidden: units of the layers, from the lowest to the top, at least two; None: those of ``layers``, or (64, 32).
+        layers: fits of `rbm_stack` with ``undirected=True``, one for each hidden layer; None: random weights.
+        scale: standard deviation of random weights.
         updates: sweeps of the mean field over the layers.
         sweeps: Gibbs sweeps behind each drawn row.
 
@@ -167,7 +188,8 @@ def dbm(
         A recipe; it raises ValueError for data that are not N x visible zeros and ones.
 
     Raises:
-        ValueError: for an argument out of its range.
+        ValueError: for an argument out of its range, or layers of other sizes or of a `dbn`.
+        TypeError: for layers that are no fits of `rbm`.
 
     References:
         Deep Boltzmann machines (Salakhutdinov and Hinton, 2009).
@@ -183,6 +205,9 @@ def dbm(
         (['ais', ' variational lower bound'], True)
     """
     check_width("visible", visible)
+    machines = None if layers is None else machines_of(layers, undirected=True)
+    if hidden is None:
+        hidden = (64, 32) if machines is None else [machine.weight.shape[1] for machine in machines]
     sizes = checked_layers(hidden, 2)
     require_number("scale", scale)
     for name, value in (("updates", updates), ("sweeps", sweeps)):
@@ -191,6 +216,8 @@ def dbm(
     def build(data: Any) -> Program:
         rows = binary_rows(data, row_width(visible, data, "dbm"), "dbm")
         machine = DeepMachine(log_odds(rows), sizes, scale, updates)
+        if machines is not None:
+            machine.fill(machines)
         odd, even = sum(machine.sizes[1::2]), sum(machine.sizes[::2])
 
         def dbm(x: Tensor) -> None:

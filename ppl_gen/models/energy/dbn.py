@@ -12,69 +12,21 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppl_gen.data.inputs import check_width, entries, row_width
-from ppl_gen.errors import require_number, require_seed, require_whole
+from ppl_gen.data.inputs import check_width, row_width
+from ppl_gen.errors import require_number, require_whole
 from ppl_gen.models.energy.bipartite import ENUMERABLE
 from ppl_gen.models.energy.chain_rows import ChainRows
 from ppl_gen.models.energy.helmholtz import SigmoidLayers, checked_layers
-from ppl_gen.models.energy.rbm import BoltzmannMachine, binary_rows, rbm
+from ppl_gen.models.energy.rbm import BoltzmannMachine, binary_rows
+from ppl_gen.models.energy.stack import check_widths, machines_of
 from ppl_gen.nn.likelihoods import log_odds
 from ppl_gen.program.extensions import Energy
 from ppl_gen.program.program import Program, Recipe
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
-    from ppl_gen.fitting.algorithm import Algorithm
 
-__all__ = ["dbn", "rbm_stack"]
-
-
-def rbm_stack(
-    x: Any, hidden: Sequence[int] = (64, 32), algorithm: Algorithm | None = None, *, seed: int = 0
-) -> tuple[Fit, ...]:
-    """Boltzmann machines trained greedily: the first on the rows, each of the others on hidden units of the one below.
-
-    Args:
-        x: rows of zeros and ones, N x visible.
-        hidden: hidden units of the machines, from the lowest to the top.
-        algorithm: trains each of them; None: contrastive divergence, 2000 steps on batches of 100 at a rate of 0.01.
-        seed: of everything random.
-
-    Returns:
-        Their fits, for `dbn`.
-
-    Raises:
-        ValueError: for rows that are no zeros and ones, or an argument out of its range.
-
-    References:
-        A fast learning algorithm for deep belief nets (Hinton, Osindero and Teh, 2006).
-
-    Example:
-        >>> import torch
-        >>> from ppl_gen.inference import SVI, ContrastiveDivergence
-        >>> x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).repeat(20, 1)
-        >>> [fit.module("machine").weight.shape for fit in rbm_stack(x, (4, 2), SVI(ContrastiveDivergence(), steps=5))]
-        [torch.Size([3, 4]), torch.Size([4, 2])]
-    """
-    from ppl_gen.fits.driver import fit
-    from ppl_gen.inference import SVI, ContrastiveDivergence
-
-    sizes = checked_layers(hidden)
-    seed = require_seed(seed)
-    (given,) = entries(x, "rbm_stack", "x")
-    assert given is not None  # the first entry
-    dtype = given.dtype if given.dtype in (torch.float32, torch.float64) else torch.get_default_dtype()
-    rows = binary_rows(x, row_width(None, x, "rbm_stack"), "rbm_stack").to(dtype)
-    chosen = algorithm or SVI(ContrastiveDivergence(), steps=2000, batch_size=min(100, len(rows)), lr=0.01)
-    generator, fits = torch.Generator().manual_seed(seed), []
-    for units in sizes:
-        fits.append(fit(rbm(hidden=units), rows, chosen, seed=seed, progress=False))
-        machine = fits[-1].module("machine")
-        assert isinstance(machine, BoltzmannMachine)
-        with torch.no_grad():
-            chance = (rows @ machine.weight.to(rows) + machine.hidden_bias.to(rows)).sigmoid().cpu()
-        rows = (torch.rand(chance.shape, generator=generator, dtype=chance.dtype) < chance).to(chance)
-    return tuple(fits)
+__all__ = ["dbn"]
 
 
 class BeliefNetwork(nn.Module):
@@ -129,7 +81,7 @@ def dbn(
         A recipe; it raises ValueError for data that are not N x visible zeros and ones.
 
     Raises:
-        ValueError: for an argument out of its range, or layers of other sizes.
+        ValueError: for an argument out of its range, or layers of other sizes or of a `dbm`.
         TypeError: for layers that are no fits of `rbm`.
 
     References:
@@ -139,6 +91,7 @@ def dbn(
     Example:
         >>> import torch, ppl_gen as pg
         >>> from ppl_gen.inference import SVI, ContrastiveDivergence, WakeSleep
+        >>> from ppl_gen.models import rbm_stack
         >>> x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).repeat(20, 1)
         >>> stack = rbm_stack(x, (4, 2), SVI(ContrastiveDivergence(), steps=50))
         >>> fit = pg.fit(dbn(layers=stack, sweeps=10), x, SVI(WakeSleep(), steps=20), seed=0)
@@ -146,7 +99,7 @@ def dbn(
         (torch.Size([3, 3]), 'importance weighted, 100 particles; log Z by enumeration')
     """
     check_width("visible", visible)
-    machines = None if layers is None else _machines(layers)
+    machines = None if layers is None else machines_of(layers)
     if hidden is None:
         hidden = (64, 32) if machines is None else [machine.weight.shape[1] for machine in machines]
     sizes = checked_layers(hidden, 2)
@@ -187,26 +140,11 @@ def _program(network: BeliefNetwork, recogniser: SigmoidLayers, sweeps: int, *, 
     return Program(dbn, guide, energy=energy)
 
 
-def _machines(layers: Sequence[Fit]) -> list[BoltzmannMachine]:
-    from ppl_gen.fits.result import Fit
-
-    given: Any = layers  # whatever was passed
-    if not isinstance(given, Sequence) or isinstance(given, str) or not all(isinstance(f, Fit) for f in given):
-        raise TypeError(f"layers: expected fits of rbm, as rbm_stack gives them, got {layers!r}")
-    found = [fit.module("machine") if "machine" in fit.module_names else None for fit in given]
-    for fit, machine in zip(given, found, strict=True):
-        if not isinstance(machine, BoltzmannMachine):
-            raise TypeError(f"layers: expected fits of rbm, got a fit of {fit.program.name!r}")
-    return [machine for machine in found if isinstance(machine, BoltzmannMachine)]
-
-
 def _filled(
     network: BeliefNetwork, recogniser: SigmoidLayers, machines: Sequence[BoltzmannMachine], widths: Sequence[int]
 ) -> None:
     """Weights of machines below the top go down in the network and up in the recogniser; the last is the top."""
-    shapes = [tuple(machine.weight.shape) for machine in machines]
-    if shapes != list(zip(widths[:-1], widths[1:], strict=True)):
-        raise ValueError(f"layers: expected machines between layers of {widths} units, got weights of shapes {shapes}")
+    check_widths(machines, widths)
     network.top.load_state_dict(machines[-1].state_dict())
     downs = list(network.down.layers)[::-1]
     for machine, down, up in zip(machines[:-1], downs, recogniser.layers, strict=True):

@@ -31,38 +31,49 @@ class BoltzmannMachine(nn.Module):
         visible_bias: a, the starting biases of the visible units; chains and annealing begin at coins of these odds.
         hidden: how many hidden units.
         scale: standard deviation of the starting weights.
+        copies: how often the visible and the hidden units are there, all copies with the same weights and biases;
+            rows, too, then hold all copies.
     """
 
     base: Tensor
     support = constraints.independent(constraints.boolean, 1)
 
-    def __init__(self, visible_bias: Tensor, hidden: int, scale: float) -> None:
+    def __init__(self, visible_bias: Tensor, hidden: int, scale: float, copies: tuple[int, int] = (1, 1)) -> None:
         super().__init__()
         self.weight = nn.Parameter(scale * torch.randn(len(visible_bias), hidden))
         self.visible_bias = nn.Parameter(visible_bias.to(self.weight.dtype))
         self.hidden_bias = nn.Parameter(torch.zeros(hidden))
-        self.register_buffer("base", self.visible_bias.detach().clone())
-        self.row = visible_bias.shape
+        self.register_buffer("base", self.visible_bias.detach().repeat(copies[0]))
+        self.copies, self.row = copies, self.base.shape
+
+    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights and biases of all copies."""
+        below, above = self.copies
+        if self.copies == (1, 1):
+            return self.weight, self.visible_bias, self.hidden_bias
+        return self.weight.repeat(below, above), self.visible_bias.repeat(below), self.hidden_bias.repeat(above)
 
     def pair(self) -> Bipartite:
         """Visible units outside, hidden ones summed out, at the present parameters."""
-        base = torch.zeros_like(self.hidden_bias)
-        return Bipartite(self.weight, self.visible_bias, self.hidden_bias, self.base, base)
+        weight, visible_bias, hidden_bias = self.whole()
+        return Bipartite(weight, visible_bias, hidden_bias, self.base, torch.zeros_like(hidden_bias))
 
     def free_energy(self, x: Tensor) -> Tensor:
         r"""F(v) = -a'v - sum_j log(1 + exp(b_j + (v'W)_j)), the hidden units summed out: ... x visible -> ..."""
-        return -(x @ self.visible_bias) - softplus(x @ self.weight + self.hidden_bias).sum(-1)
+        weight, visible_bias, hidden_bias = self.whole()
+        return -(x @ visible_bias) - softplus(x @ weight + hidden_bias).sum(-1)
 
     def begin(self, shape: torch.Size) -> Tensor:
         """Independent draws from the visible biases: ``shape`` x visible."""
-        return flip(self.visible_bias.sigmoid().expand(*shape, *self.row))
+        return flip(self.whole()[1].sigmoid().expand(*shape, *self.row))
 
     @torch.no_grad()
     def gibbs(self, x: Tensor, steps: int) -> Tensor:
         """``steps`` sweeps, hidden units given visible ones and back; leaves p(v) invariant."""
+        weight, visible_bias, hidden_bias = self.whole()
         for _ in range(steps):
-            hidden = flip((x @ self.weight + self.hidden_bias).sigmoid())
-            x = flip((hidden @ self.weight.T + self.visible_bias).sigmoid())
+            hidden = flip((x @ weight + hidden_bias).sigmoid())
+            x = flip((hidden @ weight.T + visible_bias).sigmoid())
         return x
 
     def tempering(self) -> Tempering:
