@@ -89,9 +89,13 @@ def unbiased(x: Tensor, y: Tensor, kernel: str, squares: Tensor) -> Tensor:
 
 def squared_distance(x: Tensor, y: Tensor) -> Tensor:
     """Of all pairs, rows of x x rows of y; exactly zero between a row and itself."""
+    same = x is y
+    # Around a common centre: far from zero the three terms are large, and what is left of their sum is rounding.
+    centre = y.detach().mean(0)
+    x, y = x - centre, y - centre
     inner = x @ y.mT
     squared = x.square().sum(1, keepdim=True) + y.square().sum(1) - 2.0 * inner
-    if x is y:
+    if same:
         squared = squared - torch.diag(squared.diagonal())
     return squared.clamp_min(0.0)
 

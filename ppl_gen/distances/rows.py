@@ -37,6 +37,8 @@ def _rows(name: str, value: Any) -> Tensor:
     if value.dim() < 2 or len(value) < 2 or not value[0].numel():
         raise ValueError(f"{name}: expected at least two rows of numbers, rows x numbers, got {tuple(value.shape)}")
     wide = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+    if wide.dtype in (torch.float16, torch.bfloat16):  # squares of a few hundred are beyond their range or precision
+        wide = wide.float()
     if not bool(wide.isfinite().all()):
         raise ValueError(f"{name}: expected finite numbers, and some are NaN or infinite; leave out these rows")
     return wide

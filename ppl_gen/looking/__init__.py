@@ -2,7 +2,7 @@
 
 Functions of any `torch.nn.Module` that reads rows, from a fit (``fit.module("encoder")``) or from elsewhere, and gives
 scores, rows x numbers, or a distribution over real numbers, which is read by its mean. Nothing about the network is
-changed: it is run in evaluation mode, and every part of it is left in the mode it was in.
+changed: it is run in evaluation mode, without layers that work in place, and every part of it is left as it was.
 """
 
 from ppl_gen.looking.covering import occlusion

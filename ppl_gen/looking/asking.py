@@ -26,6 +26,7 @@ __all__ = [
     "pick",
     "recorded",
     "scores",
+    "slope",
 ]
 
 Target = int | Sequence[int] | Tensor | None
@@ -57,12 +58,20 @@ def checked_network(network: Any) -> nn.Module:
 
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[nn.Module]:
-    """The network in evaluation mode; afterwards every part of it is in the mode it was in."""
+    """The network in evaluation mode, no layer working in place; afterwards every part of it is as it was.
+
+    A layer that works in place changes what the one before it gave, which is looked at here.
+    """
     modes = {part: part.training for part in network.modules()}
+    hasty: list[Any] = [part for part in modes if getattr(part, "inplace", False) is True]
     network.eval()
+    for part in hasty:
+        part.inplace = False
     try:
         yield network
     finally:
+        for part in hasty:
+            part.inplace = True
         for part, mode in modes.items():
             part.training = mode
 
@@ -98,6 +107,15 @@ def _shape(rows: Tensor) -> str:
     return f"shape {tuple(rows.shape)}"
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def output(network: nn.Module, x: Tensor) -> Any:
+    """What the network gives; a first layer that works in place changes a copy of the rows."""
+    return network(x.clone())
+
+
 def scores(network: nn.Module, x: Tensor) -> Tensor:
     """What the network says about each row, rows x numbers: scores before a softmax, or the mean of a code.
 
@@ -109,26 +127,38 @@ def scores(network: nn.Module, x: Tensor) -> Tensor:
         TypeError: for networks that give something else.
     """
     try:
-        found: Any = network(x)
+        found: Any = output(network, x)
         logits: Any = getattr(network, "logits", None)
         if not isinstance(found, Tensor) and hasattr(found, "logits") and callable(logits):
-            found = logits(x)
+            found = logits(x.clone())
     except PROGRAM_ERRORS as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
         hint = "; one image is x[None]" if x.dim() == 3 else ""
-        raise ValueError(f"x: the network cannot read rows of shape {tuple(x.shape[1:])}: {text}{hint}") from error
+        raise ValueError(
+            f"x: the network cannot read rows of shape {tuple(x.shape[1:])}: {_first_line(error)}{hint}"
+        ) from error
     if not isinstance(found, Tensor):
         if hasattr(found, "logits"):
             raise TypeError(
                 "network: it gives a distribution over classes, which no longer has the scores before the softmax; "
                 "pass a network that gives scores"
             )
-        found = getattr(found, "mean", found)
+        found = _mean(found)
     if not isinstance(found, Tensor) or not found.is_floating_point() or not found.dim():
         raise TypeError(f"network: expected one that gives rows x numbers, got {type(found).__name__}")
     if len(found) != len(x):
         raise ValueError(f"network: expected one output for each of {len(x)} rows, got {_shape(found)}")
     return found.reshape(len(x), -1)
+
+
+def _mean(found: Any) -> Any:
+    """Of a distribution; anything else as it is."""
+    try:
+        return getattr(found, "mean", found)
+    except NotImplementedError as error:
+        raise TypeError(
+            f"network: it gives a {type(found).__name__}, whose mean is not known in closed form (the code of a flow "
+            "posterior has none); pass a module that gives numbers"
+        ) from error
 
 
 class Scoring(nn.Module):
@@ -139,10 +169,21 @@ class Scoring(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        found = scores(self.network, x)
-        if torch.is_grad_enabled() and not found.requires_grad:
-            raise ValueError("network: its scores do not follow x by a gradient; is it run under torch.no_grad?")
-        return found
+        return scores(self.network, x)
+
+
+def slope(value: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a number with respect to x.
+
+    Raises:
+        ValueError: where the network cuts it off.
+    """
+    found = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+    if found is None:
+        raise ValueError(
+            "network: what it gives does not follow x by a gradient; is it run under torch.no_grad, or x detached?"
+        )
+    return found
 
 
 def checked_target(target: Target, found: Tensor) -> Tensor:
@@ -232,15 +273,18 @@ def _own(network: nn.Module, x: Tensor) -> Tensor:
     """What the network itself gives: a tensor as it is (a convolution alone gives maps), else its `scores`."""
     with evaluating(network), torch.no_grad():
         found = scores(network, x)
-        whole = network(x)
+        whole = output(network, x)
     return whole if isinstance(whole, Tensor) else found
 
 
 def _once(network: nn.Module, parts: dict[str, nn.Module], x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     calls: dict[str, list[Any]] = {name: [] for name in names}
-    hooks = [
-        parts[name].register_forward_hook(lambda _, __, output, name=name: calls[name].append(output)) for name in names
-    ]
+
+    def keep(name: str, given: Any) -> None:
+        # A copy: a function that works in place would change it behind the layer's back.
+        calls[name].append(given.clone() if isinstance(given, Tensor) else given)
+
+    hooks = [parts[name].register_forward_hook(lambda _, __, given, name=name: keep(name, given)) for name in names]
     try:
         with evaluating(network), torch.no_grad():
             scores(network, x)

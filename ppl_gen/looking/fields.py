@@ -21,6 +21,8 @@ Box = tuple[int, int, int, int]
 _BY_NAME = {"relu", "relu_", "relu6", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "leaky_relu", "prelu"}
 _BY_NAME |= {"hardtanh", "hardswish", "hardsigmoid", "logsigmoid", "sigmoid", "tanh", "threshold", "rrelu", "dropout"}
 _BY_NAME |= {"batch_norm"}  # in evaluation mode
+_BY_NAME |= {"clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "clip", "clip_"}
+_ADAPTIVE = {"adaptive_max_pool2d", "_adaptive_max_pool2d", "adaptive_max_pool2d_with_indices"}
 
 
 class _Spreading(TorchFunctionMode):
@@ -39,6 +41,12 @@ class _Spreading(TorchFunctionMode):
             return func(given["input"], weight, None, *args[3:], **_without(kwargs, "input", "weight", "bias"))
         if name in ("max_pool2d", "_max_pool2d", "max_pool2d_with_indices"):
             return _mean_pool(*args, **kwargs)
+        if name in _ADAPTIVE:
+            return _mean_adaptive(*args, **kwargs)
+        if name in ("amax", "amin"):
+            return torch.mean(*args, **kwargs)
+        if name in ("maximum", "minimum"):
+            return torch.add(*args, **kwargs)
         if name in _BY_NAME:
             return args[0] if args else kwargs["input"]
         return func(*args, **kwargs)
@@ -62,6 +70,12 @@ def _mean_pool(
             "network: the receptive field behind pools that are dilated, or that give indices, is not known"
         )
     return functional.avg_pool2d(x, kernel_size, stride or kernel_size, padding, ceil_mode)
+
+
+def _mean_adaptive(x: Tensor, output_size: Any, return_indices: bool = False) -> Tensor:
+    if return_indices:
+        raise ValueError("network: the receptive field behind pools that give indices is not known")
+    return functional.adaptive_avg_pool2d(x, output_size)
 
 
 def field_boxes(network: nn.Module, layer: str, shape: Sequence[int], places: Sequence[tuple[int, int]]) -> list[Box]:
@@ -94,5 +108,10 @@ def field_boxes(network: nn.Module, layer: str, shape: Sequence[int], places: Se
 
 
 def _doubled(network: nn.Module) -> nn.Module:
-    """A copy in double precision, in which a mean over many pixels is no zero."""
-    return copy.deepcopy(network).to("cpu", torch.float64)
+    """A copy in double precision, in which a mean over many pixels is no zero; nor is a gain that starts at zero."""
+    own = copy.deepcopy(network).to("cpu", torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in own.parameters():
+            value.copy_(0.25 + 0.5 * torch.rand(value.shape, generator=generator, dtype=torch.float64))
+    return own

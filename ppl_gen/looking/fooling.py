@@ -24,6 +24,7 @@ from ppl_gen.looking.asking import (
     in_pieces,
     require_share,
     scores,
+    slope,
 )
 
 __all__ = ["AdversarialExamples", "adversarial_example"]
@@ -261,11 +262,11 @@ def _minimised(network: nn.Module, row: Tensor, aim: _Aim, c: float, bounds: tup
         x = torch.from_numpy(flat).to(row).reshape(row.shape).requires_grad_()
         with torch.enable_grad():
             value = aim.loss(scores(network, x))
-        (slope,) = torch.autograd.grad(value, x)
+        steep = slope(value, x)
         # The norm in double precision: what float32 loses of a small change would be noise to L-BFGS.
         change = flat - start
         norm = math.sqrt(float(change @ change) + smooth**2)
-        return float(value.detach()) + c * norm, slope.double().cpu().numpy().ravel() + c * change / norm
+        return float(value.detach()) + c * norm, steep.double().cpu().numpy().ravel() + c * change / norm
 
     found, options = start, {"maxiter": steps, "maxcor": 20, "ftol": 100 * torch.finfo(row.dtype).eps}
     for smooth in _SMOOTH:

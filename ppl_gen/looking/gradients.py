@@ -27,11 +27,13 @@ from ppl_gen.looking.asking import (
     layers_of,
     recorded,
     scores,
+    slope,
 )
 
 __all__ = ["deconvnet", "guided_backprop", "saliency"]
 
 _RECTIFIERS = {"relu", "relu_", "threshold", "threshold_"}
+_CLAMPS = {"clamp", "clamp_", "clamp_min", "clamp_min_"}  # rectifiers where they clamp at zero from below alone
 
 
 def saliency(network: nn.Module, x: Any, target: Target = None) -> Tensor:
@@ -68,6 +70,7 @@ def saliency(network: nn.Module, x: Any, target: Target = None) -> Tensor:
     """
     rows, picked = _asked(network, x, target)
     captum = captum_attr()
+    _require_slope(network, rows[:1])
     with evaluating(network), torch.enable_grad():
         found = torch.cat(
             [
@@ -168,6 +171,7 @@ def _sent_back(
     captum = captum_attr()
     own = _without_inplace(network)
     _require_rectifiers(own, rows[:1])
+    _require_slope(own, rows[:1], layer)
     found = []
     for piece, which in zip(map(torch.clone, in_pieces(rows)), in_pieces(picked), strict=True):
         with evaluating(own), torch.enable_grad(), warnings.catch_warnings():
@@ -201,12 +205,27 @@ def _channels(network: nn.Module, rows: Tensor, target: Target, layer: str) -> T
 
 
 def _without_inplace(network: nn.Module) -> nn.Module:
-    """A copy whose rectifiers leave their inputs alone: a hook cannot stand between a tensor and itself."""
+    """A copy whose layers leave their inputs alone: a hook cannot stand between a tensor and itself."""
     own = copy.deepcopy(network)
-    for part in own.modules():
-        if isinstance(part, nn.ReLU):
-            part.inplace = False
+    hasty: list[Any] = [part for part in own.modules() if getattr(part, "inplace", False) is True]
+    for part in hasty:
+        part.inplace = False
     return own
+
+
+def _require_slope(network: nn.Module, row: Tensor, layer: str | None = None) -> None:
+    """Raise ValueError unless the scores, or what a layer gives, have a gradient by the row."""
+    x = row.clone().requires_grad_()
+    kept: list[Any] = []
+    part = None if layer is None else network.get_submodule(layer)
+    hook = None if part is None else part.register_forward_hook(lambda _, __, given: kept.append(given))
+    try:
+        with evaluating(network), torch.enable_grad():
+            found = scores(network, x)
+            slope((kept[0] if kept else found).sum(), x)
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 class _Rectified(TorchDispatchMode):
@@ -215,8 +234,13 @@ class _Rectified(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__.split(".")[-1] in _RECTIFIERS
+        name = func.overloadpacket.__name__.split(".")[-1]
+        self.count += name in _RECTIFIERS or (name in _CLAMPS and _at_zero(*args[1:], **(kwargs or {})))
         return func(*args, **(kwargs or {}))
+
+
+def _at_zero(min: Any = None, max: Any = None) -> bool:
+    return is_number(min) and float(min) == 0.0 and max is None
 
 
 def _require_rectifiers(network: nn.Module, row: Tensor) -> None:

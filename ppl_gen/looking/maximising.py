@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.errors import is_number, require_seed, require_whole
-from ppl_gen.looking.asking import checked_network, checked_target, evaluating, pick, scores
+from ppl_gen.looking.asking import checked_network, checked_target, evaluating, pick, scores, slope
 from ppl_gen.looking.gradients import require_penalty
 
 __all__ = ["activation_maximisation"]
@@ -106,9 +106,9 @@ def _climbed(
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         x = torch.from_numpy(flat.reshape(start.shape)).to(like)[None].requires_grad_()
         with torch.enable_grad():
-            value = penalty * x.square().sum() - pick(scores(network, x), which).sum()
-        (slope,) = torch.autograd.grad(value, x)
-        return float(value.detach()), slope.double().cpu().numpy().ravel()
+            score = pick(scores(network, x), which).sum()
+        value, steep = penalty * x.detach().square().sum() - score.detach(), 2 * penalty * x.detach() - slope(score, x)
+        return float(value), steep.double().cpu().numpy().ravel()
 
     least, most = (sign * np.inf if b is None else b for b, sign in zip(bounds, (-1, 1), strict=True))
     first = np.clip(start, least, most)

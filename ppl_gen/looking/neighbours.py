@@ -104,7 +104,7 @@ def _features(network: nn.Module, x: Tensor) -> Tensor:
     linear = [part for part in network.modules() if isinstance(part, nn.Linear)]
     if not linear:
         raise ValueError('layer: the network has no linear layer; name one of its layers, or "" for its output')
-    hooks = [part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for part in linear]
+    hooks = [part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone())) for part in linear]
     try:
         with evaluating(network), torch.no_grad():
             for piece in in_pieces(x):

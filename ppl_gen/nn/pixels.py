@@ -15,17 +15,40 @@ from typing import Any
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
+from torch.distributions import biject_to
 
 __all__ = ["Dequantised", "Quantised"]
 
 _ROUNDING = 1e-3  # of an interval: 255 + u is rounded to 1.5e-5 in float32
 
 
+class _Levels(constraints.Constraint):
+    """0, 1 / (levels - 1), ..., 1, within rounding."""
+
+    def __init__(self, levels: int) -> None:
+        self.levels = levels
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        place = value * (self.levels - 1)
+        level = place.round()
+        return ((place - level).abs() < _ROUNDING) & (level >= 0) & (level < self.levels)
+
+    def __repr__(self) -> str:
+        return f"{self.levels} levels: 0, 1/{self.levels - 1}, ..., 1"
+
+
+@biject_to.register(_Levels)  # where the values are unknown they are read as numbers between 0 and 1
+def _of_levels(constraint: _Levels) -> Any:
+    return biject_to(constraints.unit_interval)
+
+
 class Quantised(TorchDistribution):
     r"""p(x | v): the level of the interval that v lies in, for certain.
 
     The ends of an interval belong to both of its neighbours, within rounding: a set without volume. Numbers beyond 0
-    and 1 have no level, and count against a model that draws them; a draw of x has the nearest one then.
+    and 1 have no level, and count against a model that draws them; a draw of x has the nearest one then. Values
+    between the levels are outside of the support.
 
     Args:
         v: numbers between 0 and 1.
@@ -43,7 +66,6 @@ class Quantised(TorchDistribution):
     """
 
     arg_constraints: dict[str, Any] = {}
-    support = constraints.unit_interval
     has_rsample = False
 
     def __init__(self, v: Tensor, levels: int, validate_args: bool | None = None) -> None:
@@ -52,6 +74,10 @@ class Quantised(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Quantised:
         return type(self)(self.v.expand(batch_shape), self.levels)
+
+    @property
+    def support(self) -> Any:
+        return _Levels(self.levels)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         level = (self.v * self.levels).floor().clamp(0, self.levels - 1) / (self.levels - 1)

@@ -86,3 +86,25 @@ def test_arrays_and_images_are_taken_and_other_rows_refused():
         mmd(torch.rand(1, 2), torch.rand(5, 2))
     with pytest.raises(ValueError, match="scales: expected a positive number"):
         mmd(torch.rand(5, 2), torch.rand(5, 2), scales=[0.0])
+
+
+@pytest.mark.parametrize("kernel", ("rbf", "imq"))
+def test_rows_far_from_zero_are_as_far_apart_as_the_same_rows_near_it(kernel):
+    generator = torch.Generator().manual_seed(0)
+    # Steps of 1/64 up to 4: float32 holds them exactly beside 2^14, too.
+    x, y = (
+        ((torch.randn(200, 3, generator=generator) + shift) * 64).round().clamp(-256, 256) / 64 for shift in (0.0, 0.5)
+    )
+    near, far = mmd(x, y, kernel=kernel), mmd(x + 2.0**14, y + 2.0**14, kernel=kernel)
+    # The largest value is about 0.1; distances are rounded to 1e-6 of themselves, and means of them less.
+    assert float(near) > 0.02 and float(far) == pytest.approx(float(near), abs=1e-5)
+
+
+def test_half_precision_is_computed_in_single():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (((torch.randn(100, 3, generator=generator) + shift) * 64).round() * 4 for shift in (0.0, 0.5))
+    for kind in (torch.float16, torch.bfloat16):
+        one, other = x.to(kind), y.to(kind)
+        wanted = mmd(one.double(), other.double())
+        # Float32 leaves 1e-6 of distances; the squares of these rows, up to 1e6, are infinite in float16.
+        assert float(mmd(one, other)) == pytest.approx(float(wanted), abs=1e-5) and float(wanted) > 0.02

@@ -92,6 +92,19 @@ def test_a_network_of_ones_own_starts_at_its_weights_and_stays_as_it_is() -> Non
     assert not torch.allclose(moved.module("network")(x), own(x), atol=1e-2)
 
 
+def test_a_network_with_a_softmax_of_its_own_is_refused() -> None:
+    data = _three_groups()
+    for last in (nn.Softmax(-1), nn.LogSoftmax(-1)):
+        own = nn.Sequential(nn.Linear(2, 3), last)
+        if isinstance(last, nn.Softmax):
+            with pytest.raises(ValueError, match="network: expected scores before the softmax, got chances"):
+                pg.fit(classifier(3, own), data, SVI(steps=1), seed=0)
+        else:  # the softmax of these is what they are logarithms of
+            still = pg.fit(classifier(3, own), data, SVI(steps=1, lr=1e-12), seed=0)
+            wanted = own.double()(data["x"]).gather(1, data["y"][:, None])[:, 0]
+            assert torch.allclose(still.evidence().values, wanted, atol=1e-5)
+
+
 def test_the_number_of_classes_is_that_of_the_labels_unless_it_is_given() -> None:
     data = _three_groups()
     for classes, scores in ((None, 3), (5, 5)):

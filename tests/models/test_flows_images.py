@@ -318,6 +318,32 @@ def test_levels_that_are_not_those_of_the_data_are_refused():
         pg.fit(real_nvp(levels=256), pixels, SVI(Adversarial("non-saturating"), steps=1))
 
 
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        ((waves(40) * 8).round() / 16, "evenly spaced values from .*levels="),
+        ((waves(40) * 8).round().long(), "evenly spaced values"),
+        ((waves(40) * 20).round() / 127.5 - 1, "evenly spaced values"),
+        (torch.where(torch.arange(16).reshape(4, 4) == 5, 2.0, waves(40)), r"1 pixel\(s\) .* \(0, 1, 1\)"),
+    ],
+)
+@pytest.mark.parametrize("name", RECIPES)
+def test_images_without_a_density_are_refused_whatever_their_units(name, images, said):
+    with pytest.raises(ValueError, match=said):
+        pg.check(RECIPES[name](), images)
+
+
+def test_values_that_are_no_levels_are_refused_after_the_fit_too():
+    x = two_pixels(40)
+    fit = pg.fit(real_nvp(channels=4, blocks=1, levels=4), x, SVI(steps=2), seed=0)
+    for off in (x * 0.5, x * 3, x - 1 / 3, (x * 3).round() / 4):
+        for ask in (fit.evidence, fit.posterior, fit.predict):
+            with pytest.raises(ValueError, match="4 levels: 0, 1/3, ..., 1"):
+                ask(off)
+        with pytest.raises(ValueError, match="levels: 0, 1/3"):
+            pg.fit(real_nvp(channels=4, blocks=1, levels=4), x, SVI(steps=2), seed=0, validation=off)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_flow_of_images_is_found_again_on_disk(name, tmp_path):
     x = waves(20)

@@ -128,6 +128,13 @@ def test_a_field_carries_directions_as_autograd_does():
     torch.testing.assert_close((h, moved), expected, rtol=0, atol=1e-12)
 
 
+def test_an_equation_that_cannot_be_solved_says_so():
+    field = Field(2, (16,))
+    nn.init.constant_(field.layers[-1].weight, math.inf)
+    with pytest.raises(ValueError, match="ffjord: torchdiffeq gave up"):
+        Continuous(field, "dopri5", 1e-5, 1).eval().to_code(torch.randn(5, 2))
+
+
 def test_hutchinsons_trace_has_the_exact_one_for_its_mean():
     field = Field(4, (16,))
     nn.init.normal_(field.layers[-1].weight, 0.0, 0.5)

@@ -94,15 +94,22 @@ class Continuous(Layer):
         def moving(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             return trace(t, state[0])
 
-        made, log_det = _solvers().odeint(
-            moving,
-            (start, start.new_zeros(start.shape[:-1])),
-            times,
-            rtol=self.tolerance,
-            atol=self.tolerance,
-            method=self.method,
-            **options,
-        )
+        try:
+            made, log_det = _solvers().odeint(
+                moving,
+                (start, start.new_zeros(start.shape[:-1])),
+                times,
+                rtol=self.tolerance,
+                atol=self.tolerance,
+                method=self.method,
+                **options,
+            )
+        except AssertionError as error:
+            raise ValueError(
+                f"ffjord: torchdiffeq gave up ({str(error).splitlines()[0]}), because the field has become too steep, "
+                "a number is not finite, or the tolerance is too small for the precision; train with a smaller rate, "
+                'or take method="rk4"'
+            ) from error
         return made[-1], log_det[-1]
 
     def _trace(self, like: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@ r"""Layers of images (channels x height x width): checkerboard and channel coupl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -186,6 +187,7 @@ class BatchNorm(Layer, _NormBase):
     def to_code(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.training:
             over = (-2, -1) if x.dim() == 3 else (-4, -2, -1)
+            _require_spread([x.shape[i] for i in over], x.shape[-3:])
             mean, variance = x.mean(over, keepdim=True), x.var(over, correction=0, keepdim=True)
             self._follow(mean, variance)
         else:
@@ -204,6 +206,15 @@ class BatchNorm(Layer, _NormBase):
             for running, now in ((self.running_mean, mean), (self.running_var, variance)):
                 channels = now.reshape(-1, len(running)).mean(0)  # over particles
                 running.mul_(self.rho).add_(channels, alpha=1 - self.rho)
+
+
+def _require_spread(counts: Sequence[int], shape: Sequence[int]) -> None:
+    """Raise ValueError for a single number in a channel, whose variance is zero whatever it is."""
+    if math.prod(counts) < 2:
+        raise ValueError(
+            f"batch_size: batch norm at images of shape {tuple(shape)} takes the spread of a batch, and one row has "
+            "none; take batches of 2 rows or more, the last of an epoch too, or fewer scales"
+        )
 
 
 class Scale(Layer):

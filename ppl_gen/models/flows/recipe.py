@@ -22,6 +22,7 @@ _SHADES = 255  # of bytes: images that hold nothing else are pixels
 _FEW = 1e-3  # of a level: what float32 leaves of k / 4095
 _MOST = 4096  # levels that float32 tells apart, with room between them
 _LOOK = 10_000  # images that units are computed from: all numbers of a channel share them
+_REPEATS = 4  # times that values are there on average, in images of pixels: real numbers hardly ever come again
 _BEGIN = 1000  # rows that go through a flow whose layers start from data
 
 
@@ -55,11 +56,8 @@ class Pixels:
             ValueError: for other values than those of the levels, and for images of bytes where no levels were given.
         """
         if self.levels is None:
-            if rows.dim() == 4 and _off(rows.double(), _SHADES) < _FEW:
-                raise ValueError(
-                    f"data: these images hold nothing but 0, 1/{_SHADES}, ..., 1, and no density of {name} is bounded "
-                    "at such values; say levels=256 (zeros and ones: levels=2), and they are read as pixels"
-                )
+            if rows.dim() == 4:
+                _refuse_levels(rows, name)
             return rows.double()
         rows = rows if rows.is_floating_point() else rows.double()
         if _off(rows, self.levels - 1) >= _FEW:
@@ -69,6 +67,28 @@ class Pixels:
             )
         rows = _some(rows, _LOOK).double()
         return ((rows * (self.levels - 1)).round() + 0.5) / self.levels
+
+
+def _refuse_levels(rows: Tensor, name: str) -> None:
+    """Raise ValueError for images that hold nothing but a few evenly spaced values."""
+    if _off(rows.double(), _SHADES) < _FEW:
+        raise ValueError(
+            f"data: these images hold nothing but 0, 1/{_SHADES}, ..., 1, and no density of {name} is bounded "
+            "at such values; say levels=256 (zeros and ones: levels=2), and they are read as pixels"
+        )
+    some = _some(rows, _BEGIN).double()
+    values = some.unique()
+    if len(values) < 2 or len(values) > min(_MOST, some.numel() // _REPEATS):
+        return
+    low, high = float(values[0]), float(values[-1])
+    steps = round((high - low) / float(values.diff().min()))
+    if steps < _MOST and _off((values - low) / (high - low), steps) < _FEW:
+        scaled = "x" if (low, high) == (0.0, 1.0) else f"(x - {low:g}) / {high - low:g}"
+        raise ValueError(
+            f"data: these images hold nothing but evenly spaced values from {low:g} to {high:g}, and no density of "
+            f"{name} is bounded at such values; pass {scaled} and say how many values pixels have (levels={steps + 1}, "
+            "or more where the data do not hold all), and they are read as pixels"
+        )
 
 
 def _off(rows: Tensor, steps: int) -> float:
@@ -168,12 +188,14 @@ def _rows(data: Any, name: str, size: int | tuple[int, ...], single: bool) -> Te
         else:
             wanted = "single numbers (N, or N x 1)" if single else f"rows of {size} columns"
         hint = "; images are rows x channels x height x width" if rows.dim() == 3 else ""
+        if rows.dim() == 4 and not isinstance(size, tuple):
+            hint = "; x.flatten(1) lays out each image as a row"
         raise ValueError(f"data: {name} takes {wanted}, got shape {tuple(rows.shape)}{hint}")
     return rows
 
 
 def _refuse_constant(rows: Tensor, pixels: Pixels) -> None:
-    """Raise ValueError for numbers without spread: of real numbers each column or channel needs some."""
+    """Raise ValueError for numbers without spread: of real numbers each column, channel and pixel needs some."""
     if pixels.levels is not None:
         if bool((rows == rows.flatten()[0]).all()):
             raise ValueError("data: all pixels have the same value")
@@ -185,6 +207,14 @@ def _refuse_constant(rows: Tensor, pixels: Pixels) -> None:
         which = ", ".join(map(str, constant.nonzero().squeeze(-1).tolist()))
         what = "channel(s)" if image else "column(s)"
         raise ValueError(f"data: {what} {which} are constant: no density exists in that direction; leave them out")
+    still = (rows == rows[:1]).all(0) if image else rows.new_zeros(1, dtype=torch.bool)
+    if bool(still.any()):
+        first = tuple(still.nonzero()[0].tolist())
+        raise ValueError(
+            f"data: {int(still.sum())} pixel(s) have the same value in all images, the first at channel, line and "
+            f"column {first}: no density exists in that direction; crop the images, or say levels= where they hold a "
+            "few evenly spaced values"
+        )
 
 
 def checked_sizes(features: Any, layers: int, hidden: Sequence[int], *, smallest: int = 1) -> tuple[int, ...]:

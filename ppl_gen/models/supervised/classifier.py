@@ -26,6 +26,7 @@ __all__ = ["classifier"]
 _HIDDEN = {1: (128,), 3: (16, 32, 128)}  # by the dimensions of a row
 _FIELD = 5  # height and width of a filter
 _LOOKED_AT = 2  # rows that a network of one's own is tried on
+_SUM = 1e-4  # how near to 1 chances sum
 
 
 def classifier(
@@ -183,6 +184,11 @@ def _try_out(network: nn.Module, data: Any, classes: int) -> None:
     if not isinstance(scores, Tensor) or scores.shape != (len(rows), classes):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"network: expected scores of shape {(len(rows), classes)} for {len(rows)} rows, got {got}")
+    if bool((scores >= 0).all()) and bool(((scores.sum(-1) - 1).abs() < _SUM).all()):
+        raise ValueError(
+            "network: expected scores before the softmax, got chances (none is negative, and those of a row sum to 1); "
+            "a second softmax would be taken of them: leave out the network's own (its logarithm may stay)"
+        )
 
 
 def _program(network: nn.Module) -> Program:
