@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_gen.handlers.sites import is_subsample
 
-__all__ = ["Chosen", "Median", "Nudged", "Substitute"]
+__all__ = ["Chosen", "Exchanged", "Median", "Nudged", "Substitute"]
 
 
 class Substitute(Messenger):
@@ -26,6 +26,21 @@ class Substitute(Messenger):
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
+
+
+class Exchanged(Messenger):
+    """Latent sites take the given values after they were drawn, so that later draws meet the same random numbers.
+
+    It stands around what traces the program.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
 
 
 class Median(Messenger):

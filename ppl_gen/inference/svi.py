@@ -188,7 +188,7 @@ class SVI(Iterative):
         if self.objective.uses_guide:
             check_masked(run.info, run.info.guide_sites)
         minibatches = size is not None and run.data.rows is not None and size < run.data.rows
-        setting = Setting(run.program, run.joint, guide, run.info, probe, minibatches)
+        setting = Setting(run.program, run.joint, guide, run.info, probe, minibatches, run.data)
         refuse_undivided(self.objective, setting, run)
         shared = replace(setting, minibatches=minibatches or not run.ranks.alone)
         with as_shared(run, self.batch_size, lambda: started(self.objective, setting)):

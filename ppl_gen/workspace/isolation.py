@@ -20,7 +20,16 @@ from ppl_gen.errors import IncompatibleError, require_seed
 from ppl_gen.handlers.private import HANDLERS
 from ppl_gen.workspace.memory import unremembered
 
-__all__ = ["copied", "generators", "isolated", "revived", "set_generators", "validation_off", "without_side_effects"]
+__all__ = [
+    "buffers_put_back",
+    "copied",
+    "generators",
+    "isolated",
+    "revived",
+    "set_generators",
+    "validation_off",
+    "without_side_effects",
+]
 
 
 @contextlib.contextmanager
@@ -78,6 +87,20 @@ def set_generators(kept: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def without_side_effects() -> Iterator[None]:
     """Run a program only to look at it: no gradients; buffers, generators and what modules remember are put back."""
+    with buffers_put_back(), isolated(), torch.no_grad(), unremembered():
+        yield
+
+
+@contextlib.contextmanager
+def buffers_put_back() -> Iterator[None]:
+    """The buffers of all modules called inside, as the running averages of batch norm, are on exit what they were.
+
+    >>> norm = torch.nn.BatchNorm1d(1)
+    >>> with buffers_put_back():
+    ...     _ = norm(torch.ones(3, 1))
+    >>> norm.running_mean
+    tensor([0.])
+    """
     kept: dict[int, tuple[nn.Module, dict[str, tuple[Tensor, Tensor]]]] = {}
 
     def keep(module: nn.Module, _inputs: object) -> None:
@@ -86,13 +109,13 @@ def without_side_effects() -> Iterator[None]:
 
     hook = register_module_forward_pre_hook(keep)
     try:
-        with isolated(), torch.no_grad(), unremembered():
-            yield
+        yield
     finally:
         hook.remove()
-        for module, buffers in kept.values():
-            for name, (buffer, value) in buffers.items():
-                module._buffers[name] = buffer.copy_(value)
+        with torch.no_grad():
+            for module, buffers in kept.values():
+                for name, (buffer, value) in buffers.items():
+                    module._buffers[name] = buffer.copy_(value)
 
 
 def copied(module: nn.Module, *, shared: Iterable[nn.Module] = ()) -> nn.Module:

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy, softplus
 
 import ppl_gen as pg
 from ppl_gen.inference import ELBO, SVI, Adversarial, AdversarialTraining, DomainAdversarial
-from ppl_gen.models import gan
+from ppl_gen.inference.objectives.robust import _RobustGame
+from ppl_gen.models import gan, vae
 
 W, B = torch.tensor([1.5, -0.5, 0.25], dtype=torch.float64), 0.3
 
@@ -57,6 +58,68 @@ def test_bounds_are_kept_and_rows_that_stand_at_them_do_not_move():
     found = _first(AdversarialTraining(0.5, steps=1, bounds=(-1, 1)), data)
     assert abs(found["program_loss"] - float(exact)) < 1e-12
     assert float(exact) < float(softplus(0.5 * W.norm(1) - margin).mean()) - 0.01
+
+
+def test_bounds_that_do_not_hold_the_rows_are_refused():
+    """To get there a row would have to leave the ball: an adversary of next to no radius would double the loss."""
+    with pytest.raises(ValueError, match=r"bounds: expected \(-0.1, 0.1\) to hold all values of 'x', which go from"):
+        _first(AdversarialTraining(1e-9, bounds=(-0.1, 0.1)))
+    game = object.__new__(_RobustGame)  # a stream's later rows are not looked at: whatever comes, the ball is kept
+    game.objective = AdversarialTraining(0.5, bounds=(-1, 1))
+    x = _rows()["x"]
+    moved = game._moved(x, x, torch.ones_like(x))
+    assert (moved - x).abs().max() <= 0.5 and (x.abs() > 1.5).any()
+    inside = x.abs().amax(1) <= 1
+    assert moved[inside].abs().max() == 1.0
+
+
+def test_what_was_observed_of_discrete_rows_cannot_be_moved():
+    bits = (torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    with pytest.raises(pg.IncompatibleError, match="entry: the program takes 'x' as it is, and not as an adversary"):
+        pg.fit(vae(latent=2, hidden=(4,)), bits, SVI(AdversarialTraining(0.1), steps=1), seed=0)
+
+
+@pytest.mark.parametrize("path", [False, "graph"])
+def test_an_adversary_leaves_running_averages_to_the_rows_that_are_learned_from(path):
+    torch.manual_seed(0)
+    norm, line = nn.BatchNorm1d(3, momentum=None).double(), nn.Linear(3, 1).double()  # momentum None: a plain mean
+
+    def program(x, y):
+        pyro.module("norm", norm)
+        pyro.module("line", line)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=line(norm(x)).squeeze(-1)), obs=y)
+
+    def kept(radius, bounds=None):
+        objective = ELBO() if radius is None else AdversarialTraining(radius, steps=3, bounds=bounds)
+        fit = pg.fit(program, _rows(), SVI(objective, steps=20, lr=1e-9), seed=0, compile=path)
+        return fit.module("norm")
+
+    plain, near, far = kept(None), kept(1e-12), kept(1.0)
+    assert int(near.num_batches_tracked) == int(far.num_batches_tracked) == int(plain.num_batches_tracked) == 20
+    torch.testing.assert_close(near.running_var, plain.running_var, rtol=1e-9, atol=0.0)
+    # What is learned from are the moved rows alone, 1 away in each column, which spread on one side or the other.
+    assert ((far.running_var - plain.running_var).abs() > 0.05).any()
+
+
+def test_an_adversary_raises_the_program_s_own_terms_too():
+    """A term |x - 10|^2 is highest at the side away from 10; the adversary moves there although y hardly minds."""
+    program = pg.Program(_logistic, terms={"far": lambda x, y: 100 * (x - 10.0).square().sum(1)})
+    x = _rows()["x"]
+    found = _first(AdversarialTraining(1.0, steps=1), program=program)
+    assert abs(found["far"] - float(100 * (x - 1.0 - 10.0).square().sum(1).mean())) < 1e-9 * found["far"]
+    assert abs(found["clean_loss"] - float(100 * (x - 10.0).square().sum(1).mean())) < 1.0
+    assert found["program_loss"] > found["far"] > found["clean_loss"]
+
+    def named(x, y, domain):
+        pyro.deterministic("features", x, event_dim=1)
+        _logistic(x, y)
+
+    program = pg.Program(named, terms={"far": lambda x, y, domain: (x - 10.0).square().sum(1)})
+    data = {**_rows(), "domain": torch.arange(200) % 2}
+    both = DomainAdversarial(weight=0.0, objective=AdversarialTraining(1e-12, steps=1))
+    once = _first(ELBO(), data, program)["program_loss"]
+    assert abs(_first(both, data, program)["program_loss"] - once) < 1e-9 * once, "and they are paid once"
 
 
 def test_more_steps_go_further_where_the_loss_bends():
@@ -205,3 +268,60 @@ def test_features_and_domains_that_are_not_there_are_refused():
         played(critic=nn.Linear(1, 3))
     with pytest.raises(ValueError, match="domain: the model of '_logistic' takes no 'domain' from the data"):
         played(_logistic, _rows())
+
+
+@pytest.mark.parametrize("wrong", [-100, -1, 2])
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_domain_out_of_range_is_refused_wherever_it_stands(wrong, batch_size):
+    """-100 is what torch's cross entropy leaves out without a word."""
+    data, _ = _two_domains(200)
+    data["domain"] = data["domain"].clone()
+    data["domain"][177] = wrong
+    algorithm = SVI(DomainAdversarial(), steps=1, batch_size=batch_size)
+    with pytest.raises(ValueError, match="domain: expected one integer from 0 to 1 for each row in 'domain', got val"):
+        pg.fit(_features(nn.Linear(2, 1), nn.Linear(1, 2)), data, algorithm, seed=0)
+
+
+def _coded(made_by):
+    """Rows 6 apart by domain, of a program with codes; the features are the codes."""
+    generator = torch.Generator().manual_seed(0)
+    domain = torch.arange(200) % 2
+    x = torch.randn(200, 2, generator=generator) + 6.0 * domain[:, None]
+
+    def program(x, domain):
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            other = pyro.sample("other", dist.Categorical(torch.ones(2)))
+            pyro.deterministic("features", z if made_by == "z" else other[:, None].float(), event_dim=1)
+            pyro.sample("x", dist.Normal(z + loc + other[:, None], 1.0).to_event(1), obs=x)
+
+    def guide(x, domain):
+        share = pyro.param("share", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(share * x, 0.1).to_event(1))
+
+    return pg.Program(program, guide), {"x": x, "domain": domain}
+
+
+def test_features_of_latent_sites_are_those_that_the_guide_draws():
+    program, data = _coded("z")
+    rates = {"program": 1e-12, "critic": 1e-2}
+    fit = pg.fit(program, data, SVI(DomainAdversarial(weight=0.0), steps=150, lr=rates), seed=0)
+    assert float(fit.history["critic_accuracy"][-1]) > 0.99, "draws of the prior would leave the critic at a half"
+    program, data = _coded("other")
+    with pytest.raises(pg.IncompatibleError, match="features 'features' are made from other, which the guide does not"):
+        pg.fit(program, data, SVI(DomainAdversarial(), steps=1), seed=0)
+
+
+def test_without_weight_the_program_learns_as_it_does_alone():
+    data, _ = _two_domains(200)
+
+    def weights(objective):
+        torch.manual_seed(0)
+        net, head = nn.Linear(2, 1), nn.Linear(1, 2)
+        fit = pg.fit(_features(net, head), data, SVI(objective, steps=20, lr=0.01), seed=0)
+        return fit.module("net").weight
+
+    assert torch.equal(weights(DomainAdversarial(weight=0.0)), weights(ELBO()))
+    assert not torch.equal(weights(DomainAdversarial(weight=1.0)), weights(ELBO()))

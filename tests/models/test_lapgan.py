@@ -121,6 +121,46 @@ def test_the_losses_are_sums_over_sites_of_the_non_saturating_game():
     assert abs(float(fit.history["program_loss"][0]) - float(paid)) < 0.01
 
 
+def test_what_a_mask_hides_is_seen_by_no_critic():
+    generator = torch.Generator().manual_seed(0)
+    x, seen = torch.randn(64, 2, generator=generator), torch.rand(64, generator=generator) < 0.5
+
+    def program(x, y, seen):
+        scale = pyro.param("scale", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            z, e = (pyro.sample(name, dist.Normal(torch.zeros(2), 1.0).to_event(1)) for name in ("z", "e"))
+            with pyro.poutine.mask(mask=seen):
+                pyro.sample("x", dist.Normal(scale * z, 0.5).to_event(1), obs=x)
+            pyro.sample("y", dist.Normal(scale * e, 0.5).to_event(1), obs=y)
+
+    def first(x):
+        data = {"x": x, "y": torch.ones(64, 2), "seen": seen}
+        fit = pg.fit(program, data, SVI(ConditionalAdversarial(), steps=1, lr=1e-12), seed=0)
+        return [float(fit.history[name][0]) for name in ("critic_loss", "program_loss", "critic_real")]
+
+    # Not in x's own critic, and not in that of y, which sees x beside y.
+    filler = torch.where(seen[:, None], x, torch.full_like(x, 100.0))
+    assert first(filler) == first(x) != first(2 * x)
+
+
+@pytest.mark.parametrize("shape", ["same", "parent"])
+def test_noise_behind_several_observed_sites_is_refused(shape):
+    """Given x, the z that y is made from is no draw of its prior; drawn anew, x and y would be learned as independent."""
+
+    def program(x, y):
+        scale = pyro.param("scale", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            one, two = (pyro.sample(n, dist.Normal(z, 1.0)) for n in "ab") if shape == "parent" else (z, z)
+            pyro.sample("x", dist.Delta(scale * one), obs=x)
+            pyro.sample("y", dist.Delta(scale * two), obs=y)
+
+    data = torch.randn(20), torch.randn(20)
+    with pytest.raises(pg.IncompatibleError, match="makes both x and y from 'z'"):
+        pg.fit(program, data, SVI(ConditionalAdversarial(), steps=1), seed=0)
+    assert pg.fit(program, data, SVI(Adversarial(), steps=1), seed=0).status == "finished"
+
+
 def test_a_site_that_reads_its_own_observation_and_one_without_gradient_are_refused():
     def forced(x):
         w = pyro.param("w", torch.tensor(0.5))

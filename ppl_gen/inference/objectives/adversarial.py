@@ -188,13 +188,13 @@ class _AdversarialGame(Game):
         self.rows = ObservedRows(setting.model, setting.info, sites, objective.relaxation)
         refuse_own_observation(setting, sites)
         with without_side_effects():
-            real, _ = self.rows(setting.probe)
+            real, _ = self.rows(setting.sample())
         rowwise = objective.constraint not in ("none", "clip")
         own = objective.critic
         critic = default_critic(real, rowwise=rowwise) if own is None else copy.deepcopy(own)
         self.critic = critic.to(device=real.device, dtype=real.dtype)
         check_output(self.critic, real)
-        self.scale = real.std(0, correction=0)  # of the rows at hand, once: the same in all shares of a batch
+        self.scale = real.std(0, correction=0)  # once, of some hundred rows: batches may be small
         if not any(p.requires_grad for p in self.critic.parameters()):
             raise ValueError("critic: none of its parameters requires a gradient, so it cannot learn; unfreeze some")
         self.modules: Mapping[str, nn.Module] = {"critic": self.critic}

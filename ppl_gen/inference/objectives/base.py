@@ -42,6 +42,9 @@ class Objective(ABC):
     #: Whether a guide takes part; without one SVI does not make a default guide.
     uses_guide: bool = True
 
+    #: Whether its game adds the program's own terms to the loss by itself.
+    pays_terms: bool = False
+
     @abstractmethod
     def build(self, setting: Setting) -> Game:
         """A fresh game for one fit."""
@@ -97,7 +100,7 @@ def started(objective: Objective, setting: Setting) -> Game:
         ValueError: for a term that does not give one number for each row, or has the name of a part of the loss.
     """
     game = objective.build(setting)
-    return _WithTerms(game, setting) if setting.program.terms else game
+    return _WithTerms(game, setting) if setting.program.terms and not objective.pays_terms else game
 
 
 class _WithTerms(Game):

@@ -18,7 +18,13 @@ from ppl_gen.handlers.sites import is_sample
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.critics import check_output, default_critic, described_critic
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
-from ppl_gen.inference.objectives.observed import compared_sites, refuse_own_observation, rows_first
+from ppl_gen.inference.objectives.observed import (
+    compared_sites,
+    hidden_as_zero,
+    reached_from,
+    refuse_own_observation,
+    rows_first,
+)
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import without_side_effects
 
@@ -37,7 +43,8 @@ class ConditionalAdversarial(Objective):
     and the program minimises the sum over sites of :math:`-\mathbb{E} \log D_s`. What a site is made from is observed,
     so no site learns from the mistakes of another, as in a pyramid of adversarial networks (`lapgan`) whose scales are
     trained each by itself; `fit.sample` makes each site from the made ones. By the chain rule, log odds of all critics
-    add up to those of the whole row. A program with one observed site is played as by `Adversarial`.
+    add up to those of the whole row. A program with one observed site is played as by `Adversarial(averaging=0)`.
+    What a mask hides is zero on both sides.
 
     Each critic sees the site and, where the site is an image, the image of the observed site just before it, enlarged
     to its size, as further channels; else all observed values before it, flattened and joined.
@@ -52,7 +59,8 @@ class ConditionalAdversarial(Objective):
 
     Raises:
         ValueError, TypeError: for settings out of range, or critics that do not fit the observed sites.
-        IncompatibleError: for draws without a gradient at an observed site.
+        IncompatibleError: for draws without a gradient at an observed site, or one latent site behind several
+            observed ones, which is no draw of its prior once one of them is observed.
 
     Unless the algorithm names others, both players use Adam (2e-4, betas 0.5 and 0.999).
 
@@ -109,8 +117,9 @@ class _ConditionalGame(Game):
                 "not reparameterised"
             )
         refuse_own_observation(setting, self.sites)
+        self._refuse_shared_draws()
         with without_side_effects(), torch.no_grad():
-            pairs = self._pairs(setting.probe)
+            pairs = self._pairs(setting.sample())
         given = objective.critics or {}
         unknown = [name for name in given if name not in pairs]
         if unknown:
@@ -129,6 +138,18 @@ class _ConditionalGame(Game):
         )
         made = {name: "as given" if name in given else described_critic(real) for name, (real, _) in pairs.items()}
         self.notes = {"critic": "; ".join(f"{name}: {how}" for name, how in made.items())}
+
+    def _refuse_shared_draws(self) -> None:
+        """What is drawn for one site and used at another is not drawn from its prior, once the first is observed."""
+        names = [site.name for site in self.sites]
+        for latent in (site.name for site in self.setting.info.select()):
+            used = reached_from(self.setting.model, self.setting.probe, [latent], names)
+            if len(used) > 1:
+                raise IncompatibleError(
+                    f"the program {self.setting.program.name!r} makes both {' and '.join(used[:2])} from {latent!r}: "
+                    f"given the first, {latent!r} has another distribution than that it is drawn from. Draw noise for "
+                    "each observed site, or take Adversarial(), which compares them together"
+                )
 
     def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
         if player == "critic":
@@ -158,8 +179,8 @@ class _ConditionalGame(Game):
         found = {}
         for site, node in nodes:
             assert is_sample(node)
-            real, made = (self._rows(node, value, batch) for value in (node["value"], node["fn"].rsample()))
-            real = real.to(made)
+            real, made = hidden_as_zero(node, node["value"], node["fn"].rsample())
+            real, made = (self._rows(node, value, batch) for value in (real, made))
             found[site.name] = (_joined(real, seen), _joined(made, seen))
             seen.append(real)
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.critics import check_critic, check_output
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
-from ppl_gen.inference.objectives.observed import rows_first
+from ppl_gen.inference.objectives.observed import reached_from, rows_first
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.inference.objectives.robust import entry_of
 from ppl_gen.program.offers import Need
@@ -36,11 +36,12 @@ class DomainAdversarial(Objective):
 
     .. math:: \min_\theta \max_\phi \; L_\theta + \lambda \, \mathbb{E} \log D_\phi(d \mid h_\theta(x))
 
-    The program names its features by ``pyro.deterministic("features", h)`` and takes the domain of each row, an
-    integer, as an argument; it may leave rows of one domain without labels by a mask. The critic predicts the domain
-    from the features; the program pays the other objective's loss, and what the critic gains. Where the features of all
-    domains have one distribution the critic can do no better than the shares of the domains: with two of equal size, a
-    loss of log 2 and an accuracy of a half. That classes are matched to the same classes is not implied.
+    The program names its features by ``pyro.deterministic("features", h)``, made from the data or from latent sites
+    that the guide draws, and takes the domain of each row, an integer, as an argument; it may leave rows of one domain
+    without labels by a mask. The critic predicts the domain from the features; the program pays the other objective's
+    loss, and what the critic gains. Where the features of all domains have one distribution the critic can do no better
+    than the shares of the domains: with two of equal size, a loss of log 2 and an accuracy of a half. That classes are
+    matched to the same classes is not implied.
 
     Losses are per row. The history keeps the parts of the other objective's loss, ``own_loss`` (it alone) and
     ``critic_accuracy``.
@@ -58,7 +59,7 @@ class DomainAdversarial(Objective):
     Raises:
         ValueError, TypeError: for settings out of range, features or domains that are not there, or a critic of other
             widths.
-        IncompatibleError: for an objective of several players.
+        IncompatibleError: for an objective of several players, or features made from what no guide draws.
 
     Source: Ganin et al. (2016), whose reversed gradient this game spells out.
 
@@ -97,6 +98,11 @@ class DomainAdversarial(Objective):
         """As the other objective does."""
         return bool(self.objective.uses_guide)
 
+    @property
+    def pays_terms(self) -> bool:  # type: ignore[override]
+        """As the other objective does."""
+        return bool(self.objective.pays_terms)
+
     def undivided(self, setting: Setting) -> str | None:
         why: str | None = self.objective.undivided(setting)
         return why
@@ -112,7 +118,8 @@ class _DomainGame(Game):
         if len(self.game.players) > 1:
             raise IncompatibleError(f"objective: {objective.objective.label} has a critic of its own; give one player")
         self.place = entry_of(setting, "domain", objective.domain)
-        self._check_domains(setting.probe)
+        self._check_domains()
+        self._refuse_prior_draws()
         with without_side_effects(), torch.no_grad():
             features = self._features(setting.probe)
         own = objective.critic
@@ -125,21 +132,47 @@ class _DomainGame(Game):
         made = f"perceptron on {features[0].numel()} feature(s) (default)" if own is None else "as given"
         self.notes = {**self.game.notes, "critic": f"{made}, of {objective.domains} domains"}
 
-    def _check_domains(self, batch: Batch) -> None:
-        d: Any = self._domain(batch)
-        name, most = self.objective.domain, int(self.objective.domains) - 1
+    def _check_domains(self) -> None:
+        """Of all rows at hand: those of later batches are not looked at again."""
+        data, name = self.setting.data, self.objective.domain
+        every = data is not None and data.streamed is None and isinstance(data.entries.get(name), Tensor)
+        d: Any = data.entries[name] if every and data is not None else self._domain(self.setting.probe)
+        most = int(self.objective.domains) - 1
         whole = isinstance(d, Tensor) and not d.is_floating_point() and d.dim() == 1
         if not whole or bool((d < 0).any()) or bool((d > most).any()):
             got = type(d).__name__ if not isinstance(d, Tensor) else f"{d.dtype} of shape {tuple(d.shape)}"
             got = f"values from {int(d.min())} to {int(d.max())}" if whole else got
             raise ValueError(f"domain: expected one integer from 0 to {most} for each row in {name!r}, got {got}")
 
+    def _refuse_prior_draws(self) -> None:
+        """Features that hang on what the guide does not draw would be those of the prior, whatever the row."""
+        batch, drawn = self.setting.probe, self.setting.info.guide_sites or {}
+        left = [site.name for site in self.setting.info.select() if site.name not in drawn]
+        if not left:
+            return
+        with without_side_effects():
+            model = self._at_guide(batch)
+        if reached_from(model, batch, left, [self.objective.site]):
+            raise IncompatibleError(
+                f"site: the features {self.objective.site!r} are made from {', '.join(left)}, which "
+                f"{'the guide does not draw' if drawn else 'no guide draws'}: they would come from the prior and tell "
+                "nothing of the row. Make them from the data, or from what the guide draws"
+            )
+
+    def _at_guide(self, batch: Batch) -> Callable[..., Any]:
+        """The model at new draws of the guide, where there is one."""
+        if self.setting.guide is None:
+            return self.setting.model
+        guide = poutine.trace(self.setting.guide).get_trace(*batch.args, **batch.kwargs)
+        held: Callable[..., Any] = poutine.replay(self.setting.model, trace=guide)
+        return held
+
     def _domain(self, batch: Batch) -> Any:
         return batch.args[self.place] if isinstance(self.place, int) else batch.kwargs[self.place]
 
     def _features(self, batch: Batch) -> Tensor:
-        """Of each row: rows x event."""
-        trace = poutine.trace(self.setting.model).get_trace(*batch.args, **batch.kwargs)
+        """Of each row, at draws of the guide where there is one: rows x event."""
+        trace = poutine.trace(self._at_guide(batch)).get_trace(*batch.args, **batch.kwargs)
         if self.objective.site not in trace.nodes:
             names = [name for name, node in trace.nodes.items() if node["type"] == "sample"]
             raise ValueError(
@@ -171,7 +204,8 @@ class _DomainGame(Game):
         return Loss(value, {**own.parts, "own_loss": own.value.detach()}), state
 
     def _missed(self, scores: Tensor, batch: Batch) -> Tensor:
-        return cross_entropy(scores, self._domain(batch).long())
+        # No domain is left out, as -100 is by default: one out of range has to fail.
+        return cross_entropy(scores, self._domain(batch).long(), ignore_index=torch.iinfo(torch.long).min)
 
 
 def _perceptron(features: Tensor, domains: int) -> nn.Module:

@@ -114,7 +114,7 @@ class _EnergyGame(Game):
         self.rows = ObservedRows(setting.model, setting.info, sites)
         refuse_own_observation(setting, sites)
         with without_side_effects():
-            real, _ = self.rows(setting.probe)
+            real, _ = self.rows(setting.sample())
         flat = real.flatten(1)
         spread = (flat - flat.mean(0)).square().mean().sqrt()
         self.noise = objective.noise * torch.where(spread > 0, spread, torch.ones_like(spread))

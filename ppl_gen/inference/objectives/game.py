@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppl_gen.data.batching import Batch
+from ppl_gen.data.batching import FEW, Batch, Dataset
 from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.program import Program
 
@@ -55,6 +55,8 @@ class Loss:
 class Setting:
     """What an objective is built for: the program with its guide, the dry run, and a batch to try shapes on.
 
+    ``data`` are all rows, where there are any beside the probe; `sample` is what to take units and scales from.
+
     >>> from dataclasses import dataclass
     >>> import ppl_gen as pg, pyro, pyro.distributions as dist
     >>> from ppl_gen.inference import SVI, Game, Loss, Objective
@@ -82,6 +84,18 @@ class Setting:
     info: ProgramInfo
     probe: Batch
     minibatches: bool = False
+    data: Dataset | None = None
+
+    def sample(self) -> Batch:
+        """Rows to take units from: the probe, or where that is a small batch of many rows, some hundred of them."""
+        data, held = self.data, self.probe.rows
+        if data is None or data.rows is None or data.streamed is not None or held is None:
+            return self.probe
+        if held >= min(FEW, data.rows):
+            return self.probe
+        # Not the first ones: rows may be sorted.
+        index = torch.randperm(data.rows, generator=torch.Generator().manual_seed(0), device="cpu")[:FEW]
+        return data.batch(index, total=len(index))
 
 
 class Game(ABC):

@@ -14,12 +14,21 @@ from torch import Tensor
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.carried import _base, _Carrier
+from ppl_gen.handlers.substitute import Exchanged
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.program.info import ProgramInfo, Site
 from ppl_gen.workspace.isolation import without_side_effects
 
-__all__ = ["ObservedRows", "compared_sites", "reads_own_observation", "refuse_own_observation", "rows_first"]
+__all__ = [
+    "ObservedRows",
+    "compared_sites",
+    "hidden_as_zero",
+    "reached_from",
+    "reads_own_observation",
+    "refuse_own_observation",
+    "rows_first",
+]
 
 _RELAXED = ("Bernoulli", "Categorical", "OneHotCategorical")
 
@@ -102,11 +111,7 @@ class ObservedRows:
         if carried is not None and _base(fn, dist.Categorical):
             real = real.unsqueeze(-1) == torch.arange(made.shape[-1])
             extra = 1
-        real = real.to(made).expand_as(made)
-        shown = _shown(node)
-        if shown is not None:
-            shown = shown.reshape(shown.shape + (1,) * extra)
-            real, made = torch.where(shown, real, 0.0), torch.where(shown, made, 0.0)
+        real, made = hidden_as_zero(node, real.to(made).expand_as(made), made, extra)
         frames = [f for f in node["cond_indep_stack"] if f.name == self.info.data_plate]
         axis = frames[0].dim - fn.event_dim - extra if frames else None
         return rows_first(real, axis, batch), rows_first(made, axis, batch)
@@ -124,6 +129,15 @@ class ObservedRows:
             return "probabilities of Categorical against one-hot rows"
         what = "a discrete draw carries no gradient" if site.discrete else "its draws are not reparameterised"
         return f"mean of {site.distribution} ({what})"
+
+
+def hidden_as_zero(node: Mapping[str, Any], real: Tensor, made: Tensor, extra: int = 0) -> tuple[Tensor, Tensor]:
+    """Values of one site, zero in both where a mask hides them; ``extra`` dimensions stand behind those of the site."""
+    shown = _shown(node)
+    if shown is None:
+        return real, made
+    shown = shown.reshape(shown.shape + (1,) * extra)
+    return torch.where(shown, real, torch.zeros_like(real)), torch.where(shown, made, torch.zeros_like(made))
 
 
 def _shown(node: Mapping[str, Any]) -> Tensor | None:
@@ -187,6 +201,24 @@ def reads_own_observation(run: Callable[[Batch], poutine.Trace], batch: Batch, n
                 if _differ(one["infer"].get("obs"), two["infer"].get("obs")) and _differ(one["value"], two["value"]):
                     found.add(name)
     return [name for name in names if name in found]
+
+
+def reached_from(model: Callable[..., Any], batch: Batch, latents: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Those of the sites ``names`` whose draws, or values where nothing is drawn, change with those of ``latents``.
+
+    All else meets the same random numbers, and observed values stay what they are.
+    """
+    with without_side_effects():
+        for _ in range(2):  # the second time by other random numbers than those below
+            other = poutine.trace(model).get_trace(*batch.args, **batch.kwargs).nodes
+    found: list[dict[str, Tensor]] = []
+    for values in ({}, {name: other[name]["value"] for name in latents if name in other}):
+        with without_side_effects(), Exchanged(values):
+            nodes = poutine.trace(model).get_trace(*batch.args, **batch.kwargs).nodes
+            here = {name: nodes[name] for name in names if name in nodes}
+            found.append({n: v["fn"].sample() if v["is_observed"] else v["value"] for n, v in here.items()})
+    first, second = found
+    return [name for name in first if name in second and _differ(first[name], second[name])]
 
 
 def _blanked_each(batch: Batch) -> Iterator[Batch]:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ppl_gen.arguments import require_choice, require_text
 from ppl_gen.data.batching import Batch
-from ppl_gen.errors import IncompatibleError, is_number, require_number, require_positive, require_whole
-from ppl_gen.inference.objectives.base import Objective
+from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError, is_number, require_number, require_positive, require_whole
+from ppl_gen.inference.objectives.base import Objective, started
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.program.offers import Need
-from ppl_gen.workspace.isolation import without_side_effects
+from ppl_gen.workspace.isolation import buffers_put_back, without_side_effects
 
 __all__ = ["AdversarialTraining", "entry_of", "with_entry"]
 
@@ -34,10 +34,12 @@ class AdversarialTraining(Objective):
     With one step of length epsilon and the norm "inf" it is the fast gradient sign method. Where the loss of a row is a
     falling function of one linear score, as in logistic regression, one step is the exact maximum, and the score falls
     by epsilon |w|_1 (norm "inf") or epsilon |w|_2 (norm "2"); elsewhere it is a lower bound of it, so that a small loss
-    is no proof of robustness. The adversary keeps nothing from batch to batch and so has no parameters in the fit.
+    is no proof of robustness. The adversary keeps nothing from batch to batch and so has no parameters in the fit; it
+    meets networks as they are in training, dropout drawn anew at every step, and leaves the running averages of batch
+    norm alone.
 
-    Losses are those of the other objective at the moved rows. The history keeps its parts, and ``clean_loss``, its loss
-    at the rows as given.
+    Losses are those of the other objective at the moved rows, the program's own terms with it. The history keeps its
+    parts, and ``clean_loss``, its loss at the rows as given.
 
     Args:
         radius: epsilon, in the units of the entry.
@@ -45,7 +47,8 @@ class AdversarialTraining(Objective):
         steps: steps of the adversary.
         step: their length; None: epsilon for one step, else 2.5 epsilon / steps.
         clean: share of the loss at the rows as given, from 0 to below 1.
-        bounds: (least, largest) value that a moved number may have, such as (0, 1) for pixels; None: any.
+        bounds: (least, largest) value that a moved number may have, such as (0, 1) for pixels, and that all rows keep;
+            None: any.
         entry: the entry of the data that is moved.
         objective: whose loss it is.
 
@@ -98,6 +101,11 @@ class AdversarialTraining(Objective):
         return bool(self.objective.uses_guide)
 
     @property
+    def pays_terms(self) -> bool:  # type: ignore[override]
+        """Yes: the adversary raises the program's own terms too."""
+        return True
+
+    @property
     def step_length(self) -> float:
         """Of one step of the adversary."""
         return float(self.step or (self.radius if self.steps == 1 else 2.5 * self.radius / self.steps))
@@ -112,7 +120,7 @@ class AdversarialTraining(Objective):
 
 class _RobustGame(Game):
     def __init__(self, objective: AdversarialTraining, setting: Setting) -> None:
-        self.objective, self.game = objective, objective.objective.build(setting)
+        self.objective, self.game = objective, started(objective.objective, setting)
         self.place = entry_of(setting, "entry", objective.entry)
         if len(self.game.players) > 1:
             raise IncompatibleError(
@@ -122,6 +130,7 @@ class _RobustGame(Game):
         ball = f"|r|_{objective.norm} <= {objective.radius:g}"
         self.notes = {**self.game.notes, "adversary": f"{objective.steps} step(s) uphill in {objective.entry}, {ball}"}
         self._check(setting.probe)
+        self._check_bounds(setting)
 
     def _check(self, batch: Batch) -> None:
         x = _value(batch, self.place)
@@ -129,11 +138,35 @@ class _RobustGame(Game):
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"entry: expected rows of real numbers in {self.objective.entry!r}, got {got}")
         with without_side_effects(), torch.enable_grad():
-            _, slope = self._slope(batch, x, self.game.init(batch))
+            state = self.game.init(batch)
+            _, slope = self._slope(batch, x, state)
         if slope is None:
             raise IncompatibleError(
                 f"the loss of {self.objective.objective.label} gives no gradient to the entry "
                 f"{self.objective.entry!r}: there is nothing that an adversary could do"
+            )
+        try:
+            with without_side_effects(), torch.enable_grad():
+                self._slope(batch, self._moved(x, x, slope), state)
+        except PROGRAM_ERRORS as error:
+            said = str(error).splitlines()[0]
+            raise IncompatibleError(
+                f"entry: the program takes {self.objective.entry!r} as it is, and not as an adversary leaves it, moved "
+                f"by up to {self.objective.radius:g} ({said})"
+            ) from error
+
+    def _check_bounds(self, setting: Setting) -> None:
+        """Of all rows at hand: a row out of bounds would be moved beyond the ball to get there."""
+        bounds, data, name = self.objective.bounds, setting.data, self.objective.entry
+        if bounds is None:
+            return
+        every = data is not None and data.streamed is None and isinstance(data.entries.get(name), Tensor)
+        x: Any = data.entries[name] if every and data is not None else _value(setting.probe, self.place)
+        low, high = float(x.min()), float(x.max())
+        if low < bounds[0] or high > bounds[1]:
+            raise ValueError(
+                f"bounds: expected ({bounds[0]:g}, {bounds[1]:g}) to hold all values of {name!r}, which go from "
+                f"{low:g} to {high:g}"
             )
 
     def init(self, batch: Batch) -> GameState:
@@ -152,12 +185,20 @@ class _RobustGame(Game):
         """The batch as the adversary leaves it, and the loss before that."""
         x = _value(batch, self.place)
         at, clean = x, x.new_zeros(())
-        for turn in range(self.objective.steps):
-            value, slope = self._slope(batch, at, state)
-            clean = value if turn == 0 else clean
-            at = x + self._projected(at - x + self.objective.step_length * self._direction(slope))
-            at = at if self.objective.bounds is None else at.clamp(*map(float, self.objective.bounds))
+        with buffers_put_back():  # running averages are of the rows that are learned from
+            for turn in range(self.objective.steps):
+                value, slope = self._slope(batch, at, state)
+                clean = value if turn == 0 else clean
+                at = self._moved(x, at, slope)
         return with_entry(batch, self.place, at), clean
+
+    def _moved(self, x: Tensor, at: Tensor, slope: Tensor) -> Tensor:
+        """One step uphill from ``at``, back into the ball about ``x`` and into the bounds."""
+        at = x + self._projected(at - x + self.objective.step_length * self._direction(slope))
+        if self.objective.bounds is None:
+            return at
+        low, high = map(float, self.objective.bounds)
+        return torch.minimum(torch.maximum(at, x.clamp(max=low)), x.clamp(min=high))  # x itself, should it lie outside
 
     def _slope(self, batch: Batch, at: Tensor, state: GameState) -> tuple[Tensor, Any]:
         leaf = at.detach().requires_grad_()
