@@ -17,6 +17,7 @@ from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.costs import COSTS, Costs, costs_of
 from ppl_gen.inference.objectives.critics import (
     check_output,
+    check_penalised,
     data_penalty,
     default_critic,
     described_critic,
@@ -89,7 +90,8 @@ class Adversarial(Objective):
         relaxation: temperature of straight-through draws of discrete observed sites; None: they are compared by mean.
 
     Raises:
-        ValueError, TypeError: for settings out of range, or a critic that does not give one number per row.
+        ValueError, TypeError: for settings out of range, a critic that does not give one number per row, or one with
+            batch norm under a penalty on gradients or projection.
         IncompatibleError: if the program gives its observed sites no gradient, or reads x in order to make x.
 
     Unless the algorithm names others, both players use the optimiser their game was published with: Adam (2e-4,
@@ -194,6 +196,9 @@ class _AdversarialGame(Game):
         critic = default_critic(real, rowwise=rowwise) if own is None else copy.deepcopy(own)
         self.critic = critic.to(device=real.device, dtype=real.dtype)
         check_output(self.critic, real)
+        if rowwise:
+            constraint = f"penalty={objective.constraint!r}"
+            check_penalised(self.critic, real, constraint, by_slope=objective.constraint in _WEIGHTS)
         self.scale = real.std(0, correction=0)  # once, of some hundred rows: batches may be small
         if not any(p.requires_grad for p in self.critic.parameters()):
             raise ValueError("critic: none of its parameters requires a gradient, so it cannot learn; unfreeze some")

@@ -14,6 +14,7 @@ __all__ = [
     "Standardise",
     "check_critic",
     "check_output",
+    "check_penalised",
     "data_penalty",
     "default_critic",
     "described_critic",
@@ -184,3 +185,21 @@ def check_output(critic: nn.Module, real: Tensor, name: str = "critic", outputs:
     if shape not in (((len(real),), (len(real), 1)) if outputs == 1 else ((len(real), outputs),)):
         many = "one number" if outputs == 1 else f"{outputs} numbers"
         raise ValueError(f"{name}: expected {many} for each of {len(real)} rows, got a tensor of shape {shape}")
+
+
+def check_penalised(critic: nn.Module, real: Tensor, constraint: str, *, by_slope: bool = True) -> None:
+    """Raise ValueError for a critic that cannot be bounded row by row, by its slope at rows or by its weights."""
+    normed = next((part for part in critic.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)), None)
+    if normed is not None:
+        raise ValueError(
+            f"critic: {type(normed).__name__} ties the rows of a batch together, so {constraint} does not bound what "
+            "it says of each row; leave it out, or take LayerNorm or GroupNorm (of ConvolutionalCritic: norm='none')"
+        )
+    if not by_slope:
+        return
+    with without_side_effects(), torch.enable_grad():
+        at = real.detach().clone().requires_grad_()
+        score = critic(at).sum()
+        (slope,) = torch.autograd.grad(score, at, allow_unused=True) if score.requires_grad else (None,)
+    if slope is None:
+        raise ValueError(f"critic: {constraint} needs its slope, and no gradient of it reaches the rows")

@@ -19,7 +19,13 @@ from ppl_gen.errors import IncompatibleError, require_number, require_positive, 
 from ppl_gen.handlers.sites import is_sample, log_density, scaled
 from ppl_gen.handlers.unobserved import unobserved
 from ppl_gen.inference.objectives.base import Objective
-from ppl_gen.inference.objectives.critics import check_critic, check_output, default_critic, gradient_penalty
+from ppl_gen.inference.objectives.critics import (
+    check_critic,
+    check_output,
+    check_penalised,
+    default_critic,
+    gradient_penalty,
+)
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
 from ppl_gen.inference.objectives.observed import rows_first
 from ppl_gen.inference.objectives.tracing import traces
@@ -128,9 +134,11 @@ class _WAEGame(Game):
         self.names = [site.name for site in setting.info.select()]
         self._refuse_stuck()
         with without_side_effects(), torch.no_grad():
-            prior = self._prior(setting.probe)
+            prior = self._prior(setting.sample())
         program = Player("program", optimiser=_adam(1e-3, 0.9))
         if objective.kind == "mmd":
+            if setting.probe.rows == 1:
+                raise ValueError("batch_size: 'mmd' compares pairs of rows, expected at least 2 rows in a batch, got 1")
             some = prior[:_PAIRED]
             mean = squared_distance(some, some).sum() / max(1, len(some) * (len(some) - 1))
             self.squares = mean * torch.tensor(SCALES, dtype=mean.dtype, device=mean.device)
@@ -143,6 +151,8 @@ class _WAEGame(Game):
         critic = default_critic(prior, rowwise=True) if own is None else copy.deepcopy(own)
         self.critic = critic.to(device=prior.device, dtype=prior.dtype)
         check_output(self.critic, prior)
+        if objective.kind == "energy":
+            check_penalised(self.critic, prior, "the penalty of 'energy'")
         self.modules: Mapping[str, nn.Module] = {"critic": self.critic}
         self.players = (Player("critic", objective.critic_steps, optimiser=_adam(5e-4, 0.5)), program)
         self.notes = {"critic": f"{'perceptron (default)' if own is None else 'as given'} on {prior.shape[1]} code(s)"}
@@ -170,7 +180,10 @@ class _WAEGame(Game):
         reconstruction = -likelihood / (batch.total or 1)
         codes = self._joined(guide, batch)
         if self.objective.kind == "mmd":
-            divergence = unbiased(codes, self._prior(batch, model), self.objective.kernel, self.squares)
+            pairs = len(codes) > 1  # what is left over at the end of an epoch may be one row, and says nothing of it
+            divergence = codes.new_zeros(())
+            if pairs:
+                divergence = unbiased(codes, self._prior(batch, model), self.objective.kernel, self.squares)
         else:
             score = self.critic(codes)
             divergence = (softplus(-score) if self.objective.kind == "gan" else score).mean()
