@@ -26,6 +26,7 @@ _NUMBERS = 20_000_000  # of rows that are compared, before fewer have to do
 _SEARCHED = 30_000  # rows of the data at most among which copies are looked for,
 _SEARCHED_NUMBERS = 3_000_000  # or as many as hold so many numbers, for a second or so
 _CERTAIN = 5  # copies beyond those among the data's rows: from fewer nothing is said of rows not looked at
+_ALONE = 1.1  # rows that explain a made row, itself counted, below which it has no neighbours
 _UNSURE = "the losses of a game do not show whether its samples are like the data"
 _LOOK = "Look at samples and at a yardstick computed on them"
 
@@ -42,8 +43,15 @@ it; no density was learned, so neither evidence nor rare rows are vouched for. L
 computed on them.
     """
     if isinstance(found, str):
-        return graded([(1, f"{_UNSURE}{f', and {found}' if found else ''}", _LOOK), *_of_critic(records, None)], "")
-    faults = [*_of_rows(found), *_of_critic(records, found)]
+        return graded(
+            [
+                (1, f"{_UNSURE}{f', and {found}' if found else ''}", _LOOK),
+                *_of_critic(records, None),
+                *_of_entropy(records),
+            ],
+            "",
+        )
+    faults = [*_of_rows(found), *_of_critic(records, found), *_of_entropy(records)]
     if faults:
         return graded(faults, "")
     alike = (
@@ -152,7 +160,12 @@ def _of_rows(found: RowsCompared) -> list[Finding]:
         told = f"made rows spread {found.spread:.2f} times as far as the data: the program has collapsed"
         findings.append((2, told, _RESCUE))
     elif found.coverage < 0.5:
-        told = f"made rows come near {found.coverage:.0%} of the data's rows alone: modes are missing"
+        # Rows like a share c of the data's, and none like the others, are told apart 1 / (1 + c) of the time: there are
+        # 1 / c made rows for one of the data where they lie. What is told apart more often, or nearly always, may be
+        # anything.
+        lone = min(1 / (1 + found.coverage) + 0.05, 0.95)
+        off = ", or made rows are unlike the data everywhere" if found.accuracy > lone else ""
+        told = f"made rows come near {found.coverage:.0%} of the data's rows alone: modes are missing{off}"
         findings.append((2, told, _RESCUE))
     if found.missed:
         named = ", ".join(map(str, found.missed[:5]))
@@ -178,10 +191,9 @@ _RESCUE = (
 
 def _of_critic(records: Mapping[str, Sequence[float]], found: RowsCompared | None) -> list[Finding]:
     """What the critic's accuracy at the end says: that it has won, or that it sees less than nearest neighbours do."""
-    names = ("critic_accuracy_real", "critic_accuracy_fake")
-    if not all(len(records.get(name, ())) >= FEWEST for name in names):
+    real, fake = (_at_the_end(records, name) for name in ("critic_accuracy_real", "critic_accuracy_fake"))
+    if real is None or fake is None:
         return []
-    real, fake = (float(np.mean(records[name][-max(FEWEST, len(records[name]) // 10) :])) for name in names)
     if min(real, fake) > 0.98:
         told = f"the critic was right on {min(real, fake):.1%} of the rows at the end, so it taught the program little"
         return [(1, told, "Weaken the critic (a lower rate, a smaller network), or take 'wasserstein'")]
@@ -189,3 +201,22 @@ def _of_critic(records: Mapping[str, Sequence[float]], found: RowsCompared | Non
         told = f"the critic was at chance ({real:.0%} and {fake:.0%} right) although the rows differ"
         return [(1, told, "Give the critic more steps or a larger network: it does not see what nearest neighbours do")]
     return []
+
+
+def _of_entropy(records: Mapping[str, Sequence[float]]) -> list[Finding]:
+    """Whether the entropy of a game with an energy pushed rows apart: among rows without neighbours it is flat."""
+    rows = _at_the_end(records, "effective_rows")
+    if rows is None or rows >= _ALONE:
+        return []
+    told = (
+        f"made rows had no neighbours within the noise ({rows:.2f} rows explain one), so the entropy pushed none apart"
+    )
+    return [
+        (1, f"{told}: the energy is a critic's, no log density", "Take more noise and larger batches, or fewer columns")
+    ]
+
+
+def _at_the_end(records: Mapping[str, Sequence[float]], name: str) -> float | None:
+    """The mean of the last tenth of a record; None for one that is too short to tell."""
+    values = records.get(name, ())
+    return None if len(values) < FEWEST else float(np.mean(values[-max(FEWEST, len(values) // 10) :]))

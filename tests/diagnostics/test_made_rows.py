@@ -125,7 +125,8 @@ ALIKE = RowsCompared(1000, 0.51, 0.6, 0.96, 1.0, 0.0, 0.0)
     [
         (ALIKE, (0.6, 0.6), "doubtful", "neither evidence nor rare rows are vouched for"),
         (RowsCompared(1000, 0.99, 30.0, 0.1, 0.05, 0.0, 0.0), None, "do not trust", "has collapsed"),
-        (RowsCompared(1000, 0.8, 20.0, 0.3, 0.9, 0.0, 0.0), None, "do not trust", "modes are missing"),
+        (RowsCompared(1000, 0.8, 20.0, 0.3, 0.9, 0.0, 0.0), None, "do not trust", "modes are missing;"),
+        (RowsCompared(1000, 0.97, 20.0, 0.1, 0.9, 0.0, 0.0), None, "do not trust", "missing, or made rows are unlike"),
         (
             RowsCompared(1000, 0.7, 9.0, 0.9, 0.9, 0.0, 0.0),
             None,
@@ -149,6 +150,26 @@ def test_each_rule_on_games(
     records = {} if accuracies is None else {n: [0.7] * 300 + [a] * 100 for n, a in zip(names, accuracies, strict=True)}
     verdict = verdict_game(found, records)
     assert verdict.grade == grade and words in verdict.reason and verdict.advice
+
+
+def test_missing_modes_are_told_from_rows_that_are_unlike_the_data() -> None:
+    numbers = torch.Generator().manual_seed(0)
+    data = torch.randn(1000, 2, generator=numbers) + 8.0 * (torch.arange(1000)[:, None] % 8)
+    modes = torch.tensor([0.0, 3.0, 7.0])[torch.arange(1000) % 3]
+    missing = compare_rows(data, torch.randn(1000, 2, generator=numbers) + 8.0 * modes[:, None])
+    # Three of eight are made: told apart 1 / (1 + 3/8) = 73 % of the time; standard error sqrt(0.73 * 0.27 / 2000) = 1 %.
+    assert missing.coverage == pytest.approx(0.375, abs=0.03) and missing.accuracy == pytest.approx(0.73, abs=0.04)
+    assert "modes are missing;" in verdict_game(missing, {}).reason
+    shifted = compare_rows(data, data + torch.tensor([6.0, -6.0]))
+    assert shifted.coverage < 0.5 and "or made rows are unlike the data" in verdict_game(shifted, {}).reason
+
+
+@pytest.mark.parametrize(("rows", "said"), [(1.0, True), (1.3, False), (20.0, False)])
+def test_an_entropy_without_neighbours_is_named(rows: float, said: bool) -> None:
+    for found in (ALIKE, ""):
+        verdict = verdict_game(found, {"effective_rows": [30.0] * 300 + [rows] * 100})
+        assert ("the entropy pushed none apart: the energy is a critic's, no log density" in verdict.reason) is said
+        assert verdict.grade == "doubtful" and "no log density" not in verdict_game(found, {}).reason
 
 
 def _affine(x: torch.Tensor) -> None:

@@ -161,6 +161,53 @@ def test_noise_behind_several_observed_sites_is_refused(shape):
     assert pg.fit(program, data, SVI(Adversarial(), steps=1), seed=0).status == "finished"
 
 
+def test_critics_are_flat_in_their_site_and_free_in_what_it_is_made_from():
+    class Slope(nn.Module):
+        def __init__(self, weights):
+            super().__init__()
+            self.weights = nn.Parameter(torch.tensor(weights))
+
+        def forward(self, x):
+            return x @ self.weights
+
+    data = {name: value.double() for name, value in _pairs().items()}
+    first = {}
+    for penalty in ("none", "r1"):
+        critics = {"x": Slope([0.3]), "y": Slope([0.5, -0.2])}
+        objective = ConditionalAdversarial(critics, penalty=penalty, penalty_weight=2.0)
+        fit = pg.fit(_chain, data, SVI(objective, steps=1, lr=1e-12), seed=0)
+        first[penalty] = {name: float(fit.history[name][0]) for name in fit.history if name != "step"}
+    # Slopes of 0.3 in x and of 0.5 in y, in units of their standard deviations; y's critic has -0.2 in x for nothing.
+    wanted = (0.09 * data["x"].var(correction=0) + 0.25 * data["y"].var(correction=0)) / 2
+    assert first["r1"]["penalty"] == pytest.approx(float(wanted), rel=1e-5) and "penalty" not in first["none"]
+    assert first["r1"]["critic_loss"] - first["none"]["critic_loss"] == pytest.approx(2 * float(wanted), rel=1e-4)
+
+
+def test_under_r1_default_critics_judge_each_row_alone_and_programs_are_averaged():
+    recipe, images = lapgan(levels=1, latent=3, filters=4, hidden=(8,)), _images()
+
+    def norms(penalty):
+        fit = pg.fit(recipe, images, SVI(ConditionalAdversarial(penalty=penalty), steps=2), seed=0)
+        assert "average of the iterates" in fit.notes["averaging"]
+        return [m for m in fit.module("critic").modules() if isinstance(m, nn.BatchNorm2d)]
+
+    assert norms("none") and not norms("r1")
+
+
+def test_coarse_images_start_as_spread_as_the_data():
+    """Where all start alike, a critic that knows one image from the data moves all of them together."""
+    images = _images(200, side=8)
+    for hidden in ((256, 256), (8,), ()):
+        fit = pg.fit(lapgan(hidden=hidden), images, SVI(ConditionalAdversarial(), steps=1, lr=1e-12), seed=0)
+        spread = (
+            fit.sample(1000, seed=0)["coarse"].std(0).mean()
+            / fit.data.batch().args[0].unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2)).std(0).mean()
+        )
+        # Normal weights: the square of the spread is 1 on average over 16 pixels, sd sqrt(2 / width) each and 1/4 of
+        # that over all; torch's own initial weights would give 0.1.
+        assert 0.5 < float(spread) < 1.6, hidden
+
+
 def test_a_site_that_reads_its_own_observation_and_one_without_gradient_are_refused():
     def forced(x):
         w = pyro.param("w", torch.tensor(0.5))

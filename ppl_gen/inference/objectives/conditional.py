@@ -12,11 +12,12 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, softplus
 
+from ppl_gen.arguments import require_choice
 from ppl_gen.data.batching import Batch
-from ppl_gen.errors import IncompatibleError, require_whole
+from ppl_gen.errors import IncompatibleError, require_number, require_positive, require_whole
 from ppl_gen.handlers.sites import is_sample
 from ppl_gen.inference.objectives.base import Objective
-from ppl_gen.inference.objectives.critics import check_output, default_critic, described_critic
+from ppl_gen.inference.objectives.critics import check_output, data_penalty, default_critic, described_critic
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
 from ppl_gen.inference.objectives.observed import (
     compared_sites,
@@ -29,6 +30,8 @@ from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["ConditionalAdversarial"]
+
+_PENALTIES = ("r1", "none")
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,27 @@ class ConditionalAdversarial(Objective):
     to its size, as further channels; else all observed values before it, flattened and joined.
 
     Losses are per row. The history keeps ``critic_accuracy_real`` and ``critic_accuracy_fake`` over all sites, and
-    the mean critic outputs ``critic_real`` and ``critic_fake``.
+    the mean critic outputs ``critic_real`` and ``critic_fake``, and under a penalty ``penalty``, the sum over sites.
 
     Args:
         critics: for observed sites by name, networks from what is said above to one number each; the fit plays with
             private copies, ``fit.module("critic")[name]``. Sites that are not named have the default critic.
         critic_steps: updates of the critics for each of the program.
+        penalty: ``"r1"`` adds ``penalty_weight E |sd grad T_s|^2 / 2`` on the data, as in `Adversarial`: each critic is
+            flat in its site where it has nothing more to tell (in what the site is made from it is free). Its default
+            networks then have no batch norm. ``"none"``: the game as published.
+        penalty_weight: of ``"r1"``.
+        averaging: decay of an exponential average of the program's parameters, which the fit keeps; 0: the last ones.
 
     Raises:
         ValueError, TypeError: for settings out of range, or critics that do not fit the observed sites.
         IncompatibleError: for draws without a gradient at an observed site, or one latent site behind several
             observed ones, which is no draw of its prior once one of them is observed.
 
-    Unless the algorithm names others, both players use Adam (2e-4, betas 0.5 and 0.999).
+    Unless the algorithm names others, both players use Adam (2e-4, betas 0.5 and 0.999; under R1 1e-3, 0.5 and 0.99).
 
-    Source: Mirza and Osindero (2014); Denton, Chintala, Szlam and Fergus (2015).
+    Source: Mirza and Osindero (2014); Denton, Chintala, Szlam and Fergus (2015); Mescheder, Geiger and Nowozin (2018)
+    for R1; Yazici et al. (2019) for averages of the program's parameters.
 
     Example:
         >>> import ppl_gen as pg
@@ -77,6 +86,9 @@ class ConditionalAdversarial(Objective):
 
     critics: Mapping[str, nn.Module] | None = None
     critic_steps: int = 1
+    penalty: str = "none"
+    penalty_weight: float = 0.1
+    averaging: float = 0.99
 
     uses_guide = False
 
@@ -89,6 +101,9 @@ class ConditionalAdversarial(Objective):
                 if not isinstance(critic, nn.Module):
                     raise TypeError(f"critics: expected a torch network for {name!r}, got {critic!r}")
         require_whole("critic_steps", self.critic_steps)
+        require_choice("penalty", self.penalty, _PENALTIES)
+        require_positive("penalty_weight", self.penalty_weight)
+        require_number("averaging", self.averaging, 0.0, 1.0)
 
     @property
     def needs(self) -> Sequence[Need]:
@@ -97,7 +112,8 @@ class ConditionalAdversarial(Objective):
     def optimiser(self, params: list[Tensor]) -> torch.optim.Optimizer:
         """The optimiser of either player where the algorithm names none."""
         fused = all(p.device.type in ("cpu", "cuda", "mps") for p in params)
-        return torch.optim.Adam(params, lr=2e-4, betas=(0.5, 0.999), fused=fused or None)
+        rate, betas = (1e-3, (0.5, 0.99)) if self.penalty == "r1" else (2e-4, (0.5, 0.999))
+        return torch.optim.Adam(params, lr=rate, betas=betas, fused=fused or None)
 
     def undivided(self, setting: Setting) -> str | None:
         return None  # both players' losses are means over rows
@@ -108,7 +124,8 @@ class ConditionalAdversarial(Objective):
 
 class _ConditionalGame(Game):
     def __init__(self, objective: ConditionalAdversarial, setting: Setting) -> None:
-        self.setting = setting
+        self.setting, self.objective = setting, objective
+        self.flat = objective.penalty == "r1"
         self.sites = compared_sites(setting.info, None, None)
         stuck = [site.name for site in self.sites if not site.reparameterised]
         if stuck:
@@ -124,20 +141,25 @@ class _ConditionalGame(Game):
         unknown = [name for name in given if name not in pairs]
         if unknown:
             raise ValueError(f"critics: {unknown} are not observed in {setting.program.name!r}; it has {list(pairs)}")
-        networks = {}
-        for name, (real, _) in pairs.items():
+        networks, self.scales = {}, {}
+        for name, (real, made) in pairs.items():
             own = given.get(name)
-            networks[name] = (default_critic(real) if own is None else copy.deepcopy(own)).to(real)
+            networks[name] = (default_critic(real, rowwise=self.flat) if own is None else copy.deepcopy(own)).to(real)
             check_output(networks[name], real, f"critics: {name}")
+            # What both kinds of rows have in common is what they are given: there a critic may be as steep as it likes.
+            self.scales[name] = real.std(0, correction=0) * (real != made).any(0)
         self.keys = {name: name.replace(".", "_") for name in networks}  # torch has no full stops in names
         self.critics = nn.ModuleDict({self.keys[name]: network for name, network in networks.items()})
         self.modules: Mapping[str, nn.Module] = {"critic": self.critics}
         self.players = (
             Player("critic", objective.critic_steps, optimiser=objective.optimiser),
-            Player("program", optimiser=objective.optimiser),
+            Player("program", optimiser=objective.optimiser, averaging=objective.averaging or None),
         )
-        made = {name: "as given" if name in given else described_critic(real) for name, (real, _) in pairs.items()}
-        self.notes = {"critic": "; ".join(f"{name}: {how}" for name, how in made.items())}
+        how = {
+            name: "as given" if name in given else described_critic(real, rowwise=self.flat)
+            for name, (real, _) in pairs.items()
+        }
+        self.notes = {"critic": "; ".join(f"{name}: {said}" for name, said in how.items())}
 
     def _refuse_shared_draws(self) -> None:
         """What is drawn for one site and used at another is not drawn from its prior, once the first is observed."""
@@ -169,6 +191,11 @@ class _ConditionalGame(Game):
         parts = {"critic_real": real.mean(), "critic_fake": made.mean()}
         parts["critic_accuracy_real"] = (real > 0).to(value.dtype).mean()
         parts["critic_accuracy_fake"] = (made < 0).to(value.dtype).mean()
+        if self.flat:
+            each = [data_penalty(self.critics[self.keys[n]], rows, self.scales[n]) for n, (rows, _) in pairs.items()]
+            penalty = torch.stack(each).sum()
+            value = value + self.objective.penalty_weight * penalty
+            parts["penalty"] = penalty.detach()
         return Loss(value, parts)
 
     def _pairs(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
