@@ -15,7 +15,7 @@ from ppl_gen.capture.array_operations import FUNCTIONS, TEXT
 from ppl_gen.capture.replay import Recording
 from ppl_gen.capture.tape import Call, RecordingRefused, Slot, Tape
 
-__all__ = ["ArrayRecording", "array_recording"]
+__all__ = ["ArrayRecording", "array_recording", "values_at"]
 
 #: Operations that give the numbers of their first argument another shape.
 _RESHAPED = {
@@ -95,7 +95,7 @@ class _Writer:
         if tape.inputs != 1 or u.device.type != "cpu":
             raise RecordingRefused("NumPy replays functions of one tensor on a CPU")
         self.tape = tape
-        self.values = _values(tape, u)
+        self.values = values_at(tape, u)
         self.operations: dict[str, int] = {}
         self.constants: list[Any] = []
         self.places: dict[int, int] = {}
@@ -254,7 +254,7 @@ def _range(start: Any, end: Any, step: Any) -> str:
     return f"{'' if str(start) == 'None' else start}:{last}:{step}"
 
 
-def _values(tape: Tape, u: Tensor) -> dict[Slot | None, Tensor]:
+def values_at(tape: Tape, u: Tensor) -> dict[Slot | None, Tensor]:
     """Every tensor of the tape at one input, so that shapes and shared memory are known."""
     values: dict[Slot | None, Tensor] = {Slot(0): u.detach()}
     with torch.no_grad():
@@ -265,5 +265,5 @@ def _values(tape: Tape, u: Tensor) -> dict[Slot | None, Tensor]:
             values |= {slot: value for slot, value in zip(call.outputs, results, strict=True) if slot is not None}
     for value in values.values():
         if value.dtype not in _DTYPES:
-            raise RecordingRefused(f"NumPy: numbers of {value.dtype}")
+            raise RecordingRefused(f"neither NumPy nor C: numbers of {value.dtype}")
     return values

@@ -8,6 +8,7 @@ loaded without its package, which would import ArviZ, pandas, PyArrow and Zarr, 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ppl_gen.inference.mcmc.c_potential import FLAT, CPotential, Session
 from ppl_gen.inference.mcmc.kernel import STATISTICS, Chain, DrawTable
 from ppl_gen.inference.mcmc.potential import Potential
 from ppl_gen.inference.unconstrained import singular
@@ -81,26 +83,43 @@ class _Running:
     gradients: int = 0
     error: BaseException | None = None
     finished: bool = False
+    session: Session | None = None
 
-    def start(self, logp: Logp) -> None:
+    def start(self, potential: Potential) -> None:
         lib, chain = _extension(), self.chain
         settings = lib.PyNutsSettings.Diag(chain.seed) if chain.mass == "diagonal" else _low_rank(lib, chain.seed)
         settings.num_tune, settings.num_draws, settings.num_chains = chain.warmup, chain.draws * chain.thin, 1
         settings.target_accept, settings.maxdepth = chain.target_accept, chain.max_tree_depth
         variables = lib.PyVariable.new_variables([_VARIABLE], ["float64"], [()], {}, {})
-        start = chain.start.detach().cpu().double().numpy()
-        model = lib.PyModel(
+        begin = chain.start.detach().cpu().double().numpy()
+        none, arrow = lib.ProgressType.none(), lib.PyStorage.arrow()
+        if isinstance(potential.function, CPotential):
+            made = self._of_addresses(lib, potential.function, variables, begin)
+            self.sampler = lib.PySampler.from_pymc(settings, 1, made, none, arrow)
+        else:
+            made = self._of_functions(lib, potential.logp(chain), variables, begin)
+            self.sampler = lib.PySampler.from_pyfunc(settings, 1, made, none, arrow)
+
+    def _of_addresses(self, lib: Any, potential: CPotential, variables: Any, begin: np.ndarray) -> Any:
+        """For functions in C, which count in a session."""
+        chain, (density, drawn) = self.chain, potential.addresses
+        self.session = Session(potential, self.table.rows, chain.warmup, chain.thin, chain.draws)
+        place = ctypes.addressof(self.session)
+        kept = (self.session, potential)
+        called = lib.LogpFunc(density, place, kept), lib.ExpandFunc(len(begin), 1, drawn, place, kept)
+        return lib.PyMcModel(*called, variables, len(begin), {}, {}, lambda seed: begin, None)
+
+    def _of_functions(self, lib: Any, logp: Logp, variables: Any, begin: np.ndarray) -> Any:
+        return lib.PyModel(
             lambda: functools.partial(self._logp, logp),
             lambda *seeds: self._draw,
             variables,
-            len(start),
+            len(begin),
             dim_sizes={},
             coords={},
-            init_point_func=lambda seed: start,
+            init_point_func=lambda seed: begin,
             transform_adapter=None,
         )
-        none, arrow = lib.ProgressType.none(), lib.PyStorage.arrow()
-        self.sampler = lib.PySampler.from_pyfunc(settings, 1, model, none, arrow)
 
     def _logp(self, logp: Logp, u: np.ndarray) -> tuple[float, np.ndarray]:
         """An error in here, or no number at a point where there was one, would abort the Rust thread with a panic.
@@ -111,7 +130,7 @@ class _Running:
         if self.error is None:
             try:
                 value, gradient = logp(u)
-                return value, gradient if gradient.all() else np.where(gradient == 0.0, _FLAT, gradient)
+                return value, gradient if gradient.all() else np.where(gradient == 0.0, FLAT, gradient)
             except BaseException as error:
                 if singular(error):  # a step too long, out of the region where a matrix can be factorised: a divergence
                     return float("nan"), np.zeros_like(u)
@@ -156,6 +175,8 @@ class _Running:
 
     def collect(self) -> None:
         """Put the statistics of the draws beside their positions."""
+        if self.session is not None:
+            self.done, self.gradients = self.session.done, self.session.gradients
         _, statistics = self.sampler.take_results().get_arrow_trace()
         if not statistics:  # stopped before its first draw
             return
@@ -181,9 +202,6 @@ class _Running:
 
 
 _ZERO, _OUT_OF_REACH = np.zeros(()), -1e300
-#: nutpie scales by gradients, and takes none that is zero. The force may be anything for the draws to be exact, as
-#: trajectories stay reversible and their points are weighed by the density.
-_FLAT = 1e-3
 _COLUMNS = ("diverging", "energy", "energy_error", "logp", "mean_tree_accept", "n_steps", "step_size_bar")
 
 
@@ -214,7 +232,7 @@ def run_chains(
             with _ending(waiting) as running:
                 while running or any(not run.finished for run in waiting):
                     for run in [run for run in waiting if run.sampler is None][: threads - len(running)]:
-                        run.start(potential.logp(run.chain))
+                        run.start(potential)
                         running.append(run)
                     for run in [run for run in running if run.ended(_POLL / len(running))]:
                         running.remove(run)

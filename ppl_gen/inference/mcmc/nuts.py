@@ -156,7 +156,7 @@ class NUTS(Algorithm):
                 points = [*starts, 2.0 * starts[0], -starts[0]]
                 # Pyro's kernel takes longer than any potential of few operations, and its processes cannot share code.
                 gradients = self.chains * self.iterations * _TREE_STEPS if way.sampler == "nutpie" else 0
-                potential = captured(run, density, points, gradients, way.path)
+                potential = captured(run, density, points, gradients, way.path, threads=way.sampler == "nutpie")
                 way = way.on(self.sampler, run, potential)
         if run.checkpoint is not None:
             run.checkpoint.write(0, {"draws": self.draws, **asdict(way)})

@@ -18,6 +18,7 @@ from ppl_gen.capture.recorder import record
 from ppl_gen.capture.replay import Recording, agrees, recording
 from ppl_gen.capture.tape import RecordingRefused, Tape
 from ppl_gen.fitting.run import Run
+from ppl_gen.inference.mcmc.c_potential import CPotential, c_potential
 from ppl_gen.inference.mcmc.kernel import Chain, Function
 from ppl_gen.inference.potentials import note_unrecorded
 from ppl_gen.inference.unconstrained import Unconstrained
@@ -25,9 +26,11 @@ from ppl_gen.inference.unconstrained import Unconstrained
 __all__ = ["Potential", "captured"]
 
 #: Seconds on one thread, measured: an operation, and each number that it makes. The compiler's first use in a process
-#: is most of it importing; then it takes so much for each operation.
-_GRAPH, _NUMPY, _INDUCTOR = (2.0e-6, 1.5e-9), (3.5e-7, 4.0e-9), (1.0e-7, 1.2e-9)
+#: is most of it importing; then it takes so much for each operation. That of C is quick, and makes no fewer loops than
+#: there are operations: large tensors go through memory each time.
+_GRAPH, _NUMPY, _INDUCTOR, _C = (2.0e-6, 1.5e-9), (3.5e-7, 4.0e-9), (1.0e-7, 1.2e-9), (2.0e-9, 4.0e-10)
 _COMPILER, _COMPILING = 5.0, 0.025
+_C_COMPILER, _C_COMPILING, _C_NUMBERS = 0.2, 0.003, 3_000_000
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,12 @@ class Potential:
     """U and dU/du as functions of one flat vector, in the form in which chains evaluate them.
 
     ``path`` says which: the program itself ("eager"), the replay of a recording in torch's operations ("graph") or, for
-    small tensors, in NumPy's ("numpy"), or compiled ("inductor").
+    small tensors, in NumPy's ("numpy"), or compiled, from C ("c") or by torch ("inductor").
     ``reason`` says why no faster one was taken, ``seconds`` what capturing took; ``each`` guesses what one evaluation
     takes, from the number of operations and their size.
     """
 
-    function: Recording | Function
+    function: Recording | CPotential | Function
     path: str
     reason: str = ""
     seconds: float = 0.0
@@ -80,11 +83,13 @@ def _negated(replay: Callable[[np.ndarray], tuple[Any, ...]]) -> Callable[[np.nd
     return logp
 
 
-def captured(run: Run, density: Unconstrained, points: Sequence[Tensor], gradients: int, path: str = "") -> Potential:
+def captured(
+    run: Run, density: Unconstrained, points: Sequence[Tensor], gradients: int, path: str = "", *, threads: bool = False
+) -> Potential:
     """The potential of a run that evaluates it about so many times; at all ``points`` at which the density is
     a number it agrees with the program.
 
-    ``path`` is the one that a run began with, and goes on by. Which is taken otherwise follows from the number of
+    ``path`` is the one that a run began with, and goes on by; ``threads`` says that code in C can be called. Which is taken otherwise follows from the number of
     operations, their size and ``gradients``, and never from a clock.
     """
     program = density.potential_and_gradient
@@ -99,6 +104,11 @@ def captured(run: Run, density: Unconstrained, points: Sequence[Tensor], gradien
     except RecordingRefused as refused:
         return Potential(program, "eager", note_unrecorded(run, refused), time.perf_counter() - began)
     made, kind, reason = _replayed(run, tape, made, program, points, path)
+    if threads and (path == "c" or (not path and _worth_c(run.compile, tape, gradients, kind))):
+        found, why = _in_c(tape, program, points)
+        if found is not None:
+            return Potential(found, "c", "", time.perf_counter() - began, _seconds(tape, _C))
+        reason = reason or why
     if path == "inductor" or (not path and _worth_compiling(run.compile, tape, gradients, kind)):
         function, reason = _compiled(tape, program, points)
         if function is not None:
@@ -134,6 +144,23 @@ def _worth_compiling(mode: str | bool, tape: Tape, gradients: int, kind: str) ->
         return mode == "inductor"
     saved = _seconds(tape, _NUMPY if kind == "numpy" else _GRAPH) - _seconds(tape, _INDUCTOR)
     return saved * gradients > _COMPILER + _COMPILING * len(tape.calls)
+
+
+def _worth_c(mode: str | bool, tape: Tape, gradients: int, kind: str) -> bool:
+    """The same for a compiler of C."""
+    saved = _seconds(tape, _NUMPY if kind == "numpy" else _GRAPH) - _seconds(tape, _C)
+    takes = _C_COMPILER + _C_COMPILING * len(tape.calls)
+    return mode == "auto" and tape.numbers < _C_NUMBERS and saved * gradients > takes
+
+
+def _in_c(tape: Tape, program: Function, points: Sequence[Tensor]) -> tuple[CPotential | None, str]:
+    """The tape in C, or None and why there is none."""
+    try:
+        made = c_potential(tape, points[0])
+        agrees(made, program, points)
+    except RecordingRefused as refused:
+        return None, str(refused)
+    return made, ""
 
 
 def _compiled(tape: Tape, program: Function, points: Sequence[Tensor]) -> tuple[Function | None, str]:
