@@ -1,26 +1,20 @@
-"""Operations of torch in C that are more than an expression for every entry: sums, products, pieces, places."""
+"""Operations of torch in C that are more than an expression for every entry: sums, products, pieces."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from ppl_gen.capture.c_loops import Operand, each, reduction
 from ppl_gen.capture.c_memory import Memory, contiguous, literal, plain
+from ppl_gen.capture.c_places import PLACES, Given, Special, copied
 from ppl_gen.capture.tape import Constant, RecordingRefused, Slot
 
 __all__ = ["SPECIAL"]
 
 _MOST = 4_000_000  # multiplications in one product of matrices; from there on libraries are much quicker
-
-Given = Sequence[Any]  # the arguments of a call, its leaves in their lists
-Special = Callable[[Memory, Slot, Given], list[str]]
 
 
 def _reduced(memory: Memory, out: Slot, given: Given, kind: str) -> list[str]:
@@ -108,10 +102,6 @@ def _filled(memory: Memory, out: Slot, value: str) -> list[str]:
     return each(memory.shape(out), [memory.operand(out)], lambda texts: f"{texts[0]} = {value};")
 
 
-def _copied(target: Operand, source: Operand, shape: Sequence[int]) -> list[str]:
-    return each(shape, [target, source], lambda texts: f"{texts[0]} = {texts[1]};")
-
-
 def _select_backward(memory: Memory, out: Slot, given: Given) -> list[str]:
     shape, whole = memory.shape(out), memory.operand(out)
     axis = int(plain(given[2])) % len(shape)
@@ -133,7 +123,7 @@ def _slice_backward(memory: Memory, out: Slot, given: Given) -> list[str]:
 
 def _pasted(memory: Memory, part: Operand, leaf: Any) -> list[str]:
     shape = memory.shape(leaf)
-    return _copied(part, memory.operand(leaf, shape), shape)
+    return copied(part, memory.operand(leaf, shape), shape)
 
 
 def _padded(memory: Memory, out: Slot, given: Given) -> list[str]:
@@ -148,7 +138,7 @@ def _padded(memory: Memory, out: Slot, given: Given) -> list[str]:
         out_of += max(-low, 0) * source.strides[-axis]
         shape[-axis] += min(low, 0) + min(high, 0)
     target = Operand(whole.pointer, into, whole.strides)
-    return _filled(memory, out, value) + _copied(target, Operand(source.pointer, out_of, source.strides), shape)
+    return _filled(memory, out, value) + copied(target, Operand(source.pointer, out_of, source.strides), shape)
 
 
 def _joined(memory: Memory, out: Slot, given: Given, stacked: bool) -> list[str]:
@@ -168,7 +158,7 @@ def _flipped(memory: Memory, out: Slot, given: Given) -> list[str]:
     axes = _axes(given[1], len(shape))
     offset = source.offset + sum((shape[d] - 1) * source.strides[d] for d in axes)
     strides = tuple(-stride if d in axes else stride for d, stride in enumerate(source.strides))
-    return _copied(memory.operand(out), Operand(source.pointer, offset, strides), shape)
+    return copied(memory.operand(out), Operand(source.pointer, offset, strides), shape)
 
 
 def _running(memory: Memory, out: Slot, given: Given, sign: str) -> list[str]:
@@ -177,12 +167,12 @@ def _running(memory: Memory, out: Slot, given: Given, sign: str) -> list[str]:
     assert whole.strides is not None and source.strides is not None
     axis = int(plain(given[1])) % len(shape)
     lines = []
+    step, reach = whole.strides[axis], source.strides[axis]
+    beside, along = _without(whole.strides, axis), _without(source.strides, axis)
     for place in range(shape[axis]):
-        to, of = (
-            Operand(one.pointer, one.offset + place * one.strides[axis], _without(one.strides, axis))
-            for one in (whole, source)
-        )
-        before = Operand(to.pointer, to.offset - whole.strides[axis], to.strides)
+        to = Operand(whole.pointer, whole.offset + place * step, beside)
+        of = Operand(source.pointer, source.offset + place * reach, along)
+        before = Operand(to.pointer, to.offset - step, beside)
         operands = [to, of] if place == 0 else [to, of, before]
 
         def body(texts: Sequence[str]) -> str:
@@ -194,114 +184,6 @@ def _running(memory: Memory, out: Slot, given: Given, sign: str) -> list[str]:
 
 def _without(entries: Sequence[int], axis: int) -> tuple[int, ...]:
     return (*entries[:axis], *entries[axis + 1 :])
-
-
-def _taken(memory: Memory, out: Slot, given: Given) -> list[str]:
-    """``a[..., places, ...]``: entries at constant places along neighbouring axes."""
-    source = memory.operand(given[0])
-    first, steps, places = _places(memory, given[0], given[1])
-    shape, spread = memory.shape(out), memory.shape(places[0])
-    for leaf in places:
-        spread = np.broadcast_shapes(spread, memory.shape(leaf))
-    rest = _of_rest(source, first, len(places), len(spread))
-    at = _indices(memory, places, first, spread, len(shape))
-    operands = [memory.operand(out), rest, *at]
-
-    def body(texts: Sequence[str]) -> str:
-        return f"{texts[0]} = (&{texts[1]})[{_step(texts[2:], steps)}];"
-
-    return each(shape, operands, body)
-
-
-def _put(memory: Memory, out: Slot, given: Given) -> list[str]:
-    """The same with values written there, or added."""
-    adds = len(given) > 3 and bool(plain(given[3]))
-    whole = memory.operand(out)
-    first, steps, places = _places(memory, given[0], given[1])
-    spread = memory.shape(places[0])
-    for leaf in places:
-        spread = np.broadcast_shapes(spread, memory.shape(leaf))
-    given_shape = memory.shape(given[0])
-    shape = (*given_shape[:first], *spread, *given_shape[first + len(places) :])
-    target = _of_rest(whole, first, len(places), len(spread))
-    operands = [target, memory.operand(given[2], shape), *_indices(memory, places, first, spread, len(shape))]
-
-    def body(texts: Sequence[str]) -> str:
-        return f"(&{texts[0]})[{_step(texts[2:], steps)}] {'+' if adds else ''}= {texts[1]};"
-
-    return _copied(whole, memory.operand(given[0], given_shape), given_shape) + _in_order(each(shape, operands, body))
-
-
-def _places(memory: Memory, source: Any, given: Given) -> tuple[int, list[tuple[int, int]], list[Constant]]:
-    """The first axis that is indexed, stride and size of all that are, and the places."""
-    known = [d for d, leaf in enumerate(given) if not (isinstance(leaf, Constant) and leaf.value is None)]
-    shape, strides = memory.shape(source), memory.operand(source).strides or ()
-    places = [given[d] for d in known]
-    if known != list(range(known[0], known[0] + len(known))):
-        raise RecordingRefused("C: places along axes that are not neighbours")
-    for leaf in places:
-        if isinstance(leaf, Slot) or not isinstance(leaf.value, Tensor) or leaf.value.dtype != torch.int64:
-            raise RecordingRefused("C: places that are computed, or a mask of them")
-    return known[0], [(strides[d], shape[d]) for d in known], places
-
-
-def _of_rest(operand: Operand, first: int, indexed: int, spread: int) -> Operand:
-    strides = operand.strides or ()
-    return Operand(operand.pointer, operand.offset, (*strides[:first], *[0] * spread, *strides[first + indexed :]))
-
-
-def _indices(
-    memory: Memory, places: Sequence[Constant], first: int, spread: tuple[int, ...], dimensions: int
-) -> list[Operand]:
-    found = []
-    for leaf in places:
-        operand = memory.operand(leaf, spread)
-        if operand.strides is not None:
-            after = dimensions - first - len(spread)
-            operand = Operand(operand.pointer, operand.offset, (*[0] * first, *operand.strides, *[0] * after))
-        found.append(operand)
-    return found
-
-
-def _step(texts: Sequence[str], steps: Sequence[tuple[int, int]]) -> str:
-    """How far it is to a place; negative ones count from the end."""
-    return " + ".join(
-        f"({text} < 0 ? {text} + {size} : {text}) * {stride}" for text, (stride, size) in zip(texts, steps, strict=True)
-    )
-
-
-def _gathered(memory: Memory, out: Slot, given: Given) -> list[str]:
-    shape, axis, step = _along(memory, given)
-    source = memory.operand(given[0])
-    strides = list(source.strides or ())
-    strides[axis] = 0
-    operands = [memory.operand(out), Operand(source.pointer, source.offset, tuple(strides))]
-    operands.append(memory.operand(given[2], shape))
-    return each(shape, operands, lambda texts: f"{texts[0]} = (&{texts[1]})[{_step(texts[2:], [step])}];")
-
-
-def _scattered(memory: Memory, out: Slot, given: Given) -> list[str]:
-    shape, axis, step = _along(memory, given)
-    whole, before = memory.operand(out), memory.shape(given[0])
-    strides = list(whole.strides or ())
-    strides[axis] = 0
-    values = memory.operand(given[3])
-    operands = [Operand(whole.pointer, whole.offset, tuple(strides)), values, memory.operand(given[2], shape)]
-    added = each(shape, operands, lambda texts: f"(&{texts[0]})[{_step(texts[2:], [step])}] += {texts[1]};")
-    return _copied(whole, memory.operand(given[0], before), before) + _in_order(added)
-
-
-def _along(memory: Memory, given: Given) -> tuple[tuple[int, ...], int, tuple[int, int]]:
-    if isinstance(given[2], Slot):
-        raise RecordingRefused("C: places that are computed")
-    shape = memory.shape(given[0])
-    axis = int(plain(given[1])) % len(shape)
-    return memory.shape(given[2]), axis, ((memory.operand(given[0]).strides or ())[axis], shape[axis])
-
-
-def _in_order(lines: list[str]) -> list[str]:
-    """Without the promise that no entry is written twice."""
-    return [line for line in lines if not line.startswith("#pragma")]
 
 
 SPECIAL: dict[str, Special] = {
@@ -326,8 +208,5 @@ SPECIAL: dict[str, Special] = {
     "aten::flip": _flipped,
     "aten::cumsum": functools.partial(_running, sign="+"),
     "aten::cumprod": functools.partial(_running, sign="*"),
-    "aten::index.Tensor": _taken,
-    "aten::index_put": _put,
-    "aten::gather": _gathered,
-    "aten::scatter_add": _scattered,
+    **PLACES,
 }

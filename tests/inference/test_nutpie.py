@@ -294,6 +294,7 @@ def test_a_run_begun_by_nutpie_needs_it(tmp_path, monkeypatch) -> None:
         learned(checkpoint=tmp_path)
 
 
+CALLED = ("LogpFunc", "ExpandFunc", "PyMcModel")  # by functions in C
 CANARY = """
 import sys
 from ppl_gen.inference.mcmc import nutpie_chains
@@ -308,7 +309,7 @@ assert nutpie._lib is lib, "loaded once, whichever comes first"
 def test_canary_of_nutpies_extension() -> None:
     """It is loaded without its package: fast, and beside any ArviZ."""
     lib = nutpie_chains._extension()
-    for name in ("PyNutsSettings", "PyVariable", "PyModel", "PySampler", "ProgressType", "PyStorage"):
+    for name in ("PyNutsSettings", "PyVariable", "PyModel", "PySampler", "ProgressType", "PyStorage", *CALLED):
         assert hasattr(lib, name)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", CANARY], capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr

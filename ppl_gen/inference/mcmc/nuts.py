@@ -234,7 +234,7 @@ class NUTS(Algorithm):
     ) -> tuple[list[DrawTable], bool]:
         """What the chains drew, and whether they were interrupted."""
         if way.sampler == "nutpie":
-            at_once = threads(self.chains) if potential.each > _SHARED else 1
+            at_once = threads(self.chains) if potential.path == "c" or potential.each > _SHARED else 1
             return nutpie_chains.run_chains(chains, potential, self.processes or at_once, report)
         seconds = 0.0 if all(chain.done >= chain.iterations for chain in chains) else potential.seconds_each(chains[0])
         estimate = self.chains * self.iterations * _TREE_STEPS * (seconds + _TREE_SECONDS)

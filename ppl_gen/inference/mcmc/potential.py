@@ -89,8 +89,8 @@ def captured(
     """The potential of a run that evaluates it about so many times; at all ``points`` at which the density is
     a number it agrees with the program.
 
-    ``path`` is the one that a run began with, and goes on by; ``threads`` says that code in C can be called. Which is taken otherwise follows from the number of
-    operations, their size and ``gradients``, and never from a clock.
+    ``path`` is the one that a run began with, and goes on by; ``threads`` says that code in C can be called. Which is
+    taken otherwise follows from the number of operations, their size and ``gradients``, and never from a clock.
     """
     program = density.potential_and_gradient
     if run.compile is False:
