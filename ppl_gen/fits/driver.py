@@ -31,6 +31,7 @@ from ppl_gen.fits.monitoring import Validation
 from ppl_gen.fits.preparing import built_from, checked_run, dtype_of, inspected, modules_of, prepared
 from ppl_gen.fits.result import Fit, Status
 from ppl_gen.fits.together import agree, processes_of
+from ppl_gen.fits.untouched import untouched
 from ppl_gen.fitting.algorithm import Algorithm
 from ppl_gen.fitting.checkpoint import Every
 from ppl_gen.fitting.run import Run
@@ -196,7 +197,10 @@ def _fitted(recipe: Recipe, data: Any, algorithm: Algorithm, dtype: torch.dtype 
         modules = modules_of(built, start)
         with Workspace(state, device=place, dtype=dataset.dtype, modules=modules) as workspace, plates:
             with allowed():
-                run = checked_run(algorithm, built, dataset, workspace, rest.seed, start, rest.validation, rest.ranks)
+                with untouched(dataset, kept=True):
+                    run = checked_run(
+                        algorithm, built, dataset, workspace, rest.seed, start, rest.validation, rest.ranks
+                    )
                 run.notes |= column_notes(dataset.entries, scaled=rest.scaled)
                 run.compile = rest.compile
             with ProgressBar(rest.progress, algorithm.label) as report, allowed():
@@ -206,7 +210,7 @@ def _fitted(recipe: Recipe, data: Any, algorithm: Algorithm, dtype: torch.dtype 
                 if rest.validation is not None:
                     run.validation = Validation(rest.validation, rest.validate_every, run.program, dataset)
                 agree(run, algorithm, kept=rest.kept[0] is not None)
-                with opened(*rest.kept, run, recipe, algorithm):
+                with opened(*rest.kept, run, recipe, algorithm), untouched(dataset, kept=False):
                     began = time.perf_counter()
                     outcome = algorithm.run(run)
                     seconds = time.perf_counter() - began + (run.checkpoint.seconds if run.checkpoint else 0.0)
@@ -241,7 +245,7 @@ def inspect_program(program: Program | Recipe | Callable[..., Any], data: Any) -
     from ppl_gen.inference.guides.resolved import as_class, is_auto
 
     data = collected(data)
-    with same_again(program), prepared(as_recipe(program), data) as (built, dataset, _):
+    with same_again(program), prepared(as_recipe(program), data) as (built, dataset, _), untouched(dataset, kept=True):
         made = is_auto(built.guide) or isinstance(as_class(built.guide)[0], type)  # by a fit
         guide = None if made else ordered(built.guide, dataset.order)
         plain, _notes = adapted(built, dataset.glimpse(), dataset, vectors=False)

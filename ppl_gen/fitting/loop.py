@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from ppl_gen.workspace.isolation import generators, set_generators
 
 __all__ = ["iterate"]
 
+#: What torch's batch norm says of a single number in a channel, and that of flows.
+_LONE = "Expected more than 1 value per channel when training"
 LOOKED_AT = 1  # the second step is counted: the first may set things up
 
 
@@ -97,10 +100,18 @@ class _Course:
         self.run.ranks.check()
 
     def _made(self) -> tuple[Any, Info]:
-        if not self.threads:
-            return self.algorithm.step(self.state, self.source)
-        with torch_threads(min(self.threads, torch.get_num_threads())):
-            return self.algorithm.step(self.state, self.source)
+        try:
+            with torch_threads(min(self.threads, torch.get_num_threads())) if self.threads else nullcontext():
+                return self.algorithm.step(self.state, self.source)
+        except ValueError as error:
+            if _LONE not in str(error):
+                raise
+            rows, size = self.run.data.rows, self.source.size
+            left = f" ({rows} rows in batches of {size})" if size is not None else ""
+            raise ValueError(
+                f"batch_size: batch norm takes the spread of a batch, and a batch of 1 row has none{left}; take "
+                "batches of 2 rows or more, the last one of an epoch too, or a norm that works on each row"
+            ) from error
 
     def _counted(self) -> tuple[Any, Info]:
         """One step, by whose size those after it take one thread or all that torch is set to."""

@@ -64,6 +64,11 @@ class explained:
                 head + text + "; an index goes beyond the rows it is given here, as with a plate whose size is "
                 f"written out: use pyro.plate({self.program.data_plate!r}, len(x))"
             ) from error
+        if "more than 1 value per channel" in text:
+            raise ValueError(
+                head + text.splitlines()[0] + "; batch norm takes the spread of a batch, and one row has none: pass 2 "
+                "rows or more, or take a norm that works on each row"
+            ) from error
         if "Multiple sample sites named" in text:
             raise ValueError(
                 head + text.splitlines()[0] + "; every site needs a name of its own, and a plate that is opened twice "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from ppl_gen.inference.objectives.critics import (
 from ppl_gen.inference.objectives.divergences import Divergence
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
 from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, refuse_own_observation
+from ppl_gen.nn.copies import own_copy
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import without_side_effects
 
@@ -193,7 +193,7 @@ class _AdversarialGame(Game):
             real, _ = self.rows(setting.sample())
         rowwise = objective.constraint not in ("none", "clip")
         own = objective.critic
-        critic = default_critic(real, rowwise=rowwise) if own is None else copy.deepcopy(own)
+        critic = default_critic(real, rowwise=rowwise) if own is None else own_copy("critic", own)
         self.critic = critic.to(device=real.device, dtype=real.dtype)
         check_output(self.critic, real)
         if rowwise:

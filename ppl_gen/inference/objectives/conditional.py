@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from ppl_gen.inference.objectives.observed import (
     refuse_own_observation,
     rows_first,
 )
+from ppl_gen.nn.copies import own_copy
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import without_side_effects
 
@@ -144,7 +144,9 @@ class _ConditionalGame(Game):
         networks, self.scales = {}, {}
         for name, (real, made) in pairs.items():
             own = given.get(name)
-            networks[name] = (default_critic(real, rowwise=self.flat) if own is None else copy.deepcopy(own)).to(real)
+            networks[name] = (default_critic(real, rowwise=self.flat) if own is None else own_copy("critics", own)).to(
+                real
+            )
             check_output(networks[name], real, f"critics: {name}")
             # What both kinds of rows have in common is what they are given: there a critic may be as steep as it likes.
             self.scales[name] = real.std(0, correction=0) * (real != made).any(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Set
 from ppl_gen.inference.objectives.observed import reached_from, rows_first
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.inference.objectives.robust import entry_of
+from ppl_gen.nn.copies import own_copy
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import without_side_effects
 
@@ -123,7 +123,7 @@ class _DomainGame(Game):
         with without_side_effects(), torch.no_grad():
             features = self._features(setting.probe)
         own = objective.critic
-        critic = _perceptron(features, int(objective.domains)) if own is None else copy.deepcopy(own)
+        critic = _perceptron(features, int(objective.domains)) if own is None else own_copy("critic", own)
         self.critic = critic.to(device=features.device, dtype=features.dtype)
         check_output(self.critic, features, outputs=int(objective.domains))
         self.modules: Mapping[str, nn.Module] = {**self.game.modules, "critic": self.critic}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.critics import check_critic, check_output, default_critic
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
 from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, refuse_own_observation
+from ppl_gen.nn.copies import own_copy
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import without_side_effects
 
@@ -119,7 +119,7 @@ class _EnergyGame(Game):
         spread = (flat - flat.mean(0)).square().mean().sqrt()
         self.noise = objective.noise * torch.where(spread > 0, spread, torch.ones_like(spread))
         own = objective.energy
-        energy = default_critic(real, rowwise=True) if own is None else copy.deepcopy(own)
+        energy = default_critic(real, rowwise=True) if own is None else own_copy("energy", own)
         self.energy = energy.to(device=real.device, dtype=real.dtype)
         check_output(self.energy, real, "energy")
         self.modules: Mapping[str, nn.Module] = {"energy": self.energy}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from ppl_gen.inference.objectives.critics import (
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
 from ppl_gen.inference.objectives.observed import rows_first
 from ppl_gen.inference.objectives.tracing import traces
+from ppl_gen.nn.copies import own_copy
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import without_side_effects
 
@@ -148,7 +148,7 @@ class _WAEGame(Game):
             }
             return
         own = objective.critic
-        critic = default_critic(prior, rowwise=True) if own is None else copy.deepcopy(own)
+        critic = default_critic(prior, rowwise=True) if own is None else own_copy("critic", own)
         self.critic = critic.to(device=prior.device, dtype=prior.dtype)
         check_output(self.critic, prior)
         if objective.kind == "energy":

@@ -5,7 +5,6 @@ r"""An energy that is a network of the user's: rows are moved by Langevin steps 
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ppl_gen.data.inputs import entries, row_shape
 from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.models.energy.chain_rows import ChainRows
+from ppl_gen.nn.copies import own_copy
 from ppl_gen.program.extensions import Energy, Tempering
 from ppl_gen.program.program import Program, Recipe
 
@@ -175,7 +175,7 @@ def energy_model(network: nn.Module, *, tail: float | None = 2.0, step: float = 
 
     def build(data: Any) -> Program:
         rows = _rows(data)
-        own = copy.deepcopy(network).to(torch.get_default_dtype())
+        own = own_copy("network", network).to(torch.get_default_dtype())
         machine = LangevinMachine(own, rows.mean(0), rows.std(0, correction=0), tail, step)
         _check_network(machine, rows[:2])
 

@@ -209,11 +209,11 @@ class BatchNorm(Layer, _NormBase):
 
 
 def _require_spread(counts: Sequence[int], shape: Sequence[int]) -> None:
-    """Raise ValueError for a single number in a channel, whose variance is zero whatever it is."""
+    """Raise torch's own error for a single number in a channel, whose variance is zero whatever it is."""
     if math.prod(counts) < 2:
         raise ValueError(
-            f"batch_size: batch norm at images of shape {tuple(shape)} takes the spread of a batch, and one row has "
-            "none; take batches of 2 rows or more, the last of an epoch too, or fewer scales"
+            f"Expected more than 1 value per channel when training, got one image of shape {tuple(shape)}; take more "
+            "rows, or fewer scales"
         )
 
 

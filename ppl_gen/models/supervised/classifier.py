@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any
 
 import pyro
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ppl_gen.data.inputs import entries, row_shape
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.models.variational.vae import check_classes, check_labels
+from ppl_gen.nn.copies import own_copy
 from ppl_gen.nn.networks import Perceptron, checked_widths, standardised
 from ppl_gen.program.program import Program, Recipe
 
@@ -87,7 +87,7 @@ def classifier(
         known = _known_classes(data, classes)
         if network is None:
             return _program(_built_in(data, shape, widths, known))
-        own = deepcopy(network)
+        own = own_copy("network", network)
         _try_out(own, data, known)
         return _program(_Checked(own, shape))
 
@@ -106,7 +106,8 @@ class _Checked(nn.Module):
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"data: classifier was made for rows of shape {self.shape}, got {tuple(x.shape)}")
         parameter = next(self.network.parameters(), None)
-        scores: Tensor = self.network(x.to(torch.get_default_dtype() if parameter is None else parameter.dtype))
+        dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+        scores: Tensor = self.network(x.to(dtype))
         return scores
 
 
@@ -172,7 +173,7 @@ def _try_out(network: nn.Module, data: Any, classes: int) -> None:
     (x,) = entries(data, "classifier", "x", few=True)
     assert x is not None  # the first entry
     parameters = next(network.parameters(), None)
-    rows = x[:_LOOKED_AT].to(torch.get_default_dtype() if parameters is None else parameters.dtype)
+    rows = x[:_LOOKED_AT].to(torch.get_default_dtype() if parameters is None else parameters.dtype, copy=True)
     was = network.training
     try:
         with torch.no_grad():
