@@ -18,6 +18,7 @@ from ppl_gen.diagnostics.guide_weights import all_points, guide_weights
 from ppl_gen.diagnostics.lone_rows import lone_rows
 from ppl_gen.diagnostics.looks import drift, look_at_chains, look_at_draws, places_of
 from ppl_gen.diagnostics.missed import kept_look
+from ppl_gen.diagnostics.mixing import RESCUE, unmixed
 from ppl_gen.diagnostics.posterior_group import affordable_rows, latent_summary_names, posterior_groups
 from ppl_gen.diagnostics.second_look import SecondLook
 from ppl_gen.diagnostics.trends import moving
@@ -264,8 +265,15 @@ def _point(fit: Fit, posterior: dict[str, np.ndarray]) -> pandas.DataFrame:
 
 
 def _judged_point(fit: Fit) -> Verdict:
-    found = verdict_game(rows_compared(fit), fit.records) if _game(fit) else _settled(fit)
+    found = _judged_game(fit) if _game(fit) else _settled(fit)
     return with_points(found, _points(fit)) if fit.judged_by == "weights" else found
+
+
+def _judged_game(fit: Fit) -> Verdict:
+    energy = fit.program.energy
+    measured = bool({"density", "exact evidence"} & set(fit.info.offers)) or energy is not None
+    rescue = RESCUE if fit.program.drawn_by_chain else ""
+    return verdict_game(rows_compared(fit), fit.records, measured=measured, rescue=rescue, more=unmixed(fit))
 
 
 def _settled(fit: Fit) -> Verdict:

@@ -188,7 +188,7 @@ def _add_statistics(
         groups["sample_stats"] = {name: as_array(value) for name, value in fit.learned.stats.items()}
         return []
     statistics: dict[str, np.ndarray] = {}
-    if fit.judged_by == "weights" and groups["posterior"] and weighed:
+    if fit.judged_by == "weights" and groups["posterior"] and weighed and "density" in fit.info.offers:
         count = next(iter(groups["posterior"].values())).shape[1]
         with fit.bound(seed):
             log_p, log_q = _joint_densities(fit, count)

@@ -27,14 +27,24 @@ _SEARCHED = 30_000  # rows of the data at most among which copies are looked for
 _SEARCHED_NUMBERS = 3_000_000  # or as many as hold so many numbers, for a second or so
 _CERTAIN = 5  # copies beyond those among the data's rows: from fewer nothing is said of rows not looked at
 _ALONE = 1.1  # rows that explain a made row, itself counted, below which it has no neighbours
+_PERHAPS = 3.0  # standard deviations from which chance is no good explanation any more
 _UNSURE = "the losses of a game do not show whether its samples are like the data"
 _LOOK = "Look at samples and at a yardstick computed on them"
 
 
-def verdict_game(found: RowsCompared | str, records: Mapping[str, Sequence[float]]) -> Verdict:
+def verdict_game(
+    found: RowsCompared | str,
+    records: Mapping[str, Sequence[float]],
+    *,
+    measured: bool = False,
+    rescue: str = "",
+    more: Sequence[Finding] = (),
+) -> Verdict:
     """Judge what a game learned by its samples and its critic; no such fit is trusted without reservation.
 
     ``found`` compares its rows with those of the data, or says why that was not done; ``records`` is the history.
+    ``measured``: the program has an evidence although the loss was none; ``rescue``: advice where modes are missing;
+    ``more``: what was found besides.
 
     >>> alike = RowsCompared(1000, 0.51, 0.6, 0.96, 1.01, 0.0, 0.0)
     >>> print(verdict_game(alike, {}))
@@ -43,24 +53,26 @@ it; no density was learned, so neither evidence nor rare rows are vouched for. L
 computed on them.
     """
     if isinstance(found, str):
-        return graded(
-            [
-                (1, f"{_UNSURE}{f', and {found}' if found else ''}", _LOOK),
-                *_of_critic(records, None),
-                *_of_entropy(records),
-            ],
-            "",
-        )
-    faults = [*_of_rows(found), *_of_critic(records, found), *_of_entropy(records)]
+        unsure = (1, f"{_UNSURE}{f', and {found}' if found else ''}", _LOOK)
+        return graded([*more, unsure, *_of_critic(records, None), *_of_entropy(records)], "")
+    faults = [
+        *more,
+        *_of_rows(found, rescue or _RESCUE),
+        *_of_critic(records, found),
+        *_of_entropy(records),
+    ]
     if faults:
         return graded(faults, "")
+    tell = "do not tell" if found.z < _PERHAPS else "may tell"
     alike = (
-        f"nearest neighbours do not tell {found.count} made rows from the data's ({found.accuracy:.0%}, chance 50%), "
+        f"nearest neighbours {tell} {found.count} made rows from the data's ({found.accuracy:.0%}, chance 50%), "
         f"and these cover {found.coverage:.0%} of it"
     )
     if found.labels is not None:
         alike += f", with all {found.labels} labels"
     beyond = "no density was learned, so neither evidence nor rare rows are vouched for"
+    if measured:
+        beyond = "the loss is no density, and what fit.evidence says of held-out rows was not looked at"
     return graded([(1, f"{alike}; {beyond}", _LOOK)], "")
 
 
@@ -154,11 +166,11 @@ def _labels(fit: Fit, index: Tensor) -> Tensor | None:
     return None
 
 
-def _of_rows(found: RowsCompared) -> list[Finding]:
+def _of_rows(found: RowsCompared, rescue: str) -> list[Finding]:
     findings: list[Finding] = []
     if found.spread < 0.3:
         told = f"made rows spread {found.spread:.2f} times as far as the data: the program has collapsed"
-        findings.append((2, told, _RESCUE))
+        findings.append((2, told, rescue))
     elif found.coverage < 0.5:
         # Rows like a share c of the data's, and none like the others, are told apart 1 / (1 + c) of the time: there are
         # 1 / c made rows for one of the data where they lie. What is told apart more often, or nearly always, may be
@@ -166,12 +178,14 @@ def _of_rows(found: RowsCompared) -> list[Finding]:
         lone = min(1 / (1 + found.coverage) + 0.05, 0.95)
         off = ", or made rows are unlike the data everywhere" if found.accuracy > lone else ""
         told = f"made rows come near {found.coverage:.0%} of the data's rows alone: modes are missing{off}"
-        findings.append((2, told, _RESCUE))
+        findings.append((2, told, rescue))
     if found.missed:
         named = ", ".join(map(str, found.missed[:5]))
-        findings.append((2, f"made rows leave out the label(s) {named} of {found.labels}", _RESCUE))
-    if found.repeated > 0.2:
-        findings.append((2, f"{found.repeated:.0%} of the made rows repeat another made row", _RESCUE))
+        findings.append((2, f"made rows leave out the label(s) {named} of {found.labels}", rescue))
+    # Of n rows with few values, the shares that repeat in two sets have standard errors up to 0.7 / sqrt(n) each.
+    chance = 4.0 / found.count**0.5
+    if found.repeated > max(0.2, min(chance, 0.8)):
+        findings.append((2, f"{found.repeated:.0%} of the made rows repeat another made row", rescue))
     held_out = "Compare with rows that were held out: compare_rows(held_out, made)"
     if found.copied > 0.2:
         findings.append((1, f"{found.copied:.0%} of the made rows copy a row of the data", held_out))

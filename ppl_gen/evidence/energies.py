@@ -34,7 +34,7 @@ def energy_evidence(fit: Fit, data: Dataset, method: Any, *, seed: int | None = 
 
     Raises:
         TypeError: for a method that is no `AIS`.
-        IncompatibleError: for a program without an energy, or one that offers no tempering.
+        IncompatibleError: for a program without an energy, or one that offers no tempering or has no finite normaliser.
     """
     energy = fit.program.energy
     if method is None:
@@ -51,7 +51,13 @@ def energy_evidence(fit: Fit, data: Dataset, method: Any, *, seed: int | None = 
             "method out"
         )
     with fit.bound(seed):
-        found = log_partition(energy.tempering(), method, _training_rows(fit, energy, method.chains))
+        path = energy.tempering()
+        if path.improper is not None and path.improper():
+            raise IncompatibleError(
+                f"the energy of {fit.program.name!r} does not grow far from the data, so that its normaliser is "
+                "infinite and it is no density; take tail= a number, or a network that grows in every direction"
+            )
+        found = log_partition(path, method, _training_rows(fit, energy, method.chains))
     return _evidence(fit, data, energy, found, seed, settings)
 
 

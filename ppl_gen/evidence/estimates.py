@@ -176,6 +176,8 @@ def _require_density(fit: Fit) -> None:
         why = (
             "its energy has no normaliser in closed form (fit.evidence(method=pg.AIS()) estimates one where the energy "
             "can be tempered)"
+            if fit.program.energy.log_partition is None
+            else "it has an energy, whose normaliser fit.evidence() sums up"
         )
     elif fit.program.transition is not None:
         why = "it is a Markov chain, whose stationary distribution is not known in closed form"

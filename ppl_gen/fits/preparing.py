@@ -163,7 +163,7 @@ def checked_run(
     refuse_idle_masks(program, data.glimpse())
     require(algorithm.label, algorithm.needs, program.name, info.offers, why=info.lost(algorithm.needs))
     program, notes = _with_plate(program, info)
-    notes |= changes
+    notes = {**program.notes, **notes, **changes}
     if data.left_out:
         notes["left out"] = f"{', '.join(data.left_out)}: neither model nor recipe reads them"
     if data.taken:

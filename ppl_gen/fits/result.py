@@ -194,7 +194,8 @@ class Fit:
         observed of each row, as `posterior` draws them.
 
         Entries may be missing too: ``{"x": x, "mask": seen}``, where a program reads a mask (`ppca`), or says how its
-        rows are completed (``Program.imputes``: `denoising_diffusion`); these then come with what is seen as it is.
+        rows are completed (``Program.imputes``: `denoising_diffusion`, approximately, as ``notes["completion"]`` says);
+        these then come with what is seen as it is.
 
         Raises:
             IncompatibleError: for a mask that the program can do nothing with.

@@ -83,8 +83,12 @@ class Unconstrained:
         if not self.sites:
             raise IncompatibleError(
                 f"only continuous latent sites have an unconstrained space, and {info.name!r} has none: "
-                f"{', '.join(info.finite_latents)} are "
-                "finite and summed out, so that EM() or fit.posterior() with any algorithm gives them exactly"
+                + (
+                    f"{', '.join(info.finite_latents)} are finite and summed out, so that EM() or fit.posterior() with "
+                    "any algorithm gives them exactly"
+                    if info.finite_latents
+                    else f"{', '.join(site.name for site in info.select())} are discrete"
+                )
             )
         self.size = sum(shape.numel() for shape in self.sites.values())
         self._check_supports()

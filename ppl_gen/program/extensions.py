@@ -92,6 +92,7 @@ class Tempering:
         between: ``between(states, old, new) -> (states, log f_new - log f_old)``: the difference at the states given,
             in float64, and the states after one sweep at ``new``; None: made of the two before.
         of_rows: ``of_rows(x) -> states``: where chains that start at data begin; None: the states are rows.
+        improper: ``improper() -> bool``: whether the normaliser at b = 1 is seen to be infinite; None: it is finite.
     """
 
     begin: Callable[[int], Tensor]
@@ -100,6 +101,7 @@ class Tempering:
     move: Callable[[Tensor, Any, int], Tensor]
     between: Callable[[Tensor, float, float], tuple[Tensor, Tensor]] | None = None
     of_rows: Callable[[Tensor], Tensor] | None = None
+    improper: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Program:
         imputes: what `Fit.predict` draws of rows that are seen in part, where the model itself reads no mask:
             ``imputes(values, seen, *data)`` gives, for the observed site of the entry x, rows with the entries that are
             ``seen`` (booleans in the shape of x) as they are and the others drawn.
+        notes: what `Fit.notes` says of every fit of it, by topic: where an answer is approximate, say.
         em: closed-form E- and M-steps.
         cavi: closed-form coordinate updates.
         energy: an unnormalised density.
@@ -74,6 +75,7 @@ class Program:
     evidence: Callable[..., Tensor] | None = field(default=None, metadata={"offer": "exact evidence"})
     local_posterior: Callable[..., Mapping[str, Any]] | None = None
     imputes: Callable[..., Mapping[str, Tensor]] | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
     em: EMSteps | None = field(default=None, metadata={"offer": "EM steps", "kind": EMSteps})
     cavi: CAVIUpdates | None = field(default=None, metadata={"offer": "CAVI updates", "kind": CAVIUpdates})
     energy: Energy | None = field(default=None, metadata={"offer": "energy", "kind": Energy})
@@ -111,6 +113,7 @@ class Program:
         require_text("name", self.name)
         require_whole("data_dim", self.data_dim, least=0)
         require_mapping("terms", self.terms, "a mapping from names to functions")
+        require_mapping("notes", self.notes, "a mapping from topics to sentences")
         for offer in ("start", "relabel", "evidence", "local_posterior", "imputes"):
             require_function(offer, getattr(self, offer))
         for own in fields(self):

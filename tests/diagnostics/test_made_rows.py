@@ -247,3 +247,15 @@ def test_what_a_program_reads_comes_from_other_rows_than_it_is_compared_with() -
     fit = pg.fit(told, {"x": x, "y": y}, SVI(Adversarial(), steps=1, lr=1e-9), seed=0)
     found = fit.diagnose().attrs["rows_compared"]
     assert not found.clinging and found.copied < 0.2
+
+
+def test_rows_of_few_values_repeat_by_chance():
+    """Of 32 possible rows; before, one set of twenty in eight passed for a collapsed program."""
+    for count in (20, 40, 100):
+        for seed in range(40):
+            numbers = torch.Generator().manual_seed(seed)
+            found = compare_rows(*(torch.rand(2, count, 5, generator=numbers) < 0.4).double(), seed=seed)
+            assert "repeat another" not in str(verdict_game(found, {}))
+    numbers = torch.Generator().manual_seed(0)
+    data = torch.randn(40, 5, generator=numbers)
+    assert "repeat another" in str(verdict_game(compare_rows(data, data[:8].repeat(5, 1)), {}))

@@ -15,9 +15,9 @@ import ppl_gen as pg
 from ppl_gen.evidence.annealed import AIS, log_partition
 from ppl_gen.inference import SVI, ContrastiveDivergence, WakeSleep
 from ppl_gen.models import dbm, dbn, gan, rbm, rbm_stack
-from ppl_gen.models.energy.chain_rows import ChainRows
 from ppl_gen.models.energy.dbm import DeepMachine
 from ppl_gen.models.energy.rbm import BoltzmannMachine
+from ppl_gen.nn.chain_rows import ChainRows
 
 Z = 5.5
 

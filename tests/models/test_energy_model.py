@@ -175,3 +175,27 @@ def test_what_is_no_energy_is_refused():
             energy_model(nn.Linear(2, 1), **arguments)
     with pytest.raises(ValueError, match="constant"):
         energy_model(nn.Linear(2, 1))(torch.ones(5, 2))
+
+
+def test_an_energy_that_does_not_grow_has_no_evidence():
+    x = torch.randn(30, 2)
+    flat, square, line = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)), Square(), nn.Linear(2, 1)
+    once = SVI(ContrastiveDivergence(), steps=1)
+    for network, tail, proper in ((flat, None, False), (flat, 2.0, True), (square, None, True), (line, None, False)):
+        fit = pg.fit(energy_model(network, tail=tail, sweeps=3), x, once, seed=0)
+        if proper:
+            assert math.isfinite(fit.evidence(method=pg.AIS(temperatures=20, chains=40)).mean)
+            continue
+        with pytest.raises(pg.IncompatibleError, match="does not grow far from the data, so that its normaliser"):
+            fit.evidence(method=pg.AIS(temperatures=20, chains=40))
+
+
+class Square(nn.Module):
+    """Half of the squared length."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, v):
+        return self.factor * v.square().sum(-1)

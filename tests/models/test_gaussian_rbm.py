@@ -16,8 +16,8 @@ import ppl_gen as pg
 from ppl_gen.evidence.annealed import AIS, log_partition
 from ppl_gen.inference import SVI, ContrastiveDivergence
 from ppl_gen.models import gaussian_rbm
-from ppl_gen.models.energy.chain_rows import ChainRows
 from ppl_gen.models.energy.gaussian_rbm import GaussianMachine
+from ppl_gen.nn.chain_rows import ChainRows
 
 Z = 5.5
 

@@ -176,3 +176,14 @@ def test_a_program_of_ones_own_says_how_its_rows_are_completed():
     made = fit.predict({"x": rows, "mask": seen}, draws=5)["x"]
     assert bool((made[..., 0] == rows[:, 0]).all()) and bool((made[..., 1] == made[:, :1, 1]).all())
     assert len(made[:, 0, 1].unique()) == 5, "one draw of the globals for each"
+
+
+def test_a_fit_says_that_its_completions_are_approximate():
+    rows = torch.randn(20, 3)
+    fit = pg.fit(denoising_diffusion(steps=3, hidden=4), rows, SVI(steps=1), seed=0)
+    assert "approximate" in fit.notes["completion"] and "particles" in fit.notes["completion"]
+    assert "completion" not in pg.fit(ppca(3, 1), rows, SVI(steps=1), seed=0).notes
+    seen = torch.rand(20, 3) < 0.5
+    assert torch.equal(inpaint(fit, {"x": rows}, seen), inpaint(fit, rows, seen))
+    with pytest.raises(TypeError, match="notes: expected a mapping"):
+        pg.Program(lambda x: None, notes="approximate")

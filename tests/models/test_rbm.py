@@ -20,8 +20,8 @@ from ppl_gen.inference import ELBO, IWAE, SVI, ContrastiveDivergence
 from ppl_gen.inference.gradients import gradients
 from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.models import rbm
-from ppl_gen.models.energy.chain_rows import ChainRows
 from ppl_gen.models.energy.rbm import BoltzmannMachine
+from ppl_gen.nn.chain_rows import ChainRows
 from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.extensions import Energy
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.errors import require_whole
-from ppl_gen.models.diffusion.imputing import imputes
+from ppl_gen.models.diffusion.imputing import NOTES, imputes
 from ppl_gen.models.diffusion.networks import time_waves
 from ppl_gen.models.diffusion.noising import at
 from ppl_gen.program.extensions import TimeSteps
@@ -228,7 +228,7 @@ class BitDiffusion:
     def program(self, name: str = "bit_diffusion") -> Program:
         """Model, guide, the ELBO's terms step by step, and draws of what is missing."""
         steps = TimeSteps(self.steps, self.term, self.constant)
-        return Program(self.model, self.guide, name=name, time_steps=steps, imputes=imputes(self))
+        return Program(self.model, self.guide, name=name, time_steps=steps, imputes=imputes(self), notes=NOTES)
 
 
 def _divergence(q: Tensor, p: Tensor) -> Tensor:

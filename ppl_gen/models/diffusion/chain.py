@@ -16,7 +16,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_gen.models.diffusion.imputing import imputes
+from ppl_gen.models.diffusion.imputing import NOTES, imputes
 from ppl_gen.models.diffusion.learned_noising import LearnedNoising
 from ppl_gen.models.diffusion.noising import Noising, at
 from ppl_gen.program.extensions import TimeSteps
@@ -183,4 +183,4 @@ class Diffusion:
         """Model, guide, the ELBO's terms step by step, and draws of what is missing."""
         fixed = isinstance(self.noising, Noising)  # the error of the noise is least where there is nothing but noise
         steps = TimeSteps(self.steps, self.term, self.constant, self.error if fixed else None)
-        return Program(self.model, self.guide, name=name, time_steps=steps, imputes=imputes(self))
+        return Program(self.model, self.guide, name=name, time_steps=steps, imputes=imputes(self), notes=NOTES)

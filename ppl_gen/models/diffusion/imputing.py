@@ -13,9 +13,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["RESAMPLES", "Chain", "completed", "filtered", "imputes"]
+__all__ = ["NOTES", "RESAMPLES", "Chain", "completed", "filtered", "imputes"]
 
 RESAMPLES = 10  #: passes over each step, unless said otherwise
+
+#: What every fit of a diffusion says of its completions.
+NOTES = {
+    "completion": "fit.predict with a mask is approximate: what is seen is put back after each of several passes over "
+    "a step, which is no exact draw given it; inpaint(particles=...) is another way, and tells what is right when"
+}
 
 
 class Chain(Protocol):

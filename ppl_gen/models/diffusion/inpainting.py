@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def inpaint(
 
     Args:
         fit: of `denoising_diffusion` or `binomial_diffusion`.
-        data: rows; what ``mask`` hides of them does not matter.
+        data: rows, or a mapping with the entry x; what ``mask`` hides of them does not matter.
         mask: booleans in the shape of the rows, True where they are seen.
         draws: how many for each row.
         resamples: how often each stretch is gone through.
@@ -82,7 +83,8 @@ def inpaint(
         require_whole(name, value)
     if particles > 1 and (resamples, jump) not in ((RESAMPLES, 1), (1, 1)):
         raise ValueError("particles: a particle filter goes through each step once; leave resamples and jump out")
-    seen, entries = seen_rows({"x": data, "mask": mask})
+    given = dict(data) if isinstance(data, Mapping) else {"x": data}
+    seen, entries = seen_rows({**given, "mask": mask})
     rows = fit.dataset(entries)
     with fit.bound(seed):
         batch = rows.batch()

@@ -18,10 +18,10 @@ from torch.nn.functional import softplus
 from ppl_gen.data.inputs import check_width, row_width
 from ppl_gen.errors import require_number, require_whole
 from ppl_gen.models.energy.bipartite import ENUMERABLE, Bipartite, all_states, flip
-from ppl_gen.models.energy.chain_rows import ChainRows
 from ppl_gen.models.energy.helmholtz import checked_layers
 from ppl_gen.models.energy.rbm import BoltzmannMachine, binary_rows
 from ppl_gen.models.energy.stack import check_widths, machines_of
+from ppl_gen.nn.chain_rows import ChainRows
 from ppl_gen.nn.likelihoods import log_odds, zeros_and_ones
 from ppl_gen.program.extensions import Energy, Tempering
 from ppl_gen.program.program import Program, Recipe

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from ppl_gen.data.inputs import entries, row_shape
 from ppl_gen.errors import require_positive, require_whole
-from ppl_gen.models.energy.chain_rows import ChainRows
+from ppl_gen.nn.chain_rows import ChainRows
 from ppl_gen.nn.copies import own_copy
 from ppl_gen.program.extensions import Energy, Tempering
 from ppl_gen.program.program import Program, Recipe
 
 __all__ = ["LangevinMachine", "energy_model"]
+
+_RAYS, _FAR = 200, (1e3, 1e6)  # directions, and how far out along them, in standardised units
 
 
 class LangevinMachine(nn.Module):
@@ -111,6 +113,18 @@ class LangevinMachine(nn.Module):
             (slope,) = torch.autograd.grad(density.sum(), leaf)
         return density.detach(), slope
 
+    @torch.no_grad()
+    def improper(self) -> bool:
+        """Whether exp(-F) has no finite integral, since F grows no faster than the logarithm of volume somewhere.
+
+        Looked at far away along rays: further than this, a network that grows at all has grown enough.
+        """
+        if self.tail is not None:
+            return False
+        away = torch.randn((_RAYS, *self.row), dtype=self.loc.dtype, device=self.loc.device)
+        grown = self.energy(_FAR[1] * away) - self.energy(_FAR[0] * away)
+        return bool((grown <= self.loc.numel() * math.log(_FAR[1] / _FAR[0])).any())
+
     def tempering(self) -> Tempering:
         """From a normal to p(x); states are standardised rows."""
         numbers, wide = self.loc.numel(), self.spread.double()
@@ -120,7 +134,7 @@ class LangevinMachine(nn.Module):
         def begin(count: int) -> Tensor:
             return width * torch.randn(count, *self.row, dtype=like.dtype, device=like.device)
 
-        return Tempering(begin, log_base, self.log_density_at, self.move, None, self.standardised)
+        return Tempering(begin, log_base, self.log_density_at, self.move, None, self.standardised, self.improper)
 
 
 def energy_model(network: nn.Module, *, tail: float | None = 2.0, step: float = 0.1, sweeps: int = 1000) -> Recipe:
@@ -138,7 +152,8 @@ def energy_model(network: nn.Module, *, tail: float | None = 2.0, step: float = 
     Args:
         network: from rows, N x shape of a row, to N numbers or N x 1. The fit trains a private copy.
         tail: standard deviation of a normal that the energy contains, in standardised units, so that Z is finite
-            whatever a bounded network says; None: the network alone, which then has to grow by itself.
+            whatever a bounded network says; None: the network alone, which then has to grow by itself: where it does
+            not, Z is infinite, and ``fit.evidence`` refuses.
         step: length of a Langevin step, in standardised units.
         sweeps: Langevin steps behind each drawn row.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ppl_gen.data.inputs import check_width, row_width
 from ppl_gen.errors import require_number, require_whole
-from ppl_gen.models.energy.chain_rows import ChainRows
+from ppl_gen.nn.chain_rows import ChainRows
 from ppl_gen.nn.likelihoods import (
     CategoricalPixels,
     Kind,

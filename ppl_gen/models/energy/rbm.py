@@ -16,7 +16,7 @@ from torch.nn.functional import softplus
 from ppl_gen.data.inputs import check_width, entries, row_width
 from ppl_gen.errors import require_number, require_whole
 from ppl_gen.models.energy.bipartite import ENUMERABLE, Bipartite, flip
-from ppl_gen.models.energy.chain_rows import ChainRows
+from ppl_gen.nn.chain_rows import ChainRows
 from ppl_gen.nn.likelihoods import as_handed_out, log_odds, zeros_and_ones
 from ppl_gen.program.extensions import Energy, Tempering
 from ppl_gen.program.program import Program, Recipe

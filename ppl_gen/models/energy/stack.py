@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ppl_gen.data.inputs import entries, row_width
 from ppl_gen.errors import require_flag, require_seed
-from ppl_gen.models.energy.chain_rows import ChainRows
 from ppl_gen.models.energy.helmholtz import checked_layers
 from ppl_gen.models.energy.rbm import BoltzmannMachine, binary_rows, rbm
+from ppl_gen.nn.chain_rows import ChainRows
 from ppl_gen.nn.likelihoods import log_odds
 from ppl_gen.program.extensions import Energy
 from ppl_gen.program.program import Program, Recipe
