@@ -86,7 +86,7 @@ def exploitability(
 
     Raises:
         TypeError: for what is no fit, or an algorithm other than SVI.
-        ValueError: for numbers out of range, or a fit that holds no rows.
+        ValueError: for numbers out of range, a fit that holds no rows, or another objective than it was made with.
 
     Source: the gap of Nikaido and Isoda (1955), a measure of games in Lanctot et al. (2017), Grnarova et al. (2019).
 
@@ -102,6 +102,8 @@ def exploitability(
     require_fit(fit)
     if not isinstance(algorithm, SVI):
         raise TypeError(f"algorithm: expected the SVI that played the game, got {type(algorithm).__name__}")
+    if algorithm.label != fit.algorithm:
+        raise ValueError(f"algorithm: expected one of the game that was played, {fit.algorithm}, got {algorithm.label}")
     require_whole("steps", steps)
     require_whole("looks", looks, 2)
     found: dict[str, list[tuple[float, float]]] = {}

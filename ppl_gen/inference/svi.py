@@ -28,6 +28,7 @@ from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Game, Setting
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.inference.outside import refuse_rows_outside
+from ppl_gen.inference.single_rows import single_rows_told, try_single_row
 from ppl_gen.inference.spread import as_shared, refuse_coupled, refuse_undivided, rows_each
 from ppl_gen.inference.updates import OPTIMISERS, State
 from ppl_gen.inference.whitened import WhitenedAdam
@@ -173,6 +174,12 @@ class SVI(Iterative):
             )
 
     def init(self, run: Run) -> State:
+        with single_rows_told(run, self.batch_size):
+            state = self._made(run)
+            try_single_row(run, state.game, state.game_state, self.batch_size)
+        return state
+
+    def _made(self, run: Run) -> State:
         guide = resolved_guide(run) if self.objective.uses_guide else None
         # All of it, on every process: what is made and looked at here is the same everywhere.
         first = Batches(run.data, self.batch_size, run.seed, self.stratify)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ppl_gen as pg
-from ppl_gen.inference import EM, SVI, Adversarial
+from ppl_gen.inference import EBGAN, EM, SVI, Adversarial
 
 #: Rows that all are alike get a warning.
 pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
@@ -87,3 +87,11 @@ def test_held_out_rows_and_what_is_refused() -> None:
         pg.exploitability("fit", algorithm)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="looks: expected a whole number of at least 2"):
         pg.exploitability(fit, algorithm, looks=1)
+
+
+def test_the_gap_of_another_game_is_refused() -> None:
+    fit = pg.fit(_at(1.0), ZEROS, _algorithm(0.5, RATE), seed=0)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"algorithm: expected one of the game that was played, SVI\(Adversarial\), got"
+    ):
+        pg.exploitability(fit, SVI(EBGAN(), steps=1))

@@ -585,3 +585,27 @@ def test_units_are_those_of_the_data_however_small_the_batches():
     assert penalty(1) == penalty(2) == pytest.approx(exact, rel=0.35)
     standard = pg.fit(gan(1, latent=2, hidden=(3,)), x, SVI(Adversarial(), steps=1, batch_size=1), seed=0)
     assert float(standard.module("critic")[0].scale) == pytest.approx(float(x.std()), rel=0.2)
+
+
+@pytest.mark.parametrize("whose", ["program", "critic"])
+def test_a_row_left_over_that_batch_norm_cannot_take_is_told_before_the_first_step(whose):
+    normed = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+
+    def program(x):
+        pyro.module("net", normed)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Delta(normed(z), event_dim=1), obs=x)
+
+    critic = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)) if whose == "critic" else None
+    played = gan(2, latent=2, hidden=(3,)) if whose == "critic" else program
+
+    def status(rows, size):
+        algorithm = SVI(Adversarial(critic=critic), steps=1, batch_size=size)
+        return pg.fit(played, torch.randn(rows, 2), algorithm, seed=0).status
+
+    with pytest.raises(ValueError, match="batch_size: batch norm needs more than one row .* 65 rows leave one over at"):
+        status(65, 32)
+    with pytest.raises(ValueError, match="batch_size: batch norm needs more than one row .* a batch has one at"):
+        status(64, 1)
+    assert status(66, 32) == status(64, None) == "finished"
