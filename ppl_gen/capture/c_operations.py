@@ -85,7 +85,6 @@ PRELUDE = r"""
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#include <features.h>
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 __attribute__((simd("notinbranch"))) double exp(double);
 __attribute__((simd("notinbranch"))) double log(double);
