@@ -27,6 +27,8 @@ from typing import Any
 from timing import Block, Result, shown
 from versions import write
 
+#: Threads and cached bytecode as a user has them.
+_OURS = ("OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE")
 GROUPS = ("steps", "mixtures", "enumerated", "components", "flows", "evidence", "chains", "first_result")
 RESULTS = Path(__file__).parent / "results"
 KEPT = RESULTS / "bench.csv"
@@ -50,7 +52,7 @@ def group(name: str, quick: bool) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         command = [sys.executable, __file__, "--one", name, str(path), *(["--quick"] if quick else [])]
-        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # threads as a user has them
+        environment = {k: v for k, v in os.environ.items() if k not in _OURS}
         subprocess.run(command, check=True, env=environment)
         return read(path.read_text())
 
