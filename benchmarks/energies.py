@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=8.0, help="budget, most of it for training")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, nothing written to results/")
-    parser.add_argument("--rate", type=float, default=0.05, help="of SGD at the start; it falls to zero")
+    parser.add_argument("--rate", type=float, default=0.2, help="of SGD at the start; it falls to zero")
     options = parser.parse_args()
     began = time.perf_counter()
     train = pg.load_data("mnist", split="train", binarize="dynamic")
