@@ -41,6 +41,8 @@ from ppl_gen.workspace.workspace import Workspace
 
 __all__ = ["built_from", "checked_run", "dtype_of", "inspected", "modules_of", "prepared"]
 
+_TRIED = 8  # rows of which a first look asks for gradients
+
 
 def dtype_of(data: Any) -> torch.dtype:
     """The one decision about a fit's dtype: float64 where any entry holds it, else float32.
@@ -132,7 +134,11 @@ def inspected(program: Program, data: Dataset, guide: Any = None) -> ProgramInfo
         if "differentiable samples" not in info.offers:
             return info
         observed, latent = [s.name for s in info.select(kind="observed")], [s.name for s in info.select()]
-        return info.refusing_gradients(why_not_differentiable(program.model, batch, observed, latent))
+        # A graph of gradients holds all that a network computes, and a diffusion model computes its whole chain: a few
+        # rows show that slopes arrive, and only where none do are all looked at.
+        why = why_not_differentiable(program.model, data.head(_TRIED), observed, latent)
+        why = why and why_not_differentiable(program.model, batch, observed, latent)
+        return info.refusing_gradients(why)
 
 
 def _with_plate(program: Program, info: ProgramInfo) -> tuple[Program, dict[str, str]]:

@@ -119,3 +119,19 @@ def test_nothing_observed_means_nothing_to_predict() -> None:
     fit = pg.fit(potential, {}, SVI(steps=2), seed=0)
     with pytest.raises(pg.IncompatibleError, match=r"no observed sites.*fit\.posterior\(\) draws"):
         fit.predict()
+
+
+def test_a_look_holds_gradients_of_few_rows() -> None:
+    """A network on all rows, and a chain of steps on each, would fill the memory with its graph."""
+    seen: list[int] = []
+
+    def model(x: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(2.0))
+        if (scale * x).requires_grad and torch.is_grad_enabled():
+            seen.append(len(x))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(scale * z, 1.0), obs=x)
+
+    assert "differentiable samples" in pg.check(model, torch.randn(3000)).offers
+    assert seen and max(seen) <= 8
