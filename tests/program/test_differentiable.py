@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import ppl_gen as pg
-from ppl_gen.data.batching import as_dataset
+from ppl_gen.data.batching import Batch, as_dataset
+from ppl_gen.fits import preparing
 from ppl_gen.inference import SVI, Adversarial
 from ppl_gen.program.differentiable import why_not_differentiable
 from ppl_gen.workspace.isolation import without_side_effects
@@ -121,17 +122,18 @@ def test_nothing_observed_means_nothing_to_predict() -> None:
         fit.predict()
 
 
-def test_a_look_holds_gradients_of_few_rows() -> None:
+def test_a_look_holds_gradients_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network on all rows, and a chain of steps on each, would fill the memory with its graph."""
-    seen: list[int] = []
+    looks: list[tuple[int | None, str]] = []
 
-    def model(x: Tensor) -> None:
-        scale = pyro.param("scale", torch.tensor(2.0))
-        if (scale * x).requires_grad and torch.is_grad_enabled():
-            seen.append(len(x))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(scale * z, 1.0), obs=x)
+    def noted(model: Callable[..., None], batch: Batch, *rest: list[str]) -> str:
+        why = why_not_differentiable(model, batch, *rest)
+        looks.append((batch.rows, why))
+        return why
 
-    assert "differentiable samples" in pg.check(model, torch.randn(3000)).offers
-    assert seen and max(seen) <= 8
+    monkeypatch.setattr(preparing, "why_not_differentiable", noted)
+    assert "differentiable samples" in pg.check(program("smooth", learned=True), torch.randn(3000)).offers
+    assert looks == [(8, "")]
+    looks.clear()
+    assert "differentiable samples" not in pg.check(program("rounded", learned=True), torch.randn(3000)).offers
+    assert [rows for rows, _ in looks] == [8, 3000], "few rows alone condemn nothing"
