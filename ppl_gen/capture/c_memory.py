@@ -31,6 +31,7 @@ class Memory:
         self.tape, self.values = tape, values_at(tape, u)
         self.constants: list[np.ndarray] = []
         self._numbers: dict[int, int] = {}  # of constants, by identity
+        self._widened: dict[int, tuple[Tensor, Tensor]] = {}
         self._places, self._end = self._planned()
         self._scratch = 0
 
@@ -58,7 +59,7 @@ class Memory:
         """The type that C reads it in."""
         value = self.values[leaf] if isinstance(leaf, Slot) else leaf.value
         if isinstance(value, Tensor):
-            return _TYPES[value.dtype]
+            return _TYPES.get(value.dtype, "double" if value.is_floating_point() else "int64_t")
         return "int64_t" if isinstance(value, bool | int) else "double"
 
     def operand(self, leaf: Any, shape: Sequence[int] | None = None) -> Operand:
@@ -72,8 +73,10 @@ class Memory:
         value = leaf.value
         if not isinstance(value, Tensor):
             return Operand(literal(value))
-        if value.dtype not in _TYPES:
+        if value.is_complex():
             raise RecordingRefused(f"C: a constant of {value.dtype}")
+        if value.dtype not in _TYPES:
+            value = self._wide(value)
         if value.numel() == 1 and shape is not None:
             return Operand(literal(value.item()))
         if id(value) not in self._numbers:
@@ -81,6 +84,13 @@ class Memory:
             self.constants.append(np.array(value.detach().numpy(), order="C"))
         pointer = f"((const {_TYPES[value.dtype]} *)k[{self._numbers[id(value)]}])"
         return _spread(Operand(pointer, 0, contiguous(value.shape)), tuple(value.shape), shape)
+
+    def _wide(self, value: Tensor) -> Tensor:
+        """A constant of fewer bits, as it takes part in operations that give doubles; one for all of its uses."""
+        if id(value) not in self._widened:
+            wide = value.to(torch.float64 if value.is_floating_point() else torch.int64)
+            self._widened[id(value)] = (value, wide)
+        return self._widened[id(value)][1]
 
     def _planned(self) -> tuple[dict[int, int], int]:
         calls = self.tape.calls

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ppl_gen.fitting.algorithm import Iterative
 from ppl_gen.data.batches import Batches
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.fitting.lone_row import is_lone_row, lone_row
 from ppl_gen.fitting.records import Records
 from ppl_gen.fitting.run import Ending, Info, NonFiniteStepError, Outcome, Run, Status
 from ppl_gen.fitting.stopping import EarlyStop, check_record
@@ -21,9 +22,6 @@ from ppl_gen.runtime.threads import ParallelWork, torch_threads
 from ppl_gen.workspace.isolation import generators, set_generators
 
 __all__ = ["iterate"]
-
-#: What torch's batch norm says of a single number in a channel, and that of flows.
-_LONE = "Expected more than 1 value per channel when training"
 LOOKED_AT = 1  # the second step is counted: the first may set things up
 
 
@@ -104,14 +102,9 @@ class _Course:
             with torch_threads(min(self.threads, torch.get_num_threads())) if self.threads else nullcontext():
                 return self.algorithm.step(self.state, self.source)
         except ValueError as error:
-            if _LONE not in str(error):
+            if not is_lone_row(error):
                 raise
-            rows, size = self.run.data.rows, self.source.size
-            left = f" ({rows} rows in batches of {size})" if size is not None else ""
-            raise ValueError(
-                f"batch_size: batch norm takes the spread of a batch, and a batch of 1 row has none{left}; take "
-                "batches of 2 rows or more, the last one of an epoch too, or a norm that works on each row"
-            ) from error
+            raise lone_row(self.run, self.source.size) from error
 
     def _counted(self) -> tuple[Any, Info]:
         """One step, by whose size those after it take one thread or all that torch is set to."""

@@ -9,33 +9,23 @@ import torch
 from torch.nn.modules.batchnorm import _NormBase
 
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.fitting.lone_row import is_lone_row, lone_row
 from ppl_gen.fitting.run import Run
 from ppl_gen.inference.objectives.game import Game, GameState
 from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["single_rows_told", "try_single_row"]
 
-_SAID = "more than 1 value per channel"  # of torch
-
 
 @contextlib.contextmanager
 def single_rows_told(run: Run, size: int | None) -> Iterator[None]:
-    """What torch says of batch norm on one row, as a ValueError that names the size of the batches.
-
-    Raises:
-        ValueError: where batches have one row, or the last one of an epoch has.
-    """
+    """What batch norm says of one row, as a ValueError that names the size of the batches."""
     try:
         yield
     except PROGRAM_ERRORS as error:
-        rows = run.data.rows
-        if _SAID not in str(error) or rows is None or not _single(rows, size):
+        if not is_lone_row(error):
             raise
-        left = f"{rows} rows leave one over" if size and size > 1 and rows > 1 else "a batch has one"
-        raise ValueError(
-            f"batch_size: batch norm needs more than one row to tell a mean and a variance, and {left} at batch_size "
-            f"{size or rows}; take another batch_size"
-        ) from error
+        raise lone_row(run, size) from error
 
 
 def try_single_row(run: Run, game: Game, state: GameState, size: int | None) -> None:
@@ -51,7 +41,7 @@ def try_single_row(run: Run, game: Game, state: GameState, size: int | None) -> 
             with without_side_effects(), torch.enable_grad():
                 game.loss(player.name, batch, state)
         except PROGRAM_ERRORS as error:
-            if _SAID in str(error):
+            if is_lone_row(error):
                 raise
             # Of all else the run itself speaks, should it come to that.
 

@@ -83,6 +83,8 @@ def activation_maximisation(
             found = scores(network, torch.from_numpy(start).to(like)[None])
         several = not isinstance(target, int | np.integer)
         wanted = list(target) if several and isinstance(target, Sequence | Tensor | np.ndarray) else [target]
+        if any(one is None for one in wanted):
+            raise ValueError(f"target: expected the number of a score, 0 to {found.shape[1] - 1}, or several; got None")
         picked = [int(checked_target(one, found)[0]) for one in wanted]
         if not picked:
             raise ValueError("target: expected at least one")

@@ -33,6 +33,8 @@ def doubles(function):
     return lambda u: tuple(result.double() for result in function(u))
 
 
+NARROW = DRAWN.flip(0).float()
+
 #: What only C knows, and memory that torch lays out in other ways than row by row.
 MORE = {
     "powers of arrays": lambda u: (u.abs() ** u, 2.0**u, (u * u + 1.0) ** -1),
@@ -42,6 +44,7 @@ MORE = {
     "views of what was made": lambda u: (u.exp()[:, 1:3].sum(1), u.exp().expand(5, 6, 4).sum(0), u.exp()[2].log()),
     "all of it": lambda u: (u.amax(), u.max(), u.sum((0, 1), keepdim=True), u[None].mean((0, 2))),
     "writing into a view": lambda u: _written(u),
+    "constants of fewer bits": lambda u: (u + NARROW, u * NARROW[0, 0], torch.where(u > 0, u, NARROW.int())),
     "far places": lambda u: (u[torch.tensor([-1, -6, 2])], u.gather(0, torch.tensor([[5, 0, 3, 2]]))),
 }
 
