@@ -64,7 +64,7 @@ said(pg.fit(model, ROWS, SVI(steps=1_000_000), checkpoint=PLACE, every=1_000_000
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_writes_a_last_checkpoint(number: int, tmp_path: Path) -> None:
     run = ended(BODY.replace("PLACE", repr(str(tmp_path))), [(0.2, number)], after="STEPPING")
     assert run.code == 0 and run.rows == ["interrupted"] and run.out[-1] == "AS BEFORE" and run.err == ""
@@ -96,6 +96,7 @@ def test_chains_of_a_killed_parent_end_and_can_be_gone_on_with(tmp_path: Path) -
             pass
 
 
+@pytest.mark.slow
 def test_chains_that_are_told_to_end_write_what_they_have(tmp_path: Path) -> None:
     run = ended(_chains(tmp_path, 150), [(0.2, signal.SIGTERM)], after="STEPPING")
     assert run.code == 0 and run.orphans == 0 and run.rows == ["interrupted"], run

@@ -32,7 +32,7 @@ def _listening():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_gives_the_partial_fit_and_puts_everything_back(number: int) -> None:
     run = ended("steps", [(0.2, number)], after="STEPPING")
     assert run.code == 0 and run.rows == ["interrupted"] and int(run.steps[0]) > 10
@@ -87,7 +87,7 @@ def test_ctrl_c_at_random_moments_of_the_setup_puts_everything_back() -> None:
         assert "INTERRUPT" in run.out or "interrupted" in run.rows, (body, run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_command_line_ends_with_the_signals_code(number: int) -> None:
     body = """
 from ppl_gen.cli import main

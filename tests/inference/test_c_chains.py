@@ -173,6 +173,7 @@ def test_a_matrix_that_is_factorised_stays_in_torch(in_c) -> None:
     assert fit.cost["path"] == "graph" and "C: " in fit.cost["path_reason"] or "NumPy" in fit.cost["path_reason"]
 
 
+@pytest.mark.slow
 def test_eight_schools_beside_the_paths_that_are_known() -> None:
     """Means of tau by C and by NumPy: 4 x 1500 draws, ESS above 500 each, 5.5 standard errors of the difference."""
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64)

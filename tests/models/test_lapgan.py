@@ -194,6 +194,7 @@ def test_under_r1_default_critics_judge_each_row_alone_and_programs_are_averaged
     assert norms("none") and not norms("r1")
 
 
+@pytest.mark.slow
 def test_coarse_images_start_as_spread_as_the_data():
     """Where all start alike, a critic that knows one image from the data moves all of them together."""
     images = _images(200, side=8)
