@@ -63,7 +63,7 @@ examples: $(READY)
 
 # Long benchmarks at a few steps each, two at a time, with partial results in a folder of their own. Those on MNIST want
 # its images; set PPL_GEN_DATA.
-LONG := characters flows_patches $(if $(PPL_GEN_DATA),gans image_flows mnist_vae semi_supervised energies)
+LONG := characters flows_patches modes $(if $(PPL_GEN_DATA),gans image_flows mnist_vae semi_supervised energies)
 benchmarks: $(READY)
 	@printf '%s\n' $(LONG) | OMP_NUM_THREADS=1 MPLBACKEND=Agg xargs -P 2 -I {} sh -c ' \
 		PPL_GEN_WORK=$$(mktemp -d); export PPL_GEN_WORK; \
