@@ -1,7 +1,7 @@
-"""A ring of eight modes and a grid of 25 by games, over several seeds, beside the same game written by hand in PyTorch.
+"""A ring of eight modes and a grid of 25 by games, over several seeds, beside the same game by hand in PyTorch.
 
-What is counted: modes that have a sample within three standard deviations, and the share of the samples that lie so near
-to one. ``--quick`` shortens all and writes no results; ``--seeds N`` changes the number of seeds.
+What is counted: modes that have a sample within three standard deviations, and the share of the samples that lie so
+near to one. ``--quick`` shortens all and writes no results; ``--seeds N`` changes the number of seeds.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def by_hand(setting: Setting, rows: Tensor, steps: int, seed: int) -> Tensor:
     critic, generator = _critic(setting, rows), _perceptron((LATENT, *setting.hidden, 2), nn.ReLU)
     average = copy.deepcopy(generator)
     ours, theirs = (
-        torch.optim.Adam(network.parameters(), lr=1e-3, betas=(0.5, 0.99), fused=True) for network in (generator, critic)
+        torch.optim.Adam(network.parameters(), lr=1e-3, betas=(0.5, 0.99), fused=True)
+        for network in (generator, critic)
     )
     for _ in range(steps):
         real = rows[torch.randint(len(rows), (BATCH,))].requires_grad_()
@@ -148,7 +149,7 @@ def _written(lines: list[list[str]], drawn: dict[str, Tensor], seeds: int, took:
     body = (
         f"{seeds} seeds; {SAMPLES} samples of each, counted within three standard deviations of a mode. The ring has "
         "radius 2 and standard deviation 0.02, the grid modes two apart and 0.05. Generator and critic are perceptrons "
-        "(128, 128) on the ring, (256, 256, 256) on the grid; the non-saturating game under R1 (weight 0.1 and 0.0125), "
+        "(128, 128) on the ring, (256, 256, 256) on the grid; the non-saturating game under R1 (weight 0.1, 0.0125), "
         f"Adam at 1e-3 (betas 0.5 and 0.99), batches of {BATCH}, one update each in turn, and the average of the "
         "generator's parameters (0.99) at the end.\n\n"
         + table(["", "", "updates", "modes, by seed", "near a mode, by seed", "time of a run"], lines)
