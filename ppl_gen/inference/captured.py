@@ -7,9 +7,8 @@ it is compared again once in `VERIFY` steps. A program that cannot be captured r
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,10 +24,10 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.data.calls import ByStep
 from ppl_gen.errors import PROGRAM_ERRORS
 from ppl_gen.inference.agreement import close, difference
+from ppl_gen.inference.buffers import Buffers
 from ppl_gen.inference.gradients import Step, gradients
 from ppl_gen.inference.objectives.game import Game, GameState
-from ppl_gen.workspace.isolation import generators, set_generators, validation_off
-from ppl_gen.workspace.memory import unremembered
+from ppl_gen.workspace.isolation import validation_off
 from ppl_gen.workspace.watch import Watch
 from ppl_gen.workspace.workspace import Workspace
 
@@ -107,6 +106,7 @@ class Steps:
         elif self.mode == "auto" and self.limit < FEW:
             self.reason = f"for {self.limit} steps, capturing would cost more than it saves"
         self._preset = self.reason
+        self._buffers = Buffers(self.workspace, self.game)
         self._moving = [name for name, value in self.constants.items() if isinstance(value, ByStep)]
         self._params = [leaf for leaves in self.leaves.values() for leaf in leaves.values()]
         self._detached = [leaf.detach() for leaf in self._params]
@@ -166,12 +166,8 @@ class Steps:
             self._watch = self._looked()
 
     # ------------------------------------------------------------------------------------------- what is frozen
-    def _modules(self) -> list[nn.Module]:
-        extra = [part for module in self.game.modules.values() for part in module.modules()]
-        return list({id(m): m for m in [*self.workspace.networks(), *extra]}.values())
-
     def _looked(self) -> Watch:
-        return Watch([*self.functions, self.game.loss], self._modules())
+        return Watch([*self.functions, self.game.loss], self._buffers.modules())
 
     def _look(self) -> None:
         """Whether all that is frozen is as it was: else capture anew, or let the program run."""
@@ -194,13 +190,6 @@ class Steps:
         self._ways.clear()
 
     # --------------------------------------------------------------------------------------------------- inputs
-    def _places(self) -> list[tuple[nn.Module, str]]:
-        """Where buffers are held."""
-        return [(module, name) for module in self._modules() for name, b in module._buffers.items() if b is not None]
-
-    def _buffers(self) -> list[Tensor]:
-        return [b for module in self._modules() for b in module._buffers.values() if b is not None]
-
     def _inputs(self, way: _Way, batch: Batch, state: GameState) -> list[Tensor]:
         """All that may differ from step to step: parameters, buffers, the game's state, the batch."""
         buffers: list[Any] = [module._buffers[name] for module, name in way.buffers]
@@ -277,11 +266,11 @@ class Steps:
             names[:] = [tuple(step.parts), tuple(step.state)]
             return [step.value, *step.parts.values(), *step.gradients, *step.state.values()]
 
-        with self._put_back_after() as (buffers, _):
-            places = self._places()
+        with self._buffers.put_back_after() as (buffers, _):
+            places = self._buffers.places()
             inputs, first = [*self._params, *buffers, *state.values(), *self._tensors(batch)], len(self._params)
             tape = record(one, inputs, draws=True, writable=range(first, first + len(buffers)))
-            if any(now is not before for now, before in zip(self._buffers(), buffers, strict=True)):
+            if any(now is not before for now, before in zip(self._buffers.values(), buffers, strict=True)):
                 raise RecordingRefused("a module puts a new tensor in place of a buffer; write into it by copy_()")
         kept = [part for part in self._parts(batch) if not isinstance(part, Tensor)]
         replay = recording(tape, tape.used).load()
@@ -300,31 +289,13 @@ class Steps:
         return way
 
     def _compile(self, way: _Way, batch: Batch, state: GameState) -> None:
-        with self._put_back_after():
+        with self._buffers.put_back_after():
             inputs = self._inputs(way, batch, state)
             try:
                 way.replay = compiled(way.tape, [inputs[place] for place in way.tape.used])
                 way.compiled = True
             except CannotCompileError as error:
                 self.note = str(error)
-
-    @contextlib.contextmanager
-    def _put_back_after(self) -> Iterator[tuple[list[Tensor], Callable[[], None]]]:
-        """Buffers, generators and what modules remember are on exit as they were; and a function that makes them so."""
-        buffers, numbers = self._buffers(), generators()
-        kept = [buffer.clone() for buffer in buffers]
-
-        def put_back() -> None:
-            with torch.no_grad():
-                for buffer, value in zip(buffers, kept, strict=True):
-                    buffer.copy_(value)
-            set_generators(numbers)
-
-        try:
-            with unremembered():
-                yield buffers, put_back
-        finally:
-            put_back()
 
     def _worth_compiling(self, tape: Tape) -> bool:
         wanted = self.mode == "inductor" or (self.mode == "auto" and worth_compiling(tape, self.limit - self.done))
@@ -336,7 +307,7 @@ class Steps:
     # ------------------------------------------------------------------------------------------------- agreement
     def _difference(self, way: _Way, player: str, batch: Batch, given: Batch, state: GameState) -> str:
         """What of the replay differs from the program at this step, in words; everything is left as it was."""
-        with self._put_back_after() as (buffers, put_back):
+        with self._buffers.put_back_after() as (buffers, put_back):
             theirs = self._program(player, given, state)
             drawn, after = torch.get_rng_state(), [buffer.clone() for buffer in buffers]
             put_back()

@@ -11,13 +11,15 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from ppl_gen.data.batches import Batches
 from ppl_gen.data.batching import Batch
 from ppl_gen.fitting.run import Run
 from ppl_gen.handlers.rank_noise import RankNoise, rows_noise
+from ppl_gen.inference.buffers import Buffers
+from ppl_gen.inference.objectives.game import Game
 from ppl_gen.runtime.ranks import Ranks, Share, number_of
 from ppl_gen.workspace.streams import Streams
 
@@ -34,11 +36,11 @@ class Together:
 
     Args:
         run: whose ``ranks`` learn together.
-        modules: the networks of players that Pyro does not know.
+        game: what they play.
     """
 
-    def __init__(self, run: Run, modules: Sequence[nn.Module]) -> None:
-        self.ranks, self.run, self.modules = run.ranks, run, modules
+    def __init__(self, run: Run, game: Game) -> None:
+        self.ranks, self.run, self.networks = run.ranks, run, Buffers(run.workspace, game)
         self.streams = Streams(run.seed, run.ranks.rank, run.data.device)
         self.versions: dict[int, int] = {}
         self.stale = False  # whether random numbers were put back, to those of the first process's devices
@@ -51,7 +53,7 @@ class Together:
         """
         frozen = {
             f"{i}.{name}": p
-            for i, module in enumerate(self._networks())
+            for i, module in enumerate(self.networks.modules())
             for name, p in module._parameters.items()
             if p is not None and not p.requires_grad
         }
@@ -102,16 +104,13 @@ class Together:
     def _written(self) -> list[Tensor]:
         """The buffers that this update wrote to: constants are not sent around."""
         # torch's norms write without counting it in the version of the tensor.
-        normed = {id(b) for m in self._networks() if isinstance(m, _NormBase) and m.training for b in m.buffers()}
+        normed = {
+            id(b) for m in self.networks.modules() if isinstance(m, _NormBase) and m.training for b in m.buffers()
+        }
         return [b for b in self._buffers() if id(b) in normed or self.versions.get(id(b)) != b._version]
 
     def _buffers(self) -> list[Tensor]:
-        return list({id(b): b for m in self._networks() for b in m._buffers.values() if b is not None}.values())
-
-    def _networks(self) -> Iterator[nn.Module]:
-        yield from self.run.workspace.networks()
-        for module in self.modules:
-            yield from module.modules()
+        return list({id(b): b for b in self.networks.values()}.values())
 
 
 def _weighted_sums(values: Sequence[Tensor], weights: Sequence[float], ranks: Ranks) -> list[Tensor]:

@@ -27,10 +27,11 @@ from ppl_gen.inference.objectives.base import started
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Game, Setting
 from ppl_gen.inference.objectives.plain import as_objective
+from ppl_gen.inference.optimisers import OPTIMISERS
 from ppl_gen.inference.outside import refuse_rows_outside
 from ppl_gen.inference.single_rows import single_rows_told, try_single_row
 from ppl_gen.inference.spread import as_shared, refuse_coupled, refuse_undivided, rows_each
-from ppl_gen.inference.updates import OPTIMISERS, State
+from ppl_gen.inference.updates import State
 from ppl_gen.inference.whitened import WhitenedAdam
 from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.guide_checks import check_masked

@@ -21,6 +21,7 @@ from ppl_gen.inference.fused_adam import FusedAdam
 from ppl_gen.inference.gradients import Step, gradients
 from ppl_gen.inference.impossible import impossible
 from ppl_gen.inference.objectives.game import Game, Player
+from ppl_gen.inference.optimisers import check_players, optimiser_of, owned, schedule_of
 from ppl_gen.inference.reduction import Together
 from ppl_gen.inference.rollback import Mark
 from ppl_gen.workspace.closures import functions_of
@@ -29,16 +30,7 @@ from ppl_gen.workspace.isolation import validation_off
 if TYPE_CHECKING:
     from ppl_gen.inference.svi import SVI
 
-__all__ = ["CHECK", "OPTIMISERS", "State"]
-
-OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "adamax": torch.optim.Adamax,
-    "rmsprop": torch.optim.RMSprop,
-    "sgd": torch.optim.SGD,
-}
-
+__all__ = ["CHECK", "State"]
 
 #: Steps between two looks at whether all losses were finite.
 CHECK = 50
@@ -61,10 +53,12 @@ class State:
             runs.append(partial(guide, *probe.args, **probe.kwargs))
         leaves = run.workspace.trainable(run.workspace.collect(*runs), run.notes)
         run.workspace.others.extend(game.modules.values())
-        self._check_players()
-        self.leaves = {player.name: self._owned(player, leaves) for player in game.players}
+        check_players(svi, game)
+        self.leaves = {player.name: owned(game, player, leaves) for player in game.players}
         self.fused: dict[str, FusedAdam] = {}
-        self.optimisers = {p.name: self._optimiser(p) for p in game.players if self.leaves[p.name]}
+        self.optimisers = {
+            p.name: optimiser_of(svi, p, self.leaves[p.name]) for p in game.players if self.leaves[p.name]
+        }
         firsts = {id(leaf): name for name, leaf in self.leaves["program"].items()}
         #: Every parameter of the program by the name of the leaf that moves it: tied weights share one.
         self.movers = {name: firsts[id(leaf)] for name, leaf in leaves.items() if id(leaf) in firsts}
@@ -73,7 +67,7 @@ class State:
         others = {id(part) for module in game.modules.values() for part in module.modules()}
         #: What the program's networks remembered before the first step; asked for where parameters are averaged.
         self.began = [kept for kept in run.workspace.buffers() if id(kept[0]) not in others] if self.averages else []
-        self.schedules = {n: self._schedule(o) for n, o in self.optimisers.items() if svi.schedule is not None}
+        self.schedules = {n: schedule_of(svi, o) for n, o in self.optimisers.items() if svi.schedule is not None}
         if not self.leaves["program"]:
             fixed = run.notes.get("kept fixed")
             raise IncompatibleError(
@@ -85,58 +79,11 @@ class State:
         self.losses: list[tuple[int, Tensor]] = []  # step and loss, those that were not looked at yet
         self.together: Together | None = None
         if not run.ranks.alone:
-            self.together = Together(run, list(game.modules.values()))
+            self.together = Together(run, game)
             self.together.begin([leaf for leaves in self.leaves.values() for leaf in leaves.values()])
         self.kept: dict[str, list[Tensor]] = {}  # parameters before the last update, while steps are checked
         self.mark: Mark | None = None
         self.bad: FloatingPointError | None = None
-
-    def _check_players(self) -> None:
-        players = [player.name for player in self.game.players]
-        for setting in ("lr", "optimiser"):
-            value = getattr(self.svi, setting)
-            unknown = [name for name in value if name not in players] if isinstance(value, Mapping) else []
-            if unknown:
-                raise ValueError(f"{setting}: {self.svi.objective.label} has no player {unknown}; it has {players}")
-
-    def _owned(self, player: Player, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        module = self.game.modules.get(player.name)
-        if module is not None:
-            return {name: p for name, p in module.named_parameters() if p.requires_grad}
-        owned = {name: leaf for name, leaf in leaves.items() if player.owns is None or player.owns(name)}
-        first = {id(leaf): name for name, leaf in reversed(owned.items())}
-        return {name: owned[name] for name in owned if first[id(owned[name])] == name}  # tied weights move once
-
-    def _schedule(self, optimiser: torch.optim.Optimizer) -> Any:
-        made = None if self.svi.schedule is None else self.svi.schedule(optimiser)
-        if not callable(getattr(made, "step", None)):
-            raise TypeError(
-                "schedule: expected a function of the optimiser that returns a torch.optim.lr_scheduler.LRScheduler, "
-                f"such as lambda o: StepLR(o, 100); it returned {made!r}"
-            )
-        return made
-
-    def _optimiser(self, player: Player) -> torch.optim.Optimizer:
-        svi, params = self.svi, list(self.leaves[player.name].values())
-        chosen = svi.optimiser.get(player.name) if isinstance(svi.optimiser, Mapping) else svi.optimiser
-        rate = svi.lr.get(player.name) if isinstance(svi.lr, Mapping) else svi.lr
-        if chosen is not None and not isinstance(chosen, str):
-            built = chosen(params)
-        elif chosen is None and player.optimiser is not None:
-            built = player.optimiser(params)
-        else:
-            kind = (chosen or "adam").lower()
-            fused = {"fused": True} if kind in ("adam", "adamw", "sgd") and _fusable(params) else {}
-            built = OPTIMISERS[kind](params, lr=rate or 1e-3, **fused)
-        if not isinstance(built, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimiser: expected a function of the parameters that makes a torch.optim.Optimizer, got "
-                f"{type(built).__name__} from {chosen!r}; write optimiser=torch.optim.Adam, say, not a pyro.optim one"
-            )
-        if rate is not None:
-            for group in built.param_groups:
-                group["lr"] = rate
-        return built
 
     def step(self, source: Batches) -> dict[str, Tensor | float]:
         """One update of the program, after those of the other players."""
@@ -386,7 +333,3 @@ class State:
             average.load_state_dict(saved["averages"][name])
         self.game_state = {name: value.clone() for name, value in saved["game"].items()}
         self.steps.load_state_dict(saved["path"])
-
-
-def _fusable(params: Sequence[Tensor]) -> bool:
-    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps") for p in params)

@@ -6,9 +6,10 @@ changed: it is run in evaluation mode, without layers that work in place, and ev
 """
 
 from ppl_gen.looking.covering import occlusion
-from ppl_gen.looking.flattening import Embedding, embed_layers, mds, som, tsne
+from ppl_gen.looking.flattening import Embedding, mds, som, tsne
 from ppl_gen.looking.fooling import AdversarialExamples, adversarial_example
 from ppl_gen.looking.gradients import deconvnet, guided_backprop, saliency
+from ppl_gen.looking.layers import embed_layers
 from ppl_gen.looking.maps import activation_maps, filters
 from ppl_gen.looking.maximising import activation_maximisation
 from ppl_gen.looking.neighbours import Neighbours, nearest_images
