@@ -32,7 +32,8 @@ class Estimators:
             "score function with baseline": self.score,
             "reparameterised": self.reparameterised,
         }
-        return {"gradients": "; ".join(f"{how}: {', '.join(names)}" for how, names in words.items() if names)}
+        said = "; ".join(f"{how}: {', '.join(names)}" for how, names in words.items() if names)
+        return {"gradients": said} if said else {}
 
 
 def choose_estimators(setting: Setting, enumerate_sites: bool = True) -> Estimators:
