@@ -21,6 +21,7 @@ from ppl_gen.inference.guides.begun import Beginning, beginning
 from ppl_gen.inference.guides.guide_list import has_own_parts
 from ppl_gen.inference.guides.jacobians import check_jacobians
 from ppl_gen.inference.guides.laplace import LaplaceGuide, second_stage
+from ppl_gen.inference.guides.moving import refuse_fixed_supports
 from ppl_gen.inference.guides.normals import kept_buffers
 from ppl_gen.inference.guides.resolved import as_whole, is_auto, refuse_row_parameters, resolved_guide
 from ppl_gen.inference.objectives.base import started
@@ -192,6 +193,8 @@ class SVI(Iterative):
                 fewer, known = (lambda: run.data.head((probe.rows or 2) // 2)), run.info.predicted
                 info = dry_run(run.program, probe, guide=guide, fewer=fewer, predicted=known)
                 run.info = info.as_tried(run.info)
+            computed = [name for name, site in (info.guide_sites or {}).items() if site.likelihood_free]
+            refuse_fixed_supports(guide, run.joint, probe, computed, run.program.name)
             check_jacobians(guide, probe)
         if self.objective.uses_guide:
             check_masked(run.info, run.info.guide_sites)

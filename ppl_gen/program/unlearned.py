@@ -8,7 +8,7 @@ that `obs_mask` leaves out of an outcome are of this kind, unless something else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ppl_gen.program.info import ProgramInfo
 
 __all__ = ["joint", "leaves", "predictions", "read_whole", "responds"]
+
+_STATES = 16  # values of a finite site that are all tried; of more, two
 
 
 def predictions(model: Callable[..., Any], batch: Batch, info: ProgramInfo) -> list[str]:
@@ -122,19 +124,25 @@ def _counts(node: Any) -> bool:
 def _read(node: Any) -> frozenset[str]:
     """Names of the sites that a site's density is computed from."""
     found: frozenset[str] = get_provenance(node["fn"].log_prob(node["value"]))
-    for part in _parameters(node["fn"]):
+    for part in _parameters(node["fn"]).values():
         found |= get_provenance(part)
     return found | get_provenance(node["mask"]) | get_provenance(node["scale"])
 
 
 def _matters(model: Callable[..., Any], batch: Batch, base: poutine.Trace, name: str, ignored: Collection[str]) -> bool:
     fixed = {n: node["value"] for n, node in base.nodes.items() if node["type"] == "sample" and not node["is_observed"]}
-    other = _other(base.nodes[name]["fn"], base.nodes[name]["value"])
-    try:
-        moved = _trace(model, batch, {**fixed, name: other})
-    except PROGRAM_ERRORS:
-        return True
     skipped = {name, *ignored}
+    for other in _others(base.nodes[name]["fn"], base.nodes[name]["value"]):
+        try:
+            moved = _trace(model, batch, {**fixed, name: other})
+        except PROGRAM_ERRORS:
+            return True
+        if _changed(base, moved, skipped):
+            return True
+    return False
+
+
+def _changed(base: poutine.Trace, moved: poutine.Trace, skipped: Collection[str]) -> bool:
     if {n for n in moved.nodes if n not in skipped} != {n for n in base.nodes if n not in skipped}:
         return True
     return any(
@@ -171,21 +179,23 @@ def _same(one: Any, two: Any) -> bool:
     return first.shape == second.shape and bool(torch.allclose(first, second, rtol=1e-5, atol=1e-6, equal_nan=True))
 
 
-def _parameters(fn: Any) -> list[Tensor]:
+def _parameters(fn: Any) -> dict[str, Tensor]:
     """All tensors of a distribution: a density may be level at one value and yet depend on another site."""
-    found: list[Tensor] = []
-    for part in vars(fn).values():
+    found: dict[str, Tensor] = {}
+    for name, part in vars(fn).items():
         if isinstance(part, Tensor):
-            found.append(part)
+            found[name] = part
         elif isinstance(part, torch.distributions.Distribution):
-            found += _parameters(part)
+            found |= {f"{name}.{inner}": value for inner, value in _parameters(part).items()}
     return found
 
 
-def _alike(one: list[Tensor], two: list[Tensor]) -> bool:
-    return len(one) == len(two) and all(
-        a.shape == b.shape and bool(torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-7, equal_nan=True))
-        for a, b in zip(one, two, strict=True)
+def _alike(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    """Whether tensors that both hold are the same: logits and the like are there once they were asked for."""
+    return all(
+        one[n].shape == two[n].shape
+        and bool(torch.allclose(one[n].double(), two[n].double(), rtol=1e-5, atol=1e-7, equal_nan=True))
+        for n in one.keys() & two.keys()
     )
 
 
@@ -196,18 +206,22 @@ def _density(node: Any, value: Any) -> Tensor:
     return found if mask is None else torch.where(torch.as_tensor(mask), found, torch.zeros_like(found))
 
 
-def _other(fn: Any, value: Tensor) -> Tensor:
-    """Another value of the support, different in every entry where there is another."""
+def _others(fn: Any, value: Tensor) -> Iterator[Tensor]:
+    """Other values of the support, different in every entry where there is another; what branches may look at any."""
     if getattr(fn.support, "is_discrete", False):
         if not fn.has_enumerate_support:
-            return value + 1
-        first, last = fn.enumerate_support(expand=True)[0], fn.enumerate_support(expand=True)[-1]
+            yield from (value + 1, value + 10)
+            return
+        states = fn.enumerate_support(expand=True)
         event = tuple(range(value.dim() - len(fn.event_shape), value.dim()))
-        is_first = (value == first).all(event, keepdim=True) if event else value == first
-        return torch.where(is_first, last, first)
+        for state, following in zip(states[-1:] if len(states) > _STATES else states, states.roll(1, 0), strict=False):
+            here = (value == state).all(event, keepdim=True) if event else value == state
+            yield torch.where(here, following, state)
+        return
     transform = biject_to(fn.support)
     part = transform.inv(value).nan_to_num(0.0, 3.0, -3.0)
-    return transform(part + 0.5 + torch.rand_like(part))
+    by = 0.5 + torch.rand_like(part)
+    yield from (transform(moved) for moved in (part + by, part - by, -part - by.copysign(part), part + 5 * by))
 
 
 def _trace(model: Callable[..., Any], batch: Batch, values: Mapping[str, Tensor]) -> poutine.Trace:

@@ -21,6 +21,7 @@ from ppl_gen.inference.em.maximisation import Maximiser
 from ppl_gen.inference.em.online import OnlineState
 from ppl_gen.inference.em.starts import TRIAL_STEPS, advanced, candidates, first_values
 from ppl_gen.inference.em.whole import WholeState, copied, put_back
+from ppl_gen.inference.guides.moving import MOVED_REMEDY, moving_supports, said_to_move
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import isolated
 
@@ -150,6 +151,12 @@ class EM(Iterative):
             raise IncompatibleError(
                 f"EM does not fit the program {program.name!r}: it offers an M-step, and its E-step cannot sum out "
                 f"{', '.join(local)}. Offer that too: EMSteps(m_step=..., e_step=...)"
+            )
+        moved = moving_supports(run.joint, run.data.glimpse())
+        if moved := {name: by for name, by in moved.items() if not info.sites[name].local}:
+            raise IncompatibleError(
+                f"EM moves each global site of {program.name!r} within one support, and {said_to_move(moved)}. "
+                f"{MOVED_REMEDY}"
             )
         if "finite local latents" in info.offers:
             with isolated():

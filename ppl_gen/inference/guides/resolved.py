@@ -17,6 +17,7 @@ from pyro.infer.autoguide import (
     AutoLaplaceApproximation,
     AutoMessenger,
     AutoNormal,
+    AutoNormalMessenger,
     init_to_feasible,
     init_to_value,
 )
@@ -28,6 +29,7 @@ from ppl_gen.handlers.read_sites import ReadSites
 from ppl_gen.handlers.sites import is_deterministic
 from ppl_gen.inference.guides.guide_list import sharing_plates
 from ppl_gen.inference.guides.laplace import LaplaceGuide
+from ppl_gen.inference.guides.moving import moving_supports
 from ppl_gen.inference.guides.normals import NormalGuide
 from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.program import with_known_kwargs
@@ -82,7 +84,7 @@ def as_class(guide: Any) -> tuple[Any, dict[str, Any]]:
 
 def _made(guide: type | None, run: Run, options: Mapping[str, Any]) -> Callable[..., Any] | None:
     """An instance of a class of guides, over the sites that it can guide."""
-    kind = guide or AutoNormal
+    kind = guide or _default(run)
     finite = run.info.finite_latents
     rest = [site.name for site in run.info.select() if site.name not in finite]
     sites = finite if issubclass(kind, AutoDiscreteParallel) else rest
@@ -106,6 +108,11 @@ def _made(guide: type | None, run: Run, options: Mapping[str, Any]) -> Callable[
         ) from error
     run.notes["guide"] = f"{kind.__name__} over {', '.join(sites)}" + ("" if guide else " (default)")
     return _alone(made) if isinstance(made, AutoMessenger) else made
+
+
+def _default(run: Run) -> type:
+    """A mean field in the supports that sites have at first, or, where these move, in those of each run."""
+    return AutoNormalMessenger if moving_supports(run.joint, run.data.glimpse()) else AutoNormal
 
 
 def _alone(guide: AutoMessenger) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ from torch.distributions import biject_to
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.fitting.run import Run
+from ppl_gen.inference.guides.moving import MOVED_REMEDY, moving_supports, said_to_move
 from ppl_gen.inference.unconstrained import Unconstrained
 from ppl_gen.workspace.isolation import without_side_effects
 
@@ -107,9 +108,10 @@ def refuse_moving_supports(run: Run, guide: AutoGuide, density: Unconstrained) -
             exact = dict(zip(density.sites, density.values(u), strict=True))
         moved = [name for name in exact if not torch.allclose(exact[name], made[name], rtol=1e-4, atol=1e-6)]
         if moved:
+            found = moving_supports(run.joint, run.data.batch())
             raise IncompatibleError(
-                f"the support of {', '.join(moved)} in {run.program.name!r} depends on another latent site, which a "
-                "guide from a vector cannot follow; give it a support that is the same for every value of that site"
+                f"{said_to_move({name: found.get(name, ()) for name in moved})} in {run.program.name!r}, which a guide "
+                f"from a vector cannot follow. {MOVED_REMEDY}"
             )
 
 
