@@ -198,6 +198,7 @@ def test_import_loads_nothing_that_is_needed_later() -> None:
     assert json.loads(_run(code)) == []
 
 
+@pytest.mark.slow
 def test_a_table_is_fitted_where_torchvision_cannot_be_imported() -> None:
     code = """
 import sys

@@ -42,8 +42,10 @@ def excerpt(fit: Fit) -> Any:
     attrs: dict[str, Any] = {"kind": fit.learned.kind, **provenance(fit)}
     with fit.bound():
         posterior, lacking = _posterior(fit)
-        observed = {name: _first_rows(fit, name, value) for name, value in observed_rows(fit, fit.data).items()}
-    rows = fit.data.rows
+        rows = fit.data.rows
+        many = fit.info.data_plate is not None and rows is not None and rows > ROWS
+        batch = fit.data.head(ROWS) if many else fit.data.most()
+        observed = {name: _first_rows(fit, name, value) for name, value in observed_rows(fit, batch).items()}
     entries = {**fit.data.entries, **{n: v for n, v in fit.data.constants.items() if isinstance(v, Tensor)}}
     inputs = {name: as_array(v[:ROWS] if name in fit.data.entries and v.ndim else v) for name, v in entries.items()}
     stats, unsampled = _statistics(fit)

@@ -61,7 +61,7 @@ def to_arviz(fit: Fit, *, draws: int = 1000, seed: int | None = None, coords: An
             pointwise = _add_log_likelihood(fit, batch, groups, kept, attrs)
         with contextlib.suppress(UndrawableError):
             _add_prior(fit, batch, groups, draws)
-        groups["observed_data"] = {name: as_array(value) for name, value in observed_rows(fit, fit.data).items()}
+        groups["observed_data"] = {name: as_array(value) for name, value in observed_rows(fit, batch).items()}
         inputs = {name: as_array(v) for name, v in _named(fit, batch).items() if name not in groups["observed_data"]}
         groups["constant_data"] = inputs
     unsampled = _add_statistics(fit, groups, attrs, seed, weighed=not whole.data.beyond_memory)

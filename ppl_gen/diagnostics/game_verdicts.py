@@ -94,10 +94,10 @@ def _compared(fit: Fit) -> RowsCompared | str:
         return ""
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(fit.seed))
     with fit.bound():
-        width = sum(value.numel() for value in observed_rows(fit, fit.data.subset(order[:1])).values())
+        width = sum(value.numel() for value in observed_rows(fit, fit.data.subset(order[:1]).most()).values())
         affordable = max(FEWEST, _NUMBERS // max(width, 1))
         some = order[: min(_ROWS, affordable)]
-        observed = observed_rows(fit, fit.data.subset(some))
+        observed = observed_rows(fit, fit.data.subset(some).most())
     entries, conditional = _entries(fit, some, observed)
     # What a program reads besides decides what it makes: it makes other rows than those it is compared with.
     count = min(_ROWS, rows // 2 if conditional else rows, affordable)
@@ -142,7 +142,7 @@ def _observed(fit: Fit, index: Tensor, entries: Mapping[str, int | str], names: 
     """What was observed of these rows: read off the data, or by running the program on them."""
     if not all(name in entries for name in names):
         with fit.bound():
-            real = observed_rows(fit, fit.data.subset(index))
+            real = observed_rows(fit, fit.data.subset(index).most())
         return {name: real[name] for name in names}
     batch = fit.data.batch(index)
     places = {name: entries[name] for name in names}

@@ -10,7 +10,7 @@ from pyro import poutine
 from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
-from ppl_gen.data.batching import Batch, Dataset
+from ppl_gen.data.batching import Batch
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["entry_mask", "observed_rows", "rows_observed"]
 
 
-def observed_rows(fit: Fit, data: Dataset) -> dict[str, Tensor]:
-    """Values of the observed sites in their shapes, NaN where a mask hides them; call inside ``fit.bound()``."""
-    batch = data.most()
+def observed_rows(fit: Fit, batch: Batch) -> dict[str, Tensor]:
+    """Values of the observed sites in their shapes, NaN where a mask hides them; call inside ``fit.bound()``.
+
+    The program runs on the rows, and with it whatever its latents cost: few rows are to be asked for.
+    """
     trace = poutine.trace(fit.program.model).get_trace(*batch.args, **batch.kwargs)
     names = [site.name for site in fit.info.select(kind="observed")]
     return {fit.info.shown(name): _seen(trace.nodes[name]) for name in names if name in trace.nodes}

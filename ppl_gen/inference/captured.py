@@ -7,8 +7,9 @@ it is compared again once in `VERIFY` steps. A program that cannot be captured r
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -316,7 +317,28 @@ class Steps:
                 return "it draws other random numbers than the program"
             if not all(map(close, buffers, after)):
                 return "its buffers differ"
-            return difference(ours, theirs, compiled=way.compiled)
+            found = difference(ours, theirs, compiled=way.compiled)
+            if not found or not way.compiled:
+                return found
+            put_back()
+            with self._nudged():
+                nudged = self._program(player, given, state)
+            return difference(ours, theirs, compiled=True, nudged=nudged)
+
+    @contextlib.contextmanager
+    def _nudged(self) -> Iterator[None]:
+        """Parameters whose last bits are others."""
+        signs = torch.Generator().manual_seed(0)
+        kept = [param.clone() for param in self._detached]
+        try:
+            for param in self._detached:
+                if param.is_floating_point():
+                    up = torch.rand(param.shape, generator=signs).to(param) < 0.5
+                    param.mul_(1 + torch.finfo(param.dtype).eps * (2 * up - 1).to(param))
+            yield
+        finally:
+            for param, value in zip(self._detached, kept, strict=True):
+                param.copy_(value)
 
     def _verified(self, way: _Way, player: str, batch: Batch, given: Batch, state: GameState) -> Step:
         problem = self._difference(way, player, batch, given, state)

@@ -123,7 +123,7 @@ def replicates(fit: Fit, count: int = 50) -> list[Replicates]:
         data = data.subset(torch.linspace(0, data.rows - 1, ROWS).round().long())
     drawn = fit.predict(None if data is fit.data else data, draws=count)
     with fit.bound():
-        observed = observed_rows(fit, data)
+        observed = observed_rows(fit, data.most())
     given = _given(data, observed)
     result = []
     for name, value in observed.items():

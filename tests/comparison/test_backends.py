@@ -90,8 +90,9 @@ def test_whatever_ends_a_process_is_a_row_and_the_others_finish(alone) -> None:
     assert "2, each fit on 1 thread(s)" == spread.facts["processes"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes under /proc")
-@pytest.mark.parametrize("above", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("above", [False, True])
 def test_a_process_killed_from_outside_is_a_row_and_the_others_finish(alone, tmp_path, above) -> None:
     """The one that fits, or the worker of loky above it: loky then ends all of its workers."""
     note = tmp_path / "pids"

@@ -89,6 +89,7 @@ def test_algorithms_and_seeds_may_be_added(tmp_path: Path) -> None:
     assert compared(tmp_path, few).facts["rows kept"].startswith("1 of 1")
 
 
+@pytest.mark.slow
 def test_a_row_that_was_under_way_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     algorithms = {"EM": EM(steps=3), "SVI": ALGORITHMS["SVI"], "longer": EM(steps=4)}
     whole, step, made = compared(None, algorithms), SVI.step, []

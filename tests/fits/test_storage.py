@@ -19,8 +19,10 @@ import pytest
 import torch
 from programs import both, both_guide, conjugate, generator, regression, sine_rows
 from pyro.infer.autoguide import AutoMultivariateNormal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppl_gen as pg
+from ppl_gen.diagnostics.excerpt import ROWS
 from ppl_gen.fits import loading
 from ppl_gen.fits import saving as storage
 from ppl_gen.fitting.posteriors.chains import ChainPosterior
@@ -414,3 +416,35 @@ def test_a_posterior_of_a_class_of_ones_own_is_not_saved_in_silence(tmp_path: Pa
     fit, _ = fitted("chains")
     with pytest.warns(UserWarning, match="the posterior of this fit is a Own, which is code and is not saved"):
         replace(fit, learned=Own(fit.learned.draws, {})).save(tmp_path / "kept")
+
+
+class Drawn(TorchDispatchMode):
+    """How many normal numbers were drawn at once, at most."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "normal" in str(func):
+            self.most = max(self.most, result.numel())
+        return result
+
+
+def test_to_save_a_fit_its_program_runs_on_few_rows(tmp_path: Path) -> None:
+    def model(x: torch.Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))  # drawn for every row that the program runs on
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("slope", torch.tensor(0.5)) * x, 0.7))
+
+    x = torch.linspace(-1.0, 1.0, 5000)
+    fit = pg.fit(pg.Program(model, guide), x, SVI(steps=3, batch_size=50), seed=0)
+    with Drawn() as drawn:
+        kept = pg.load(fit.save(tmp_path / "fit")).to_arviz()
+    assert 0 < drawn.most <= 1000 < len(x)  # to learn what a draw costs takes 1000
+    assert torch.equal(torch.as_tensor(kept.observed_data["x"].values), x[:ROWS])
+    assert "5000" in kept.attrs["rows"]

@@ -93,7 +93,7 @@ NORMAL = {
 }
 FLOWS = ["planar", "radial", "block_autoregressive", "affine_autoregressive", "affine_coupling", "spline"]
 FLOWING = {"AutoIAFNormal": auto.AutoIAFNormal, **{kind: flow(kind) for kind in FLOWS}}
-QUICK = {"AutoLaplaceApproximation", "AutoNormalMessenger", "EasyGuide", "planar"}
+QUICK = {"AutoLaplaceApproximation", "AutoNormalMessenger", "EasyGuide"}
 
 
 def named(table):

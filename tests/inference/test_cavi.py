@@ -269,6 +269,7 @@ def test_settings_out_of_range_are_refused(settings, message):
         CAVI(**settings)
 
 
+@pytest.mark.slow
 def test_advice_for_a_converged_fit_is_another_guide_and_not_more_steps() -> None:
     """The factors of the crabs' mixture are several times too narrow, however long the sweeps go on."""
     said = pg.fit(gaussian_mixture(components=2), pg.load_data("crabs"), CAVI(), seed=0).verdict

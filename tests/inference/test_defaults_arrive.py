@@ -70,10 +70,11 @@ def test_the_rate_of_old_does_not_arrive() -> None:
     assert max(errors(KIDS, pg.fit(program, KIDS.data, SVI(lr=1e-3, steps=500), seed=0))) > 100
 
 
-_SLOW = [pytest.param(guide, marks=pytest.mark.slow) for guide in (AutoDiagonalNormal, AutoLowRankMultivariateNormal)]
+_OTHERS = (AutoMultivariateNormal, AutoDiagonalNormal, AutoLowRankMultivariateNormal)
+_SLOW = [pytest.param(guide, marks=pytest.mark.slow) for guide in _OTHERS]
 
 
-@pytest.mark.parametrize("guide", [None, AutoMultivariateNormal, *_SLOW])
+@pytest.mark.parametrize("guide", [None, *_SLOW])
 def test_every_normal_guide_finds_its_optimum(guide) -> None:
     """The best mean field of a normal has its means and the sd of each number given the others.
 

@@ -199,7 +199,7 @@ def by_branches(x):
 
 @pytest.mark.parametrize(
     ("model", "sampler"),
-    [(conjugate, "nutpie"), (conjugate, "pyro"), (by_branches, "auto")],
+    [(conjugate, "nutpie"), pytest.param(conjugate, "pyro", marks=pytest.mark.slow), (by_branches, "auto")],
     ids=["nutpie", "pyro", "not recorded"],
 )
 def test_draws_do_not_depend_on_the_number_of_processes(model, sampler) -> None:

@@ -106,6 +106,7 @@ def test_sampled_time_steps_and_whole_chains_have_the_same_expected_loss(total):
         assert Z * float(draws.std()) / len(draws) ** 0.5 < 0.1, "an error of 0.2 nats would be seen"
 
 
+@pytest.mark.slow
 def test_so_do_they_for_a_network_with_several_particles():
     x = torch.randn(300, 2) * 2.0 + 5.0
     program = denoising_diffusion(2, steps=5, hidden=8, schedule="cosine")(x)

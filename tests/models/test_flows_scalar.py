@@ -227,6 +227,7 @@ def test_a_scalar_flow_is_found_again_on_disk(tmp_path):
     assert fit.diagnose().attrs["verdict"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("zuko") is None, reason="zuko is for the benchmark only")
 def test_the_benchmark_leaves_validation_on_although_zuko_switches_it_off():
     code = "import sys; sys.path.insert(0, 'benchmarks'); import torch, {}; torch.distributions.Normal(0.0, -1.0)"
