@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_gen.data.on_disk import WHOLE, NonFiniteRowsError, RowsOnDisk, is_on_disk, on_disk
+from ppl_gen.data.on_disk import WHOLE, BadRowsError, RowsOnDisk, is_on_disk, on_disk
 
 __all__ = ["FILL", "as_array", "check_extent", "check_finite", "equal", "largest", "shared", "where_missing"]
 
@@ -136,7 +136,7 @@ def where_missing(name: str, value: Any, dtype: torch.dtype) -> str:
     """
     try:
         check_finite(name, value, dtype)
-    except NonFiniteRowsError:
+    except BadRowsError:
         raise
     except ValueError as error:
         if isinstance(value, RowsOnDisk):

@@ -98,18 +98,25 @@ class Batches:
 
     def _all_rows(self, step: int | None = None) -> Batch:
         if self.ranks.alone or self.data.rows is None:
-            return self.data.batch(step=step)
+            return self._seen(self.data.batch(step=step), step)
         return self._part(torch.arange(self.data.rows, device="cpu"), step)
 
     def _part(self, index: Tensor, step: int | None) -> Batch:
         """The rows of ``index`` that are this process's."""
         if self.ranks.alone:
-            return self.data.batch(index, step=step)
+            return self._seen(self.data.batch(index, step=step), step)
         share = self.ranks.share(len(index))
         drawing = contextlib.nullcontext() if self.data.on_batch is None else self.around(share)
         with drawing:
             batch = self.data.batch(index[share.first : share.first + share.count], step=step)
-        return replace(batch, share=share)
+        return replace(self._seen(batch, step), share=share)
+
+    def _seen(self, batch: Batch, step: int | None) -> Batch:
+        """Rows of files are looked at in the first pass over them, rows that a hook makes whenever they come."""
+        data = self.data
+        if data.domains is None or not data.unseen or (data.on_batch is None and (step or 0) >= self.per_epoch):
+            return batch
+        return data.looked_at(batch, step or 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the source stands: how many batches were drawn, what is left of this epoch, and its generator.

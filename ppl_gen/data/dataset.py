@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_gen.data.arrays import equal, shared
 from ppl_gen.data.calls import ByStep, Constant
-from ppl_gen.data.on_disk import WHOLE, RowsOnDisk, is_on_disk, on_disk
+from ppl_gen.data.on_disk import WHOLE, BadRowsError, RowsOnDisk, is_on_disk, on_disk
 from ppl_gen.data.rows import Rows
 from ppl_gen.runtime.ranks import Share
 
@@ -63,6 +63,7 @@ class Dataset:
     missing: Mapping[str, str] = field(
         default_factory=dict
     )  # entries with NaN that nothing may read, what to say if so
+    domains: Callable[[Dataset, Batch], str] | None = None  # what to say of rows that were not looked at when it began
 
     def batch(self, index: Tensor | None = None, total: int | None = None, step: int | None = None) -> Batch:
         """The rows of ``index`` (all of them when None) as a call of the model, at a ``step`` of training if given."""
@@ -122,6 +123,21 @@ class Dataset:
     def glimpse(self) -> Batch:
         """What a look at a program runs it on: all rows, or the first few of large data."""
         return self.head(FEW) if self.elements > LARGE or self.beyond_memory else self.batch()
+
+    @property
+    def unseen(self) -> bool:
+        """Whether rows come that were not all looked at when the fit began: out of files, or made anew by a hook."""
+        return self.on_batch is not None or any(isinstance(value, RowsOnDisk) for value in self.entries.values())
+
+    def looked_at(self, batch: Batch, step: int) -> Batch:
+        """The batch, if its values are inside of the supports of the sites that observe them.
+
+        Raises:
+            BadRowsError: naming row, site and value.
+        """
+        if self.domains is not None and (said := self.domains(self, batch)):
+            raise BadRowsError(f"at step {step + 1}: {said}. Mend the value, or drop the row")
+        return batch
 
     @property
     def streamed(self) -> int | None:

@@ -18,7 +18,7 @@ from ppl_gen.errors import IncompatibleError
 
 __all__ = [
     "WHOLE",
-    "NonFiniteRowsError",
+    "BadRowsError",
     "RowsOnDisk",
     "as_received",
     "for_sending",
@@ -32,8 +32,8 @@ _BLOCK = 16 * 2**20  # bytes that are read at a time
 _PROBED = 64  # rows by which two files are told apart
 
 
-class NonFiniteRowsError(FloatingPointError, ValueError):
-    """A number in a file that is infinite: what was learned before it was read is kept."""
+class BadRowsError(FloatingPointError, ValueError):
+    """Rows that come late, out of a file or a stream, and hold what none may: what was learned before them is kept."""
 
 
 def is_on_disk(value: Any) -> bool:
@@ -151,7 +151,7 @@ class RowsOnDisk:
         """The rows of ``index``, in memory.
 
         Raises:
-            NonFiniteRowsError: for an infinite number; the row is named. NaN may stand for what is missing.
+            BadRowsError: for an infinite number; the row is named. NaN may stand for what is missing.
             IncompatibleError: for more than `WHOLE` bytes of them.
         """
         self._check_size(len(index) * self.row_bytes, f"{len(index)} rows at once")
@@ -207,7 +207,7 @@ class RowsOnDisk:
             infinite, nan = per_row.isinf().any(1), per_row.isnan().any(1)
             if bool(infinite.any()):
                 row = int(which[int(infinite.nonzero()[0])])
-                raise NonFiniteRowsError(
+                raise BadRowsError(
                     f"row {row} of the data on disk holds an infinite number (files are looked at as they are read); "
                     "mend it or drop the row"
                 )

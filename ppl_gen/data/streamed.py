@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.data.dataset import FEW, Batch, Dataset
-from ppl_gen.data.on_disk import NonFiniteRowsError
+from ppl_gen.data.on_disk import BadRowsError
 from ppl_gen.data.streams import Stream
 from ppl_gen.errors import IncompatibleError
 
@@ -77,16 +77,21 @@ class StreamedRows(Dataset):
         """A batch of the stream as a call of the model.
 
         Raises:
-            NonFiniteRowsError: for numbers that are not finite, where the first batch has none.
+            BadRowsError: for numbers that are not finite, where the first batch has none; for values outside of the
+                support of the site that observes them.
         """
         assert self.made is not None
         try:
             rows = self.made(item)
         except ValueError as error:
-            raise NonFiniteRowsError(f"a batch of the stream, at step {step + 1}: {error}") from error
-        if said := [text for name, text in rows.missing.items() if name not in self.missing]:
-            raise NonFiniteRowsError(f"a batch of the stream, at step {step + 1}: {said[0]}")
-        return replace(rows.batch(step=step), total=self.rows)
+            raise BadRowsError(f"a batch of the stream, at step {step + 1}: {error}") from error
+        if missing := [text for name, text in rows.missing.items() if name not in self.missing]:
+            raise BadRowsError(f"a batch of the stream, at step {step + 1}: {missing[0]}")
+        batch = replace(rows.batch(step=step), total=self.rows)
+        if self.domains is not None and (said := self.domains(rows, batch)):
+            said = said.replace("of the data", "of the batch", 1)
+            raise BadRowsError(f"a batch of the stream, at step {step + 1}: {said}. Mend the value, or drop the row")
+        return batch
 
 
 def as_stream_dataset(data: Stream, made: Callable[[Any], Dataset]) -> StreamedRows:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pyro
 from pyro import poutine
 
+from ppl_gen.capture.domains import refuse_outside
 from ppl_gen.data.batching import Batch, Dataset
 from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.draws.predictive import global_draws
@@ -57,6 +58,7 @@ def check_rows(fit: Fit, data: Dataset) -> None:
                 check_densities(trace)
             with Substitute(values):
                 refuse_idle_masks(fit.program, batch)
+            refuse_outside(fit.program.model, data, fit.info.data_plate)
     except IncompatibleError:
         raise
     except PROGRAM_ERRORS as error:

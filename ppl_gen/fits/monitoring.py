@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ppl_gen.capture.domains import refuse_outside
 from ppl_gen.data.batching import Dataset, as_dataset
 from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.data.sources import collected
@@ -24,6 +25,7 @@ class Validation:
         self.data = as_dataset(collected(data), program.model, like=train, missing=True)
         refuse_unread_masks(self.data, self.data.left_out, program.name)
         check_columns("validation", self.data, train)
+        refuse_outside(program.model, self.data, program.data_plate, "validation")
         self.every = every
 
     def interval(self, limit: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ppl_gen.capture.domains import domains_of, outside
 from ppl_gen.data.arrays import shared
 from ppl_gen.data.batching import Dataset, as_dataset, is_double, is_single
 from ppl_gen.data.masks import refuse_unread_masks
@@ -149,6 +150,20 @@ def _with_plate(program: Program, info: ProgramInfo) -> tuple[Program, dict[str,
     return replace(program, data_plate=info.data_plate), {"data plate": taken}
 
 
+def _watched(program: Program, data: Dataset, info: ProgramInfo, workspace: Workspace, *, whole: bool) -> Dataset:
+    """The data, with checks of the rows that the dry run did not see; those at hand are held against these now."""
+    if data.rows is None or (data.streamed is None and (data.glimpse().rows or 0) >= data.rows):
+        return data
+    learned = list(workspace.leaves().values())
+    data = replace(data, domains=domains_of(program.model, data, info.data_plate, learned=learned))
+    if data.streamed is None and not (data.unseen and (data.beyond_memory or not whole)):
+        with isolated():
+            said = outside(data.domains, data)
+        if said:
+            raise ValueError(f"data: {said}. Mend the value, or drop the row")
+    return data
+
+
 def checked_run(
     algorithm: Algorithm,
     program: Program,
@@ -169,6 +184,7 @@ def checked_run(
     refuse_idle_masks(program, data.glimpse())
     require(algorithm.label, algorithm.needs, program.name, info.offers, why=info.lost(algorithm.needs))
     program, notes = _with_plate(program, info)
+    data = _watched(program, data, info, workspace, whole=not algorithm.subsamples)
     notes = {**program.notes, **notes, **changes}
     if data.left_out:
         notes["left out"] = f"{', '.join(data.left_out)}: neither model nor recipe reads them"

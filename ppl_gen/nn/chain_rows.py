@@ -46,6 +46,7 @@ class ChainRows(dist.TorchDistribution):
 
     Raises:
         IncompatibleError: by ``log_prob``, whose normaliser is a sum over all states.
+        ValueError: by ``log_prob``, for rows outside of the support, where validation is on.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -55,7 +56,7 @@ class ChainRows(dist.TorchDistribution):
         self, machine: Chain, sweeps: int, batch_shape: Sequence[int] = (), *, advice: str = OF_ENERGIES
     ) -> None:
         self.machine, self.sweeps, self.advice = machine, sweeps, advice
-        super().__init__(torch.Size(batch_shape), machine.row, validate_args=False)
+        super().__init__(torch.Size(batch_shape), machine.row)
 
     @property
     def support(self) -> Any:
@@ -70,4 +71,6 @@ class ChainRows(dist.TorchDistribution):
         return self.machine.gibbs(start, self.sweeps)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:  # rows that the chain can never reach are another mistake
+            self._validate_sample(value)
         raise IncompatibleError(f"rows of a Markov chain have no log density that can be trained on: {self.advice}")

@@ -103,7 +103,11 @@ def _check_support(node: dict[str, Any]) -> None:
 def _of_grey(node: dict[str, Any]) -> str:
     """What to do with grey values, which Pyro gives a Bernoulli without a word once its validation is off."""
     value, kind = node["value"], type(innermost(node["fn"])).__name__
-    if "Bernoulli" not in kind or not bool(((value >= 0) & (value <= 1)).all()):
+    if not bool(((value >= 0) & (value <= 1)).all()):
+        return ""
+    if kind == "ChainRows":
+        return ": make them zeros and ones, (x > 0.5).float() or torch.bernoulli(x)"
+    if "Bernoulli" not in kind:
         return ""
     return (
         ": make them zeros and ones, (x > 0.5).float() or torch.bernoulli(x); or take dist.ContinuousBernoulli, a "

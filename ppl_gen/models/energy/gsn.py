@@ -17,6 +17,7 @@ from ppl_gen.data.inputs import check_width, row_width
 from ppl_gen.errors import require_number, require_whole
 from ppl_gen.nn.chain_rows import ChainRows
 from ppl_gen.nn.likelihoods import (
+    BernoulliPixels,
     CategoricalPixels,
     Kind,
     Likelihood,
@@ -119,7 +120,8 @@ def gsn(
         sweeps: transitions behind each drawn row.
 
     Returns:
-        A recipe; it raises ValueError for data of another shape or outside of the likelihood's support.
+        A recipe; it raises ValueError for data of another shape or outside of the likelihood's support, chances
+        between 0 and 1 included, which `vae` takes.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -149,6 +151,12 @@ def gsn(
     def build(data: Any) -> Program:
         width = row_width(features, data, "gsn")
         pixels = chosen_likelihood(likelihood, data, (width,), scale=scale, levels=levels, program="gsn")
+        if isinstance(pixels, BernoulliPixels) and pixels.grey:
+            raise ValueError(
+                "data: the chain of a gsn makes zeros and ones, and a denoiser of grey rows would never have seen any; "
+                "threshold the data, (x > 0.5).float(), draw them as coins (torch.bernoulli), or take "
+                'likelihood="normal"'
+            )
         if not isinstance(pixels, NormalPixels) and corruption > 1:
             raise ValueError(
                 f"corruption: expected a chance, at most 1, for zeros and ones or levels; got {corruption!r}"
