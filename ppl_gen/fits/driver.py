@@ -91,7 +91,8 @@ def fit(
         device: where parameters and batches live; the program runs under ``torch.device(device)``.
         dtype: of data and parameters; float32 unless the data or the algorithm asks for float64.
         progress: a progress bar; None: in terminals and notebooks only.
-        validation: held-out rows on which the evidence is estimated during training.
+        validation: held-out rows on which the evidence is estimated during training; of an energy whose normaliser is
+            no short sum, by annealing.
         validate_every: steps between two such estimates (a tenth of all steps when None).
         callbacks: called as ``callback(step, info)`` after every step; KeyboardInterrupt raised there ends the run.
         start: a fit of the same program to continue from.

@@ -19,6 +19,7 @@ from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.data.names import Read
 from ppl_gen.data.streams import Stream
 from ppl_gen.enumeration.broadcasting import unenumerable
+from ppl_gen.fits.monitoring import require_evidence
 from ppl_gen.fits.result import Fit
 from ppl_gen.fits.together import refuse_lone
 from ppl_gen.fitting.algorithm import Algorithm
@@ -196,5 +197,5 @@ def checked_run(
     if not algorithm.subsamples:  # the one that does (SVI) has a guide, and looks when it is there
         check_masked(info, None)
     if validation is not None:
-        require("validation", [("density", "exact evidence")], program.name, info.offers)
+        require_evidence(program, info.offers)
     return run
