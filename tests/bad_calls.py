@@ -433,7 +433,8 @@ _ALSO = {
     "validation": "validation|data",
     "test": "test|data",
     "fit": "fit",
-    "x": "x|features",
+    "x": "x|features|data",
+    "batches": "batches|data",
     "row": "row|data|argument",
 }
 

@@ -55,7 +55,8 @@ def seen_rows(data: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         ValueError: unless the mask holds booleans in the shape of x.
     """
     if data.get("x") is None:
-        raise ValueError(f"data: 'mask' says what is seen of the entry 'x', got only {', '.join(map(str, data))}")
+        found = ", ".join(map(str, data))
+        raise ValueError(f"data: expected the entry 'x' beside 'mask', which says what is seen of it, got only {found}")
     seen, x = as_array(data["mask"], "mask"), as_array(data["x"], "x")
     seen, x = (v.whole("fit.predict with a mask") if isinstance(v, RowsOnDisk) else v for v in (seen, x))
     if seen.dtype is not torch.bool:

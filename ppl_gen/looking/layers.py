@@ -61,7 +61,7 @@ def embed_layers(
     if layers is None:
         names = _every_layer(network, rows[:2])
     else:
-        if isinstance(layers, str) or not isinstance(layers, Sequence):
+        if isinstance(layers, str | bytes) or not isinstance(layers, Sequence):
             raise TypeError(f"layers: expected names of layers in a list, got {type(layers).__name__}")
         names = [chosen_layer(network, name, (nn.Module,), "layers", argument="layers") for name in layers]
     given = {"x": rows.cpu(), **recorded(network, rows, names)}

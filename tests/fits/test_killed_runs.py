@@ -72,6 +72,10 @@ def test_kills_at_random_times_leave_nothing(body: str, number: int) -> None:
             assert set(run.rows) <= {"interrupted", "finished"}, about
 
 
+#: CPython ends by SIGINT, even where it was caught, if it had interrupted an exec() of text: imports do these.
+_ENDINGS = (0, -signal.SIGINT)
+
+
 @pytest.mark.slow
 def test_ctrl_c_at_random_moments_of_the_setup_puts_everything_back() -> None:
     times = random.Random(7)
@@ -83,7 +87,8 @@ def test_ctrl_c_at_random_moments_of_the_setup_puts_everything_back() -> None:
     for turn in range(12):
         body = list(bodies.values())[turn % 3]
         run = ended(f"said({body})", [(times.uniform(0.0, 0.4), signal.SIGINT)])
-        assert run.code == 0 and run.out[-1] == "AS BEFORE" and run.err == "", (body, run)
+        assert run.out[-1] == "AS BEFORE" and run.err == "", (body, run)
+        assert run.code in _ENDINGS, (body, run)
         assert "INTERRUPT" in run.out or "interrupted" in run.rows, (body, run)
 
 
@@ -95,8 +100,7 @@ print("CODE", main(["fit", "gaussian_mixture:components=2", "crabs", "--algorith
 """
     run = ended(body, [(0.4, number)])
     assert run.out[-2:] == [f"CODE {128 + number}", "AS BEFORE"] and "Traceback" not in run.err
-    # CPython ends by SIGINT, even where it was caught, if it had interrupted an exec() of text: imports do these.
-    assert run.code in (0, -signal.SIGINT)
+    assert run.code in _ENDINGS
 
 
 def test_a_handler_of_the_users_stays() -> None:

@@ -54,6 +54,7 @@ def rbm_stack(
 
     Raises:
         ValueError: for rows that are no zeros and ones, or an argument out of its range.
+        TypeError: for an ``algorithm`` that is none.
 
     References:
         A fast learning algorithm for deep belief nets (Hinton, Osindero and Teh, 2006).
@@ -67,16 +68,23 @@ def rbm_stack(
         [torch.Size([3, 4]), torch.Size([4, 2])]
     """
     from ppl_gen.fits.driver import fit
+    from ppl_gen.fitting.algorithm import Algorithm
     from ppl_gen.inference import SVI, ContrastiveDivergence
 
     require_flag("undirected", undirected)
+    if algorithm is not None and not isinstance(algorithm, Algorithm):
+        raise TypeError(
+            f"algorithm: expected an algorithm such as SVI(ContrastiveDivergence()) or None, got {algorithm!r}"
+        )
     sizes = checked_layers(hidden, 2 if undirected else 1)
     seed = require_seed(seed)
     (given,) = entries(x, "rbm_stack", "x")
     assert given is not None  # the first entry
     dtype = given.dtype if given.dtype in (torch.float32, torch.float64) else torch.get_default_dtype()
     rows = binary_rows(x, row_width(None, x, "rbm_stack"), "rbm_stack").to(dtype)
-    chosen = algorithm or SVI(ContrastiveDivergence(), steps=2000, batch_size=min(100, len(rows)), lr=0.01)
+    chosen = algorithm
+    if chosen is None:
+        chosen = SVI(ContrastiveDivergence(), steps=2000, batch_size=min(100, len(rows)), lr=0.01)
     generator, fits = torch.Generator().manual_seed(seed), []
     for units, copies in zip(sizes, _copies(len(sizes), undirected), strict=True):
         fits.append(fit(_layer(units, copies), rows, chosen, seed=seed, progress=False))

@@ -135,7 +135,7 @@ def real_nvp(
     blocks: int = 2,
     scales: int | None = None,
     levels: int | None = None,
-    margin: float = 0.05,
+    margin: float | None = 0.05,
 ) -> Recipe:
     r"""A flow of affine coupling layers over rows of numbers, or over images: density and samples are equally fast.
 
@@ -166,7 +166,7 @@ def real_nvp(
         blocks: residual blocks of each coupling, of images.
         scales: of images; None: as many as their size can be halved, at most 3 (28, 14 and 7 pixels).
         levels: how many values pixels have (256 for bytes divided by 255); None: rows are real numbers.
-        margin: a of the logit log(y / (1 - y)), y = a + (1 - 2 a) x, of pixels.
+        margin: a of the logit log(y / (1 - y)), y = a + (1 - 2 a) x, of pixels; None: no logit.
 
     Returns:
         A recipe; it raises ValueError for data of another shape, not finite, between levels, or with a constant column

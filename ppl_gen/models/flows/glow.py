@@ -155,7 +155,7 @@ def glow(
     blocks: int = 1,
     scales: int | None = None,
     levels: int | None = None,
-    margin: float = 0.05,
+    margin: float | None = 0.05,
 ) -> Recipe:
     r"""A flow over images (N x channels x height x width) or rows of numbers, whose channels mix by learned matrices.
 
@@ -174,7 +174,7 @@ def glow(
         blocks: residual blocks of each coupling.
         scales: of images; None: as many as their size can be halved, at most 3.
         levels: how many values pixels have (256 for bytes divided by 255); None: rows are real numbers.
-        margin: a of the logit log(y / (1 - y)), y = a + (1 - 2 a) x, of pixels.
+        margin: a of the logit log(y / (1 - y)), y = a + (1 - 2 a) x, of pixels; None: no logit.
 
     Returns:
         A recipe; it raises ValueError for data of another shape, not finite, between levels, or with a constant column
