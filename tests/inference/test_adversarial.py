@@ -10,9 +10,9 @@ from torch import nn
 
 import ppl_gen as pg
 from ppl_gen.inference import SVI, Adversarial
-from ppl_gen.inference.objectives.adversarial import COSTS
+from ppl_gen.inference.objectives.adversarial import COSTS, published_optimiser
 from ppl_gen.inference.objectives.critics import gradient_penalty
-from ppl_gen.models import gan
+from ppl_gen.models import dcgan, gan
 
 GRID = torch.linspace(-30.0, 30.0, 20_001, dtype=torch.float64)
 CLASSIFIERS = [name for name, costs in COSTS.items() if costs.classifier]
@@ -231,7 +231,7 @@ def test_a_bernoulli_likelihood_takes_the_mean_unless_a_relaxation_is_asked_for(
             return super().forward(x)
 
     data = (torch.randn(40, 3) > 0).float()
-    algorithm = SVI(objective=Adversarial(critic=Critic(3, 1), relaxation=temperature), steps=5)
+    algorithm = SVI(objective=Adversarial(critic=Critic(3, 1), relaxation=temperature, penalty="none"), steps=5)
     fit = pg.fit(_bernoulli, data, algorithm, seed=0)
     assert note in fit.notes["gradients"] and _moved(fit)
     assert len(seen[1]) == 2  # after the trial call: observed rows, then made ones
@@ -259,7 +259,9 @@ def test_several_observed_sites_are_joined_and_categories_are_compared_one_hot(t
 
     def played(**settings):
         seen.clear()
-        return pg.fit(_labelled, data, SVI(objective=Adversarial(relaxation=temperature, **settings), steps=2), seed=0)
+        return pg.fit(
+            _labelled, data, SVI(Adversarial(relaxation=temperature, penalty="none", **settings), steps=2), seed=0
+        )
 
     fit = played(critic=Critic(5, 1))
     real, made = seen[1], seen[2]
@@ -460,6 +462,7 @@ def test_history_and_cost_name_the_players():
     classified = pg.fit(_vae_like, torch.randn(50, 3), _counted("minimax")[1], seed=0)
     assert set(classified.history.data_vars) == {
         *common,
+        "penalty",
         "critic_accuracy_real",
         "critic_accuracy_fake",
         "divergence_bound",
@@ -469,18 +472,40 @@ def test_history_and_cost_name_the_players():
 
 def test_published_optimisers_are_the_defaults_and_clipping_clips():
     leaf = [torch.zeros(1, requires_grad=True)]
-    clipped = Adversarial("wasserstein").optimiser(leaf)
+    clipped = published_optimiser("clip", leaf)
     assert isinstance(clipped, torch.optim.RMSprop) and clipped.defaults["lr"] == 5e-5
-    assert (Adversarial("wasserstein").constraint, Adversarial("wasserstein").clip) == ("clip", 0.01)
-    classic = Adversarial().optimiser(leaf)
+    assert (Adversarial("wasserstein").constraint(torch.zeros(2, 2)), Adversarial("wasserstein").clip) == ("clip", 0.01)
+    classic = published_optimiser("none", leaf)
     assert isinstance(classic, torch.optim.Adam) and classic.defaults["lr"] == 2e-4
     assert classic.defaults["betas"] == (0.5, 0.999)
-    assert Adversarial("wasserstein", penalty="gradient").optimiser(leaf).defaults["betas"] == (0.5, 0.99)
+    for penalty in ("gradient", "r1"):
+        assert published_optimiser(penalty, leaf).defaults["betas"] == (0.5, 0.99)
     critic, algorithm = _counted("wasserstein")
     fit = pg.fit(_vae_like, torch.randn(50, 3), algorithm, seed=0)
     assert max(float(p.detach().abs().max()) for p in critic.parameters()) > 0.1
     # One step of RMSProp moves by at most lr / sqrt(1 - alpha) = 5e-4; clipping follows every one.
     assert max(float(p.detach().abs().max()) for p in fit.module("critic").parameters()) <= 0.01
+
+
+def _normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LeakyReLU(), nn.Linear(4, 1))
+
+
+def test_r1_is_the_default_where_what_the_critic_says_of_a_row_is_its_own():
+    rows, images = torch.randn(40, 3), torch.rand(40, 1, 8, 8)
+    free = nn.Linear(3, 1)
+    for objective, data, kept in (
+        (Adversarial(), rows, "r1"),
+        (Adversarial(critic=free), rows, "r1"),
+        (Adversarial("kl"), rows, "r1"),
+        (Adversarial(penalty="none"), rows, "none"),
+        (Adversarial(critic=_normed()), rows, "none"),
+        (Adversarial(), images, "none"),
+        (Adversarial("wasserstein"), rows, "clip"),
+    ):
+        program = _vae_like if data is rows else dcgan(latent=2, filters=2)
+        fit = pg.fit(program, data, SVI(objective, steps=2, batch_size=20), seed=0)
+        assert f"constraint: {kept}" in fit.notes["critic"] and ("penalty" in fit.records) == (kept == "r1")
 
 
 def test_a_partly_frozen_critic_moves_only_what_is_free():

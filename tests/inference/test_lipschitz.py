@@ -13,6 +13,7 @@ from torch import nn
 
 import ppl_gen as pg
 from ppl_gen.inference import SVI, Adversarial
+from ppl_gen.inference.objectives.adversarial import published_optimiser
 from ppl_gen.inference.objectives.costs import COSTS
 from ppl_gen.inference.objectives.critics import data_penalty, largest_singular_value, starting_vectors, weight_matrices
 from ppl_gen.models import gan
@@ -197,7 +198,7 @@ def test_a_clipped_critic_s_multiple_is_the_same_at_every_distance() -> None:
 
 def test_defaults_are_those_that_wgan_was_published_with() -> None:
     game = Adversarial("wasserstein")
-    assert (game.constraint, game.clip, game.critic_updates) == ("clip", 0.01, 5)
-    optimiser = game.optimiser([torch.zeros(1, requires_grad=True)])
+    assert (game.constraint(torch.zeros(2, 2)), game.clip, game.critic_updates) == ("clip", 0.01, 5)
+    optimiser = published_optimiser("clip", [torch.zeros(1, requires_grad=True)])
     assert isinstance(optimiser, torch.optim.RMSprop) and optimiser.defaults["lr"] == 5e-5
     assert COSTS["wasserstein"].border is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,10 +30,11 @@ from ppl_gen.inference.objectives.divergences import Divergence
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
 from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, refuse_own_observation
 from ppl_gen.nn.copies import own_copy
+from ppl_gen.nn.images import is_image
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import without_side_effects
 
-__all__ = ["COSTS", "Adversarial", "Costs"]
+__all__ = ["COSTS", "Adversarial", "Costs", "published_optimiser"]
 
 _CONSTRAINTS = ("gradient", "r1", "clip", "projection", "none")
 _WEIGHTS = {"gradient": 10.0, "r1": 0.1}  # of the penalties, unless given
@@ -74,8 +76,10 @@ class Adversarial(Objective):
             critic is flat where it has nothing more to tell; ``"clip"`` clamps the critic's parameters to
             [-clip, clip] after each of its updates; ``"projection"`` then divides each of its weight matrices
             (convolutions as output x the rest) by max(1, its largest singular value), which a power iteration carries
-            along; ``"none"`` trusts the critic to be Lipschitz by construction (spectral normalisation). None: clip for
-            Wasserstein, otherwise none.
+            along; ``"none"`` leaves it free, or trusts it to be Lipschitz by construction (spectral normalisation).
+            None: clip for Wasserstein; for the other games R1, but none on images by the default critic and for a
+            critic with batch norm, as deep convolutional games were published. Without R1 a ring of eight modes is
+            lost at the default rate.
         critic_steps: updates of the critic for each of the program, each on a fresh batch; None: 5 for Wasserstein
             (1 where players move at once), otherwise 1.
         schedule: ``"alternating"``: the program answers the critic that has just moved; ``"simultaneous"``: both
@@ -156,30 +160,41 @@ class Adversarial(Objective):
         """Updates of the critic for each update of the program."""
         return self.critic_steps or (5 if self.kind == "wasserstein" and self.schedule == "alternating" else 1)
 
-    @property
-    def constraint(self) -> str:
-        """What keeps the critic in bounds: "gradient", "r1", "clip", "projection" or "none"."""
-        return self.penalty or ("clip" if self.kind == "wasserstein" else "none")
+    def constraint(self, rows: Tensor, critic: nn.Module | None = None) -> str:
+        """What keeps the critic of such rows in bounds: "gradient", "r1", "clip", "projection" or "none".
+
+        ``critic`` is the one that plays; None: the default one.
+        """
+        if self.penalty is not None or self.kind == "wasserstein":
+            return self.penalty or "clip"
+        if critic is None:
+            return "none" if is_image(rows.shape[1:]) else "r1"
+        try:
+            check_penalised(critic, rows, "r1")
+        except ValueError:
+            return "none"
+        return "r1"
 
     @property
     def _game(self) -> str:
         return self.kind.name if isinstance(self.kind, Divergence) else self.kind
-
-    def optimiser(self, params: list[Tensor]) -> torch.optim.Optimizer:
-        """The optimiser of either player where the algorithm names none: the one its game was published with."""
-        if self.constraint == "clip":
-            return torch.optim.RMSprop(params, lr=5e-5)
-        # The penalty was published with 1e-4, second beta 0.9, and a hundred thousand steps. At 1e-3 a ring of eight
-        # modes takes three thousand, but with 0.9 one start in four kept losing modes; with 0.99 that one held 8 of 8.
-        rate, betas = (1e-3, (0.5, 0.99)) if self.constraint in _WEIGHTS else (2e-4, (0.5, 0.999))
-        fused = all(p.device.type in ("cpu", "cuda", "mps") for p in params)
-        return torch.optim.Adam(params, lr=rate, betas=betas, fused=fused or None)
 
     def undivided(self, setting: Setting) -> str | None:
         return None  # both players' losses are means over rows; of the records, ``spread`` is one of each part
 
     def build(self, setting: Setting) -> Game:
         return _AdversarialGame(self, setting)
+
+
+def published_optimiser(constraint: str, params: list[Tensor]) -> torch.optim.Optimizer:
+    """The optimiser of either player where the algorithm names none: the one its game was published with."""
+    if constraint == "clip":
+        return torch.optim.RMSprop(params, lr=5e-5)
+    # The penalty was published with 1e-4, second beta 0.9, and a hundred thousand steps. At 1e-3 a ring of eight
+    # modes takes three thousand, but with 0.9 one start in four kept losing modes; with 0.99 that one held 8 of 8.
+    rate, betas = (1e-3, (0.5, 0.99)) if constraint in _WEIGHTS else (2e-4, (0.5, 0.999))
+    fused = all(p.device.type in ("cpu", "cuda", "mps") for p in params)
+    return torch.optim.Adam(params, lr=rate, betas=betas, fused=fused or None)
 
 
 class _AdversarialGame(Game):
@@ -191,31 +206,32 @@ class _AdversarialGame(Game):
         refuse_own_observation(setting, sites)
         with without_side_effects():
             real, _ = self.rows(setting.sample())
-        rowwise = objective.constraint not in ("none", "clip")
-        own = objective.critic
-        critic = default_critic(real, rowwise=rowwise) if own is None else own_copy("critic", own)
-        self.critic = critic.to(device=real.device, dtype=real.dtype)
-        check_output(self.critic, real)
+        own = None if objective.critic is None else own_copy("critic", objective.critic)
+        if own is not None:
+            check_output(own.to(device=real.device, dtype=real.dtype), real)
+        self.constraint = constraint = objective.constraint(real, own)
+        rowwise = constraint not in ("none", "clip")
+        self.critic = default_critic(real, rowwise=rowwise).to(real) if own is None else own
         if rowwise:
-            constraint = f"penalty={objective.constraint!r}"
-            check_penalised(self.critic, real, constraint, by_slope=objective.constraint in _WEIGHTS)
+            check_penalised(self.critic, real, f"penalty={constraint!r}", by_slope=constraint in _WEIGHTS)
         self.scale = real.std(0, correction=0)  # once, of some hundred rows: batches may be small
         if not any(p.requires_grad for p in self.critic.parameters()):
             raise ValueError("critic: none of its parameters requires a gradient, so it cannot learn; unfreeze some")
         self.modules: Mapping[str, nn.Module] = {"critic": self.critic}
-        after = self._clamp if objective.constraint == "clip" else None
+        after = self._clamp if constraint == "clip" else None
+        optimiser = partial(published_optimiser, constraint)
         self.players = (
-            Player("critic", objective.critic_updates, optimiser=objective.optimiser, after=after),
-            Player("program", optimiser=objective.optimiser, averaging=objective.averaging or None),
+            Player("critic", objective.critic_updates, optimiser=optimiser, after=after),
+            Player("program", optimiser=optimiser, averaging=objective.averaging or None),
         )
         made = described_critic(real, rowwise=rowwise) if own is None else "as given"
-        self.notes = {"critic": f"{made}; constraint: {objective.constraint}", "gradients": self.rows.notes()}
+        self.notes = {"critic": f"{made}; constraint: {constraint}", "gradients": self.rows.notes()}
         self.bound = self.costs.bound if objective.weight == 1 else None
         if self.bound is not None:
             self.notes = {**self.notes, "divergence_bound": f"of {self.costs.of}, never more in the mean over batches"}
 
     def init(self, batch: Batch) -> GameState:
-        if self.objective.constraint != "projection":
+        if self.constraint != "projection":
             return {}
         return {
             f"singular vectors of {name}": largest_singular_value(matrix, starting_vectors(matrix), _SETTLED)[1]
@@ -246,11 +262,10 @@ class _AdversarialGame(Game):
         if (border := self.costs.border) is not None:
             parts["critic_accuracy_real"] = (on_real > border).to(value.dtype).mean()
             parts["critic_accuracy_fake"] = (on_fake < border).to(value.dtype).mean()
-        constraint = self.objective.constraint
-        if constraint in _WEIGHTS:
-            flat = constraint == "r1"
+        if self.constraint in _WEIGHTS:
+            flat = self.constraint == "r1"
             penalty = data_penalty(self.critic, real, self.scale) if flat else gradient_penalty(self.critic, real, fake)
-            value = value + (self.objective.penalty_weight or _WEIGHTS[constraint]) * penalty
+            value = value + (self.objective.penalty_weight or _WEIGHTS[self.constraint]) * penalty
             parts["penalty"] = penalty.detach()
         return Loss(value, parts)
 

@@ -40,7 +40,7 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
     """
     share = torch.rand((len(real), *[1] * (real.dim() - 1)), dtype=real.dtype, device=real.device)
     between = torch.lerp(fake, real, share).requires_grad_()
-    (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    (slope,) = torch.autograd.grad(critic(between.clone()).sum(), between, create_graph=True)
     return (torch.linalg.vector_norm(slope.flatten(1), dim=1) - 1.0).square().mean()
 
 
@@ -56,7 +56,7 @@ def data_penalty(critic: nn.Module, real: Tensor, scale: Tensor) -> Tensor:
         22.5
     """
     at = real.detach().clone().requires_grad_()
-    (slope,) = torch.autograd.grad(critic(at).sum(), at, create_graph=True)
+    (slope,) = torch.autograd.grad(critic(at.clone()).sum(), at, create_graph=True)  # its first layer may write
     return (slope * scale).flatten(1).square().sum(1).mean() / 2
 
 
@@ -199,7 +199,7 @@ def check_penalised(critic: nn.Module, real: Tensor, constraint: str, *, by_slop
         return
     with without_side_effects(), torch.enable_grad():
         at = real.detach().clone().requires_grad_()
-        score = critic(at).sum()
+        score = critic(at.clone()).sum()
         (slope,) = torch.autograd.grad(score, at, allow_unused=True) if score.requires_grad else (None,)
     if slope is None:
         raise ValueError(f"critic: {constraint} needs its slope, and no gradient of it reaches the rows")
