@@ -31,6 +31,7 @@ from ppl_gen.diagnostics.verdicts import (
     verdict_point,
     verdict_variational,
     with_points,
+    with_repeats,
 )
 from ppl_gen.errors import PROGRAM_ERRORS, require_whole
 from ppl_gen.inference.guides.resolved import point_sites
@@ -98,6 +99,7 @@ def _judged(fit: Fit, draws: int) -> Verdict:
             fit.computed[key] = _judged_draws(fit)
         else:
             fit.computed[key] = _judged_point(fit)
+        fit.computed[key] = with_repeats(fit.computed[key], fit.notes.get("repeated values", ""))
     found: Verdict = fit.computed[key]
     fit.computed["verdict"] = found  # what `repr` shows
     return found

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ppl_gen.diagnostics.grades import GRADES, Finding, Verdict, graded
 from ppl_gen.diagnostics.trends import moving
 
-__all__ = ["verdict_point", "with_points"]
+__all__ = ["verdict_point", "with_points", "with_repeats"]
 
 
 def verdict_point(
@@ -62,6 +62,21 @@ def _unsettled(criterion: bool, trend: tuple[float, float] | None) -> Finding:
         return 1, "so few steps do not show whether the loss has settled", "Run more steps"
     found = "nothing shows whether the optimum was reached: the algorithm does not say so and records no program_loss"
     return 1, found, "Let its outcome have an Ending, or record the loss"
+
+
+def with_repeats(found: Verdict, note: str) -> Verdict:
+    """``found`` of a density that values shared by many rows may drive up, as the note of its program says.
+
+    >>> print(with_repeats(Verdict("trust", "the loss had settled"), "column 0 is exactly 0 in 30% of the rows"))
+    doubtful: column 0 is exactly 0 in 30% of the rows; apart from that, the loss had settled. Model by itself whether \
+a row holds that value, and fit the others.
+    """
+    if not note:
+        return found
+    if not found.trusted:
+        return replace(found, reason=f"{found.reason}; {note}")
+    advice = "Model by itself whether a row holds that value, and fit the others"
+    return Verdict(GRADES[1], f"{note}; apart from that, {found.reason}", advice)
 
 
 def with_points(found: Verdict, sites: Sequence[str]) -> Verdict:

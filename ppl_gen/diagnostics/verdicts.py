@@ -7,7 +7,7 @@ from ppl_gen.diagnostics.chain_verdicts import verdict_chains
 from ppl_gen.diagnostics.draws_verdicts import verdict_draws
 from ppl_gen.diagnostics.grades import Verdict
 from ppl_gen.diagnostics.guide_verdicts import verdict_variational
-from ppl_gen.diagnostics.point_verdicts import verdict_point, with_points
+from ppl_gen.diagnostics.point_verdicts import verdict_point, with_points, with_repeats
 from ppl_gen.diagnostics.trends import loss_trend
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "verdict_point",
     "verdict_variational",
     "with_points",
+    "with_repeats",
 ]

@@ -64,4 +64,6 @@ def affine_flow(features: int | None = None) -> Recipe:
         (-0.0, True)
     """
     check_width("features", features)
-    return flow_recipe("affine_flow", features, lambda columns: [_Affine(columns)], {"features": features})
+    return flow_recipe(
+        "affine_flow", features, lambda columns: [_Affine(columns)], {"features": features}, bounded=True
+    )

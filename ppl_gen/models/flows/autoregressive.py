@@ -87,7 +87,8 @@ def maf(features: int | None = None, *, layers: int = 5, hidden: Sequence[int] =
         hidden: widths of each layer's masked perceptron, each at least ``features``.
 
     Returns:
-        A recipe; it raises ValueError for data of another shape, not finite, or with a constant column.
+        A recipe; it raises ValueError for data of another shape, not finite, with a constant column, or with
+        a value that many rows share exactly.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -124,7 +125,8 @@ def iaf(features: int | None = None, *, layers: int = 5, hidden: Sequence[int] =
         hidden: widths of each layer's masked perceptron, each at least ``features``.
 
     Returns:
-        A recipe; it raises ValueError for data of another shape, not finite, or with a constant column.
+        A recipe; it raises ValueError for data of another shape, not finite, with a constant column, or with
+        a value that many rows share exactly.
 
     Raises:
         ValueError: for an argument out of its range.

@@ -162,7 +162,8 @@ def ffjord(
         steps: of methods that do not.
 
     Returns:
-        A recipe; it raises ValueError for data of another shape, not finite, or with a constant column.
+        A recipe; it raises ValueError for data of another shape, not finite, with a constant column, or with
+        a value that many rows share exactly.
 
     Raises:
         ValueError: for an argument out of its range.

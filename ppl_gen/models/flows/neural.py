@@ -121,7 +121,8 @@ def naf(
         units: sigmoids of each monotone network.
 
     Returns:
-        A recipe; it raises ValueError for data of another shape, not finite, or with a constant column.
+        A recipe; it raises ValueError for data of another shape, not finite, with a constant column, or with
+        a value that many rows share exactly.
 
     Raises:
         ValueError: for an argument out of its range.

@@ -112,4 +112,4 @@ def nice(
 
     arguments = {"features": features, "layers": layers, "hidden": widths, "prior": prior, "levels": levels}
     base = _logistic if prior == "logistic" else None
-    return flow_recipe("nice", features, made, arguments, base=base, pixels=Pixels(levels))
+    return flow_recipe("nice", features, made, arguments, base=base, pixels=Pixels(levels), bounded=True)

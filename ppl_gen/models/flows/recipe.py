@@ -10,6 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ppl_gen.data.atoms import MUCH, atoms, spoken
 from ppl_gen.data.inputs import check_width, entries, row_shape, row_width
 from ppl_gen.errors import require_number, require_whole
 from ppl_gen.models.flows.base import Base, Flow, Layer
@@ -114,6 +115,7 @@ def flow_recipe(
     images: bool = False,
     pixels: Pixels = Pixels(),
     begin: bool = False,
+    bounded: bool = False,
 ) -> Recipe:
     """The recipe of a flow: ``layers`` is called once per fit, after the data have been looked at.
 
@@ -127,30 +129,51 @@ def flow_recipe(
         images: rows of channels x height x width are taken too.
         pixels: what rows of integers are.
         begin: pass some rows through the flow once, for layers that start from data.
+        bounded: no density of the flow grows without bound at a value that many rows share.
     """
 
     def build(data: Any) -> Program:
         size = _size(features, data, name, images)
         rows = pixels.middles(_rows(data, name, size, single), name)
         _refuse_constant(rows, pixels)
+        notes = {} if bounded or pixels.levels is not None else _repeated(rows, name)
         together = pixels.levels is not None and not isinstance(size, tuple)
         margin = None if pixels.levels is None else pixels.margin
         flow = Flow(layers(size), rows, base, margin=margin, together=together)
         if begin:
             with torch.no_grad():
                 flow.to_code(_some(rows, _BEGIN))
-        return _with_density(flow, name) if pixels.levels is None else _of_pixels(flow, name, pixels.levels)
+        return _with_density(flow, name, notes) if pixels.levels is None else _of_pixels(flow, name, pixels.levels)
 
     return Recipe(build, name=name, arguments=arguments)
 
 
-def _with_density(flow: Flow, name: str) -> Program:
+def _repeated(rows: Tensor, name: str) -> dict[str, str]:
+    """A note on values that a few rows share.
+
+    Raises:
+        ValueError: where many do: a density that is fitted to them grows without bound there, and says nothing.
+    """
+    found = atoms(rows)
+    if not found:
+        return {}
+    said = spoken(found, rows.shape[1:])
+    if max(atom.share for atom in found) >= MUCH:
+        raise ValueError(
+            f"data: {said}: no density of {name} is bounded at a value that rows share. Leave it out, model by itself "
+            "whether a row holds it and fit the others, add the noise that rounding took away, or say levels= where "
+            "all values are evenly spaced levels"
+        )
+    return {"repeated values": f"{said}: the density may grow without bound there, and the evidence with it"}
+
+
+def _with_density(flow: Flow, name: str, notes: Mapping[str, str]) -> Program:
     def model(x: Tensor) -> None:
         pyro.module("flow", flow)
         with pyro.plate("data", len(x)):
             pyro.sample("x", flow.rows(), obs=x.to(flow.loc))
 
-    return Program(model, name=name, evidence=flow.log_prob)
+    return Program(model, name=name, evidence=flow.log_prob, notes=notes)
 
 
 def _of_pixels(flow: Flow, name: str, levels: int) -> Program:

@@ -149,7 +149,8 @@ def spline_flow(
         bound: half the width of the box that the splines act in.
 
     Returns:
-        A recipe; it raises ValueError for data of another shape, not finite, or with a constant column.
+        A recipe; it raises ValueError for data of another shape, not finite, with a constant column, or with
+        a value that many rows share exactly.
 
     Raises:
         ValueError: for an argument out of its range.

@@ -10,6 +10,7 @@ Means and variances are sampled in standardised units (data of mean 0 and varian
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import pyro
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ppl_gen.arguments import require_choice
+from ppl_gen.data.atoms import atoms, spoken
 from ppl_gen.data.inputs import entries
 from ppl_gen.errors import require_positive, require_whole
 from ppl_gen.models.mixture.steps import Components, Mixture, Standard
@@ -125,10 +127,20 @@ def gaussian_mixture(
             shared = covariance == "spherical" and bool(event)
             gaussian = NormalGamma(components, event, shared, strength, nu, wide, floor)
         free = weights == "free" and components > 1
-        return _program(Mixture(gaussian, standard, free, concentration), standard.scaled(_some(rows)))
+        some = _some(rows)
+        made = _program(Mixture(gaussian, standard, free, concentration), standard.scaled(some))
+        return replace(made, notes=_repeated(some))
 
     arguments = {"components": components, "covariance": covariance, "weights": weights}
     return Recipe(build, name="gaussian_mixture", arguments=arguments, as_given=True)
+
+
+def _repeated(rows: Tensor) -> dict[str, str]:
+    """A note on values that many rows share."""
+    if not (found := atoms(rows)):
+        return {}
+    held = "a component shrinks onto it as far as floor or priors let it, and the evidence goes with it"
+    return {"repeated values": f"{spoken(found)}: {held}"}
 
 
 def _check_arguments(components: int, covariance: str, weights: str) -> None:
