@@ -153,6 +153,7 @@ def test_what_no_program_takes_is_refused_before_training(program: str, row: str
             assert type(caught.value) in (ValueError, TypeError)
 
 
+@pytest.mark.filterwarnings("ignore:.*repeated values")  # of integers many are the same
 @pytest.mark.parametrize("row", DOUBTFUL)
 @pytest.mark.parametrize("program", CATALOGUE)
 def test_what_some_programs_take_is_fitted_or_refused(program: str, row: str) -> None:

@@ -41,7 +41,7 @@ def energy_evidence(fit: Fit, data: Dataset, method: Any, *, seed: int | None = 
         assert energy is not None and energy.log_partition is not None
         with fit.bound(seed):
             value = float(energy.log_partition())
-        return _evidence(fit, data, energy, LogPartition(value, 0.0, None, None), seed, settings)
+        return _evidence(fit, data, energy, LogPartition(value, 0.0, None, None, exact=value), seed, settings)
     if not isinstance(method, AIS):
         raise TypeError(f"method: expected pg.AIS(...) or None, got {method!r}")
     if energy is None or energy.tempering is None:
@@ -64,13 +64,13 @@ def energy_evidence(fit: Fit, data: Dataset, method: Any, *, seed: int | None = 
 def _evidence(
     fit: Fit, data: Dataset, energy: Energy, found: LogPartition, seed: int | None, settings: dict[str, int]
 ) -> Evidence:
-    model = normalised(fit.program.model, energy.site, energy.free_energy, found.forward)
+    model = normalised(fit.program.model, energy.site, energy.free_energy, found.value)
     program = replace(fit.program, model=model, energy=None, evidence=None)
     known = replace(fit, program=program, info=replace(fit.info, offers=fit.info.offers | {"density"}))
     rows = row_evidence(known, data, seed=seed, **settings)
     parts = ["variational lower bound"] if energy.bound else []
     parts += [] if rows.kind == "exact" else [rows.kind]
-    if found.reverse is None and not found.stderr:
+    if found.exact is not None and found.forward == found.exact:
         kind = "; ".join([*parts, "log Z by enumeration"])
         return replace(rows, kind=kind, log_partition=found)
     how = f"log Z {found.forward:.2f} +- {found.forward_stderr:.2g} by annealing"
@@ -78,6 +78,7 @@ def _evidence(
         how += f", {found.reverse:.2f} +- {found.reverse_stderr:.2g} in reverse"
     if found.doubt:
         how += f", not to be trusted: {found.doubt}"
+        how += "" if found.exact is None else f"; log Z {found.exact:.2f} by enumeration is taken"
     mc = math.hypot(rows.mc_stderr, found.stderr)
     return replace(rows, kind="; ".join(["ais", *parts, how]), exact=False, mc_stderr=mc, log_partition=found)
 

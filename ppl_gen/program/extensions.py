@@ -93,6 +93,8 @@ class Tempering:
             in float64, and the states after one sweep at ``new``; None: made of the two before.
         of_rows: ``of_rows(x) -> states``: where chains that start at data begin; None: the states are rows.
         improper: ``improper() -> bool``: whether the normaliser at b = 1 is seen to be infinite; None: it is finite.
+        elsewhere: ``elsewhere(count) -> states``: starts all over the space, which know nothing of the data.
+        exact: ``exact() -> log Z`` where it is a sum over all states that takes two seconds at most; else None.
     """
 
     begin: Callable[[int], Tensor]
@@ -102,6 +104,8 @@ class Tempering:
     between: Callable[[Tensor, float, float], tuple[Tensor, Tensor]] | None = None
     of_rows: Callable[[Tensor], Tensor] | None = None
     improper: Callable[[], bool] | None = None
+    elsewhere: Callable[[int], Tensor] | None = None
+    exact: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)

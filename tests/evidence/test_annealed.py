@@ -6,6 +6,8 @@ Means of weights and of log weights are held to |z| < 5.5, a false alarm of 4e-8
 from __future__ import annotations
 
 import math
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,7 +48,7 @@ def normals(dims=3, loc=2.0, scale=0.5):
 def log_weights(tempering, ladder, count):
     from ppl_gen.evidence.annealed import _walk
 
-    return _walk(tempering, tempering.begin(count), ladder)
+    return _walk(tempering, tempering.begin(count), ladder)[1]
 
 
 def machine(visible=10, hidden=6, scale=1.0):
@@ -124,9 +126,58 @@ def test_where_forward_chains_miss_a_mode_both_ways_disagree_and_the_answer_is_n
         made.weight.fill_(1.0)
         made.visible_bias.fill_(-10.0)
         made.hidden_bias.fill_(-8.0)
-    with pytest.warns(UserWarning, match="annealed importance sampling: "):
-        found = log_partition(made.tempering(), AIS(temperatures=50, chains=100), torch.ones(4, 20))
+    method = AIS(temperatures=50, chains=100)
+    with pytest.warns(UserWarning, match="annealed importance sampling: .*log Z is not known"):
+        found = log_partition(replace(made.tempering(), exact=None), method, torch.ones(4, 20))
     assert not found.agrees and found.stderr == math.inf
+    with pytest.warns(UserWarning, match="the sum over all states, .*, is taken"):
+        found = log_partition(made.tempering(), method, torch.ones(4, 20))
+    assert found.value == found.exact == float(made.log_partition().detach()) and found.stderr == 0.0
+
+
+def unseen(units):
+    """Nearly all of the mass where all units are on, and all chains and data where nearly all are off."""
+    made = BoltzmannMachine(torch.full((units,), -4.0), units, 0.0)
+    with torch.no_grad():
+        made.weight.fill_(1.0)
+        made.visible_bias.fill_(1.0 - units / 2)
+        made.hidden_bias.fill_(2.0 - units / 2)
+    return made
+
+
+@pytest.mark.parametrize("units", [20, 40])
+def test_a_mode_that_forward_chains_and_data_both_miss_is_found_from_elsewhere(units):
+    """All units on: log Z is units^2 + 2 (1.5 - units / 2) units = 3 units, and the two ways agree on 0."""
+    tempering, data = replace(unseen(units).tempering(), exact=None), torch.zeros(50, units)
+    method = AIS(temperatures=500, chains=100)
+    blind = log_partition(replace(tempering, elsewhere=None), method, data)
+    assert blind.agrees and abs(blind.forward) < 1.0 and abs(blind.reverse) < 1.0, "60 nats and more are missing"
+    with pytest.warns(UserWarning, match="began far from the data found rows of higher density.*log Z is not known"):
+        found = log_partition(tempering, method, data)
+    assert found.stderr == math.inf and found.elsewhere > 3 * units
+
+
+def test_a_sum_over_states_stands_in_for_chains_that_agree_on_too_little():
+    made = unseen(20)
+    tempering = replace(made.tempering(), elsewhere=None)
+    with pytest.warns(UserWarning, match=r"it gives -?0\.\d+, and the sum over all states 60\.00.*60\.00, is taken"):
+        found = log_partition(tempering, AIS(temperatures=500, chains=100), torch.zeros(50, 20))
+    assert found.value == float(made.log_partition().detach()) and found.stderr == 0.0 and not found.agrees
+    many = BoltzmannMachine(torch.zeros(30), 23, 0.1).tempering()
+    assert many.exact is None and many.elsewhere is not None
+
+
+@pytest.mark.parametrize("scale", [0.2, 0.7, 1.5])
+def test_a_look_elsewhere_raises_no_alarm_where_there_is_nothing(scale):
+    """A hundred machines with random weights, seen before: none. Here five of each scale."""
+    for _ in range(5):
+        made = machine(24, 14, scale=scale)
+        data = made.gibbs(made.begin(torch.Size([100])), 100)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "annealed importance sampling")
+            found = log_partition(made.tempering(), AIS(temperatures=300, chains=100, burn=50), data)
+        assert "far from the data" not in found.doubt
+        assert abs(found.value - float(made.log_partition().detach())) < 3 * found.stderr + 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------- of a fit

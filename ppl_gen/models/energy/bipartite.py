@@ -17,9 +17,10 @@ from torch.nn.functional import softplus
 
 from ppl_gen.program.extensions import Tempering
 
-__all__ = ["ENUMERABLE", "Bipartite", "all_states", "flip", "gained", "softplus_difference"]
+__all__ = ["ENUMERABLE", "TERMS", "Bipartite", "all_states", "few_states", "flip", "gained", "softplus_difference"]
 
 ENUMERABLE = 16  # units of the smaller group: 65536 states, the most that log Z sums over
+TERMS = 2**27  # of a sum over all states that stands beside annealing: two seconds
 _LONG = 0.05  # steps of b from which a difference of two logarithms is precise enough
 _BLOCK = 4096  # states at a time, so that the sum needs little memory
 
@@ -96,8 +97,16 @@ class Bipartite:
         def begin(count: int) -> Tensor:
             return flip(base.sigmoid().expand(count, len(base)))
 
+        def elsewhere(count: int) -> Tensor:
+            """Coins whose chance is another in each chain: from all units off to all units on."""
+            chance = torch.linspace(0, 1, count, dtype=base.dtype, device=base.device).unsqueeze(-1)
+            return flip(chance.expand(count, len(base)))
+
         log_base = softplus(base.double()).sum() + softplus(self.inner_base.double()).sum()
-        return Tempering(begin, log_base, self.log_density, self.move, self.between, of_rows)
+        exact = self.log_partition if few_states(*self.weight.shape) else None
+        return Tempering(
+            begin, log_base, self.log_density, self.move, self.between, of_rows, elsewhere=elsewhere, exact=exact
+        )
 
     def log_partition(self) -> Tensor:
         """log Z, by summing over every state of the smaller group, the other one summed out by hand; float64."""
@@ -109,6 +118,15 @@ class Bipartite:
             for states in all_states(len(outer), weight)
         ]
         return torch.logsumexp(torch.stack(blocks), 0)
+
+
+def few_states(one: int, other: int) -> bool:
+    """Whether a sum over all states of the smaller group is short enough to be made beside annealing.
+
+    >>> few_states(784, 17), few_states(784, 18), few_states(20, 100)
+    (True, False, True)
+    """
+    return 2 ** min(one, other) * max(one, other) <= TERMS
 
 
 def all_states(units: int, like: Tensor) -> list[Tensor]:

@@ -134,7 +134,21 @@ class LangevinMachine(nn.Module):
         def begin(count: int) -> Tensor:
             return width * torch.randn(count, *self.row, dtype=like.dtype, device=like.device)
 
-        return Tempering(begin, log_base, self.log_density_at, self.move, None, self.standardised, self.improper)
+        def elsewhere(count: int) -> Tensor:
+            """Normals of widths up to three times that of the first density."""
+            far = torch.linspace(0, 3, count, dtype=like.dtype, device=like.device)
+            return far.reshape(-1, *[1] * len(self.row)) * begin(count)
+
+        return Tempering(
+            begin,
+            log_base,
+            self.log_density_at,
+            self.move,
+            None,
+            self.standardised,
+            self.improper,
+            elsewhere=elsewhere,
+        )
 
 
 def energy_model(network: nn.Module, *, tail: float | None = 2.0, step: float = 0.1, sweeps: int = 1000) -> Recipe:

@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 
 from ppl_gen.data.inputs import check_width, entries, row_width
 from ppl_gen.errors import require_number, require_whole
-from ppl_gen.models.energy.bipartite import ENUMERABLE, all_states, flip, gained
+from ppl_gen.models.energy.bipartite import ENUMERABLE, TERMS, all_states, flip, gained
 from ppl_gen.models.energy.rbm import machine_program
 from ppl_gen.program.extensions import Tempering
 from ppl_gen.program.program import Program, Recipe
@@ -102,7 +102,23 @@ class GaussianMachine(nn.Module):
         def begin(count: int) -> Tensor:
             return torch.randn(count, len(blank), dtype=blank.dtype, device=blank.device)
 
-        return Tempering(begin, log_base, self.log_density_at, self.move, self.between, self.standardised)
+        def elsewhere(count: int) -> Tensor:
+            """Rows of hidden units whose chance is another in each chain: from all of them off to all of them on."""
+            chance = torch.linspace(0, 1, count, dtype=blank.dtype, device=blank.device).unsqueeze(-1)
+            hidden = flip(chance.expand(count, len(self.hidden_bias)))
+            return self._visible(hidden, 1.0, torch.exp(-2 * self.log_scale))
+
+        exact = self.log_partition if 2 ** len(self.hidden_bias) * len(blank) <= TERMS else None
+        return Tempering(
+            begin,
+            log_base,
+            self.log_density_at,
+            self.move,
+            self.between,
+            self.standardised,
+            elsewhere=elsewhere,
+            exact=exact,
+        )
 
     def log_partition(self) -> Tensor:
         r"""log Z in the user's units, a sum over the hidden states, each a normal of the rows; float64."""

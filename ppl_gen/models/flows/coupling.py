@@ -169,9 +169,8 @@ def real_nvp(
         margin: a of the logit log(y / (1 - y)), y = a + (1 - 2 a) x, of pixels; None: no logit.
 
     Returns:
-        A recipe; it raises ValueError for data of another shape, not finite, between levels, with a constant column,
-        or with a value that many rows share exactly
-        or channel.
+        A recipe; it raises ValueError for data of another shape, not finite, between levels, with a constant column or
+        channel, or with a value that many rows share exactly.
 
     Raises:
         ValueError: for an argument out of its range.
