@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.errors import is_number, require_whole
+from ppl_gen.looking.alone import read_alone
 from ppl_gen.looking.asking import (
     Scoring,
     Target,
-    as_rows,
     captum_attr,
     checked_network,
     checked_target,
@@ -72,7 +72,7 @@ def occlusion(
         [4.0, 4.0, 4.0, 4.0]
     """
     checked_network(network)
-    rows = as_rows(x, network, images=True)
+    rows = read_alone(x, network, images=True)
     require_whole("size", size)
     step = max(1, int(size) // 2) if stride is None else stride
     require_whole("stride", step)

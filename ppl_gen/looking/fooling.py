@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ppl_gen.errors import is_number, require_whole
+from ppl_gen.looking.alone import read_alone
 from ppl_gen.looking.asking import (
-    as_rows,
     checked_network,
     checked_target,
     evaluating,
@@ -121,7 +121,7 @@ def adversarial_example(
         tensor([0.6000])
     """
     checked_network(network)
-    rows = as_rows(x, network)
+    rows = read_alone(x, network)
     bounds = _checked_bounds(rows, low, high)
     require_share("within", within)
     require_whole("steps", steps)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppl_gen.errors import is_number
+from ppl_gen.looking.alone import read_alone
 from ppl_gen.looking.asking import (
     Scoring,
     Target,
-    as_rows,
     captum_attr,
     checked_network,
     checked_target,
@@ -148,7 +148,7 @@ def guided_backprop(network: nn.Module, x: Any, target: Target = None, *, layer:
 
 def _asked(network: nn.Module, x: Any, target: Target) -> tuple[Tensor, Tensor]:
     checked_network(network)
-    rows = as_rows(x, network)
+    rows = read_alone(x, network)
     with evaluating(network), torch.no_grad():
         found = torch.cat([scores(network, piece) for piece in in_pieces(rows)])
     return rows, checked_target(target, found)
@@ -162,7 +162,7 @@ def _sent_back(
     rule: Literal["Deconvolution", "GuidedBackprop"],
 ) -> Tensor:
     checked_network(network)
-    rows = as_rows(x, network)
+    rows = read_alone(x, network)
     if layer is None:
         rows, picked = _asked(network, rows, target)
     else:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ppl_gen.arguments import require_choice
 from ppl_gen.errors import require_seed
-from ppl_gen.looking.asking import as_rows, checked_network, chosen_layer, evaluating, recorded, scores
+from ppl_gen.looking.alone import read_alone
+from ppl_gen.looking.asking import checked_network, chosen_layer, evaluating, recorded, scores
 from ppl_gen.looking.flattening import Embedding, mds, som, tsne
 
 __all__ = ["embed_layers"]
@@ -55,7 +56,7 @@ def embed_layers(
         ['x', '0', '1', '2']
     """
     checked_network(network)
-    rows = as_rows(x, network)
+    rows = read_alone(x, network)
     require_choice("method", method, _METHODS)
     seed = require_seed(seed)
     if layers is None:

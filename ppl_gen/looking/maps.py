@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ppl_gen.looking.asking import as_rows, checked_network, chosen_layer, recorded
+from ppl_gen.looking.alone import read_alone
+from ppl_gen.looking.asking import checked_network, chosen_layer, recorded
 
 __all__ = ["CONVOLUTIONS", "activation_maps", "filters"]
 
@@ -75,6 +76,6 @@ def activation_maps(network: nn.Module, x: Any, layer: str | None = None) -> Ten
         True
     """
     checked_network(network)
-    rows = as_rows(x, network)
+    rows = read_alone(x, network)
     name = chosen_layer(network, layer, CONVOLUTIONS, "convolutions")
     return recorded(network, rows, [name])[name]

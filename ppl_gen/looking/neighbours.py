@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.errors import require_whole
+from ppl_gen.looking.alone import read_alone
 from ppl_gen.looking.asking import as_rows, checked_network, chosen_layer, evaluating, in_pieces, recorded, scores
 
 __all__ = ["Neighbours", "nearest_images"]
@@ -69,7 +70,7 @@ def nearest_images(
         torch.Size([3, 6])
     """
     checked_network(network)
-    rows, known = as_rows(x, network), as_rows(training, network, "training")
+    rows, known = read_alone(x, network), as_rows(training, network, "training")
     if rows.shape[1:] != known.shape[1:]:
         raise ValueError(
             f"training: expected rows of shape {tuple(rows.shape[1:])}, as x has, got {tuple(known.shape[1:])}"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.errors import require_whole
-from ppl_gen.looking.asking import as_rows, checked_network, chosen_layer, recorded
+from ppl_gen.looking.alone import read_alone
+from ppl_gen.looking.asking import checked_network, chosen_layer, recorded
 from ppl_gen.looking.fields import Box, field_boxes
 from ppl_gen.looking.maps import CONVOLUTIONS
 
@@ -73,7 +74,7 @@ def top_patches(network: nn.Module, x: Any, channel: int, layer: str | None = No
         torch.Size([9, 1, 4, 4])
     """
     checked_network(network)
-    rows = as_rows(x, network, images=True)
+    rows = read_alone(x, network, images=True)
     require_whole("count", count)
     name = chosen_layer(network, layer, CONVOLUTIONS, "convolutions")
     maps = recorded(network, rows, [name])[name]

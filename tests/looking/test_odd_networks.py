@@ -146,3 +146,52 @@ def test_fields_of_other_pools_and_of_gains_that_start_at_zero(net: nn.Module, b
     kept = copy.deepcopy(net.state_dict())
     assert field_boxes(net, "1", (1, 8, 8), [(0, 0)]) == [box]
     assert all(torch.equal(kept[name], value) for name, value in net.state_dict().items())
+
+
+class Among(nn.Module):
+    """A score of each row that hangs on the others, or on chance, in evaluation mode too."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        norm = nn.BatchNorm2d(3, track_running_stats=False) if kind == "norm" else nn.ReLU()
+        self.kind, self.layers = (
+            kind,
+            nn.Sequential(nn.Conv2d(1, 3, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(45, 3)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "mean":
+            x = x - x.mean(0)
+        if self.kind == "dropout":
+            x = nn.functional.dropout(x, 0.5)
+        return self.layers(x)
+
+
+ALONE = sorted(set(VIEWS) - {"best"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("norm", "changes with the rows beside"), ("mean", "changes with the rows beside"), ("dropout", "random numbers")],
+)
+@pytest.mark.parametrize("name", ALONE)
+def test_a_network_whose_answer_about_a_row_is_not_of_that_row_is_refused(name: str, kind: str, said: str) -> None:
+    """Of the first two a gradient is that of all rows, of the last a patch changes less than the next call."""
+    x = torch.rand(6, 1, 5, 7, generator=torch.Generator().manual_seed(0))
+    net = Among(kind)
+    with pytest.raises(ValueError, match=f"network: .*{said}"):
+        VIEWS[name](net, x)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"network: .*{said}"):
+        saliency(net, x, 1)
+    assert torch.equal(state, torch.get_rng_state()) and net.training
+
+
+def test_running_statistics_leave_each_row_alone() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(45, 3)
+    )
+    x = torch.rand(6, 1, 5, 7, generator=torch.Generator().manual_seed(0))
+    net(x)
+    torch.testing.assert_close(saliency(net, x, 1)[:1], saliency(net, x[:1], 1))

@@ -149,6 +149,26 @@ def test_few_chains_that_carry_the_weight_are_told_of():
         guided_sample(fit, lambda x: dist.Normal(60.0, 0.01).log_prob(x[:, 0]), 1000, seed=1)
 
 
+def test_without_weights_a_density_without_a_gradient_is_refused_as_it_would_move_nothing():
+    fit, _, own = best(50)
+
+    def cut(x):
+        return judged(x.detach())
+
+    with pytest.raises(ValueError, match="log_density: no gradient reaches the rows.*correct=True"):
+        guided_sample(fit, cut, 200, correct=False, seed=1)
+    found = off(guided_sample(fit, cut, 20_000, seed=1), own)
+    assert max(map(abs, found)) < 8 * Z, "chains that are only weighed are right, and few of them count"
+    assert guided_sample(fit, lambda x: torch.zeros(len(x)), 5, correct=False, seed=1).shape == (5, 2)
+
+
+def test_steps_that_overshoot_are_told_of():
+    fit, _, _ = best(10)
+    with pytest.warns(UserWarning, match="standard deviations from the mean of the data: log_density is so steep"):
+        rows = guided_sample(fit, lambda x: dist.Normal(AT, 0.01).log_prob(x[:, 0]), 100, correct=False, seed=1)
+    assert float(rows.abs().max()) > 100.0
+
+
 # -------------------------------------------------------------------------------------------------- mistakes
 @pytest.fixture(scope="module")
 def small():

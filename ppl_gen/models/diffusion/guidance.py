@@ -15,6 +15,7 @@ from ppl_gen.models.diffusion.fitted import chain_of
 
 __all__ = ["guided_sample"]
 
+_FAR = 5.0  # times as far from the mean as any row of the data
 _FEW = 0.02  # of the chains that carry the weight at some step: fewer, and the rows are copies of each other
 
 
@@ -55,11 +56,12 @@ def guided_sample(
 
     Raises:
         TypeError: for a log density that is no function.
-        ValueError: for one that does not give a finite number for each row.
+        ValueError: for one that does not give a finite number for each row, or, without ``correct``, has no gradient.
         IncompatibleError: for a fit of another program.
 
     Warns:
-        UserWarning: where at some step fewer than 2 % of the chains carried the weight.
+        UserWarning: where at some step fewer than 2 % of the chains carried the weight, or, without
+            ``correct``, where rows end far from all data.
 
     References:
         Deep unsupervised learning using nonequilibrium thermodynamics (Sohl-Dickstein et al., 2015), section 2.5.
@@ -92,6 +94,12 @@ def guided_sample(
         log_weight, least = height(state, chain.steps).double(), float(n)
         for t in range(chain.steps, 0, -1):
             before, slope = _with_slope(height, state, t)
+            if slope is None and not correct and float(before.max() - before.min()) > 0:
+                raise ValueError(
+                    "log_density: no gradient reaches the rows (.detach(), torch.no_grad(), NumPy or a comparison is "
+                    "in the way), and without correct=True the gradient is all that moves them"
+                )
+            slope = torch.zeros_like(state) if slope is None else slope
             mean, scale = chain.reverse(state, t)
             moved = mean + scale**2 * slope
             after = moved + scale * torch.randn_like(state)
@@ -102,6 +110,16 @@ def guided_sample(
                 least = min(least, size)
             state = after
         rows = chain.rows(state)
+        batch = fit.data.glimpse()
+        known = chain.standard(batch.args[0] if batch.args else batch.kwargs["x"])
+    far = float(state.abs().max())
+    if not correct and not far <= _FAR * max(1.0, float(known.abs().max())):
+        warnings.warn(
+            f"guided_sample: some rows lie {far:.3g} standard deviations from the mean of the data: log_density is so "
+            "steep that each step overshoots. Take correct=True, a wider log_density, or a fit with more steps",
+            UserWarning,
+            stacklevel=2,
+        )
     if least < _FEW * n:
         warnings.warn(
             f"guided_sample: at some step {least:.1f} of {n} chains carried the weight, so that many rows are copies: "
@@ -112,15 +130,15 @@ def guided_sample(
     return rows
 
 
-def _with_slope(height: Callable[[Tensor, int], Tensor], state: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """The log density of rows and its gradient in them."""
+def _with_slope(height: Callable[[Tensor, int], Tensor], state: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
+    """The log density of rows and its gradient in them, None where it has none."""
     with torch.enable_grad():
         leaf = state.detach().requires_grad_()
         value = height(leaf, t)
         if not value.requires_grad:  # it does not depend on the rows
-            return value, torch.zeros_like(state)
+            return value, None
         (slope,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
-    return value.detach(), torch.zeros_like(state) if slope is None else slope
+    return value.detach(), slope
 
 
 def _resampled(log_weight: Tensor, state: Tensor, *, last: bool) -> tuple[Tensor, Tensor, float]:
