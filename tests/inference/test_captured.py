@@ -16,6 +16,7 @@ from torch import nn
 import ppl_gen as pg
 from ppl_gen.inference import ELBO, IWAE, SVI, Adversarial, ContrastiveDivergence, Divergence
 from ppl_gen.inference.captured import EAGER, LOOK, SHAPES
+from ppl_gen.inference.objectives import adversarial
 from ppl_gen.models import gan, rbm
 
 X = torch.randn(30, 2, generator=torch.Generator().manual_seed(1))
@@ -306,3 +307,8 @@ def test_a_few_steps_are_not_worth_it() -> None:
 def test_other_paths_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match='compile: expected "auto", "graph", "inductor" or False'):
         pg.fit(normal, X, SVI(steps=2), compile=value)
+
+
+def test_a_network_that_is_first_called_in_the_first_step_is_captured_with_its_own_memory(monkeypatch):
+    monkeypatch.setattr(adversarial, "check_output", lambda *arguments: None)  # the one who calls it before
+    check_equal(*both(lambda: gan(2, hidden=(4,)), objective=Adversarial(penalty="none")))
