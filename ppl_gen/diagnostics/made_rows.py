@@ -20,7 +20,9 @@ _NEIGHBOURS = 5  # of a row of the data: its ball reaches to the fifth of them
 _SAME = 0.01  # of the median distance of neighbours in the data: nearer rows are repeats
 _SHUFFLES = 200
 _MISSED = 0.1  # of a label's share in the data: made less often, it counts as missed
-_CHUNK = 5000  # rows of the data at a time
+_CHUNK = 5000  # rows of the data at a time,
+_NUMBERS = 8_000_000  # and distances
+_ROUNDED = 1e-7  # of a row's length: its square is rounded to some 1e-16 of itself
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def compare_rows(data: Any, made: Any, *, labels: Any = None, seed: int = 0) -> 
     """Compare made rows with rows of the data.
 
     Both are rows x anything of the same shape; of the longer, as many are drawn as the shorter has, but copies are
-    looked for among all rows of the data. Columns are divided by the data's standard deviations. Memory goes as the
+    looked for among all rows of the data. Columns are divided by the data's standard deviations. Time goes as the
     square of the fewer rows: some thousand are enough.
 
     Args:
@@ -109,23 +111,20 @@ def compare_rows(data: Any, made: Any, *, labels: Any = None, seed: int = 0) -> 
     spread = float(others.std(0, correction=0).sum() / deviation.sum().clamp_min(torch.finfo(torch.float64).tiny))
     # About the mean: far from zero, distances by matrix products lose their digits.
     every, rows, others = ((values - rows.mean(0)) / scale for values in (every, rows, others))
-    within, across, own = torch.cdist(rows, rows), torch.cdist(rows, others), torch.cdist(others, others)
-    for square in (within, own):
-        square.fill_diagonal_(math.inf)
-    ball = within.kthvalue(_NEIGHBOURS, dim=1).values
-    accuracy, z = _told_apart(within, across, own, numbers)
+    near = _neighbours(rows, others, numbers)
+    accuracy, z = _told_apart(near.nearest, numbers)
     kinds = None if kinds is None else kinds[chosen]
     copied, nearer = _copies(every, rows, others, chosen)
     return RowsCompared(
         count,
         accuracy,
         z,
-        coverage=float((across.min(1).values <= ball).double().mean()),
+        coverage=float((near.across <= near.ball).double().mean()),
         spread=spread,
-        repeated=_repeated(own.min(1).values, within.min(1).values),
+        repeated=_repeated(near.own, near.within),
         copied=copied,
         nearer=nearer,
-        missed=None if kinds is None else _missed(kinds, kinds[across.argmin(0)]),
+        missed=None if kinds is None else _missed(kinds, kinds[near.source]),
         labels=None if kinds is None else len(kinds.unique()),
     )
 
@@ -153,7 +152,7 @@ def modes_covered(rows: Any, modes: Any, within: float) -> tuple[int, float]:
     if centres.dim() != 2 or points.shape[1] != centres.shape[1]:
         wide = points.shape[1]
         raise ValueError(f"modes: expected modes x {wide} numbers, as in rows, got shape {tuple(centres.shape)}")
-    distance, nearest = torch.cdist(points, centres).min(1)
+    distance, nearest = _nearest(points, centres)
     close = distance < within
     return int(nearest[close].unique().numel()), float(close.double().mean())
 
@@ -185,15 +184,69 @@ def _checked(data: Any, made: Any, labels: Any) -> tuple[Tensor, Tensor, Tensor 
     return *flat, kinds
 
 
-def _told_apart(within: Tensor, across: Tensor, own: Tensor, numbers: torch.Generator) -> tuple[float, float]:
+@dataclass(frozen=True)
+class _Neighbours:
+    """Of as many rows of the data as of made ones.
+
+    ``nearest``: of each row of the data and then of each made one, which other row of both is nearest, one at random
+    of those at equal distances. ``within``, ``across`` and ``ball``: from each row of the data to the nearest other of
+    the data, to the nearest made row, and to its fifth in the data; ``own`` and ``source``: from each made row to the
+    nearest other made row, and which row of the data is nearest.
+    """
+
+    nearest: Tensor
+    within: Tensor
+    across: Tensor
+    ball: Tensor
+    own: Tensor
+    source: Tensor
+
+
+def _neighbours(rows: Tensor, others: Tensor, numbers: torch.Generator) -> _Neighbours:
+    count, pooled = len(rows), torch.cat([rows, others])
+    among = torch.rand(2 * count, generator=numbers, dtype=rows.dtype)
+    nearest, source = torch.empty(2, 2 * count, dtype=torch.long)
+    to_data, to_made, ball = torch.empty(3, 2 * count, dtype=rows.dtype)
+    step = max(1, _NUMBERS // (2 * count))
+    for begin in range(0, 2 * count, step):
+        some = slice(begin, begin + step)
+        distance = _distances(pooled[some], pooled)
+        distance.diagonal(begin).fill_(math.inf)
+        nearest[some] = _least(distance, among[some])
+        to_data[some], source[some] = distance[:, :count].min(1)
+        to_made[some] = distance[:, count:].min(1).values
+        ball[some] = distance[:, :count].kthvalue(_NEIGHBOURS, dim=1).values
+    return _Neighbours(
+        nearest, to_data[:count], to_made[:count], ball[:count], own=to_made[count:], source=source[count:]
+    )
+
+
+def _distances(points: Tensor, rows: Tensor) -> Tensor:
+    """Points x rows; what the rounding of products may leave of no distance is none, wherever a row stands."""
+    distance = torch.cdist(points, rows)
+    return distance.masked_fill_(distance <= _ROUNDED * points.norm(dim=1, keepdim=True), 0.0)
+
+
+def _least(distance: Tensor, among: Tensor) -> Tensor:
+    """Where each row has its least value; of several equal ones the one that ``among``, within [0, 1), points at."""
+    least, at = distance.min(1)
+    equal = distance == least[:, None]
+    count = equal.sum(1)
+    tied = count > 1
+    if bool(tied.any()):
+        which = (among[tied] * count[tied]).long() + 1
+        at[tied] = (equal[tied].cumsum(1) >= which[:, None]).byte().argmax(1)
+    return at
+
+
+def _told_apart(nearest: Tensor, numbers: torch.Generator) -> tuple[float, float]:
     """The accuracy of nearest neighbours, and its distance from chance in standard deviations of shuffled labels."""
-    count = len(within)
-    order = torch.randperm(2 * count, generator=numbers)  # rows at equal distances come in any order
-    pooled = torch.cat([torch.cat([within, across], 1), torch.cat([across.mT, own], 1)])[order][:, order]
-    nearest = pooled.argmin(1)
-    kind = (order >= count).double()
-    shuffled = torch.stack([kind[torch.randperm(2 * count, generator=numbers)] for _ in range(_SHUFFLES)])
-    chance = (shuffled == shuffled[:, nearest]).double().mean(1)
+    kind = torch.arange(len(nearest)) >= len(nearest) // 2
+    hits = []
+    for _ in range(_SHUFFLES):
+        shuffled = kind[torch.randperm(len(nearest), generator=numbers)]
+        hits.append((shuffled == shuffled[nearest]).double().mean())
+    chance = torch.stack(hits)
     accuracy = float((kind == kind[nearest]).double().mean())
     return accuracy, (accuracy - float(chance.mean())) / max(float(chance.std()), 1e-12)
 
@@ -226,14 +279,17 @@ def _nearest(points: Tensor, rows: Tensor, *leaving_out: Tensor) -> tuple[Tensor
     """Distance to and number of the nearest of ``rows``; for each point the numbers ``leaving_out`` do not count."""
     best = torch.full((len(points),), math.inf, dtype=points.dtype)
     where = torch.zeros(len(points), dtype=torch.long)
-    for begin in range(0, len(rows), _CHUNK):
-        distance = torch.cdist(points, rows[begin : begin + _CHUNK])
-        for numbers in leaving_out:
-            held = (numbers >= begin) & (numbers < begin + distance.shape[1])
-            distance[held.nonzero().squeeze(1), numbers[held] - begin] = math.inf
-        least, at = distance.min(1)
-        where = torch.where(least < best, at + begin, where)
-        best = torch.minimum(least, best)
+    step = max(1, _NUMBERS // max(1, min(len(rows), _CHUNK)))
+    for first in range(0, len(points), step):
+        some = slice(first, first + step)
+        for begin in range(0, len(rows), _CHUNK):
+            distance = _distances(points[some], rows[begin : begin + _CHUNK])
+            for numbers in (given[some] for given in leaving_out):
+                held = (numbers >= begin) & (numbers < begin + distance.shape[1])
+                distance[held.nonzero().squeeze(1), numbers[held] - begin] = math.inf
+            least, at = distance.min(1)
+            where[some] = torch.where(least < best[some], at + begin, where[some])
+            best[some] = torch.minimum(least, best[some])
     return best, where
 
 

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from memory import Largest
 
 import ppl_gen as pg
 from ppl_gen.diagnostics.game_verdicts import verdict_game
@@ -224,7 +225,7 @@ def test_a_program_that_hands_out_the_rows_it_was_given_is_seen_however_many_the
 def test_what_a_program_reads_comes_from_other_rows_than_it_is_compared_with() -> None:
     """Sorted by what is read: the first rows are no sample of it. Read off the same rows, near copies are no fault."""
     labels = torch.arange(3).repeat_interleave(300)
-    x = 4.0 * labels + torch.randn(900, generator=torch.Generator().manual_seed(0))
+    x = 4.0 * labels + torch.randn(900, generator=torch.Generator().manual_seed(7))  # other numbers than the fit draws
 
     def given(x: torch.Tensor, y: torch.Tensor) -> None:
         scale = pyro.param("scale", torch.tensor(1.0))
@@ -259,3 +260,31 @@ def test_rows_of_few_values_repeat_by_chance():
     numbers = torch.Generator().manual_seed(0)
     data = torch.randn(40, 5, generator=numbers)
     assert "repeat another" in str(verdict_game(compare_rows(data, data[:8].repeat(5, 1)), {}))
+
+
+def test_comparing_many_rows_takes_the_memory_of_a_block_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, made = _rows(0, 900), torch.cat([_rows(1, 700) + 0.3, _rows(2, 100)[:1].expand(200, 2)])
+    labels = (data[:, 0] > 0).long() + (data[:, 1] > 1.5).long()
+    found = []
+    for numbers in (10**8, 20_000):
+        monkeypatch.setattr("ppl_gen.diagnostics.made_rows._NUMBERS", numbers)
+        with Largest() as largest:
+            found.append((compare_rows(data, made, labels=labels), modes_covered(data, made[:50], within=0.1)))
+        # Beside distances, one number of a few for each of two times 900 rows.
+        assert (largest.numbers <= 20_000) is (numbers == 20_000)
+    assert found[0] == found[1]
+    told = found[0][0]
+    assert told.z > 5 and told.repeated > 0.1 and told.labels == 3 and found[0][1][1] > 0
+
+
+def test_what_is_found_is_what_all_pairs_say() -> None:
+    data, made = _rows(0, 60), 1.5 * _rows(1, 60)
+    found = compare_rows(data, made)
+    scale = data.double().std(0, correction=0)
+    one, other = data.double() / scale, made.double() / scale
+    pairs = torch.cdist(torch.cat([one, other]), torch.cat([one, other])).fill_diagonal_(math.inf)
+    kind = torch.arange(120) >= 60
+    assert found.accuracy == pytest.approx(float((kind[pairs.argmin(1)] == kind).double().mean()))
+    ball = pairs[:60, :60].sort(1).values[:, 4]
+    assert found.coverage == pytest.approx(float((pairs[:60, 60:].min(1).values <= ball).double().mean()))
+    assert 0.5 < found.coverage < 1

@@ -1,12 +1,15 @@
 """The maximum mean discrepancy against closed forms, and as a test of two samples."""
 
 import math
+import sys
 
 import pytest
 import torch
+from memory import Largest
 from scipy.spatial.distance import cdist
 
 from ppl_gen.distances import mmd
+from ppl_gen.distances.mmd import SCALES
 
 
 def _normals(rows, shift, scale, width=2, seed=0):
@@ -108,3 +111,30 @@ def test_half_precision_is_computed_in_single():
         wanted = mmd(one.double(), other.double())
         # Float32 leaves 1e-6 of distances; the squares of these rows, up to 1e6, are infinite in float16.
         assert float(mmd(one, other)) == pytest.approx(float(wanted), abs=1e-5) and float(wanted) > 0.02
+
+
+@pytest.mark.parametrize("kernel", ("rbf", "imq"))
+@pytest.mark.parametrize("scales", (None, [0.5, 2.0]))
+def test_sums_in_blocks_are_those_of_all_pairs_at_once_and_so_are_their_slopes(kernel, scales, monkeypatch):
+    found = []
+    for block in (10**9, 2000):  # of 10 ** 9 all pairs are one block, of 2000 some rows are one
+        monkeypatch.setattr(sys.modules["ppl_gen.distances.mmd"], "_BLOCK", block)  # the function has the same name
+        x, y = _normals(211, 0.0, 1.0).requires_grad_(), _normals(150, 0.5, 1.5, seed=1).requires_grad_()
+        with Largest() as largest:
+            value = mmd(x, y, kernel=kernel, scales=scales)
+            value.backward()
+        found.append((value.detach(), x.grad, y.grad, largest.numbers))
+    # 45,000 pairs of numbers of order one: rounding leaves 1e-16 of each.
+    for one, other in zip(*(values[:3] for values in found), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
+    kernels = len(scales or SCALES)
+    assert found[0][3] == 211 * 211 * kernels > 20 * found[1][3]
+    assert found[1][3] <= 2000
+
+
+def test_many_rows_take_the_memory_of_a_block():
+    x, y = (_normals(3000, shift, 1.0, seed=seed).float() for seed, shift in enumerate((0.0, 0.2)))
+    with Largest() as largest:
+        found = float(mmd(x, y))
+    assert largest.numbers <= 4_000_000 < 3000 * 3000
+    assert 0.001 < found < 0.1

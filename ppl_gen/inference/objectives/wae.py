@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 
 from ppl_gen.arguments import require_choice
 from ppl_gen.data.batching import Batch
-from ppl_gen.distances.mmd import KERNELS, SCALES, squared_distance, unbiased
+from ppl_gen.distances.mmd import KERNELS, SCALES, mean_squared_distance, unbiased
 from ppl_gen.errors import IncompatibleError, require_number, require_positive, require_whole
 from ppl_gen.handlers.sites import is_sample, log_density, scaled
 from ppl_gen.handlers.unobserved import unobserved
@@ -33,8 +33,6 @@ from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["WAE"]
-
-_PAIRED = 1000  # codes of the prior at most whose distances set the scale of the kernels
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,7 @@ class _WAEGame(Game):
         if objective.kind == "mmd":
             if setting.probe.rows == 1:
                 raise ValueError("batch_size: 'mmd' compares pairs of rows, expected at least 2 rows in a batch, got 1")
-            some = prior[:_PAIRED]
-            mean = squared_distance(some, some).sum() / max(1, len(some) * (len(some) - 1))
+            mean = mean_squared_distance(prior)
             self.squares = mean * torch.tensor(SCALES, dtype=mean.dtype, device=mean.device)
             self.players = (program,)
             self.notes = {
