@@ -41,6 +41,10 @@ CASES = {
     "powers": lambda u: (u**2, u**1.0, u**3, u.abs() ** 0.5, u.abs().sqrt(), u.abs().rsqrt()),
     "nothing": lambda u: ((u.exp() * 1.0).sum(1) + 0.0, u.exp() / 1, u.sin() - 0),
     "exponentials": lambda u: (u.exp(), u.abs().log(), u.abs().log1p(), u.expm1(), u.sin(), u.cos(), u.tanh(), u.atan(), u.erf()),
+    "angles": lambda u: (u.tan(), (0.9 * u.tanh()).asin(), (0.9 * u.tanh()).acos(), torch.atan2(u, u.flip(0)), torch.hypot(u, u.flip(0))),
+    "other bases": lambda u: (u.exp2(), u.abs().log2(), u.abs().log10(), u.sinh(), u.cosh(), u.erfc(), torch.logaddexp(u, u.flip(1)), torch.logaddexp(u, u)),
+    "whole numbers": lambda u: (u.floor(), u.ceil(), u.trunc()),
+    "norms": lambda u: (u.norm(), u.norm(dim=-1), u.norm(dim=0, keepdim=True), torch.linalg.vector_norm(u, 1, dim=1), u.T.norm(dim=1)),
     "gamma": lambda u: ((u.abs() + 0.5).lgamma(), (u.abs() + 0.5).digamma()),
     "comparisons": lambda u: tuple(
         functional.relu(u).where(m, u)
@@ -69,6 +73,7 @@ CASES = {
     "masks": lambda u: (u.masked_fill(u > 0, 2.0), u.sin().masked_fill(u < 0, 3.0)),
     "in place": changed,
     "tangents": gradient(lambda u: functional.relu(u) + u.tanh() + u.sigmoid() + functional.logsigmoid(u) + functional.softplus(u)),
+    "tangents of pairs": gradient(lambda u: torch.logaddexp(u, u.flip(0)) + u.norm(dim=-1, keepdim=True) + u.erfc() + u.cosh()),
     "slopes of parts": gradient(lambda u: u[1:5:2].exp().sum() + u[2].sin().sum() + u.logsumexp(1).sum() + u[WHERE[:, 0]].sin().sum()),
 }  # fmt: skip
 

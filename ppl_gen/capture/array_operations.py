@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from ppl_gen.capture.tape import RecordingRefused
+
 __all__ = ["FUNCTIONS", "TEXT"]
 
 Array = Any  # an array, or one of NumPy's numbers
@@ -88,6 +90,12 @@ def _amax(a: Array, axes: Sequence[int] = (), keep: bool = False) -> Array:
     if len(axes) != 1 or np.size(a) < _MANY or a.dtype != np.float64:
         return _MAXIMUM.reduce(a, axis=tuple(axes) or None, keepdims=keep)
     return _reduced(_MAXIMUM, a, axes[0], keep)
+
+
+def _norm(a: Array, order: float = 2, axes: Sequence[int] | None = None, keep: bool = False) -> Array:
+    if order not in (1, 2):
+        raise RecordingRefused(f"a norm of order {order} in NumPy")
+    return _total(np.abs(a), axes, keep) if order == 1 else np.sqrt(_total(a * a, axes, keep))
 
 
 def _logsumexp(a: Array, axes: Sequence[int], keep: bool = False) -> Array:
@@ -251,6 +259,12 @@ def _erf(a: Array) -> Array:
     return erf(a)
 
 
+def _erfc(a: Array) -> Array:
+    from scipy.special import erfc
+
+    return erfc(a)
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "aten::sum": _total,
     "aten::sum.dim_IntList": _total,
@@ -261,6 +275,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "aten::log": np.log,
     "aten::log1p": np.log1p,
     "aten::expm1": np.expm1,
+    "aten::exp2": np.exp2,
+    "aten::log2": np.log2,
+    "aten::log10": np.log10,
+    "aten::logaddexp": np.logaddexp,
     "aten::sqrt": np.sqrt,
     "aten::rsqrt": _rsqrt,
     "aten::abs": np.abs,
@@ -268,9 +286,20 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "aten::sign": _sign,
     "aten::sin": np.sin,
     "aten::cos": np.cos,
+    "aten::tan": np.tan,
+    "aten::sinh": np.sinh,
+    "aten::cosh": np.cosh,
     "aten::tanh": np.tanh,
+    "aten::asin": np.arcsin,
+    "aten::acos": np.arccos,
     "aten::atan": np.arctan,
+    "aten::atan2": np.arctan2,
+    "aten::hypot": np.hypot,
+    "aten::floor": np.floor,
+    "aten::ceil": np.ceil,
+    "aten::trunc": np.trunc,
     "aten::erf": _erf,
+    "aten::erfc": _erfc,
     "aten::lgamma": _lgamma,
     "aten::digamma": _digamma,
     "aten::maximum": np.maximum,
@@ -287,6 +316,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "aten::max.dim": _max,
     "aten::amax": _amax,
     "aten::logsumexp": _logsumexp,
+    "aten::linalg_vector_norm": _norm,
     "aten::xlogy.Tensor": _xlogy,
     "aten::sigmoid": _sigmoid,
     "aten::log_sigmoid_forward": _log_sigmoid,

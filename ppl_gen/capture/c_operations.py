@@ -58,13 +58,28 @@ EXPRESSIONS: dict[str, str] = {
     "aten::log": "log({0})",
     "aten::log1p": "ppl_log1p({0})",
     "aten::expm1": "expm1({0})",
+    "aten::exp2": "exp2({0})",
+    "aten::log2": "log2({0})",
+    "aten::log10": "log10({0})",
+    "aten::logaddexp": "ppl_logaddexp({0}, {1})",
     "aten::sqrt": "sqrt({0})",
     "aten::rsqrt": "1.0 / sqrt({0})",
     "aten::sin": "sin({0})",
     "aten::cos": "cos({0})",
+    "aten::tan": "tan({0})",
+    "aten::sinh": "sinh({0})",
+    "aten::cosh": "cosh({0})",
     "aten::tanh": "tanh({0})",
+    "aten::asin": "asin({0})",
+    "aten::acos": "acos({0})",
     "aten::atan": "atan({0})",
+    "aten::atan2": "atan2({0}, {1})",
+    "aten::hypot": "hypot({0}, {1})",
+    "aten::floor": "floor({0})",
+    "aten::ceil": "ceil({0})",
+    "aten::trunc": "trunc({0})",
     "aten::erf": "erf({0})",
+    "aten::erfc": "erfc({0})",
     "aten::lgamma": "ppl_lgamma({0})",
     "aten::digamma": "ppl_digamma({0})",
     "aten::pow.Tensor_Scalar": "pow({0}, {1})",
@@ -97,6 +112,11 @@ double lgamma_r(double, int *);
 static inline double ppl_log1p(double x) {
   const double u = 1.0 + x, all = log(u);
   return u > 0.0 && u < INFINITY ? all - ((u - 1.0) - x) / u : all;
+}
+
+static inline double ppl_logaddexp(double a, double b) {
+  const double top = a > b || a != a ? a : b;
+  return isfinite(top) ? top + ppl_log1p(exp(-fabs(a - b))) : top;
 }
 
 static double ppl_lgamma(double x) {

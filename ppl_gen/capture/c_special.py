@@ -28,6 +28,18 @@ def _mean(memory: Memory, out: Slot, given: Given) -> list[str]:
     return _reduced(memory, out, given, "sum") + scaled
 
 
+def _norm(memory: Memory, out: Slot, given: Given) -> list[str]:
+    """Of vectors along some axes: the sum of absolute values, or the root of the sum of squares."""
+    order = plain(given[1]) if len(given) > 1 else 2
+    if order not in (1, 2):
+        raise RecordingRefused(f"C: a norm of order {order}")
+    kept, along, leading, source = _split(memory, out, [given[0], *given[2:3]])
+    if order == 1:
+        return reduction(kept, along, [leading, source], "sum", "fabs({0})".format)
+    lines = reduction(kept, along, [leading, source], "sum", "{0} * {0}".format)
+    return lines + each(memory.shape(out), [memory.operand(out)], lambda texts: f"{texts[0]} = sqrt({texts[0]});")
+
+
 def _logsumexp(memory: Memory, out: Slot, given: Given) -> list[str]:
     """The largest entry, the sum of what the others are to it, and its logarithm."""
     kept, along, leading, source = _split(memory, out, given)
@@ -195,6 +207,7 @@ SPECIAL: dict[str, Special] = {
     "aten::max": functools.partial(_reduced, kind="max"),
     "aten::max.dim": functools.partial(_reduced, kind="max"),
     "aten::logsumexp": _logsumexp,
+    "aten::linalg_vector_norm": _norm,
     "aten::mm": _product,
     "aten::mv": _product,
     "aten::bmm": _product,

@@ -147,6 +147,10 @@ def as_call(data: Any, model: Callable[..., Any], read: Collection[str] = ()) ->
 def _alone(name: str, data: Any) -> Call:
     if isinstance(data, argparse.Namespace | types.SimpleNamespace):
         return Call({}, {name: data}, (name,), (name,))
+    if isinstance(data, Constant | ByStep):  # marked as having no rows, as in a tuple or by name
+        marked: dict[str, Any] = {}
+        _sorted_out(name, data, {}, marked)
+        return Call({}, marked, (name,), (name,))
     if is_number(data):
         value = as_array(data, name) if isinstance(data, Tensor | np.ndarray) else data
         value = value.item() if isinstance(value, np.generic) else value  # distributions take Python's numbers

@@ -79,7 +79,18 @@ def test_every_operation_gives_torchs_numbers(name) -> None:
         return
     replay = replayed(tape, u)
     agrees(replay, doubles(results), [DRAWN, 3.0 * DRAWN.flip(0), torch.zeros_like(DRAWN)])
-    if name in ("tangents", "slopes of parts", "gamma", "products", "running", "powers", "sums", "nothing", *MORE):
+    if name in (
+        "tangents",
+        "tangents of pairs",
+        "slopes of parts",
+        "gamma",
+        "products",
+        "running",
+        "powers",
+        "sums",
+        "nothing",
+        *MORE,
+    ):
         return  # infinities meet in sums there, or overflow on the way; the numbers that count are compared above
     for ours, theirs in zip(replay(EXTREME), results(EXTREME), strict=True):
         np.testing.assert_allclose(ours, theirs.double(), rtol=1e-12, atol=1e-300)
@@ -133,6 +144,7 @@ def test_the_text_does_not_hold_the_data() -> None:
 def test_what_is_not_known_is_refused() -> None:
     for function, reason in (
         (lambda u: torch.special.i0(u), "is not known"),
+        (lambda u: u.norm(3, dim=1), "a norm of order 3"),
         (lambda u: u.float().exp(), "torch.float32"),
         (lambda u: torch.sub(u, u, alpha=2.0), "with alpha"),
         (lambda u: u[(u.sum(1) * 0).long()], "places that are computed"),

@@ -258,6 +258,29 @@ def test_settings_alone_are_no_data() -> None:
     assert pg.fit(lambda: pyro.sample("t", dist.Normal(0.0, 1.0)), None, FAST, seed=0).status == "finished"
 
 
+@pytest.mark.filterwarnings("ignore:marginal_likelihood")  # a guide of few steps is not to be trusted
+@pytest.mark.parametrize(
+    "value",
+    [pg.constant(2.0), pg.constant(torch.tensor(2.0)), pg.by_step(lambda step: 0.5 + step, final=2.0)],
+    ids=["number", "tensor", "by step"],
+)
+def test_what_is_marked_as_without_rows_may_stand_alone(value, tmp_path) -> None:
+    """As in a tuple and by name: the same losses at every step, and the same values in questions."""
+
+    def tempered(weight):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("target", -weight * (z - 1.0) ** 2)
+
+    fits = [pg.fit(tempered, data, FAST, seed=0) for data in (value, (value,), {"weight": value})]
+    bounds = [fit.marginal_likelihood(draws=200, seed=1).mean for fit in fits]
+    for fit, bound in zip(fits[1:], bounds[1:], strict=True):
+        assert torch.equal(
+            torch.as_tensor(fit.records["program_loss"]), torch.as_tensor(fits[0].records["program_loss"])
+        )
+        assert bound == bounds[0]
+    assert pg.load(fits[0].save(tmp_path / "fit"), program=tempered).data.constants["weight"] == 2.0
+
+
 def test_numbers_inside_constants_count_as_data() -> None:
     """What bounds the cost of evidence and verdicts looks at all numbers that a call of the model reads."""
 
