@@ -24,7 +24,7 @@ from ppl_gen.handlers.read_sites import innermost
 from ppl_gen.handlers.sites import is_deterministic, is_subsample
 from ppl_gen.workspace.isolation import isolated, validation_off, without_side_effects
 
-__all__ = ["Domains", "domains_of", "outside", "refuse_outside"]
+__all__ = ["ByRuns", "Domains", "domains_of", "outside", "refuse_outside"]
 
 _PIECE = 4096  # rows that are looked at in one go
 
@@ -64,22 +64,40 @@ class Domains:
         for first, values in _parts(data, named, batch.rows or 0, self.rows):
             fine, *found = self._check(*[values[name] for name in self.inputs])
             if not bool(fine):
-                return self._said(batch, first, found)
+                return _said(self.sites, batch, first, found)
         return ""
 
-    def _said(self, batch: Batch, first: int, found: Sequence[Any]) -> str:
-        for site, inside, value in zip(self.sites, found[::2], found[1::2], strict=True):
-            if bool(inside.all()):
-                continue
-            place = (~inside).nonzero()[0].tolist()
-            at = value[tuple(place)] if value.dim() >= inside.dim() else value
-            shown = f"{float(at):g}" if at.numel() == 1 else str(at.tolist()[:4])
-            row = None if site.dim is None else (first + place[site.dim]) % (batch.rows or 1)
-            if row is not None and batch.index is not None:
-                row = int(batch.index[row])
-            where = "" if row is None else f"row {row} of the data: "
-            return f"{where}{shown} lies outside of the support of {site.name!r}, a {site.kind}: {site.support}"
-        return ""
+
+@dataclass(frozen=True)
+class ByRuns:
+    """The same of a program that cannot be recorded: it is run on the rows. For sites whose bounds are numbers."""
+
+    model: Callable[..., Any]
+    plate: str | None
+    names: tuple[str, ...]
+
+    def __call__(self, data: Dataset, batch: Batch) -> str:
+        seen = _Observed(self.plate, self.names)
+        with without_side_effects(), isolated(0), validation_off(), seen:
+            self.model(*batch.args, **batch.kwargs)
+        found = [part for name in seen.sites for part in (seen.inside[name], seen.values[name])]
+        return _said(list(seen.sites.values()), batch, 0, found)
+
+
+def _said(sites: Sequence[_Site], batch: Batch, first: int, found: Sequence[Any]) -> str:
+    """Which of the sites holds a value outside, in words; ``found`` has for each what is inside, and the values."""
+    for site, inside, value in zip(sites, found[::2], found[1::2], strict=True):
+        if bool(inside.all()):
+            continue
+        place = (~inside).nonzero()[0].tolist()
+        at = value[tuple(place)] if value.dim() >= inside.dim() else value
+        shown = f"{float(at):g}" if at.numel() == 1 else str(at.tolist()[:4])
+        row = None if site.dim is None else (first + place[site.dim]) % (batch.rows or 1)
+        if row is not None and batch.index is not None:
+            row = int(batch.index[row])
+        where = "" if row is None else f"row {row} of the data: "
+        return f"{where}{shown} lies outside of the support of {site.name!r}, a {site.kind}: {site.support}"
+    return ""
 
 
 def _named(data: Dataset, batch: Batch) -> dict[str, Any]:
@@ -104,11 +122,11 @@ def _parts(data: Dataset, named: dict[str, Any], rows: int, size: int) -> Iterat
 
 def domains_of(
     model: Callable[..., Any], data: Dataset, plate: str | None, *, learned: Sequence[Tensor] = ()
-) -> Domains | None:
+) -> Domains | ByRuns | None:
     """The checks of a program on these data, recorded on their first rows; None where nothing can lie outside.
 
     Supports that move with a latent site or with one of the ``learned`` parameters are left out, and so is a
-    distribution whose author switched its validation off. A program that cannot be recorded has none.
+    distribution whose author switched its validation off. A program that cannot be recorded has to be run.
     """
     batch = data.glimpse()
     named = {name: value for name, value in _named(data, batch).items() if isinstance(value, Tensor)}
@@ -119,11 +137,15 @@ def domains_of(
             first = _Observed(plate)
             with first:
                 model(*batch.args, **batch.kwargs)
-        if not first.sites:
-            return None
+    except PROGRAM_ERRORS:
+        return None
+    if not first.sites:
+        return None
+    try:
         return _recorded(model, batch, named, plate, list(first.sites), learned, buffers)
     except (RecordingRefused, *PROGRAM_ERRORS):
-        return None
+        fixed = tuple(name for name in first.sites if name in first.fixed)
+        return ByRuns(model, plate, fixed) if fixed else None
 
 
 @contextmanager
@@ -220,6 +242,7 @@ class _Observed(Messenger):
         self.sites: dict[str, _Site] = {}
         self.inside: dict[str, Tensor] = {}
         self.values: dict[str, Tensor] = {}
+        self.fixed: set[str] = set()  # those whose bounds are numbers
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -244,6 +267,8 @@ class _Observed(Messenger):
         dim = None if frame is None or inside.dim() < rest - frame.dim else inside.dim() + frame.dim - rest
         self.sites[name] = _Site(name, type(innermost(fn)).__name__, str(support), dim)
         self.inside[name], self.values[name] = inside, msg["value"]
+        if not any(isinstance(bound, Tensor) for bound in vars(support).values()):
+            self.fixed.add(name)
 
 
 def outside(domains: Callable[[Dataset, Batch], str] | None, data: Dataset) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppl_gen.capture.domains import domains_of, outside
+from ppl_gen.capture.domains import ByRuns, domains_of, outside
 from ppl_gen.data.arrays import shared
 from ppl_gen.data.batching import Dataset, as_dataset, is_double, is_single
 from ppl_gen.data.masks import refuse_unread_masks
@@ -151,18 +151,25 @@ def _with_plate(program: Program, info: ProgramInfo) -> tuple[Program, dict[str,
     return replace(program, data_plate=info.data_plate), {"data plate": taken}
 
 
-def _watched(program: Program, data: Dataset, info: ProgramInfo, workspace: Workspace, *, whole: bool) -> Dataset:
+def _watched(
+    program: Program, data: Dataset, info: ProgramInfo, workspace: Workspace, *, whole: bool
+) -> tuple[Dataset, dict[str, str]]:
     """The data, with checks of the rows that the dry run did not see; those at hand are held against these now."""
     if data.rows is None or (data.streamed is None and (data.glimpse().rows or 0) >= data.rows):
-        return data
+        return data, {}
     learned = list(workspace.leaves().values())
-    data = replace(data, domains=domains_of(program.model, data, info.data_plate, learned=learned))
-    if data.streamed is None and not (data.unseen and (data.beyond_memory or not whole)):
+    domains = domains_of(program.model, data, info.data_plate, learned=learned)
+    late = data.streamed is not None or (data.unseen and (bool(data.beyond_memory) or not whole))
+    if not late:
         with isolated():
-            said = outside(data.domains, data)
+            said = outside(domains, data)
         if said:
             raise ValueError(f"data: {said}. Mend the value, or drop the row")
-    return data
+    if isinstance(domains, ByRuns):  # a run for every batch would cost a third of a step
+        names = ", ".join(domains.names)
+        said = f"values of {names} in rows after the first are not held against its support: the program has to be run"
+        return data, {"rows": f"{said} for that"} if late else {}
+    return replace(data, domains=domains), {}
 
 
 def checked_run(
@@ -185,8 +192,8 @@ def checked_run(
     refuse_idle_masks(program, data.glimpse())
     require(algorithm.label, algorithm.needs, program.name, info.offers, why=info.lost(algorithm.needs))
     program, notes = _with_plate(program, info)
-    data = _watched(program, data, info, workspace, whole=not algorithm.subsamples)
-    notes = {**program.notes, **notes, **changes}
+    data, unseen = _watched(program, data, info, workspace, whole=not algorithm.subsamples)
+    notes = {**program.notes, **notes, **changes, **unseen}
     if data.left_out:
         notes["left out"] = f"{', '.join(data.left_out)}: neither model nor recipe reads them"
     if data.taken:

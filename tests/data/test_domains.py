@@ -145,6 +145,27 @@ def test_values_are_those_that_the_site_observes():
     assert fit.cost["steps"] == 3 and [s.name for s in fit.data.domains.sites] == ["coins"]
 
 
+def test_a_program_that_reads_numbers_into_python_is_run_instead(tmp_path):
+    """It cannot be recorded; late rows, for which a run is too long, are a note."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        shift = 1.0 if float(x.sum()) > 0 else 2.0
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", poisson(z * shift), obs=x)
+            pyro.sample("moved", dist.Uniform(0.0, 100.0 + z.exp() * torch.ones(2)).to_event(1), obs=x.abs())
+
+    x = rows("fraction of a count")
+    with pytest.raises(ValueError, match=rf"data: row {BAD} of the data: {said('fraction of a count')}"):
+        pg.fit(model, x, SVI(steps=3, batch_size=10))
+    fit = pg.fit(model, x.round(), SVI(steps=3, batch_size=10))
+    assert "rows" not in fit.notes
+    with pytest.raises(ValueError, match=rf"row {BAD} of the data: {said('fraction of a count')}"):
+        fit.evidence(x)
+    late = pg.fit(model, pg.stream(list(x.split(10)), rows=N), SVI(steps=3))
+    assert "values of x in rows after the first are not held against its support" in late.notes["rows"]
+
+
 def test_masked_values_are_none():
     x = rows("grey coin")
     model = observing(KINDS["grey coin"][0], mask=lambda x: ((x == 0) | (x == 1)).all(-1))
