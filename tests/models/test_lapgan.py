@@ -57,7 +57,7 @@ def test_what_is_observed_at_each_scale_is_the_halved_image():
     images = _images(10)
     critics = {"coarse": Critic("coarse", 1, 8), "x": Critic("x", 2, 16)}
     recipe = lapgan(levels=1, latent=3, filters=4, hidden=(8,))
-    fit = pg.fit(recipe, images, SVI(ConditionalAdversarial(critics), steps=1), seed=0)
+    fit = pg.fit(recipe, images, SVI(ConditionalAdversarial(critics, penalty="none"), steps=1), seed=0)
     small = images.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
     large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
     real, made = seen["x"][1:3]
@@ -109,7 +109,8 @@ def test_the_losses_are_sums_over_sites_of_the_non_saturating_game():
 
     critics = {"x": Slope([0.3]), "y": Slope([0.5, -0.2])}
     data = {name: value.double() for name, value in _pairs(200_000).items()}
-    fit = pg.fit(_chain, data, SVI(ConditionalAdversarial(critics), steps=1, lr=1e-12), seed=0)
+    played = ConditionalAdversarial(critics, penalty="none")
+    fit = pg.fit(_chain, data, SVI(played, steps=1, lr=1e-12), seed=0)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(2, 200_000, generator=generator, dtype=torch.float64)
     y, x = data["y"], data["x"]
