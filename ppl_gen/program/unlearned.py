@@ -173,7 +173,7 @@ def _same(one: Any, two: Any) -> bool:
     value = one["value"]
     if one["is_observed"] and not torch.equal(torch.as_tensor(value), torch.as_tensor(two["value"])):
         return False
-    if not _alike(_parameters(one["fn"]), _parameters(two["fn"])):
+    if not _alike(_parameters(one["fn"]), _parameters(two["fn"])) or not _masked_alike(one["mask"], two["mask"]):
         return False
     first, second = _density(one, value), _density(two, value)
     return first.shape == second.shape and bool(torch.allclose(first, second, rtol=1e-5, atol=1e-6, equal_nan=True))
@@ -197,6 +197,13 @@ def _alike(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
         and bool(torch.allclose(one[n].double(), two[n].double(), rtol=1e-5, atol=1e-7, equal_nan=True))
         for n in one.keys() & two.keys()
     )
+
+
+def _masked_alike(one: Any, two: Any) -> bool:
+    """Densities may be level under a mask: a point mass has log density zero where its value is followed."""
+    if one is None or two is None:
+        return one is two
+    return torch.equal(torch.as_tensor(one), torch.as_tensor(two))
 
 
 def _density(node: Any, value: Any) -> Tensor:

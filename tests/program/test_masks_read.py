@@ -11,7 +11,16 @@ import torch
 from pyro import poutine
 
 import ppl_gen as pg
-from ppl_gen.inference import EM, NUTS, SVI, Adversarial, ContrastiveDivergence, WakeSleep, Walkback
+from ppl_gen.inference import (
+    EM,
+    NUTS,
+    SVI,
+    Adversarial,
+    ConditionalAdversarial,
+    ContrastiveDivergence,
+    WakeSleep,
+    Walkback,
+)
 from ppl_gen.models import ppca
 from ppl_gen.models.catalogue import CATALOGUE
 
@@ -204,6 +213,27 @@ def test_a_mask_that_a_program_takes_and_does_nothing_with_is_refused():
         with pytest.raises(pg.IncompatibleError, match="'mask'.*'idle' accepts it but does not use it"):
             act()
     assert fit.evidence({"x": X}).rows == len(X)
+
+
+@pytest.mark.parametrize("objective", [Adversarial(), ConditionalAdversarial()], ids=lambda o: o.label)
+def test_a_mask_over_point_masses_is_read(objective):
+    """Their log density is zero with the mask and without: it is the mask itself that differs."""
+
+    def program(x, y, seen):
+        scale = pyro.param("scale", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            z, e = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in ("z", "e"))
+            with poutine.mask(mask=seen):
+                pyro.sample("x", dist.Delta(scale * z), obs=x)
+            pyro.sample("y", dist.Delta(scale * e), obs=y)
+
+    def unread(x, y, seen):
+        program(x, y, torch.tensor(True))
+
+    data = {"x": torch.arange(6.0), "y": torch.arange(6.0), "seen": torch.arange(6) % 2 == 0}
+    assert pg.fit(program, data, SVI(objective, steps=1), seed=0).status == "finished"
+    with pytest.raises(pg.IncompatibleError, match="'seen'.*'unread' accepts it but does not use it"):
+        pg.fit(unread, data, SVI(objective, steps=1), seed=0)
 
 
 def test_entries_inside_events_may_be_masked():
