@@ -259,8 +259,6 @@ class Steps:
 
     def _captured(self, player: str, batch: Batch, given: Batch, state: GameState) -> _Way:
         """Record the step on a batch, compile it where that pays, and compare it with the program on it as given."""
-        # A network gets memory of its own when it is first called, which may have been in the first step.
-        self._detached = [leaf.detach() for leaf in self._params]
         state = {name: value.clone() for name, value in state.items()}  # objects of their own, whatever they alias
         names: list[tuple[str, ...]] = []
 

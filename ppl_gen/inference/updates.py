@@ -52,7 +52,7 @@ class State:
         if guide is not None:
             runs.append(partial(guide, *probe.args, **probe.kwargs))
         leaves = run.workspace.trainable(run.workspace.collect(*runs), run.notes)
-        run.workspace.others.extend(game.modules.values())
+        run.workspace.take_in(game.modules.values())
         check_players(svi, game)
         self.leaves = {player.name: owned(game, player, leaves) for player in game.players}
         self.fused: dict[str, FusedAdam] = {}

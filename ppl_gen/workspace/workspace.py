@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,6 +139,16 @@ class Workspace:
         if id(module) not in self._adopted:
             self._swap(module, prefix=None)
             self.called[id(module)] = module
+
+    def take_in(self, modules: Iterable[nn.Module]) -> None:
+        """Networks of players that Pyro knows nothing of: private copies at once, and not when they are first called.
+
+        What holds on to their parameters from the start, as optimisers and captured steps do, then holds what moves.
+        """
+        for module in modules:
+            self.others.append(module)
+            for part in module.modules():
+                self._on_call(part, None)
 
     def adopt(self, module: nn.Module, name: str) -> None:
         """Swap private copies into ``module`` and all below it; values of the state are loaded by name."""
