@@ -274,7 +274,7 @@ def _judged_point(fit: Fit) -> Verdict:
 def _judged_game(fit: Fit) -> Verdict:
     energy = fit.program.energy
     measured = bool({"density", "exact evidence"} & set(fit.info.offers)) or energy is not None
-    rescue = RESCUE if fit.program.drawn_by_chain else ""
+    rescue = RESCUE if fit.program.drawn_by_chain else fit.notes.get("if modes are missing", "")
     return verdict_game(rows_compared(fit), fit.records, measured=measured, rescue=rescue, more=unmixed(fit))
 
 

@@ -198,9 +198,7 @@ def _of_rows(found: RowsCompared, rescue: str) -> list[Finding]:
     return findings
 
 
-_RESCUE = (
-    "Take Adversarial('wasserstein', penalty='gradient'), more critic_steps, or a slower program; see docs/games.md"
-)
+_RESCUE = "Take more steps, more updates of the other players for each of the program, or a slower program"
 
 
 def _of_critic(records: Mapping[str, Sequence[float]], found: RowsCompared | None) -> list[Finding]:
@@ -210,7 +208,7 @@ def _of_critic(records: Mapping[str, Sequence[float]], found: RowsCompared | Non
         return []
     if min(real, fake) > 0.98:
         told = f"the critic was right on {min(real, fake):.1%} of the rows at the end, so it taught the program little"
-        return [(1, told, "Weaken the critic (a lower rate, a smaller network), or take 'wasserstein'")]
+        return [(1, told, "Weaken the critic: a lower rate, a smaller network, or a penalty on its slope")]
     if found is not None and found.z > 5 and found.accuracy > 0.6 and max(abs(real - 0.5), abs(fake - 0.5)) < 0.05:
         told = f"the critic was at chance ({real:.0%} and {fake:.0%} right) although the rows differ"
         return [(1, told, "Give the critic more steps or a larger network: it does not see what nearest neighbours do")]

@@ -264,6 +264,8 @@ class SVI(Iterative):
     def outcome(self, state: State, run: Run) -> Outcome:
         state.check()
         run.notes.update(state.game.notes)
+        if state.game.advice:
+            run.notes["if modes are missing"] = state.game.advice
         if unmoved := state.unmoved():
             more = f" and {len(unmoved) - 5} more" if len(unmoved) > 5 else ""
             run.notes["not moved"] = (

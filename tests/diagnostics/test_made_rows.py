@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +14,8 @@ from memory import Largest
 import ppl_gen as pg
 from ppl_gen.diagnostics.game_verdicts import verdict_game
 from ppl_gen.diagnostics.made_rows import RowsCompared, compare_rows, modes_covered
-from ppl_gen.inference import SVI, Adversarial
+from ppl_gen.inference import EBGAN, SVI, Adversarial, ConditionalAdversarial, Divergence, Objective
+from ppl_gen.models import gan
 
 
 def _rows(seed: int, count: int = 500, columns: int = 2) -> torch.Tensor:
@@ -288,3 +290,40 @@ def test_what_is_found_is_what_all_pairs_say() -> None:
     ball = pairs[:60, :60].sort(1).values[:, 4]
     assert found.coverage == pytest.approx(float((pairs[:60, 60:].min(1).values <= ball).double().mean()))
     assert 0.5 < found.coverage < 1
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Adversarial(),
+        Adversarial("hinge"),
+        Adversarial("kl", penalty="projection"),
+        Adversarial(Divergence(lambda u: u * u.log(), name="mine")),
+        Adversarial(penalty="r1"),
+        Adversarial("wasserstein"),
+        Adversarial("wasserstein", penalty="gradient"),
+        ConditionalAdversarial(),
+        ConditionalAdversarial(penalty="none"),
+        EBGAN(),
+        EBGAN(entropy=0.0),
+    ],
+    ids=repr,
+)
+def test_where_modes_are_missing_the_advice_is_one_that_the_objective_accepts(objective: Objective) -> None:
+    """Every call that it writes is one of the same objective, is no repetition of it, and plays."""
+    data = _rows(0, 200) * 4
+    program = gan(latent=2, hidden=(4,))
+    fit = pg.fit(program, data, SVI(objective, steps=1, lr=1e-12), seed=0)
+    fit.computed["rows compared"] = RowsCompared(200, 0.9, 20.0, 0.1, 0.1, 0.0, 0.0)
+    advice = fit.verdict.advice
+    assert fit.verdict.grade == "do not trust" and advice.startswith("Take ")
+    name = type(objective).__name__
+    written = re.findall(rf"\b{name}\([^()]*\)", advice)
+    assert len(re.findall(r"\b[A-Z]\w+\(", advice)) == len(written), "calls of this objective alone"
+    for call in written:
+        other = eval(call, {name: type(objective)})  # what the library itself has written
+        assert other != objective
+        assert pg.fit(program, data, SVI(other, steps=1), seed=0).status == "finished"
+    if "lr={" in advice:
+        rates = eval(re.findall(r"lr=({.*?})", advice)[0])
+        assert pg.fit(program, data, SVI(objective, steps=1, lr=rates), seed=0).status == "finished"

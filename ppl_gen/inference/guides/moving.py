@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -86,7 +87,8 @@ def _looked(
     model: Callable[..., Any], batch: Batch, elsewhere: Collection[str] = (), *, everywhere: bool = False
 ) -> _Supports:
     found = _Supports(elsewhere, everywhere)
-    with without_side_effects(), validation_off(), torch.enable_grad(), found:
+    with without_side_effects(), validation_off(), torch.enable_grad(), warnings.catch_warnings(), found:
+        warnings.simplefilter("ignore", UserWarning)  # that a value with a gradient is read into Python, say
         torch.manual_seed(0)
         model(*batch.args, **batch.kwargs)
     return found

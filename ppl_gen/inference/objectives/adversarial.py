@@ -226,6 +226,7 @@ class _AdversarialGame(Game):
         )
         made = described_critic(real, rowwise=rowwise) if own is None else "as given"
         self.notes = {"critic": f"{made}; constraint: {constraint}", "gradients": self.rows.notes()}
+        self.advice = _advice(objective, constraint)
         self.bound = self.costs.bound if objective.weight == 1 else None
         if self.bound is not None:
             self.notes = {**self.notes, "divergence_bound": f"of {self.costs.of}, never more in the mean over batches"}
@@ -283,3 +284,18 @@ class _AdversarialGame(Game):
             for parameter in self.critic.parameters():
                 if parameter.requires_grad:
                     parameter.clamp_(-bound, bound)
+
+
+def _advice(objective: Adversarial, constraint: str) -> str:
+    """What else to try, in settings that go with those it has."""
+    slower = "a slower program (lr={'critic': 1e-3, 'program': 2e-4}); see docs/games.md"
+    if objective.schedule == "alternating":
+        slower = f"more critic_steps, or {slower}"
+    if constraint in _WEIGHTS:
+        return f"Take {slower}"
+    if objective.kind == "wasserstein":
+        return f"Take Adversarial('wasserstein', penalty='gradient'), {slower}"
+    if isinstance(objective.kind, Divergence):
+        return f"Take penalty='r1', {slower}"
+    kind = "" if objective.kind == "non-saturating" else f"{objective.kind!r}, "
+    return f"Take Adversarial({kind}penalty='r1'), {slower}"

@@ -109,6 +109,7 @@ class _WithTerms(Game):
     def __init__(self, game: Game, setting: Setting) -> None:
         self.game, self.terms = game, {name: with_known_kwargs(term) for name, term in setting.program.terms.items()}
         self.players, self.modules, self.simultaneous = game.players, game.modules, game.simultaneous
+        self.advice = game.advice
         self.notes = {**game.notes, "terms": f"added to the loss: {', '.join(self.terms)}"}
         for name, term in self.terms.items():
             self._refuse_name(name, [f"{player.name}_loss" for player in game.players])

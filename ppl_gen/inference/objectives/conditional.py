@@ -38,6 +38,7 @@ from ppl_gen.workspace.isolation import without_side_effects
 __all__ = ["ConditionalAdversarial"]
 
 _PENALTIES = ("r1", "none")
+_MORE = "more steps, ConditionalAdversarial(critic_steps=2), or a slower program; see docs/games.md"
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class _ConditionalGame(Game):
             for name, (real, _) in pairs.items()
         }
         self.notes = {"critic": "; ".join(f"{name}: {said}" for name, said in how.items())}
+        self.advice = f"Take {_MORE}" if self.flat else f"Take ConditionalAdversarial(penalty='r1'), {_MORE}"
 
     def _refuse_shared_draws(self) -> None:
         """What is drawn for one site and used at another is not drawn from its prior, once the first is observed."""

@@ -127,6 +127,9 @@ class _EnergyGame(Game):
             Player("energy", objective.energy_steps, optimiser=objective.optimiser),
             Player("program", optimiser=objective.optimiser),
         )
+        self.advice = "Take more steps, EBGAN(damping=0.01, energy_steps=2), or a slower program; see docs/games.md"
+        if not objective.entropy:
+            self.advice = f"Take EBGAN(entropy=1.0), {self.advice[5:]}"
         made = "a small network on standardised rows (default)" if own is None else "as given"
         self.notes = {
             "energy": f"{made}; of rows with noise of standard deviation {float(self.noise):.3g}",

@@ -113,6 +113,8 @@ class Game(ABC):
     simultaneous: bool = False
     #: What was chosen from the dry run, reported in `Fit.notes`.
     notes: Mapping[str, str] = {}
+    #: What to change where the program leaves out modes, which this objective accepts; the verdict says it.
+    advice: str = ""
 
     def init(self, batch: Batch) -> GameState:
         """The state before the first step (chains, baselines), found on a batch like those to come; none by default."""
