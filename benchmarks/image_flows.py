@@ -94,7 +94,8 @@ def _written(rows: list[list[str]], images: int, minutes: float, took: float) ->
         "fills the interval of each pixel, as published numbers are; 64 particles are nearer to log p(x). "
         f"One seed, {minutes:g} minutes of one core for each flow, batches of {BATCH}, Adam at 1e-3 and then "
         "3e-4; no setting was searched for. The published runs had days of graphics cards: this says what a flow "
-        "reaches in minutes, and that its bits are counted as theirs.\n\n"
+        "reaches in minutes, and that its bits are counted as theirs. How many steps fit is told by the time of some; "
+        "the last column is what they took, on a machine that may have had other work.\n\n"
         + table(head, rows)
         + "\n\nNICE's published number is of rows in [0, 1] without a logit, as here.\n"
     )
