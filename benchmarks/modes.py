@@ -53,7 +53,7 @@ def _settings() -> tuple[Setting, ...]:
     grid = 2 * torch.cartesian_prod(torch.arange(-2.0, 3), torch.arange(-2.0, 3))
     return (
         Setting("ring of 8", ring, 0.02, (128, 128), 0.1, 4000),
-        Setting("grid of 25", grid, 0.05, (256, 256, 256), 0.0125, 6000),
+        Setting("grid of 25", grid, 0.05, (256, 256, 256), 0.0125, 9000),
     )
 
 
