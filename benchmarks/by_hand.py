@@ -176,7 +176,7 @@ def _machines(quick: bool, updates: int, seed: int) -> tuple[Answer, Answer]:
     began = time.perf_counter()
     with torch.no_grad():
         weight, below, above = (p.detach().clone() for p in (machine.weight, machine.visible_bias, machine.hidden_bias))
-        fantasy = torch.rand(chains, PIXELS).lt(below.sigmoid()).float()
+        fantasy = torch.rand(chains, PIXELS).lt(next(_batches(grey, 1, chains))).float()  # chains begin at rows
         for step, x in enumerate(_batches(grey, updates, chains)):
             seen = (torch.rand_like(x) < x).float()
             hears = (fantasy @ weight + above).sigmoid()

@@ -2,7 +2,7 @@
 
 Samples are scored by the Frechet distance in the features of a named classifier: the 128 numbers before the scores of
 ``classifier()`` of the zoo, trained on the MNIST training images by the library at seed 0. ``--quick`` shortens all and
-writes no results; ``--steps N`` changes the budget.
+writes no results; ``--steps N`` changes the budget, ``--seeds N`` repeats both ways.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=1500, help="updates of the generator of DCGAN; WGAN-GP has a third"
     )
+    parser.add_argument("--seeds", type=int, default=1, help="of each run")
     options = parser.parse_args()
     began, quick = time.perf_counter(), options.quick
     steps = {"DCGAN": 3 if quick else options.steps, "WGAN-GP": 2 if quick else options.steps // 3}
@@ -51,17 +52,18 @@ def main() -> None:
     lines = [["training images", "", "", f"{frechet_distance(features(images[:count]), real):.2f}"]]
     for game, updates in steps.items():
         for way, run in (("ppl_gen", by_library), ("PyTorch by hand", by_hand)):
-            start = time.perf_counter()
-            made, how = run(game, images, updates, count)
-            seconds = time.perf_counter() - start
-            distance = frechet_distance(features(made), real)
-            lines.append([f"{game}, {way}", str(updates), f"{seconds:.0f} s{how}", f"{distance:.2f}"])
-            samples[f"{game}, {way}"] = made
+            distances, start = [], time.perf_counter()
+            for seed in range(options.seeds):
+                made, how = run(game, images, updates, count, seed)
+                distances.append(f"{frechet_distance(features(made), real):.2f}")
+                samples.setdefault(f"{game}, {way}", made)
+            seconds = (time.perf_counter() - start) / options.seeds
+            lines.append([f"{game}, {way}", str(updates), f"{seconds:.0f} s{how}", ", ".join(distances)])
             print(*lines[-1], flush=True)
     noise = torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     lines.append(["uniform noise", "", "", f"{frechet_distance(features(noise), real):.2f}"])
     if not quick:
-        _written(lines, samples, accuracy, time.perf_counter() - began)
+        _written(lines, samples, accuracy, options.seeds, time.perf_counter() - began)
 
 
 def named_features(train: Any, test: Any, quick: bool) -> tuple[Callable[[Tensor], Tensor], float]:
@@ -85,11 +87,11 @@ def named_features(train: Any, test: Any, quick: bool) -> tuple[Callable[[Tensor
     return features, float(right.float().mean())
 
 
-def by_library(game: str, images: Tensor, steps: int, count: int) -> tuple[Tensor, str]:
-    objective = Adversarial(critic=critic_of(game), **settings_of(game))
+def by_library(game: str, images: Tensor, steps: int, count: int, seed: int) -> tuple[Tensor, str]:
+    objective = Adversarial(critic=critic_of(game, seed), **settings_of(game))
     algorithm = SVI(objective, steps=steps, batch_size=BATCH, optimiser=adam_of(game))
-    fit = pg.fit(dcgan(latent=LATENT, filters=FILTERS), images, algorithm, seed=0, progress=False)
-    return fit.sample(count, seed=1)["x"], f" ({fit.cost['path']})"
+    fit = pg.fit(dcgan(latent=LATENT, filters=FILTERS), images, algorithm, seed=seed, progress=False)
+    return fit.sample(count, seed=seed + 1)["x"], f" ({fit.cost['path']})"
 
 
 def settings_of(game: str) -> dict[str, Any]:
@@ -102,14 +104,14 @@ def adam_of(game: str) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
     return lambda params: torch.optim.Adam(params, lr=rate, betas=betas, fused=True)
 
 
-def critic_of(game: str) -> nn.Module:
-    torch.manual_seed(0)
+def critic_of(game: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
     return ConvolutionalCritic((1, 28, 28), filters=FILTERS, norm="batch" if game == "DCGAN" else "none")
 
 
-def by_hand(game: str, images: Tensor, steps: int, count: int) -> tuple[Tensor, str]:
+def by_hand(game: str, images: Tensor, steps: int, count: int, seed: int) -> tuple[Tensor, str]:
     """The same networks, optimisers and numbers of updates, without programs, fits or the loop of the library."""
-    critic = critic_of(game)
+    critic = critic_of(game, seed)
     generator = nn.Sequential(Writer((1, 28, 28), FILTERS, LATENT), Shades(images))
     ours, theirs = (adam_of(game)(list(network.parameters())) for network in (generator, critic))
     rounds = 1 if game == "DCGAN" else CRITIC_STEPS
@@ -140,7 +142,7 @@ def critic_loss(game: str, critic: nn.Module, real: Tensor, fake: Tensor) -> Ten
     return critic(fake).mean() - critic(real).mean() + 10.0 * penalty
 
 
-def _written(lines: list[list[str]], samples: dict[str, Tensor], accuracy: float, took: float) -> None:
+def _written(lines: list[list[str]], samples: dict[str, Tensor], accuracy: float, seeds: int, took: float) -> None:
     figure = Figure(figsize=(9, 1.1 * len(samples)), layout="constrained")
     for row, (name, images) in zip(figure.subplots(len(samples), 12), samples.items(), strict=True):
         for axis, image in zip(row, images, strict=False):
@@ -153,9 +155,9 @@ def _written(lines: list[list[str]], samples: dict[str, Tensor], accuracy: float
         f"{NAME} ({accuracy:.1%} of the test images right): no other figure is comparable, those of the "
         f"Inception network least of all. Batches of {BATCH}, generator and critic of {FILTERS} filters, {LATENT} "
         "numbers of noise; DCGAN by Adam (2e-4, betas 0.5 and 0.999), WGAN-GP by Adam (5e-4, betas 0.5 and 0.9) with "
-        f"{CRITIC_STEPS} updates of the critic for each. One seed, a small budget: a check that both ways arrive at "
-        "the same place, not a record.\n\n"
-        + table(["", "updates of the generator", "time", "Frechet distance"], lines)
+        f"{CRITIC_STEPS} updates of the critic for each. A small budget ({seeds} seed(s)): a check that both ways "
+        "arrive at the same place, not a record. Images are those of the first seed.\n\n"
+        + table(["", "updates of the generator", "time of a run", "Frechet distance, by seed"], lines)
         + "\n\n![Samples](gans.png)\n"
     )
     write("gans", "Adversarial networks of MNIST", body, took)

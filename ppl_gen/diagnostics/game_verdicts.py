@@ -15,6 +15,7 @@ from ppl_gen.diagnostics.made_rows import FEWEST, RowsCompared, compare_rows
 from ppl_gen.draws.observations import observed_rows
 from ppl_gen.draws.sampling import sample_rows
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.inference.objectives.ebgan import ALONE
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
@@ -26,7 +27,6 @@ _NUMBERS = 20_000_000  # of rows that are compared, before fewer have to do
 _SEARCHED = 30_000  # rows of the data at most among which copies are looked for,
 _SEARCHED_NUMBERS = 3_000_000  # or as many as hold so many numbers, for a second or so
 _CERTAIN = 5  # copies beyond those among the data's rows: from fewer nothing is said of rows not looked at
-_ALONE = 1.1  # rows that explain a made row, itself counted, below which it has no neighbours
 _PERHAPS = 3.0  # standard deviations from which chance is no good explanation any more
 _UNSURE = "the losses of a game do not show whether its samples are like the data"
 _LOOK = "Look at samples and at a yardstick computed on them"
@@ -218,7 +218,7 @@ def _of_critic(records: Mapping[str, Sequence[float]], found: RowsCompared | Non
 def _of_entropy(records: Mapping[str, Sequence[float]]) -> list[Finding]:
     """Whether the entropy of a game with an energy pushed rows apart: among rows without neighbours it is flat."""
     rows = _at_the_end(records, "effective_rows")
-    if rows is None or rows >= _ALONE:
+    if rows is None or rows >= ALONE:
         return []
     told = (
         f"made rows had no neighbours within the noise ({rows:.2f} rows explain one), so the entropy pushed none apart"

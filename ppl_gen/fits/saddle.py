@@ -104,6 +104,12 @@ def exploitability(
         raise TypeError(f"algorithm: expected the SVI that played the game, got {type(algorithm).__name__}")
     if algorithm.label != fit.algorithm:
         raise ValueError(f"algorithm: expected one of the game that was played, {fit.algorithm}, got {algorithm.label}")
+    played = fit.notes.get("objective")
+    if played is not None and played != algorithm.objective.call:
+        raise ValueError(
+            f"algorithm: expected the game that was played, {played}, got {algorithm.objective.call}; gains are those "
+            "in one and the same game"
+        )
     require_whole("steps", steps)
     require_whole("looks", looks, 2)
     found: dict[str, list[tuple[float, float]]] = {}

@@ -266,6 +266,8 @@ class SVI(Iterative):
         run.notes.update(state.game.notes)
         if state.game.advice:
             run.notes["if modes are missing"] = state.game.advice
+        if len(state.game.players) > 1:
+            run.notes["objective"] = self.objective.call
         if unmoved := state.unmoved():
             more = f" and {len(unmoved) - 5} more" if len(unmoved) > 5 else ""
             run.notes["not moved"] = (

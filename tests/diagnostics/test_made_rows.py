@@ -306,6 +306,7 @@ def test_what_is_found_is_what_all_pairs_say() -> None:
         ConditionalAdversarial(penalty="none"),
         EBGAN(),
         EBGAN(entropy=0.0),
+        EBGAN(damping=0.1, energy_steps=3),
     ],
     ids=repr,
 )

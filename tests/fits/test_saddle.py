@@ -95,3 +95,15 @@ def test_the_gap_of_another_game_is_refused() -> None:
         ValueError, match=r"algorithm: expected one of the game that was played, SVI\(Adversarial\), got"
     ):
         pg.exploitability(fit, SVI(EBGAN(), steps=1))
+
+
+def test_the_gap_of_the_same_objective_with_other_settings_is_refused() -> None:
+    """Its gains would be those in another game, under the name of the one that was played."""
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    played, others = Adversarial("kl", penalty="none"), [Adversarial("hellinger", penalty="none"), Adversarial("kl")]
+    fit = pg.fit(_shift, x, SVI(played, steps=1), seed=0)
+    assert fit.notes["objective"] == "Adversarial(kind='kl', penalty='none')"
+    for other in others:
+        with pytest.raises(ValueError, match=r"Adversarial\(kind='kl', penalty='none'\), got Adversarial"):
+            pg.exploitability(fit, SVI(other, steps=1))
+    assert set(pg.exploitability(fit, SVI(played, steps=1, lr=1e-3), steps=2).gains) == {"critic", "program"}

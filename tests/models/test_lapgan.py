@@ -66,7 +66,7 @@ def test_what_is_observed_at_each_scale_is_the_halved_image():
     torch.testing.assert_close(made[:, 1:], large)
     assert float((made[:, :1] - images).abs().max()) > 0.1
     torch.testing.assert_close(seen["coarse"][1], small)
-    assert fit.notes["critic"] == "coarse: as given; x: as given"
+    assert fit.notes["critic"] == "coarse: as given; x: as given; constraint: none"
 
 
 def _chain(x, y):
@@ -193,6 +193,25 @@ def test_under_r1_default_critics_judge_each_row_alone_and_programs_are_averaged
         return [m for m in fit.module("critic").modules() if isinstance(m, nn.BatchNorm2d)]
 
     assert norms("none") and not norms("r1")
+
+
+def test_a_critic_of_ones_own_with_batch_norm_plays_without_r1_unless_r1_is_asked_for():
+    class Joined(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(width, 4), nn.BatchNorm1d(4), nn.LeakyReLU(), nn.Linear(4, 1))
+
+        def forward(self, x):
+            return self.layers(x.reshape(len(x), -1))
+
+    data, critics = _pairs(), {"x": Joined(1), "y": Joined(2)}
+    fit = pg.fit(_chain, data, SVI(ConditionalAdversarial(critics), steps=2), seed=0)
+    assert fit.notes["critic"].endswith("constraint: none") and "penalty" not in fit.history
+    assert "without batch norm" in fit.notes["if modes are missing"]
+    own = pg.fit(_chain, data, SVI(ConditionalAdversarial({"y": nn.Linear(2, 1)}), steps=2), seed=0)
+    assert own.notes["critic"].endswith("constraint: r1") and "penalty" in own.history
+    with pytest.raises(ValueError, match="BatchNorm1d ties the rows of a batch together, so penalty='r1'"):
+        pg.fit(_chain, data, SVI(ConditionalAdversarial(critics, penalty="r1"), steps=1), seed=0)
 
 
 @pytest.mark.slow

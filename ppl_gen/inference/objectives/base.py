@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
@@ -19,6 +20,7 @@ from ppl_gen.workspace.isolation import without_side_effects
 __all__ = ["Objective", "started"]
 
 
+_PLAIN = (type(None), bool, int, float, str)
 _KEPT = 16  # pairs of model and guide that one objective plays in plain scripts
 
 
@@ -33,6 +35,18 @@ class Objective(ABC):
     def label(self) -> str:
         """The name in tables and messages."""
         return type(self).__name__
+
+    @property
+    def call(self) -> str:
+        """The call that makes it, with the settings that are not the default ones; networks by their class.
+
+        >>> from ppl_gen.inference import Adversarial
+        >>> Adversarial("kl", critic=torch.nn.Linear(2, 1), penalty="none").call
+        "Adversarial(kind='kl', critic=Linear, penalty='none')"
+        """
+        made: list[Field[Any]] = [field for field in fields(self) if field.init] if is_dataclass(self) else []
+        values = {field.name: getattr(self, field.name) for field in made if not _is_default(field, self)}
+        return f"{type(self).__name__}({', '.join(f'{name}={_written(value)}' for name, value in values.items())})"
 
     @property
     @abstractmethod
@@ -147,3 +161,22 @@ def _check_term(name: str, value: Any, rows: int | None) -> None:
     if not isinstance(value, Tensor) or value.dim() != 1 or rows not in (None, len(value)):
         of = "each row" if rows is None else f"each of {rows} rows"
         raise ValueError(f"terms: {name!r} has to give one number for {of} (a tensor, nats), got {got}")
+
+
+def _is_default(field: Field[Any], objective: Any) -> bool:
+    value = getattr(objective, field.name)
+    return isinstance(value, _PLAIN) and bool(value == field.default)
+
+
+def _written(value: Any) -> str:
+    """A setting in words that are the same in every process."""
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name!r}: {_written(inside)}' for name, inside in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_written(inside) for inside in value)}]"
+    name = getattr(value, "name", None)
+    if isinstance(name, str) and not isinstance(value, nn.Module):
+        return f"{type(value).__name__}({name!r})"
+    return str(getattr(value, "__qualname__", type(value).__name__))

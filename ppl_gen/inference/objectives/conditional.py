@@ -22,6 +22,7 @@ from ppl_gen.inference.objectives.critics import (
     data_penalty,
     default_critic,
     described_critic,
+    ties_rows,
 )
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
 from ppl_gen.inference.objectives.observed import (
@@ -38,7 +39,7 @@ from ppl_gen.workspace.isolation import without_side_effects
 __all__ = ["ConditionalAdversarial"]
 
 _PENALTIES = ("r1", "none")
-_MORE = "more steps, ConditionalAdversarial(critic_steps=2), or a slower program; see docs/games.md"
+_MORE = "more steps, more critic_steps, or a slower program; see docs/games.md"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class ConditionalAdversarial(Objective):
         penalty: ``"r1"`` adds ``penalty_weight E |sd grad T_s|^2 / 2`` on the data, as in `Adversarial`: each critic is
             flat in its site where it has nothing more to tell (in what the site is made from it is free). Its default
             networks then have no batch norm, and critics of your own must have none. ``"none"``: the game as published,
-            which on digits left a pyramid at three times the Frechet distance.
+            which on digits left a pyramid at three times the Frechet distance. None: R1, unless a critic of your own
+            has batch norm.
         penalty_weight: of ``"r1"``.
         averaging: decay of an exponential average of the program's parameters, which the fit keeps; 0: the last ones.
 
@@ -94,7 +96,7 @@ class ConditionalAdversarial(Objective):
 
     critics: Mapping[str, nn.Module] | None = None
     critic_steps: int = 1
-    penalty: str = "r1"
+    penalty: str | None = None
     penalty_weight: float = 0.1
     averaging: float = 0.99
 
@@ -109,7 +111,7 @@ class ConditionalAdversarial(Objective):
                 if not isinstance(critic, nn.Module):
                     raise TypeError(f"critics: expected a torch network for {name!r}, got {critic!r}")
         require_whole("critic_steps", self.critic_steps)
-        require_choice("penalty", self.penalty, _PENALTIES)
+        require_choice("penalty", self.penalty, _PENALTIES, optional=True)
         require_positive("penalty_weight", self.penalty_weight)
         require_number("averaging", self.averaging, 0.0, 1.0)
 
@@ -120,8 +122,15 @@ class ConditionalAdversarial(Objective):
     def optimiser(self, params: list[Tensor]) -> torch.optim.Optimizer:
         """The optimiser of either player where the algorithm names none."""
         fused = all(p.device.type in ("cpu", "cuda", "mps") for p in params)
-        rate, betas = (1e-3, (0.5, 0.99)) if self.penalty == "r1" else (2e-4, (0.5, 0.999))
+        rate, betas = (1e-3, (0.5, 0.99)) if self.flat else (2e-4, (0.5, 0.999))
         return torch.optim.Adam(params, lr=rate, betas=betas, fused=fused or None)
+
+    @property
+    def flat(self) -> bool:
+        """Whether critics are kept flat on the data."""
+        if self.penalty is not None:
+            return self.penalty == "r1"
+        return not any(ties_rows(critic) for critic in (self.critics or {}).values())
 
     def undivided(self, setting: Setting) -> str | None:
         return None  # both players' losses are means over rows
@@ -133,7 +142,7 @@ class ConditionalAdversarial(Objective):
 class _ConditionalGame(Game):
     def __init__(self, objective: ConditionalAdversarial, setting: Setting) -> None:
         self.setting, self.objective = setting, objective
-        self.flat = objective.penalty == "r1"
+        self.flat = objective.flat
         self.sites = compared_sites(setting.info, None, None)
         stuck = [site.name for site in self.sites if not site.reparameterised]
         if stuck:
@@ -157,7 +166,7 @@ class _ConditionalGame(Game):
             )
             check_output(networks[name], real, f"critics: {name}")
             if self.flat and own is not None:
-                check_penalised(networks[name], real, "penalty='r1' (the default; 'none' is without)")
+                check_penalised(networks[name], real, "penalty='r1'")
             # What both kinds of rows have in common is what they are given: there a critic may be as steep as it likes.
             self.scales[name] = real.std(0, correction=0) * (real != made).any(0)
         self.keys = {name: name.replace(".", "_") for name in networks}  # torch has no full stops in names
@@ -171,8 +180,12 @@ class _ConditionalGame(Game):
             name: "as given" if name in given else described_critic(real, rowwise=self.flat)
             for name, (real, _) in pairs.items()
         }
-        self.notes = {"critic": "; ".join(f"{name}: {said}" for name, said in how.items())}
-        self.advice = f"Take {_MORE}" if self.flat else f"Take ConditionalAdversarial(penalty='r1'), {_MORE}"
+        bounds = "r1" if self.flat else "none"
+        self.notes = {"critic": f"{'; '.join(f'{name}: {said}' for name, said in how.items())}; constraint: {bounds}"}
+        self.advice = f"Take {_MORE}"
+        if not self.flat:
+            normed = any(ties_rows(own) for own in given.values())
+            self.advice = f"Take {'critics without batch norm and ' if normed else ''}penalty='r1', {_MORE}"
 
     def _refuse_shared_draws(self) -> None:
         """What is drawn for one site and used at another is not drawn from its prior, once the first is observed."""

@@ -21,6 +21,7 @@ __all__ = [
     "gradient_penalty",
     "largest_singular_value",
     "starting_vectors",
+    "ties_rows",
     "weight_matrices",
 ]
 
@@ -187,12 +188,23 @@ def check_output(critic: nn.Module, real: Tensor, name: str = "critic", outputs:
         raise ValueError(f"{name}: expected {many} for each of {len(real)} rows, got a tensor of shape {shape}")
 
 
-def check_penalised(critic: nn.Module, real: Tensor, constraint: str, *, by_slope: bool = True) -> None:
+def ties_rows(critic: nn.Module) -> str | None:
+    """The kind of its first layer that makes what it says of a row depend on the others (batch norm); None without.
+
+    >>> ties_rows(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    'BatchNorm1d'
+    """
+    layers = (type(part).__name__ for part in critic.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+    return next(layers, None)
+
+
+def check_penalised(
+    critic: nn.Module, real: Tensor, constraint: str, *, by_slope: bool = True, name: str = "critic"
+) -> None:
     """Raise ValueError for a critic that cannot be bounded row by row, by its slope at rows or by its weights."""
-    normed = next((part for part in critic.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)), None)
-    if normed is not None:
+    if normed := ties_rows(critic):
         raise ValueError(
-            f"critic: {type(normed).__name__} ties the rows of a batch together, so {constraint} does not bound what "
+            f"{name}: {normed} ties the rows of a batch together, so {constraint} does not bound what "
             "it says of each row; leave it out, or take LayerNorm or GroupNorm (of ConvolutionalCritic: norm='none')"
         )
     if not by_slope:
@@ -202,4 +214,4 @@ def check_penalised(critic: nn.Module, real: Tensor, constraint: str, *, by_slop
         score = critic(at.clone()).sum()
         (slope,) = torch.autograd.grad(score, at, allow_unused=True) if score.requires_grad else (None,)
     if slope is None:
-        raise ValueError(f"critic: {constraint} needs its slope, and no gradient of it reaches the rows")
+        raise ValueError(f"{name}: {constraint} needs its slope, and no gradient of it reaches the rows")
