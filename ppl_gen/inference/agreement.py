@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from ppl_gen.inference.gradients import Step
 
-__all__ = ["close", "difference"]
+__all__ = ["close", "difference", "nudged"]
 
 #: Of the change of a gradient where parameters change by their last bit: rounding within the step adds up to more.
 ROUNDING = 30.0
@@ -59,3 +62,25 @@ def close(one: Tensor, other: Tensor, largest: float = 0.0, *, compiled: bool = 
     apart = torch.linalg.vector_norm(torch.where(same, torch.zeros_like(one), one - other))
     bound = torch.linalg.vector_norm(other.nan_to_num(0.0, 0.0, 0.0)) + 1e-3 * largest + 1e-3
     return bool(apart <= (tolerance * bound).clamp(min=unsure))
+
+
+@contextlib.contextmanager
+def nudged(params: Sequence[Tensor]) -> Iterator[None]:
+    """Parameters whose last bits are others; on exit they are as they were.
+
+    >>> value = torch.ones(3)
+    >>> with nudged([value]):
+    ...     bool((value == 1).any()), torch.allclose(value, torch.ones(3))
+    (False, True)
+    """
+    signs = torch.Generator().manual_seed(0)
+    kept = [param.clone() for param in params]
+    try:
+        for param in params:
+            if param.is_floating_point():
+                up = torch.rand(param.shape, generator=signs).to(param) < 0.5
+                param.mul_(1 + torch.finfo(param.dtype).eps * (2 * up - 1).to(param))
+        yield
+    finally:
+        for param, value in zip(params, kept, strict=True):
+            param.copy_(value)

@@ -7,15 +7,13 @@ it is compared again once in `VERIFY` steps. A program that cannot be captured r
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from ppl_gen.capture.compiled import ABORTS, CannotCompileError, compiled, worth_compiling
 from ppl_gen.capture.recorder import record
@@ -24,7 +22,8 @@ from ppl_gen.capture.tape import RecordingRefused, Tape
 from ppl_gen.data.batching import Batch
 from ppl_gen.data.calls import ByStep
 from ppl_gen.errors import PROGRAM_ERRORS
-from ppl_gen.inference.agreement import close, difference
+from ppl_gen.inference.agreement import close, difference, nudged
+from ppl_gen.inference.batch_inputs import constants_of, shape_of, tensors_of, with_tensors
 from ppl_gen.inference.buffers import Buffers
 from ppl_gen.inference.gradients import Step, gradients
 from ppl_gen.inference.objectives.game import Game, GameState
@@ -197,34 +196,16 @@ class Steps:
         return [*self._detached, *buffers, *(state[name] for name in way.before), *self._tensors(batch)]
 
     def _tensors(self, batch: Batch) -> list[Tensor]:
-        if batch is self.whole:
-            return []
-        return [leaf for leaf in self._parts(batch) if isinstance(leaf, Tensor)]
-
-    @staticmethod
-    def _parts(batch: Batch) -> list[Any]:
-        top = [*batch.args, *batch.kwargs.values()]
-        if any(isinstance(value, dict | list | tuple) for value in top):
-            top = tree_flatten(top)[0]
-        return top if batch.index is None else [*top, batch.index]
+        return [] if batch is self.whole else tensors_of(batch)
 
     def _with_tensors(self, batch: Batch) -> Batch:
-        """The batch with the numbers that change by step as tensors, so that they are inputs and not constants."""
+        """The batch with the numbers that change by step as tensors, while these are inputs."""
         if not self._moving or self._by_value:
             return batch
-        like = self._params[0]
-        args, kwargs = list(batch.args), dict(batch.kwargs)
-        for name in self._moving:
-            place: Any = self.positional.index(name) if name in self.positional else name
-            where: Any = args if isinstance(place, int) else kwargs
-            if type(where[place]) is float:
-                where[place] = torch.tensor(where[place], dtype=like.dtype, device=like.device)
-        return replace(batch, args=tuple(args), kwargs=kwargs)
+        return with_tensors(batch, self._moving, self.positional, self._params[0])
 
     def _key(self, player: str, batch: Batch) -> tuple[Any, ...]:
-        if batch is self.whole:
-            return (player,)
-        return (player, batch.rows, batch.total, *map(_kind, self._parts(batch)))
+        return (player,) if batch is self.whole else (player, *shape_of(batch))
 
     # -------------------------------------------------------------------------------------------------- capture
     def _way(self, player: str, batch: Batch, state: GameState) -> tuple[_Way | None, Batch]:
@@ -273,9 +254,8 @@ class Steps:
             tape = record(one, inputs, draws=True, writable=range(first, first + len(buffers)))
             if any(now is not before for now, before in zip(self._buffers.values(), buffers, strict=True)):
                 raise RecordingRefused("a module puts a new tensor in place of a buffer; write into it by copy_()")
-        kept = [part for part in self._parts(batch) if not isinstance(part, Tensor)]
         replay = recording(tape, tape.used).load()
-        way = _Way(tape, replay, places, tuple(state), names[0], names[1], kept)
+        way = _Way(tape, replay, places, tuple(state), names[0], names[1], constants_of(batch))
         if self._worth_compiling(tape):
             self._compile(way, batch, state)
         problem = self._difference(way, player, batch, given, state)
@@ -321,24 +301,9 @@ class Steps:
             if not found or not way.compiled:
                 return found
             put_back()
-            with self._nudged():
-                nudged = self._program(player, given, state)
-            return difference(ours, theirs, compiled=True, nudged=nudged)
-
-    @contextlib.contextmanager
-    def _nudged(self) -> Iterator[None]:
-        """Parameters whose last bits are others."""
-        signs = torch.Generator().manual_seed(0)
-        kept = [param.clone() for param in self._detached]
-        try:
-            for param in self._detached:
-                if param.is_floating_point():
-                    up = torch.rand(param.shape, generator=signs).to(param) < 0.5
-                    param.mul_(1 + torch.finfo(param.dtype).eps * (2 * up - 1).to(param))
-            yield
-        finally:
-            for param, value in zip(self._detached, kept, strict=True):
-                param.copy_(value)
+            with nudged(self._detached):
+                beside = self._program(player, given, state)
+            return difference(ours, theirs, compiled=True, nudged=beside)
 
     def _verified(self, way: _Way, player: str, batch: Batch, given: Batch, state: GameState) -> Step:
         problem = self._difference(way, player, batch, given, state)
@@ -346,9 +311,3 @@ class Steps:
             self._refuse(f"after {self.done - 1} steps, {problem}")
             return self._program(player, given, state)
         return way.step(self._inputs(way, batch, state))
-
-
-def _kind(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype
-    return leaf if isinstance(leaf, bool | int | float | str | None) else id(leaf)
