@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from pyro.infer.autoguide import AutoLaplaceApproximation
 
 from ppl_gen.data.batches import Batches
 from ppl_gen.errors import IncompatibleError, require_callable, require_positive, require_whole
 from ppl_gen.fitting.algorithm import Iterative
-from ppl_gen.fitting.posteriors.guides import GuidePosterior
-from ppl_gen.fitting.posteriors.points import PointPosterior
-from ppl_gen.fitting.run import Ending, Info, Outcome, Run
+from ppl_gen.fitting.run import Info, Outcome, Run
 from ppl_gen.fitting.stopping import Plateau
 from ppl_gen.inference.guides.begun import Beginning, beginning
 from ppl_gen.inference.guides.guide_list import has_own_parts
 from ppl_gen.inference.guides.jacobians import check_jacobians
-from ppl_gen.inference.guides.laplace import LaplaceGuide, second_stage
 from ppl_gen.inference.guides.moving import refuse_fixed_supports
-from ppl_gen.inference.guides.normals import kept_buffers
 from ppl_gen.inference.guides.resolved import as_whole, is_auto, refuse_row_parameters, resolved_guide
 from ppl_gen.inference.objectives.base import started
 from ppl_gen.inference.objectives.elbo import ELBO
 from ppl_gen.inference.objectives.game import Game, Setting
 from ppl_gen.inference.objectives.plain import as_objective
 from ppl_gen.inference.optimisers import OPTIMISERS
+from ppl_gen.inference.outcome import outcome_of
 from ppl_gen.inference.outside import refuse_rows_outside
 from ppl_gen.inference.single_rows import single_rows_told, try_single_row
 from ppl_gen.inference.spread import as_shared, refuse_coupled, refuse_undivided, rows_each
@@ -38,7 +33,6 @@ from ppl_gen.program.dry_run import dry_run
 from ppl_gen.program.guide_checks import check_masked
 from ppl_gen.program.offers import Need, require
 from ppl_gen.workspace.isolation import without_side_effects
-from ppl_gen.workspace.workspace import ProgramState
 
 __all__ = ["SVI"]
 
@@ -263,67 +257,7 @@ class SVI(Iterative):
 
     def outcome(self, state: State, run: Run) -> Outcome:
         state.check()
-        run.notes.update(state.game.notes)
-        if state.game.advice:
-            run.notes["if modes are missing"] = state.game.advice
-        if len(state.game.players) > 1:
-            run.notes["objective"] = self.objective.call
-        if unmoved := state.unmoved():
-            more = f" and {len(unmoved) - 5} more" if len(unmoved) > 5 else ""
-            run.notes["not moved"] = (
-                f"{', '.join(unmoved[:5])}{more}: no gradient of the loss reaches them, as behind .detach(), .item() "
-                "or a comparison"
-            )
-        if not any("density" in need for need in self.objective.needs):
-            run.notes["game"] = f"{self.objective.label} does not use the density: look at samples, not at the loss"
-        values = _averaged(state, state.run.workspace.snapshot())
-        guide, failed = state.guide, None
-        if isinstance(guide, AutoLaplaceApproximation) and state.bad is None:
-            try:
-                guide, values = _curved(guide, values, run)
-            except ValueError as error:
-                failed = str(error)
-        posterior = PointPosterior() if guide is None else GuidePosterior(guide)
-        evaluations = sum(p.updates for p in state.game.players) * state.count
-        return Outcome(
-            posterior,
-            values,
-            modules=copy.deepcopy(dict(state.game.modules)),  # the workspace puts back what it finds on exit
-            cost={"gradient_evaluations": evaluations, **state.steps.cost()},
-            guide=guide,
-            ending=None if failed is None else Ending("failed", failed),
-        )
-
-
-def _averaged(state: State, values: ProgramState) -> ProgramState:
-    """The learned numbers, at the mean of the iterates where the player or its optimiser averages them."""
-    average = state.averages.get("program")
-    if average is not None and average.count and state.bad is None:
-        if ran_along := state.ran_along():
-            state.run.notes["averaging"] = (
-                f"none: {', '.join(ran_along)} kept running averages of what the last parameters made, and these do "
-                "not belong to an average of parameters"
-            )
-            return values
-        state.run.notes["averaging"] = f"the parameters are an average of the iterates, its decay {average.decay:g}"
-        moved = dict(zip(state.leaves["program"], average.values, strict=True))
-        mean = {name: moved[first].clone() for name, first in state.movers.items()}
-        return replace(values, unconstrained={**values.unconstrained, **mean})
-    optimiser = state.optimisers.get("program")
-    if not isinstance(optimiser, WhitenedAdam) or not optimiser.count or state.bad is not None:
-        return values
-    mean = dict(zip(state.leaves["program"], optimiser.averaged(), strict=True))
-    return replace(values, unconstrained={**values.unconstrained, **mean})
-
-
-def _curved(guide: AutoLaplaceApproximation, values: ProgramState, run: Run) -> tuple[LaplaceGuide, ProgramState]:
-    """The second stage of a Laplace approximation, its numbers beside those that were learned."""
-    batch = run.data.batch()
-    made = second_stage(Setting(run.program, run.joint, guide, run.info, batch), batch)
-    with without_side_effects():
-        run.info = dry_run(run.program, batch, guide=made, predicted=run.info.predicted)
-    run.notes["second stage"] = "a normal at the optimum, its covariance the inverse Hessian of -log p(x, z)"
-    return made, replace(values, buffers={**values.buffers, **kept_buffers(made)})
+        return outcome_of(self.objective, state, run)
 
 
 def _continue(game: Game, run: Run) -> None:
