@@ -64,7 +64,7 @@ def _note(objective: Objective, state: State, run: Run) -> None:
 
 def _averaged(state: State, values: ProgramState) -> ProgramState:
     """The learned numbers, at the mean of the iterates where the player or its optimiser averages them."""
-    average = state.averages.get("program")
+    average = state.moves.averages.get("program")
     if average is not None and average.count and state.bad is None:
         if ran_along := state.ran_along():
             state.run.notes["averaging"] = (
@@ -76,7 +76,7 @@ def _averaged(state: State, values: ProgramState) -> ProgramState:
         moved = dict(zip(state.leaves["program"], average.values, strict=True))
         mean = {name: moved[first].clone() for name, first in state.movers.items()}
         return replace(values, unconstrained={**values.unconstrained, **mean})
-    optimiser = state.optimisers.get("program")
+    optimiser = state.moves.optimisers.get("program")
     if not isinstance(optimiser, WhitenedAdam) or not optimiser.count or state.bad is not None:
         return values
     mean = dict(zip(state.leaves["program"], optimiser.averaged(), strict=True))

@@ -233,7 +233,7 @@ class SVI(Iterative):
         if not self._open:
             begins.place(params)
             return
-        state.optimisers["program"] = begins.optimiser(params)
+        state.moves.optimisers["program"] = begins.optimiser(params)
         run.notes["optimiser"] = (
             "Adam in units of the normal that the guide starts at, 0.05 sd a step and falling as 1 / sqrt(step) after "
             "100; the parameters are the mean of the iterates, later ones counted more. lr= or optimiser= replace all "
@@ -241,7 +241,7 @@ class SVI(Iterative):
         )
 
     def step(self, state: State, source: Batches) -> tuple[State, Info]:
-        optimiser = state.optimisers.get("program")
+        optimiser = state.moves.optimisers.get("program")
         if isinstance(optimiser, WhitenedAdam):
             rate = optimiser.rate
             return state, {**state.step(source), "learning_rate": rate}

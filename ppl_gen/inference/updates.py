@@ -1,4 +1,4 @@
-"""One training step by gradients: the players' optimisers, the parameters they move, and the last finite ones."""
+"""One training step by gradients: the players in turn, the parameters they move, and the last finite ones."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.data.calls import ByStep
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.fitting.run import NonFiniteStepError, Run
-from ppl_gen.inference.averages import Average
 from ppl_gen.inference.captured import Steps
-from ppl_gen.inference.fused_adam import FusedAdam
 from ppl_gen.inference.gradients import Step, gradients
 from ppl_gen.inference.impossible import impossible
+from ppl_gen.inference.moves import Moves
 from ppl_gen.inference.objectives.game import Game, Player
-from ppl_gen.inference.optimisers import check_players, optimiser_of, owned, schedule_of
+from ppl_gen.inference.optimisers import check_players, owned
 from ppl_gen.inference.reduction import Together
 from ppl_gen.inference.rollback import Mark
 from ppl_gen.workspace.closures import functions_of
@@ -37,7 +36,7 @@ CHECK = 50
 
 
 class State:
-    """What changes in one run: the game's state, parameters, optimisers and schedules; and a mark to go back to.
+    """What changes in one run: the game's state, the parameters and how they move; and a mark to go back to.
 
     Steps read nothing from the device. Their losses are read together once in `CHECK` steps; where one is not finite,
     the steps since the last mark are made again under full checks, so that the error names the step and the run ends at
@@ -55,19 +54,14 @@ class State:
         run.workspace.take_in(game.modules.values())
         check_players(svi, game)
         self.leaves = {player.name: owned(game, player, leaves) for player in game.players}
-        self.fused: dict[str, FusedAdam] = {}
-        self.optimisers = {
-            p.name: optimiser_of(svi, p, self.leaves[p.name]) for p in game.players if self.leaves[p.name]
-        }
+        self.moves = Moves(svi, game.players, self.leaves)
         firsts = {id(leaf): name for name, leaf in self.leaves["program"].items()}
         #: Every parameter of the program by the name of the leaf that moves it: tied weights share one.
         self.movers = {name: firsts[id(leaf)] for name, leaf in leaves.items() if id(leaf) in firsts}
-        kept = [(p.name, p.averaging) for p in game.players if p.averaging is not None]
-        self.averages = {name: Average(list(self.leaves[name].values()), decay) for name, decay in kept}
         others = {id(part) for module in game.modules.values() for part in module.modules()}
         #: What the program's networks remembered before the first step; asked for where parameters are averaged.
-        self.began = [kept for kept in run.workspace.buffers() if id(kept[0]) not in others] if self.averages else []
-        self.schedules = {n: schedule_of(svi, o) for n, o in self.optimisers.items() if svi.schedule is not None}
+        averaged = bool(self.moves.averages)
+        self.began = [kept for kept in run.workspace.buffers() if id(kept[0]) not in others] if averaged else []
         if not self.leaves["program"]:
             fixed = run.notes.get("kept fixed")
             raise IncompatibleError(
@@ -175,19 +169,11 @@ class State:
 
     def _moved(self, player: Player, grads: list[Tensor]) -> None:
         """One update of one player, and what follows it."""
-        leaves = list(self.leaves[player.name].values())
-        if self.svi.clip_norm is not None:
-            # Not in place: autograd may hand out one tensor as the gradient of two parameters.
-            norm = torch.nn.utils.get_total_norm(grads)
-            grads = list(torch._foreach_mul(grads, (self.svi.clip_norm / (norm + 1e-6)).clamp(max=1.0)))
-        self._move(player.name, leaves, grads)
-        if player.name in self.schedules:
-            self.schedules[player.name].step()
+        self.moves.move(player.name, grads)
         if player.after is not None:
             player.after()
         self.game_state = self.game.settle(player.name, self.game_state)
-        if player.name in self.averages:
-            self.averages[player.name].update(leaves)
+        self.moves.average(player.name)
 
     def reduce(self, step: Step, batch: Batch) -> Step:
         """The step of the whole batch, from those of the processes that share it: between gradients and optimiser."""
@@ -197,20 +183,6 @@ class State:
         means = iter(self.together.reduced(values, batch.share))
         value, parts = next(means), {name: next(means) for name in step.parts}
         return Step(value, parts, [next(means) for _ in step.gradients], dict(zip(step.state, means, strict=True)))
-
-    def _move(self, player: str, leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """The optimiser's update, in place."""
-        fused, optimiser = self.fused.get(player), self.optimisers[player]
-        if fused is not None:
-            fused.step(grads)
-            return
-        for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad
-        optimiser.step()
-        for leaf in leaves:
-            leaf.grad = None
-        if FusedAdam.serves(optimiser):
-            self.fused[player] = FusedAdam(optimiser)
 
     def _validated(self, player: Player, leaves: list[Tensor], batch: Batch) -> Step:
         """The first step, with Pyro's checks on: a value they refuse because it is not finite is a non-finite loss."""
@@ -303,9 +275,7 @@ class State:
             "buffers": dict(program.buffers),
             "loose": self.run.workspace.loose_buffers(),
             "modules": {name: copy.deepcopy(m.state_dict()) for name, m in self.game.modules.items()},
-            "optimisers": {name: copy.deepcopy(o.state_dict()) for name, o in self.optimisers.items()},
-            "schedules": {name: copy.deepcopy(s.state_dict()) for name, s in self.schedules.items()},
-            "averages": {name: average.state_dict() for name, average in self.averages.items()},
+            **self.moves.state_dict(),
             "game": {name: value.clone() for name, value in self.game_state.items()},
             "begun": not self.first,
             "unreached": {player: dict(values) for player, values in self.unreached.items()},
@@ -324,12 +294,6 @@ class State:
             self.together.stale = True
         for name, module in self.game.modules.items():
             module.load_state_dict(saved["modules"][name])
-        for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(copy.deepcopy(saved["optimisers"][name]))
-        self.fused = {}
-        for name, schedule in self.schedules.items():
-            schedule.load_state_dict(copy.deepcopy(saved["schedules"][name]))
-        for name, average in self.averages.items():
-            average.load_state_dict(saved["averages"][name])
+        self.moves.load_state_dict(saved)
         self.game_state = {name: value.clone() for name, value in saved["game"].items()}
         self.steps.load_state_dict(saved["path"])
