@@ -201,9 +201,10 @@ def _written(lines: list[list[str]], images: int, took: float) -> None:
         f"Flows and diffusion in bits per dimension of {images} test images (bounds, one draw each; lower is better), "
         f"by Adam at 1e-3 on batches of {BATCH}; the machine in nats of all test images by 10000 temperatures and 100 "
         "chains each way, by persistent chains and SGD that falls from 0.1 to zero. Networks begin at equal weights; "
-        "batches and noise are each side's own, and the errors do not include what another seed would do. Seconds are "
-        "of training alone, recording and compiling included, on a machine with other work: they are no benchmark of "
-        "speed ([bench.md](bench.md) is).\n\n" + table(head, lines)
+        "batches and noise are each side's own, the library spreads the time steps of a batch evenly where the loop "
+        "draws each by itself, and the errors do not include what another seed would do. Seconds are of "
+        "training alone, recording and compiling included, on a machine with other work: they are no benchmark of speed "
+        "([bench.md](bench.md) is).\n\n" + table(head, lines)
     )
     write("by_hand", "Beside loops by hand", body, took)
 
