@@ -203,8 +203,8 @@ def _written(lines: list[list[str]], images: int, took: float) -> None:
         "chains each way, by persistent chains and SGD that falls from 0.1 to zero. Networks begin at equal weights; "
         "batches and noise are each side's own, the library spreads the time steps of a batch evenly where the loop "
         "draws each by itself, and the errors do not include what another seed would do. Seconds are of "
-        "training alone, recording and compiling included, on a machine with other work: they are no benchmark of speed "
-        "([bench.md](bench.md) is).\n\n" + table(head, lines)
+        "training alone, recording and compiling included, on a machine with other work: they are no benchmark of "
+        "speed ([bench.md](bench.md) is).\n\n" + table(head, lines)
     )
     write("by_hand", "Beside loops by hand", body, took)
 
