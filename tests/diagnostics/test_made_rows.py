@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from memory import Largest
+from torch import nn
 
 import ppl_gen as pg
 from ppl_gen.diagnostics.game_verdicts import verdict_game
@@ -328,3 +330,11 @@ def test_where_modes_are_missing_the_advice_is_one_that_the_objective_accepts(ob
     if "lr={" in advice:
         rates = eval(re.findall(r"lr=({.*?})", advice)[0])
         assert pg.fit(program, data, SVI(objective, steps=1, lr=rates), seed=0).status == "finished"
+
+
+@pytest.mark.parametrize("kind", ["non-saturating", "wasserstein", Divergence(lambda u: u * u.log(), name="mine")])
+def test_the_advice_for_a_critic_with_batch_norm_is_to_take_one_without(kind: Any) -> None:
+    """A penalty refuses it."""
+    critic = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1))
+    fit = pg.fit(gan(latent=2, hidden=(4,)), _rows(0, 200), SVI(Adversarial(kind, critic=critic), steps=1), seed=0)
+    assert fit.notes["if modes are missing"].startswith("Take a critic without batch norm and ")

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from torch import nn
 
 import ppl_gen as pg
-from ppl_gen.inference import EBGAN, EM, SVI, Adversarial
+from ppl_gen.inference import (
+    EBGAN,
+    ELBO,
+    EM,
+    IWAE,
+    SVI,
+    Adversarial,
+    AdversarialTraining,
+    Divergence,
+    DomainAdversarial,
+    Objective,
+)
 
 #: Rows that all are alike get a warning.
 pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
@@ -107,3 +122,49 @@ def test_the_gap_of_the_same_objective_with_other_settings_is_refused() -> None:
         with pytest.raises(ValueError, match=r"Adversarial\(kind='kl', penalty='none'\), got Adversarial"):
             pg.exploitability(fit, SVI(other, steps=1))
     assert set(pg.exploitability(fit, SVI(played, steps=1, lr=1e-3), steps=2).gains) == {"critic", "program"}
+
+
+@pytest.mark.parametrize(
+    ("played", "other"),
+    [
+        (DomainAdversarial(objective=ELBO(beta=0.5)), DomainAdversarial(objective=ELBO())),
+        (AdversarialTraining(objective=IWAE(3)), AdversarialTraining(objective=IWAE(4))),
+        (AdversarialTraining(objective=Trace_ELBO(2)), AdversarialTraining(objective=Trace_ELBO())),
+        (Adversarial(weight=np.float32(2)), Adversarial(weight=np.float32(3))),
+        (
+            Adversarial(Divergence(lambda u: u * u.log())),
+            Adversarial(Divergence(lambda u: 2 * u * u.log())),
+        ),
+        (
+            EBGAN(energy=nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))),
+            EBGAN(energy=nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 1))),
+        ),
+    ],
+    ids=["nested", "particles", "of Pyro", "numpy", "divergence", "layers"],
+)
+def test_other_settings_are_other_words(played: Objective, other: Objective) -> None:
+    """`exploitability` knows by them whether it is the game that was played."""
+    assert played.call != other.call and played.call == copy.deepcopy(played).call
+
+
+def test_equal_settings_are_the_same_words() -> None:
+    assert Adversarial(weight=2).call == Adversarial(weight=np.float64(2.0)).call == "Adversarial(weight=2)"
+    assert AdversarialTraining(bounds=(0, 1)).call == AdversarialTraining(bounds=[0.0, 1.0]).call
+    assert AdversarialTraining(objective=ELBO()).call == AdversarialTraining().call
+
+
+def test_the_gap_of_a_game_around_another_objective_is_refused() -> None:
+    numbers = torch.Generator().manual_seed(0)
+    x, net, head = torch.randn(60, 3, generator=numbers), nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def model(x: torch.Tensor, y: torch.Tensor, domain: torch.Tensor) -> None:
+        pyro.module("net", net)
+        pyro.module("head", head)
+        with pyro.plate("data", len(x)):
+            h = pyro.deterministic("features", net(x), event_dim=1)
+            pyro.sample("y", dist.Bernoulli(logits=head(h).squeeze(-1)), obs=y)
+
+    data = {"x": x, "y": (x[:, 0] > 0).float(), "domain": torch.arange(60) % 2}
+    fit = pg.fit(model, data, SVI(DomainAdversarial(objective=ELBO(beta=0.5)), steps=1), seed=0)
+    with pytest.raises(ValueError, match=r"got DomainAdversarial\(objective=ELBO\(\)\)"):
+        pg.exploitability(fit, SVI(DomainAdversarial(), steps=1))

@@ -10,7 +10,7 @@ from torch import nn
 
 import ppl_gen as pg
 from ppl_gen.inference import EBGAN, SVI
-from ppl_gen.inference.objectives.ebgan import smoothed_entropy, squared_cosine
+from ppl_gen.inference.objectives.ebgan import _seen_by, last_linear, smoothed_entropy, squared_cosine
 from ppl_gen.models import gan
 
 
@@ -174,6 +174,56 @@ def test_the_penalty_is_there_where_rows_have_no_neighbours():
     assert "penalty" not in played(20, energy=normed).history
     with pytest.raises(ValueError, match="energy: BatchNorm1d ties the rows of a batch together"):
         played(20, energy=normed, penalty_weight=1.0)
+
+
+class _Backwards(nn.Module):
+    """Holds its layers the other way round than it calls them, and one that it does not call."""
+
+    def __init__(self, spare=False):
+        super().__init__()
+        self.head, self.body = nn.Linear(8, 1), nn.Linear(2, 8)
+        self.spare = nn.Linear(3, 3) if spare else None
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+class _ByPlaces(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.line(x.reshape(-1, 1)).reshape(len(x), -1).sum(1)
+
+
+@pytest.mark.parametrize("spare", [False, True])
+def test_made_rows_are_pulled_apart_in_what_goes_into_the_layer_that_is_called_last(spare):
+    energy, rows = _Backwards(spare), torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    assert last_linear(energy, rows) is energy.head
+    _, features = _seen_by(energy, energy.head, rows)
+    assert torch.equal(features, torch.tanh(energy.body(rows)))
+    fit = pg.fit(gan(latent=2, hidden=(4,)), rows, SVI(EBGAN(energy=energy, pulling_away=1.0), steps=1), seed=0)
+    assert 0 < float(fit.history["squared_cosine"][0]) <= 1
+    with pytest.raises(ValueError, match="pulling_away: expected an energy that calls a torch.nn.Linear last with one"):
+        pg.fit(gan(latent=2, hidden=(4,)), rows, SVI(EBGAN(energy=_ByPlaces(), pulling_away=1.0), steps=1), seed=0)
+
+
+def test_hidden_entries_are_refused():
+    """Zero among the data and noise among made rows: the energy ran to -59032 after 1500 steps."""
+
+    def program(x, seen):
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).mask(seen).to_event(1), obs=x)
+
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    seen = torch.ones(20, 2, dtype=torch.bool)
+    algorithm = SVI(EBGAN(), steps=1)
+    assert pg.fit(program, {"x": x, "seen": seen}, algorithm, seed=0).status == "finished"
+    seen[3, 1] = False
+    with pytest.raises(pg.IncompatibleError, match="hides entries of x by a mask.*Take Adversarial"):
+        pg.fit(program, {"x": x, "seen": seen}, algorithm, seed=0)
 
 
 def test_a_program_that_reads_x_to_make_x_is_refused():

@@ -270,6 +270,14 @@ def test_features_and_domains_that_are_not_there_are_refused():
         played(_logistic, _rows())
 
 
+def test_rows_of_one_domain_alone_are_refused():
+    """The critic would be right about all of them, and features be said to hide nothing."""
+    data, _ = _two_domains(30)
+    with pytest.raises(ValueError, match="domain: expected rows of two domains at least in 'domain', got 1 for all 30"):
+        alone = {**data, "domain": torch.ones(30, dtype=torch.long)}
+        pg.fit(_features(nn.Linear(2, 1), nn.Linear(1, 2)), alone, SVI(DomainAdversarial(), steps=1), seed=0)
+
+
 @pytest.mark.parametrize("wrong", [-100, -1, 2])
 @pytest.mark.parametrize("batch_size", [None, 4])
 def test_a_domain_out_of_range_is_refused_wherever_it_stands(wrong, batch_size):

@@ -24,6 +24,7 @@ from ppl_gen.inference.objectives.critics import (
     gradient_penalty,
     largest_singular_value,
     starting_vectors,
+    ties_rows,
     weight_matrices,
 )
 from ppl_gen.inference.objectives.divergences import Divergence
@@ -226,7 +227,7 @@ class _AdversarialGame(Game):
         )
         made = described_critic(real, rowwise=rowwise) if own is None else "as given"
         self.notes = {"critic": f"{made}; constraint: {constraint}", "gradients": self.rows.notes()}
-        self.advice = _advice(objective, constraint)
+        self.advice = _advice(objective, constraint, normed=ties_rows(self.critic) is not None and own is not None)
         self.bound = self.costs.bound if objective.weight == 1 else None
         if self.bound is not None:
             self.notes = {**self.notes, "divergence_bound": f"of {self.costs.of}, never more in the mean over batches"}
@@ -286,16 +287,17 @@ class _AdversarialGame(Game):
                     parameter.clamp_(-bound, bound)
 
 
-def _advice(objective: Adversarial, constraint: str) -> str:
-    """What else to try, in settings that go with those it has."""
+def _advice(objective: Adversarial, constraint: str, *, normed: bool) -> str:
+    """What else to try, in settings that go with those it has; ``normed``: its own critic has batch norm."""
     slower = "a slower program (lr={'critic': 1e-3, 'program': 2e-4}); see docs/games.md"
     if objective.schedule == "alternating":
         slower = f"more critic_steps, or {slower}"
     if constraint in _WEIGHTS:
         return f"Take {slower}"
+    take = "Take a critic without batch norm and" if normed else "Take"
     if objective.kind == "wasserstein":
-        return f"Take Adversarial('wasserstein', penalty='gradient'), {slower}"
+        return f"{take} Adversarial('wasserstein', penalty='gradient'), {slower}"
     if isinstance(objective.kind, Divergence):
-        return f"Take penalty='r1', {slower}"
+        return f"{take} penalty='r1', {slower}"
     kind = "" if objective.kind == "non-saturating" else f"{objective.kind!r}, "
-    return f"Take Adversarial({kind}penalty='r1'), {slower}"
+    return f"{take} Adversarial({kind}penalty='r1'), {slower}"

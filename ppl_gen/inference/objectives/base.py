@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ __all__ = ["Objective", "started"]
 
 
 _PLAIN = (type(None), bool, int, float, str)
+_FEW = 16  # numbers of a tensor that are written out
 _KEPT = 16  # pairs of model and guide that one objective plays in plain scripts
 
 
@@ -38,11 +40,15 @@ class Objective(ABC):
 
     @property
     def call(self) -> str:
-        """The call that makes it, with the settings that are not the default ones; networks by their class.
+        """The call that makes it, with the settings that are not the default ones; networks by their layers.
+
+        Two objectives of which it is not the same play different games.
 
         >>> from ppl_gen.inference import Adversarial
         >>> Adversarial("kl", critic=torch.nn.Linear(2, 1), penalty="none").call
         "Adversarial(kind='kl', critic=Linear, penalty='none')"
+        >>> Adversarial(critic=torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))).call
+        'Adversarial(critic=Sequential(Linear, Tanh, Linear))'
         """
         made: list[Field[Any]] = [field for field in fields(self) if field.init] if is_dataclass(self) else []
         values = {field.name: getattr(self, field.name) for field in made if not _is_default(field, self)}
@@ -169,14 +175,24 @@ def _is_default(field: Field[Any], objective: Any) -> bool:
 
 
 def _written(value: Any) -> str:
-    """A setting in words that are the same in every process."""
+    """A setting in words that are the same in every process, and other words for other settings."""
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() <= _FEW):
+        value = value.tolist()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # 2 and 2.0 are the same setting
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{name!r}: {_written(inside)}' for name, inside in value.items())}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(_written(inside) for inside in value)}]"
-    name = getattr(value, "name", None)
-    if isinstance(name, str) and not isinstance(value, nn.Module):
-        return f"{type(value).__name__}({name!r})"
-    return str(getattr(value, "__qualname__", type(value).__name__))
+    if isinstance(value, nn.Module):
+        return _layers(value)
+    call = getattr(value, "call", None)  # other objectives, divergences
+    return call if isinstance(call, str) else str(getattr(value, "__qualname__", type(value).__name__))
+
+
+def _layers(network: nn.Module) -> str:
+    """Its class, and those of its layers without parts: sizes are compared where parameters are."""
+    leaves = [type(part).__name__ for part in network.modules() if part is not network and not list(part.children())]
+    return f"{type(network).__name__}({', '.join(leaves)})" if leaves else type(network).__name__

@@ -68,6 +68,16 @@ class Divergence:
     def __repr__(self) -> str:
         return f"Divergence({self.name!r})"
 
+    @property
+    def call(self) -> str:
+        """What tells it from other divergences: its name, which several may have, and two values of f.
+
+        >>> Divergence(lambda u: (u - 1).square(), name="mine").call
+        "Divergence(name='mine', f(1/2)=0.25, f(2)=1)"
+        """
+        half, two = (float(value) for value in self.f(torch.tensor([0.5, 2.0], dtype=torch.float64)))
+        return f"Divergence(name={self.name!r}, f(1/2)={half:.6g}, f(2)={two:.6g})"
+
     def __post_init__(self) -> None:
         require_callable("f", self.f)
         for name in ("conjugate", "activation", "composed"):

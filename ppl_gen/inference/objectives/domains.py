@@ -57,8 +57,8 @@ class DomainAdversarial(Objective):
         objective: the other objective, with one player.
 
     Raises:
-        ValueError, TypeError: for settings out of range, features or domains that are not there, or a critic of other
-            widths.
+        ValueError, TypeError: for settings out of range, features or domains that are not there, rows of one domain
+            alone, or a critic of other widths.
         IncompatibleError: for an objective of several players, or features made from what no guide draws.
 
     Source: Ganin et al. (2016), whose reversed gradient this game spells out.
@@ -143,6 +143,11 @@ class _DomainGame(Game):
             got = type(d).__name__ if not isinstance(d, Tensor) else f"{d.dtype} of shape {tuple(d.shape)}"
             got = f"values from {int(d.min())} to {int(d.max())}" if whole else got
             raise ValueError(f"domain: expected one integer from 0 to {most} for each row in {name!r}, got {got}")
+        if every and len(d) > 1 and bool((d == d[0]).all()):
+            raise ValueError(
+                f"domain: expected rows of two domains at least in {name!r}, got {int(d[0])} for all {len(d)}: there is "
+                "nothing that features could hide"
+            )
 
     def _refuse_prior_draws(self) -> None:
         """Features that hang on what the guide does not draw would be those of the prior, whatever the row."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.distances.mmd import squared_distance
-from ppl_gen.errors import require_number, require_positive, require_whole
+from ppl_gen.errors import IncompatibleError, require_number, require_positive, require_whole
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.critics import (
     check_critic,
@@ -59,7 +59,8 @@ class EBGAN(Objective):
     .. math:: \frac{\lambda}{B (B - 1)} \sum_{i \ne j} \left(\frac{s_i^\top s_j}{|s_i| |s_j|}\right)^2
 
     Neither density nor guide of the program is used. The energy is ``fit.module("energy")``, rows to one number each,
-    known up to a constant; it is that of *smoothed* rows, and ``fit.sample`` gives them without the noise.
+    known up to a constant; it is that of *smoothed* rows, and ``fit.sample`` gives them without the noise. Entries that
+    a mask hides have no noise to be smoothed by, and no density: programs that hide some are refused.
 
     Losses are per row. The history keeps ``energy_real`` and ``energy_fake``, ``entropy``, ``spread``, the standard
     deviation of the made rows over that of the data, and, where they are paid for, ``penalty`` and ``squared_cosine``.
@@ -83,7 +84,8 @@ class EBGAN(Objective):
     Raises:
         ValueError, TypeError: for settings out of range, an energy that does not give one number per row, or one with
             batch norm under a penalty.
-        IncompatibleError: if the program gives its observed sites no gradient, or reads x in order to make x.
+        IncompatibleError: if the program gives its observed sites no gradient, reads x in order to make x, or hides
+            entries of x by a mask.
 
     Unless the algorithm names others, both players use Adam at 1e-3 with betas 0.5 and 0.9.
 
@@ -145,6 +147,13 @@ class _EnergyGame(Game):
         refuse_own_observation(setting, sites)
         with without_side_effects():
             real, _ = self.rows(setting.sample())
+            hidden = self.rows.hidden(setting.sample())
+        if hidden:
+            raise IncompatibleError(
+                f"the program {setting.program.name!r} hides entries of {', '.join(hidden)} by a mask: the noise of "
+                "made rows would tell them from observed ones there, and the energy is a log density of whole rows. "
+                "Take Adversarial(), for which they are zero on both sides, or rows that are whole"
+            )
         flat = real.flatten(1)
         spread = (flat - flat.mean(0)).square().mean().sqrt()
         self.noise = objective.noise * torch.where(spread > 0, spread, torch.ones_like(spread))
@@ -163,13 +172,15 @@ class _EnergyGame(Game):
             Player("energy", objective.energy_steps, optimiser=objective.optimiser),
             Player("program", optimiser=objective.optimiser, averaging=objective.averaging or None),
         )
-        self.last = last_linear(self.energy) if objective.pulling_away else None
-        if objective.pulling_away and self.last is None:
+        last = last_linear(self.energy, real)
+        self.last = last if objective.pulling_away else None
+        if objective.pulling_away and last is None:
             raise ValueError(
-                "pulling_away: expected an energy with a torch.nn.Linear, between whose inputs angles are taken, got "
-                f"{type(self.energy).__name__} without; leave it at 0"
+                "pulling_away: expected an energy that calls a torch.nn.Linear last with one row for each row of x, "
+                f"between whose inputs angles are taken, got {type(self.energy).__name__}, which does not; leave it at "
+                "0"
             )
-        self.advice = _advice(objective, alone and last_linear(self.energy) is not None)
+        self.advice = _advice(objective, alone and last is not None)
         made = "a small network on standardised rows (default)" if own is None else "as given"
         held = f"; held by R1 of weight {self.penalty_weight:g}" if self.penalty_weight else ""
         self.notes = {
@@ -227,9 +238,23 @@ def _advice(objective: EBGAN, alone: bool) -> str:
     return f"Take {call}more steps, or a slower program; see docs/games.md"
 
 
-def last_linear(network: nn.Module) -> nn.Module | None:
-    """Its last affine layer, whose inputs are what it has made of a row; None without one."""
-    return next((part for part in reversed(list(network.modules())) if isinstance(part, nn.Linear)), None)
+def last_linear(network: nn.Module, rows: Tensor) -> nn.Module | None:
+    """The affine layer that it calls last, whose inputs are what it has made of each row; None without one.
+
+    In what order a network holds its layers says nothing of that in which it calls them.
+    """
+    called: list[tuple[nn.Module, int]] = []
+    linear = [part for part in network.modules() if isinstance(part, nn.Linear)]
+    hooks = [
+        part.register_forward_pre_hook(lambda part, given: called.append((part, len(given[0])))) for part in linear
+    ]
+    try:
+        with without_side_effects():
+            network(rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called[-1][0] if called and called[-1][1] == len(rows) else None
 
 
 def _seen_by(energy: nn.Module, last: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,6 +104,12 @@ class ObservedRows:
         real, made = (torch.cat([rows.flatten(1) for rows in column], 1) for column in zip(*pairs, strict=True))
         return real, made
 
+    def hidden(self, batch: Batch) -> list[str]:
+        """The sites of which a mask hides some entries, in the order of the program."""
+        trace = poutine.trace(unobserved(self.model)).get_trace(*batch.args, **batch.kwargs)
+        masks = {site.name: _shown(trace.nodes[site.name]) for site in self.sites}
+        return [name for name, shown in masks.items() if shown is not None and not bool(shown.all())]
+
     def _pair(self, node: Mapping[str, Any], carried: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
         """Observed and made values of one site, rows x event each; x categories where these stand for draws."""
         made, real = node["value"] if carried is None else carried, torch.as_tensor(node["infer"]["obs"])

@@ -27,6 +27,8 @@ from ppl_gen.workspace.isolation import validation_off, without_side_effects
 
 __all__ = ["LossFunction", "PyroObjective", "as_objective"]
 
+_GUESSED = "max_plate_nesting"  # which Pyro writes back into the object
+
 
 @dataclass(frozen=True)
 class PyroObjective(Objective):
@@ -37,6 +39,16 @@ class PyroObjective(Objective):
     @property
     def label(self) -> str:
         return f"pyro.infer.{type(self.elbo).__name__}"
+
+    @property
+    def call(self) -> str:
+        """With all of its settings: what its class begins with is not known here.
+
+        >>> PyroObjective(Trace_ELBO(num_particles=3)).call
+        'pyro.infer.Trace_ELBO(...num_particles=3...)'
+        """
+        plain = {k: v for k, v in vars(self.elbo).items() if isinstance(v, bool | int | float | str) and k != _GUESSED}
+        return f"{self.label}({', '.join(f'{name}={plain[name]!r}' for name in sorted(plain))})"
 
     @property
     def needs(self) -> Sequence[Need]:
