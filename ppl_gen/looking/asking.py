@@ -14,6 +14,7 @@ from ppl_gen.data.on_disk import RowsOnDisk
 from ppl_gen.errors import PROGRAM_ERRORS, MissingExtraError, is_number
 
 __all__ = [
+    "COARSE",
     "Target",
     "as_rows",
     "captum_attr",
@@ -25,11 +26,13 @@ __all__ = [
     "layers_of",
     "pick",
     "recorded",
+    "require_precision",
     "scores",
     "slope",
 ]
 
 Target = int | Sequence[int] | Tensor | None
+COARSE = (torch.float16, torch.bfloat16)  # types of three digits
 CHUNK = 256  # rows that a network sees at once
 
 
@@ -54,6 +57,16 @@ def checked_network(network: Any) -> nn.Module:
         got = "the class itself" if isinstance(network, type) else type(network).__name__
         raise TypeError(f'network: expected a torch.nn.Module, such as fit.module("encoder"), got {got}')
     return network
+
+
+def require_precision(network: nn.Module) -> None:
+    """Raise ValueError for networks in half precision, in which an optimiser of rows sees no small changes."""
+    coarse = next((p.dtype for p in (*network.parameters(), *network.buffers()) if p.dtype in COARSE), None)
+    if coarse is not None:
+        raise ValueError(
+            f"network: expected one in single or double precision, whose scores follow small changes of a row, got "
+            f"{coarse}; pass copy.deepcopy(network).float()"
+        )
 
 
 @contextlib.contextmanager

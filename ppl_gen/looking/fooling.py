@@ -22,6 +22,7 @@ from ppl_gen.looking.asking import (
     checked_target,
     evaluating,
     in_pieces,
+    require_precision,
     require_share,
     scores,
     slope,
@@ -106,7 +107,8 @@ def adversarial_example(
 
     Raises:
         TypeError: for what is no module, or gives no numbers.
-        ValueError: for rows that it cannot read or outside of the bounds, and targets that are no output of it.
+        ValueError: for rows that it cannot read or outside of the bounds, targets that are no output of it, and
+            networks in half precision.
 
     References:
         Intriguing properties of neural networks (Szegedy et al., 2014). Adversarial images for variational autoencoders
@@ -121,6 +123,7 @@ def adversarial_example(
         tensor([0.6000])
     """
     checked_network(network)
+    require_precision(network)
     rows = read_alone(x, network)
     bounds = _checked_bounds(rows, low, high)
     require_share("within", within)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,9 @@ __all__ = ["deconvnet", "guided_backprop", "saliency"]
 
 _RECTIFIERS = {"relu", "relu_", "threshold", "threshold_"}
 _CLAMPS = {"clamp", "clamp_", "clamp_min", "clamp_min_"}  # rectifiers where they clamp at zero from below alone
+
+_WITH_TOP = {"hardtanh", "hardtanh_"}  # ReLU6, where they begin at zero
+_TELLING = 8  # numbers, and rows, by which an operation is known that cuts off what is negative
 
 
 def saliency(network: nn.Module, x: Any, target: Target = None) -> Tensor:
@@ -170,7 +174,7 @@ def _sent_back(
         picked = _channels(network, rows, target, layer)
     captum = captum_attr()
     own = _without_inplace(network)
-    _require_rectifiers(own, rows[:1])
+    _require_rectifiers(own, rows[:_TELLING])
     _require_slope(own, rows[:1], layer)
     found = []
     for piece, which in zip(map(torch.clone, in_pieces(rows)), in_pieces(picked), strict=True):
@@ -229,28 +233,42 @@ def _require_slope(network: nn.Module, row: Tensor, layer: str | None = None) ->
 
 
 class _Rectified(TorchDispatchMode):
-    """Counts rectifiers that are computed, by modules or otherwise."""
+    """Counts rectifiers that are computed, by modules or otherwise: known by name, or by what they give."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__.split(".")[-1]
-        self.count += name in _RECTIFIERS or (name in _CLAMPS and _at_zero(*args[1:], **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+        floats = [one.clone() for one in args if isinstance(one, Tensor) and one.is_floating_point()]
+        given = func(*args, **(kwargs or {}))
+        known = name in _RECTIFIERS or (name in _CLAMPS and _at_zero(*args[1:], **(kwargs or {})))
+        self.count += known or (name in _WITH_TOP and args[1:2] == (0,)) or _cut_at_zero(given, floats)
+        return given
 
 
 def _at_zero(min: Any = None, max: Any = None) -> bool:
     return is_number(min) and float(min) == 0.0 and max is None
 
 
-def _require_rectifiers(network: nn.Module, row: Tensor) -> None:
+def _cut_at_zero(given: Any, floats: Sequence[Tensor]) -> bool:
+    """Whether it is max(a, 0) of one of the tensors, as of torch.maximum, torch.where or a product with a > 0."""
+    if not isinstance(given, Tensor) or given.numel() < _TELLING:
+        return False
+    alike = [one for one in floats if one.shape == given.shape and one.dtype == given.dtype]
+    return any(
+        int((one < 0).sum()) > 1 and bool((one > 0).any()) and torch.equal(given, one.clamp(min=0)) for one in alike
+    )
+
+
+def _require_rectifiers(network: nn.Module, rows: Tensor) -> None:
     """Raise ValueError unless every rectifier is a module: the rule for the others would stay that of the gradient."""
     modules = list(layers_of(network, (nn.ReLU,)).values())
     called: list[int] = []
     hooks = [part.register_forward_hook(lambda *_: called.append(1)) for part in modules]
     try:
-        with evaluating(network), torch.no_grad(), _Rectified() as counted:
-            scores(network, row)
+        # With a gradient, as it is asked for later: without one a transformer runs as a single operation.
+        with evaluating(network), torch.enable_grad(), _Rectified() as counted:
+            scores(network, rows.clone().requires_grad_())
     finally:
         for hook in hooks:
             hook.remove()
@@ -258,8 +276,8 @@ def _require_rectifiers(network: nn.Module, row: Tensor) -> None:
         raise ValueError("network: it has no rectifier (torch.nn.ReLU), where this rule would differ from the gradient")
     if counted.count != len(called):
         raise ValueError(
-            f"network: {counted.count - len(called)} of its {counted.count} rectifiers are functions, whose rule "
-            "cannot be changed; write them as torch.nn.ReLU modules"
+            f"network: {counted.count - len(called)} of its {counted.count} rectifiers are functions, or of another "
+            "kind (ReLU6), whose rule cannot be changed; write them as torch.nn.ReLU modules"
         )
 
 

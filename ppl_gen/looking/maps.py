@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ppl_gen.looking.alone import read_alone
-from ppl_gen.looking.asking import checked_network, chosen_layer, recorded
+from ppl_gen.looking.asking import checked_network, chosen_layer, evaluating, recorded
 
 __all__ = ["CONVOLUTIONS", "activation_maps", "filters"]
 
@@ -44,7 +45,8 @@ def filters(network: nn.Module, layer: str | None = None) -> Tensor:
     part = network.get_submodule(name)
     if not isinstance(part, (*CONVOLUTIONS, nn.Linear)):
         raise ValueError(f"layer: expected a convolution or a linear layer, {name!r} is {type(part).__name__}")
-    return part.weight.detach().cpu().clone()
+    with evaluating(network), torch.no_grad():  # a normed weight is computed, and in training moves its buffers
+        return part.weight.detach().cpu().clone()
 
 
 def activation_maps(network: nn.Module, x: Any, layer: str | None = None) -> Tensor:

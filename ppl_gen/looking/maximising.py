@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_gen.errors import is_number, require_seed, require_whole
-from ppl_gen.looking.asking import checked_network, checked_target, evaluating, pick, scores, slope
+from ppl_gen.looking.asking import checked_network, checked_target, evaluating, pick, require_precision, scores, slope
 from ppl_gen.looking.gradients import require_penalty
 
 __all__ = ["activation_maximisation"]
@@ -54,7 +54,8 @@ def activation_maximisation(
 
     Raises:
         TypeError: for what is no module, or gives no numbers.
-        ValueError: for a shape that it cannot read, a target that it does not have, no penalty and no bounds.
+        ValueError: for a shape that it cannot read, a target that it does not have, no penalty and no bounds, and
+            networks in half precision.
 
     References:
         Visualizing higher-layer features of a deep network (Erhan, Bengio, Courville and Vincent, 2009). Deep inside
@@ -68,6 +69,7 @@ def activation_maximisation(
         True
     """
     checked_network(network)
+    require_precision(network)
     size = _checked_shape(shape)
     weight = require_penalty("penalty", penalty)
     bounds = _checked_bounds(low, high)

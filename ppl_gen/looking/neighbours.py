@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from ppl_gen.errors import require_whole
 from ppl_gen.looking.alone import read_alone
-from ppl_gen.looking.asking import as_rows, checked_network, chosen_layer, evaluating, in_pieces, recorded, scores
+from ppl_gen.looking.asking import (
+    COARSE,
+    as_rows,
+    checked_network,
+    chosen_layer,
+    evaluating,
+    in_pieces,
+    recorded,
+    scores,
+)
 
 __all__ = ["Neighbours", "nearest_images"]
 
@@ -89,6 +98,7 @@ def nearest_images(
 
 
 def _nearest(rows: Tensor, known: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    rows, known = (one.float() if one.dtype in COARSE else one for one in (rows, known))
     found = [
         torch.cdist(piece.flatten(1), known.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").topk(
             count, largest=False

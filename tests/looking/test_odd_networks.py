@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import ppl_gen as pg
 from ppl_gen.inference import SVI
@@ -18,6 +19,7 @@ from ppl_gen.looking import (
     adversarial_example,
     deconvnet,
     embed_layers,
+    filters,
     guided_backprop,
     nearest_images,
     occlusion,
@@ -195,3 +197,75 @@ def test_running_statistics_leave_each_row_alone() -> None:
     x = torch.rand(6, 1, 5, 7, generator=torch.Generator().manual_seed(0))
     net(x)
     torch.testing.assert_close(saliency(net, x, 1)[:1], saliency(net, x[:1], 1))
+
+
+class _Own(nn.Module):
+    """Two rectifiers, the first of them a function."""
+
+    def __init__(self, cut: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.cut, self.relu = cut, nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.third(self.relu(self.second(self.cut(self.first(x)))))
+        return found
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.layer(x).mean(1))
+        return found
+
+
+CUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ReLU6": nn.ReLU6(),
+    "maximum": lambda h: torch.maximum(h, torch.zeros(())),
+    "product": lambda h: h * (h > 0),
+    "where": lambda h: torch.where(h > 0, h, 0.0),
+    "fill": lambda h: h.masked_fill(h < 0, 0.0),
+    "leaky without a leak": nn.LeakyReLU(0.0),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("view", [deconvnet, guided_backprop])
+def test_rectifiers_by_other_names_are_refused(view: Callable[..., Tensor], cut: str) -> None:
+    """Their rule would stay that of the gradient, without a word, beside one that is changed."""
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="1 of its 2 rectifiers are functions, or of another kind"):
+        view(_Own(CUTS[cut]), x, 0)
+    assert view(_Own(nn.Tanh()), x, 0).shape == x.shape, "others are sent back as they are"
+
+
+def test_the_rectifier_inside_a_transformer_is_seen() -> None:
+    """Without a gradient its layer runs as one operation, which hides it."""
+    with pytest.raises(ValueError, match="1 of its 2 rectifiers are functions"):
+        deconvnet(_Attention(), torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0)), 0)
+
+
+def test_filters_of_a_normed_convolution_in_training_leave_it_as_it_is() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(spectral_norm(nn.Conv2d(1, 4, 3))).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    shown = filters(net)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items()) and net[0].training
+    net.eval()
+    assert torch.equal(shown, net[0].weight.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_compared_in_single_and_not_optimised(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).to(dtype), torch.rand(5, 1, 4, 4)
+    found = nearest_images(net, x, x, 1, layer="")
+    assert found.by_layer[:, 0].tolist() == found.by_pixels[:, 0].tolist() == list(range(5))
+    for asked in (lambda: adversarial_example(net, x, 1), lambda: activation_maximisation(net, (1, 4, 4), 1)):
+        with pytest.raises(ValueError, match=f"network: expected one in single or double precision.*got {dtype}"):
+            asked()
