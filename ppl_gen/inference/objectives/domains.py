@@ -145,8 +145,8 @@ class _DomainGame(Game):
             raise ValueError(f"domain: expected one integer from 0 to {most} for each row in {name!r}, got {got}")
         if every and len(d) > 1 and bool((d == d[0]).all()):
             raise ValueError(
-                f"domain: expected rows of two domains at least in {name!r}, got {int(d[0])} for all {len(d)}: there is "
-                "nothing that features could hide"
+                f"domain: expected rows of two domains at least in {name!r}, got {int(d[0])} for all {len(d)}: their "
+                "features have nothing to hide"
             )
 
     def _refuse_prior_draws(self) -> None:
