@@ -14,6 +14,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import PROGRAM_ERRORS
+from ppl_gen.handlers.followed import ShapesKept
 from ppl_gen.handlers.picked import Picked
 from ppl_gen.handlers.read_sites import is_flat
 from ppl_gen.handlers.sites import is_deterministic, sample_nodes
@@ -181,7 +182,8 @@ def _has_support(fn: Any) -> bool:
 
 
 def _traced(function: Callable[..., Any], batch: Batch, program: Program, what: str = "model") -> poutine.Trace:
-    with explained(program, batch, what), torch.no_grad():
+    # A guide that is set up here may ask what depends on what in the model.
+    with explained(program, batch, what), torch.no_grad(), ShapesKept():
         return checked_trace(function, batch)[0]
 
 

@@ -230,3 +230,27 @@ def test_a_guide_in_use_whose_first_values_hang_on_parameters_is_copied():
     fits = [pg.fit(pg.Program(centred, guide), x, SVI(steps=500, lr=0.02), seed=0) for guide in (used, fresh)]
     one, two = (f.params["AutoNormal.locs.loc_decentered"] for f in fits)
     assert abs(float(one - two)) < 0.1 and torch.equal(used.locs.loc_decentered, before)
+
+
+@pytest.mark.parametrize("made", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["class", "instance"])
+@pytest.mark.parametrize("kind", [auto.AutoGaussian, auto.AutoStructured])
+def test_guides_by_dependencies_see_what_observations_tie_together(kind, made):
+    """Of two standard normals, whose sum four rows see with unit noise, the posterior has precision I + 4 (1, 1)(1, 1)'.
+
+    So their correlation is -4/5; a guide that sees the prior's dependencies alone has 0, to 0.09 (5.5 sd of 4000 draws).
+    """
+
+    def both(x):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+
+    def correlation(fit):
+        draws = fit.posterior(draws=4000, seed=1)
+        return float(torch.corrcoef(torch.stack([draws["a"], draws["b"]]))[0, 1])
+
+    program = pg.Recipe(lambda data: pg.Program(both, kind(both) if made else kind), name="both")
+    x = torch.tensor([0.2, 1.4, -0.7, 0.9])
+    assert abs(correlation(pg.fit(program, x, SVI(steps=1), seed=0))) < 0.4  # not yet learned
+    assert correlation(pg.fit(program, x, SVI(steps=700, lr=0.05), seed=0)) == pytest.approx(-0.8, abs=0.1)

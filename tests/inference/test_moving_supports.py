@@ -119,8 +119,6 @@ def grid_moments(n=1500):
 def test_guides_that_keep_their_first_supports_are_refused_by_name(name, model):
     if model is learned and name in {"AutoIAFNormal", "AutoLowRankMultivariateNormal"}:
         pytest.skip("the guide is for more than one number")
-    if model is above and name in {"AutoGaussian", "AutoStructured"}:
-        pytest.skip("Pyro itself cannot trace what depends on what where a bound is below zero")
     moved = "the parameter a" if model is learned else "a"
     with pytest.raises(pg.IncompatibleError, match=rf"the support of b depends on {moved} in '{model.__name__}'.*NUTS"):
         pg.fit(pg.Program(model, FIXED[name]), X, SVI(steps=2), seed=0)

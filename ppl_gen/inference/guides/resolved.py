@@ -92,7 +92,9 @@ def _made(guide: type | None, run: Run, options: Mapping[str, Any]) -> Callable[
         return None
     # An autoguide runs the model behind a block of its own, past which statements would not be read as elsewhere.
     # Parameters stay in sight: a guide that runs inside the model makes its own there.
-    model = poutine.block(ReadSites()(run.joint), hide_fn=lambda m: m["type"] != "param" and m["name"] not in sites)
+    # So do observations: AutoGaussian and AutoStructured ask what they make dependent (of a sum, its parts).
+    seen = issubclass(kind, AutoGuide)
+    model = poutine.block(ReadSites()(run.joint), hide_fn=lambda m: m["name"] not in sites and not _shown(m, seen))
     start = run.starting_values()
     begins = dict(options)
     if start and "init_loc_fn" not in options and "init_loc_fn" in inspect.signature(kind).parameters:
@@ -119,6 +121,13 @@ def _alone(guide: AutoMessenger) -> Callable[..., Any]:
     """A guide that runs the whole model, shown without what is the model's own: observations and derived values."""
     shown: Callable[..., Any] = poutine.block(guide, hide_fn=lambda site: site["type"] == "sample" and _given(site))
     return shown
+
+
+def _shown(message: Any, observed: bool) -> bool:
+    """Whether a guide sees what it does not guide: parameters, and observations where ``observed``."""
+    if message["type"] == "param":
+        return True
+    return observed and message["type"] == "sample" and message["is_observed"] and not is_deterministic(message)
 
 
 def _given(site: Any) -> bool:
