@@ -187,6 +187,31 @@ def test_arguments_out_of_range_are_refused(small):
         guided_sample(small, lambda x: x[:, 0].log(), 50)
 
 
+def test_a_density_that_is_none_of_each_row_by_itself_is_refused() -> None:
+    """Each was sampled from without a word, and none of them is p(x) r(x)."""
+    small = pg.fit(denoising_diffusion(steps=4, hidden=4), torch.randn(40, 2), SVI(steps=2), seed=0)
+    torch.manual_seed(0)
+    normed = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    dropped = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3))
+    centres = torch.arange(6.0)
+    for correct in (True, False):
+        for network, why in ((normed, "other rows change it"), (dropped, "other numbers when it is asked again")):
+            network.train()
+            with pytest.raises(ValueError, match=f"log_density: expected log r of each row by itself, and.*{why}"):
+                guided_sample(small, lambda x, n=network: n(x).log_softmax(-1)[:, 1], 6, correct=correct)
+            network.eval()
+            assert (
+                guided_sample(small, lambda x, n=network: n(x).log_softmax(-1)[:, 1], 6, correct=correct)
+                .isfinite()
+                .all()
+            )
+    assert int(normed[1].num_batches_tracked) == 0
+    with pytest.raises(ValueError, match="log_density: .*the place of a row changes it.*take correct=False"):
+        guided_sample(small, lambda x: -((x[:, 0] - centres) ** 2), 6)
+    assert guided_sample(small, lambda x: -((x[:, 0] - centres) ** 2), 6, correct=False).shape == (6, 2)
+    assert guided_sample(small, lambda x: -(x[:, 0] ** 2), 1).shape == (1, 2)
+
+
 def test_fits_of_other_programs_are_refused():
     fit = pg.fit(ppca(2, 1), torch.randn(20, 2), SVI(steps=1), seed=0)
     for act in (lambda: ddim_sample(fit, 2), lambda: guided_sample(fit, judged, 2)):

@@ -199,3 +199,26 @@ class Square(nn.Module):
 
     def forward(self, v):
         return self.factor * v.square().sum(-1)
+
+
+class _Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(2, 1)
+
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.line(v) - self.line(v).mean()
+        return found
+
+
+def test_a_network_that_is_no_function_of_each_row_alone_is_refused() -> None:
+    """Its chains leave nothing invariant, and evidence of a row changed with the rows beside it."""
+    x = torch.randn(30, 2)
+    normed = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+    dropped = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Tanh(), nn.Linear(4, 1))
+    for network, why in ((normed, "ties the rows"), (_Centred(), "ties the rows"), (dropped, "draws random numbers")):
+        with pytest.raises(ValueError, match=f"network: expected one whose number is a function of each row.*{why}"):
+            energy_model(network)(x)
+    assert int(normed[1].num_batches_tracked) == 0 and torch.equal(normed[1].running_mean, torch.zeros(4))
+    layers = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1))
+    assert energy_model(layers)(x).energy is not None and energy_model(layers)(x[:2]).energy is not None

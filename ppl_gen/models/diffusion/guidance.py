@@ -12,9 +12,11 @@ from ppl_gen.errors import require_callable, require_flag, require_whole
 from ppl_gen.fits.result import Fit
 from ppl_gen.models.diffusion.chain import Diffusion
 from ppl_gen.models.diffusion.fitted import chain_of
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["guided_sample"]
 
+_ROUNDING = 1e-3  # relative: what another batch may change
 _FAR = 5.0  # times as far from the mean as any row of the data
 _FEW = 0.02  # of the chains that carry the weight at some step: fewer, and the rows are copies of each other
 
@@ -45,7 +47,8 @@ def guided_sample(
     Args:
         fit: of `denoising_diffusion`.
         log_density: ``log_density(x)``: log r of rows in the user's units: rows. With ``noisy``, ``log_density(x, t)``:
-            log h_t of noisy rows, middle + spread * x_t, at step t; t = 0 asks for log r of the rows themselves.
+            log h_t of noisy rows, middle + spread * x_t, at step t; t = 0 asks for log r of the rows themselves. Of a
+            row it has to be a function of that row alone: a classifier in evaluation mode.
         n: how many rows, and chains.
         noisy: whether ``log_density`` takes a time step.
         correct: whether the chains are weighed; without it the rows are independent and only near the product.
@@ -56,7 +59,9 @@ def guided_sample(
 
     Raises:
         TypeError: for a log density that is no function.
-        ValueError: for one that does not give a finite number for each row, or, without ``correct``, has no gradient.
+        ValueError: for one that does not give a finite number for each row, whose number for a row changes with other
+            rows, with their order (``correct`` draws chains by weight) or from call to call, or that, without
+            ``correct``, has no gradient.
         IncompatibleError: for a fit of another program.
 
     Warns:
@@ -91,6 +96,7 @@ def guided_sample(
 
     with fit.bound(seed):
         state = torch.randn(n, *chain.middle.shape, device=fit.data.device)
+        _refuse_company(lambda rows: height(rows, chain.steps).double(), state, ordered=not correct)
         log_weight, least = height(state, chain.steps).double(), float(n)
         for t in range(chain.steps, 0, -1):
             before, slope = _with_slope(height, state, t)
@@ -128,6 +134,24 @@ def guided_sample(
             stacklevel=2,
         )
     return rows
+
+
+def _refuse_company(height: Callable[[Tensor], Tensor], state: Tensor, *, ordered: bool) -> None:
+    """Raise ValueError unless a row's number is that of the row alone; ``ordered``: each row may have its own r."""
+    with without_side_effects():
+        other = torch.randn_like(state)
+        half, turned = len(state) - len(state) // 2, state.flip(0)
+        first, again = height(state), height(state)
+        beside = height(torch.cat([state[:half], other[half:]]))
+        backwards = first if ordered else height(turned).flip(0)
+    least = _ROUNDING * (1 + float(first.abs().max()))
+    for found, wanted, why in (
+        (again, first, "it gives other numbers when it is asked again (dropout: take network.eval())"),
+        (beside[:half], first[:half], "other rows change it (batch norm in training: take network.eval(); a mean)"),
+        (backwards, first, "the place of a row changes it, and chains are drawn by weight: take correct=False"),
+    ):
+        if float((found - wanted).abs().max()) > least:
+            raise ValueError(f"log_density: expected log r of each row by itself, and {why}")
 
 
 def _with_slope(height: Callable[[Tensor, int], Tensor], state: Tensor, t: int) -> tuple[Tensor, Tensor | None]:

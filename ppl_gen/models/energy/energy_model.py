@@ -19,9 +19,11 @@ from ppl_gen.nn.chain_rows import ChainRows
 from ppl_gen.nn.copies import own_copy
 from ppl_gen.program.extensions import Energy, Tempering
 from ppl_gen.program.program import Program, Recipe
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["LangevinMachine", "energy_model"]
 
+_FEW, _ROUNDING = 4, 1e-4  # rows that the network is asked about, and what another batch may change of its numbers
 _RAYS, _FAR = 200, (1e3, 1e6)  # directions, and how far out along them, in standardised units
 
 
@@ -164,7 +166,8 @@ def energy_model(network: nn.Module, *, tail: float | None = 2.0, step: float = 
     ``fit.evidence(method=pg.AIS())`` estimates log p(x), from a normal on; the network is ``machine.network``.
 
     Args:
-        network: from rows, N x shape of a row, to N numbers or N x 1. The fit trains a private copy.
+        network: from rows, N x shape of a row, to N numbers or N x 1, each a function of its row alone: without batch
+            norm and dropout. The fit trains a private copy.
         tail: standard deviation of a normal that the energy contains, in standardised units, so that Z is finite
             whatever a bounded network says; None: the network alone, which then has to grow by itself: where it does
             not, Z is infinite, and ``fit.evidence`` refuses.
@@ -172,7 +175,8 @@ def energy_model(network: nn.Module, *, tail: float | None = 2.0, step: float = 
         sweeps: Langevin steps behind each drawn row.
 
     Returns:
-        A recipe; it raises ValueError for data with a constant column, or a network that gives other numbers.
+        A recipe; it raises ValueError for data with a constant column, or a network that gives other numbers, draws
+        some, or mixes rows.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -206,7 +210,7 @@ def energy_model(network: nn.Module, *, tail: float | None = 2.0, step: float = 
         rows = _rows(data)
         own = own_copy("network", network).to(torch.get_default_dtype())
         machine = LangevinMachine(own, rows.mean(0), rows.std(0, correction=0), tail, step)
-        _check_network(machine, rows[:2])
+        _check_network(machine, rows[:_FEW])
 
         def energy_model(x: Tensor) -> None:
             pyro.module("machine", machine)
@@ -231,6 +235,20 @@ def _check_network(machine: LangevinMachine, rows: Tensor) -> None:
         machine.train(training)
     if shape not in ((len(rows),), (len(rows), 1)):
         raise ValueError(f"network: expected one number for each of {len(rows)} rows, got shape {shape}")
+    with without_side_effects():  # as it is in training, where its chains move
+        machine.train()
+        try:
+            first, again = (machine.network(v).flatten() for _ in range(2))
+            beside = first if len(v) < 2 else machine.network(torch.cat([v[:1], v[1:] + 1.0])).flatten()
+        finally:
+            machine.train(training)
+    least = _ROUNDING * (1 + float(first.abs().max()))
+    for found, count, why in (
+        (again, len(v), "it draws random numbers in training (dropout), which no correction of Metropolis survives"),
+        (beside, 1, "it ties the rows of a batch together (batch norm, a mean over rows); take LayerNorm"),
+    ):
+        if float((found - first)[:count].abs().max()) > least:
+            raise ValueError(f"network: expected one whose number is a function of each row alone, and {why}")
 
 
 def _rows(data: Any) -> Tensor:
