@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ from ppl_gen.data.batching import Dataset, as_dataset
 from ppl_gen.fitting.posteriors.base import JudgedBy, Posterior
 from ppl_gen.fitting.run import Status
 from ppl_gen.handlers.whole_plates import whole_plates
+from ppl_gen.nn.copies import plain_copy
 from ppl_gen.program.info import ProgramInfo
 from ppl_gen.program.program import Program, Recipe
 from ppl_gen.workspace.closures import same_again
@@ -126,7 +126,7 @@ class Fit:
         """
         require_text("name", name, "the name of a network")
         if name in self.extra_modules:
-            return copy.deepcopy(self.extra_modules[name]).eval()
+            return plain_copy(self.extra_modules[name]).eval()
         with self.bound() as workspace:
             if name not in self.module_names:
                 known = sorted({*self.module_names, *self.extra_modules}) or ["none"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 from pyro.infer.autoguide import AutoLaplaceApproximation
@@ -16,6 +15,7 @@ from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.game import Setting
 from ppl_gen.inference.updates import State
 from ppl_gen.inference.whitened import WhitenedAdam
+from ppl_gen.nn.copies import plain_copy
 from ppl_gen.program.dry_run import dry_run
 from ppl_gen.workspace.isolation import without_side_effects
 from ppl_gen.workspace.workspace import ProgramState
@@ -38,7 +38,8 @@ def outcome_of(objective: Objective, state: State, run: Run) -> Outcome:
     return Outcome(
         posterior,
         values,
-        modules=copy.deepcopy(dict(state.game.modules)),  # the workspace puts back what it finds on exit
+        # Copies, as the workspace puts back what it finds on exit.
+        modules={name: plain_copy(module) for name, module in state.game.modules.items()},
         cost={"gradient_evaluations": evaluations, **state.steps.cost()},
         guide=guide,
         ending=None if failed is None else Ending("failed", failed),

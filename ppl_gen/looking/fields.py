@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ppl_gen.looking.asking import evaluating, scores
+from ppl_gen.nn.copies import plain_copy
 
 __all__ = ["field_boxes"]
 
@@ -109,7 +109,7 @@ def field_boxes(network: nn.Module, layer: str, shape: Sequence[int], places: Se
 
 def _doubled(network: nn.Module) -> nn.Module:
     """A copy in double precision, in which a mean over many pixels is no zero; nor is a gain that starts at zero."""
-    own = copy.deepcopy(network).to("cpu", torch.float64)
+    own = plain_copy(network).to("cpu", torch.float64)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in own.parameters():

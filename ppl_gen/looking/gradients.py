@@ -5,7 +5,6 @@ r"""Which numbers of a row a score depends on: the gradient of the score, as it 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from ppl_gen.looking.asking import (
     scores,
     slope,
 )
+from ppl_gen.nn.copies import plain_copy
 
 __all__ = ["deconvnet", "guided_backprop", "saliency"]
 
@@ -210,7 +210,7 @@ def _channels(network: nn.Module, rows: Tensor, target: Target, layer: str) -> T
 
 def _without_inplace(network: nn.Module) -> nn.Module:
     """A copy whose layers leave their inputs alone: a hook cannot stand between a tensor and itself."""
-    own = copy.deepcopy(network)
+    own = plain_copy(network)
     hasty: list[Any] = [part for part in own.modules() if getattr(part, "inplace", False) is True]
     for part in hasty:
         part.inplace = False

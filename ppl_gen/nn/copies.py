@@ -5,13 +5,41 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ppl_gen.errors import PROGRAM_ERRORS
 
-__all__ = ["own_copy"]
+__all__ = ["computed_anew", "own_copy", "plain_copy"]
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+def computed_anew(*networks: nn.Module) -> dict[int, Any]:
+    """For `copy.deepcopy`: weights that the older norms of torch leave behind at each call, without their history.
+
+    They belong to no graph of the copy, whose next call computes its own.
+
+    >>> import torch
+    >>> net = torch.nn.utils.spectral_norm(nn.Linear(2, 1))
+    >>> _ = net(torch.ones(1, 2))
+    >>> copy.deepcopy(net, computed_anew(net))(torch.ones(1, 2)).shape
+    torch.Size([1, 1])
+    """
+    memo: dict[int, Any] = {}
+    for network in networks:
+        for part in network.modules():
+            for hook in part._forward_pre_hooks.values():
+                held = vars(part).get(hook.name) if isinstance(hook, SpectralNorm | WeightNorm) else None
+                if isinstance(held, Tensor):
+                    memo[id(held)] = held.detach().clone()
+    return memo
+
+
+def plain_copy(network: Network) -> Network:
+    """A deep copy of a network, whose older norms (`computed_anew`) are no hindrance."""
+    return copy.deepcopy(network, computed_anew(network))
 
 
 def own_copy(name: str, network: Network) -> Network:
@@ -23,12 +51,11 @@ def own_copy(name: str, network: Network) -> Network:
         ValueError: naming the argument, for a network that cannot be copied.
     """
     try:
-        own = copy.deepcopy(network)
+        own = plain_copy(network)
     except PROGRAM_ERRORS as error:
         raise ValueError(
             f"{name}: this {type(network).__name__} cannot be copied: {str(error).splitlines()[0]} A tensor that it "
-            "keeps from its last call is in the way: pass it as it was made, and take "
-            "torch.nn.utils.parametrizations.weight_norm for the older torch.nn.utils.weight_norm"
+            "keeps from its last call is in the way: pass it as it was made"
         ) from error
     hasty: list[Any] = [part for part in own.modules() if getattr(part, "inplace", False) is True]
     for part in hasty:

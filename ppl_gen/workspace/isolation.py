@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ppl_gen.errors import IncompatibleError, require_seed
 from ppl_gen.handlers.private import HANDLERS
+from ppl_gen.nn.copies import computed_anew
 from ppl_gen.workspace.memory import unremembered
 
 __all__ = [
@@ -126,6 +127,7 @@ def copied(module: nn.Module, *, shared: Iterable[nn.Module] = ()) -> nn.Module:
     guides = [part for part in module.modules() if isinstance(part, AutoGuide)]
     # Only read once it is there; its values may hang on parameters, and such tensors cannot be copied.
     memo |= {id(part.prototype_trace): part.prototype_trace for part in guides if part.prototype_trace is not None}
+    memo |= computed_anew(module)
     kept = [(part._model, part.master) for part in guides]
     try:
         made = copy.deepcopy(module, memo)

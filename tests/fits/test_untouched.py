@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import ppl_gen as pg
-from ppl_gen.inference import SVI, Adversarial
+from ppl_gen.inference import ELBO, SVI, Adversarial
+from ppl_gen.looking import deconvnet
 from ppl_gen.models import classifier, energy_model, gan, real_nvp
 
 pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # runs are short on purpose
@@ -105,6 +108,31 @@ class Keeping(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         self.last = super().forward(x)
         return self.last
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm], ids=["spectral", "weight"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_the_older_norms_of_torch_can_be_copied(norm: Any, called: bool) -> None:
+    """They keep the weight of their last call: a fit ended in an error after all of its steps."""
+    x = torch.randn(20, 2)
+    critic = nn.Sequential(norm(nn.Linear(2, 4)), nn.ReLU(), norm(nn.Linear(4, 1)))
+    net = nn.Sequential(norm(nn.Linear(2, 4)), nn.ReLU(), norm(nn.Linear(4, 2)))
+    if called:
+        critic(x), net(x)
+
+    def program(x: Tensor) -> None:
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 0.1).to_event(1), obs=x)
+
+    for objective in (Adversarial(critic=critic), ELBO()):
+        fit = pg.fit(program, x, SVI(objective, steps=2), seed=0)
+        own = fit.module("net")
+        assert torch.equal(own(x), fit.module("net")(x)) and deconvnet(own, x).shape == x.shape
+    fit = pg.fit(program, x, SVI(Adversarial(critic=critic), steps=2), seed=0)
+    assert torch.equal(fit.module("critic")(x), fit.module("critic")(x))
 
 
 def test_networks_that_cannot_be_copied_are_refused_by_name() -> None:

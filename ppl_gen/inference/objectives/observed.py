@@ -108,7 +108,8 @@ class ObservedRows:
         """The sites of which a mask hides some entries, in the order of the program."""
         trace = poutine.trace(unobserved(self.model)).get_trace(*batch.args, **batch.kwargs)
         masks = {site.name: _shown(trace.nodes[site.name]) for site in self.sites}
-        return [name for name, shown in masks.items() if shown is not None and not bool(shown.all())]
+        found = [name for name, shown in masks.items() if shown is not None and not bool(shown.all())]
+        return [name.removesuffix("_observed") for name in found]  # the part of a site with obs_mask that is seen
 
     def _pair(self, node: Mapping[str, Any], carried: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
         """Observed and made values of one site, rows x event each; x categories where these stand for draws."""

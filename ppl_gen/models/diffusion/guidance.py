@@ -48,7 +48,7 @@ def guided_sample(
         fit: of `denoising_diffusion`.
         log_density: ``log_density(x)``: log r of rows in the user's units: rows. With ``noisy``, ``log_density(x, t)``:
             log h_t of noisy rows, middle + spread * x_t, at step t; t = 0 asks for log r of the rows themselves. Of a
-            row it has to be a function of that row alone: a classifier in evaluation mode.
+            row it has to be a function of that row alone; networks in it are asked in evaluation mode.
         n: how many rows, and chains.
         noisy: whether ``log_density`` takes a time step.
         correct: whether the chains are weighed; without it the rows are independent and only near the product.
@@ -146,8 +146,8 @@ def _refuse_company(height: Callable[[Tensor], Tensor], state: Tensor, *, ordere
         backwards = first if ordered else height(turned).flip(0)
     least = _ROUNDING * (1 + float(first.abs().max()))
     for found, wanted, why in (
-        (again, first, "it gives other numbers when it is asked again (dropout: take network.eval())"),
-        (beside[:half], first[:half], "other rows change it (batch norm in training: take network.eval(); a mean)"),
+        (again, first, "it gives other numbers when it is asked again"),
+        (beside[:half], first[:half], "other rows change it (a mean over rows)"),
         (backwards, first, "the place of a row changes it, and chains are drawn by weight: take correct=False"),
     ):
         if float((found - wanted).abs().max()) > least:
