@@ -56,7 +56,7 @@ def complaint(fit: Fit) -> str:
         if not said[0]:
             return ""
     pixels = not said and any("$$$" in name for name in fit.state.params)  # networks take images, with black borders
-    named = ("starts", "repeated values", *(() if pixels else ("constant columns",)), "unscaled columns")
+    named = ("starts", "repeated values", *(() if pixels else ("constant columns",)), "unscaled columns", "inputs")
     return " ".join([*said, *(f"Note on {name}: {fit.notes[name]}." for name in named if name in fit.notes)])
 
 

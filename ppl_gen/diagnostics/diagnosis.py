@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.bridge import az_summary, to_tree
-from ppl_gen.diagnostics.game_verdicts import rows_compared, verdict_game
+from ppl_gen.diagnostics.game_verdicts import rows_compared, unseen, verdict_game
 from ppl_gen.diagnostics.grades import graded
 from ppl_gen.diagnostics.guide_weights import all_points, guide_weights
 from ppl_gen.diagnostics.lone_rows import lone_rows
@@ -275,7 +275,9 @@ def _judged_game(fit: Fit) -> Verdict:
     energy = fit.program.energy
     measured = bool({"density", "exact evidence"} & set(fit.info.offers)) or energy is not None
     rescue = RESCUE if fit.program.drawn_by_chain else fit.notes.get("if modes are missing", "")
-    return verdict_game(rows_compared(fit), fit.records, measured=measured, rescue=rescue, more=unmixed(fit))
+    return verdict_game(
+        rows_compared(fit), fit.records, measured=measured, rescue=rescue, more=[*unmixed(fit), *unseen(fit)]
+    )
 
 
 def _settled(fit: Fit) -> Verdict:

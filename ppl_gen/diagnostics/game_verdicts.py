@@ -20,7 +20,7 @@ from ppl_gen.inference.objectives.ebgan import ALONE
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
 
-__all__ = ["rows_compared", "verdict_game"]
+__all__ = ["rows_compared", "unseen", "verdict_game"]
 
 _ROWS = 1000
 _NUMBERS = 20_000_000  # of rows that are compared, before fewer have to do
@@ -74,6 +74,12 @@ computed on them.
     if measured:
         beyond = "the loss is no density, and what fit.evidence says of held-out rows was not looked at"
     return graded([(1, f"{alike}; {beyond}", _LOOK)], "")
+
+
+def unseen(fit: Fit) -> list[Finding]:
+    """Of a game whose program makes rows from others that its critic does not see: they need not belong together."""
+    told, _, advice = fit.notes.get("inputs", "").partition(": ")
+    return [(1, told, "Take ConditionalAdversarial(), which shows it to the critic")] if advice else []
 
 
 def rows_compared(fit: Fit) -> RowsCompared | str:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.enumeration.marginals import enumerated_trace, log_joint
 from ppl_gen.errors import IncompatibleError
+from ppl_gen.handlers.mapped import mapped
 from ppl_gen.handlers.placed import Lifted, Placed
 from ppl_gen.handlers.sites import is_subsample
 from ppl_gen.program.info import ProgramInfo
@@ -100,7 +100,7 @@ class Unconstrained:
         if getattr(fn.support, "is_discrete", False):
             self.sums = True
         else:
-            self.sites[name] = biject_to(fn.support).inv(node["value"]).shape
+            self.sites[name] = mapped(name, fn.support).inv(node["value"]).shape
 
     def _check_supports(self) -> None:
         if not self.sums:

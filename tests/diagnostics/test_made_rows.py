@@ -226,6 +226,7 @@ def test_a_program_that_hands_out_the_rows_it_was_given_is_seen_however_many_the
     assert "of the made rows copy a row of the data" in str(fit.verdict)
 
 
+@pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # that the critic does not see what is read
 def test_what_a_program_reads_comes_from_other_rows_than_it_is_compared_with() -> None:
     """Sorted by what is read: the first rows are no sample of it. Read off the same rows, near copies are no fault."""
     labels = torch.arange(3).repeat_interleave(300)

@@ -25,6 +25,7 @@ from pyro.infer.autoguide import (
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError
 from ppl_gen.fitting.run import Run
+from ppl_gen.handlers.mapped import mapped
 from ppl_gen.handlers.read_sites import ReadSites
 from ppl_gen.handlers.sites import is_deterministic
 from ppl_gen.inference.guides.guide_list import sharing_plates
@@ -90,6 +91,9 @@ def _made(guide: type | None, run: Run, options: Mapping[str, Any]) -> Callable[
     sites = finite if issubclass(kind, AutoDiscreteParallel) else rest
     if not sites:
         return None
+    for site in run.info.select():
+        if site.name in sites and not site.discrete and site.support is not None:
+            mapped(site.name, site.support)
     # An autoguide runs the model behind a block of its own, past which statements would not be read as elsewhere.
     # Parameters stay in sight: a guide that runs inside the model makes its own there.
     # So do observations: AutoGaussian and AutoStructured ask what they make dependent (of a sum, its parts).

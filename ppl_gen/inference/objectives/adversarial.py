@@ -14,6 +14,7 @@ from ppl_gen.arguments import require_choice
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import require_number, require_positive, require_whole
 from ppl_gen.inference.objectives.base import Objective
+from ppl_gen.inference.objectives.conditions import rows_compared, unseen
 from ppl_gen.inference.objectives.costs import COSTS, Costs, costs_of
 from ppl_gen.inference.objectives.critics import (
     check_output,
@@ -29,7 +30,7 @@ from ppl_gen.inference.objectives.critics import (
 )
 from ppl_gen.inference.objectives.divergences import Divergence
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
-from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, refuse_own_observation
+from ppl_gen.inference.objectives.observed import compared_sites, refuse_own_observation
 from ppl_gen.nn.copies import own_copy
 from ppl_gen.nn.images import is_image
 from ppl_gen.program.offers import Need
@@ -92,7 +93,8 @@ class Adversarial(Objective):
         clip: bound of the parameters under ``"clip"``.
         penalty_weight: of either gradient penalty; None: 10 for ``"gradient"``, 0.1 for ``"r1"``.
         site: the observed site to compare; None: all of them, joined.
-        relaxation: temperature of straight-through draws of discrete observed sites; None: they are compared by mean.
+        relaxation: temperature of straight-through draws of discrete observed sites; None: they are compared by mean,
+            or as drawn where no parameter decides them, such as labels with fixed shares.
 
     Raises:
         ValueError, TypeError: for settings out of range, a critic that does not give one number per row, or one with
@@ -203,7 +205,7 @@ class _AdversarialGame(Game):
         self.objective, self.costs = objective, costs_of(objective.kind)
         self.simultaneous = objective.schedule == "simultaneous"
         sites = compared_sites(setting.info, objective.site, objective.relaxation)
-        self.rows = ObservedRows(setting.model, setting.info, sites, objective.relaxation)
+        self.rows = rows_compared(setting, sites, objective.relaxation)
         refuse_own_observation(setting, sites)
         with without_side_effects():
             real, _ = self.rows(setting.sample())
@@ -227,6 +229,7 @@ class _AdversarialGame(Game):
         )
         made = described_critic(real, rowwise=rowwise) if own is None else "as given"
         self.notes = {"critic": f"{made}; constraint: {constraint}", "gradients": self.rows.notes()}
+        self.notes = {**self.notes, **unseen(setting, [site.name for site in sites])}
         self.advice = _advice(objective, constraint, normed=ties_rows(self.critic) is not None and own is not None)
         self.bound = self.costs.bound if objective.weight == 1 else None
         if self.bound is not None:

@@ -16,6 +16,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_number, require_positive, require_whole
 from ppl_gen.handlers.sites import is_sample
 from ppl_gen.inference.objectives.base import Objective
+from ppl_gen.inference.objectives.conditions import Conditions, as_numbers, categories, undecided
 from ppl_gen.inference.objectives.critics import (
     check_output,
     check_penalised,
@@ -57,8 +58,10 @@ class ConditionalAdversarial(Objective):
     add up to those of the whole row. A program with one observed site is played as by `Adversarial(averaging=0)`.
     What a mask hides is zero on both sides.
 
-    Each critic sees the site and, where the site is an image, the image of the observed site just before it, enlarged
-    to its size, as further channels; else all observed values before it, flattened and joined.
+    Each critic sees the site and what it is made from: entries of the data that the program reads (in the order of its
+    arguments, labels one-hot), then all observed values before it, flattened and joined. Where the site is an image,
+    these stand beside it as channels: the last image before it, enlarged to its size, then each number. Observed sites
+    that no parameter decides, labels with fixed shares say, have no game: they are only seen.
 
     Losses are per row. The history keeps ``critic_accuracy_real`` and ``critic_accuracy_fake`` over all sites, and
     the mean critic outputs ``critic_real`` and ``critic_fake``, and under a penalty ``penalty``, the sum over sites.
@@ -77,8 +80,8 @@ class ConditionalAdversarial(Objective):
 
     Raises:
         ValueError, TypeError: for settings out of range, or critics that do not fit the observed sites.
-        IncompatibleError: for draws without a gradient at an observed site, or one latent site behind several
-            observed ones, which is no draw of its prior once one of them is observed.
+        IncompatibleError: for draws without a gradient at an observed site that has parameters, or one latent site
+            behind several observed ones, which is no draw of its prior once one of them is observed.
 
     Unless the algorithm names others, both players use Adam (1e-3, betas 0.5 and 0.99; without R1 2e-4, 0.5 and 0.999).
 
@@ -144,8 +147,10 @@ class _ConditionalGame(Game):
         self.setting, self.objective = setting, objective
         self.flat = objective.flat
         self.sites = compared_sites(setting.info, None, None)
+        self.fixed = undecided(setting, self.sites, observed=True)
+        self.given = Conditions.of(setting, [site.name for site in self.sites])
         stuck = [site.name for site in self.sites if not site.reparameterised]
-        if stuck:
+        if stuck and (len(stuck) == len(self.sites) or self.fixed != set(stuck)):
             raise IncompatibleError(
                 f"the program {setting.program.name!r} gives no gradient to its draws of {', '.join(stuck)}: they are "
                 "not reparameterised"
@@ -182,6 +187,8 @@ class _ConditionalGame(Game):
         }
         bounds = "r1" if self.flat else "none"
         self.notes = {"critic": f"{'; '.join(f'{name}: {said}' for name, said in how.items())}; constraint: {bounds}"}
+        if beside := [*self.given.names, *(site.name for site in self.sites if site.name in self.fixed)]:
+            self.notes = {**self.notes, "critics see": f"{' and '.join(beside)} beside what is made"}
         self.advice = f"Take {_MORE}"
         if not self.flat:
             normed = any(ties_rows(own) for own in given.values())
@@ -228,10 +235,13 @@ class _ConditionalGame(Game):
         """What each critic sees of observed and of made rows: rows x event, what comes before it joined to both."""
         trace = poutine.trace(self.setting.model).get_trace(*batch.args, **batch.kwargs)
         nodes = [(site, trace.nodes[site.name]) for site in self.sites]
-        seen: list[Tensor] = []
+        seen = self.given(batch)
         found = {}
         for site, node in nodes:
             assert is_sample(node)
+            if site.name in self.fixed:
+                seen.append(as_numbers(self._rows(node, node["value"], batch), categories(node["fn"])))
+                continue
             real, made = hidden_as_zero(node, node["value"], node["fn"].rsample())
             real, made = (self._rows(node, value, batch) for value in (real, made))
             found[site.name] = (_joined(real, seen), _joined(made, seen))
@@ -245,9 +255,13 @@ class _ConditionalGame(Game):
 
 
 def _joined(rows: Tensor, before: Sequence[Tensor]) -> Tensor:
+    """Rows beside what they are made from: for images the last image and numbers as channels, else all flattened."""
     if not before:
         return rows
-    if rows.dim() == 4 and before[-1].dim() == 4:
-        enlarged = interpolate(before[-1], size=rows.shape[2:], mode="nearest")
-        return torch.cat([rows, enlarged], 1)
-    return torch.cat([rows.flatten(1), *(other.flatten(1) for other in before)], 1)
+    before = [value.to(rows) for value in before]
+    if rows.dim() != 4:
+        return torch.cat([rows.flatten(1), *(value.flatten(1) for value in before)], 1)
+    images = [value for value in before if value.dim() == 4][-1:]
+    planes = [interpolate(image, size=rows.shape[2:], mode="nearest") for image in images]
+    numbers = [value.flatten(1)[:, :, None, None] for value in before if value.dim() != 4]
+    return torch.cat([rows, *planes, *(value.expand(-1, -1, *rows.shape[2:]) for value in numbers)], 1)

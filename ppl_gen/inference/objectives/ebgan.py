@@ -13,6 +13,7 @@ from ppl_gen.data.batching import Batch
 from ppl_gen.distances.mmd import squared_distance
 from ppl_gen.errors import IncompatibleError, require_number, require_positive, require_whole
 from ppl_gen.inference.objectives.base import Objective
+from ppl_gen.inference.objectives.conditions import rows_compared, unseen
 from ppl_gen.inference.objectives.critics import (
     check_critic,
     check_output,
@@ -22,7 +23,7 @@ from ppl_gen.inference.objectives.critics import (
     ties_rows,
 )
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Player, Setting
-from ppl_gen.inference.objectives.observed import ObservedRows, compared_sites, refuse_own_observation
+from ppl_gen.inference.objectives.observed import compared_sites, refuse_own_observation
 from ppl_gen.nn.copies import own_copy
 from ppl_gen.program.offers import Need
 from ppl_gen.workspace.isolation import without_side_effects
@@ -143,7 +144,7 @@ class _EnergyGame(Game):
     def __init__(self, objective: EBGAN, setting: Setting) -> None:
         self.objective = objective
         sites = compared_sites(setting.info, objective.site, None)
-        self.rows = ObservedRows(setting.model, setting.info, sites)
+        self.rows = rows_compared(setting, sites)
         refuse_own_observation(setting, sites)
         with without_side_effects():
             real, _ = self.rows(setting.sample())
@@ -186,6 +187,7 @@ class _EnergyGame(Game):
         self.notes = {
             "energy": f"{made}; of rows with noise of standard deviation {float(self.noise):.3g}{held}",
             "gradients": self.rows.notes(),
+            **unseen(setting, [site.name for site in sites]),
         }
 
     def _penalty_weight(self, alone: bool) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from ppl_gen.workspace.isolation import without_side_effects
 __all__ = [
     "ObservedRows",
     "compared_sites",
+    "entries_read",
     "hidden_as_zero",
     "reached_from",
     "reads_own_observation",
@@ -68,13 +69,15 @@ class ObservedRows:
     The program runs with its observations removed. One site keeps the shape of its rows; several are flattened and
     joined. What a mask hides is zero in both. Gradients reach the parameters through reparameterised draws; a site
     without them is compared by its mean (categories by their probabilities against one-hot rows) or, at a
-    ``temperature``, by straight-through relaxed draws (Maddison, Mnih and Teh 2017). No log density is computed.
+    ``temperature``, by straight-through relaxed draws (Maddison, Mnih and Teh 2017), or, where nothing is to be learned
+    of it, as ``drawn``: a critic would tell means from draws at a glance. No log density is computed.
 
     Args:
         model: the program's model.
         info: the table of its sites.
         sites: the observed sites to compare, such as ``info.select(kind="observed")``.
         temperature: of relaxed draws.
+        drawn: names of sites that need no gradient.
 
     Example:
         >>> import pyro, ppl_gen as pg
@@ -93,9 +96,10 @@ class ObservedRows:
     info: ProgramInfo
     sites: Sequence[Site]
     temperature: float | None = None
+    drawn: Collection[str] = ()
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        carrier = _Carrier([site.name for site in self.sites], self.temperature)
+        carrier = _Carrier([site.name for site in self.sites if site.name not in self.drawn], self.temperature)
         with carrier:
             trace = poutine.trace(unobserved(self.model)).get_trace(*batch.args, **batch.kwargs)
         pairs = [self._pair(trace.nodes[site.name], carrier.values.get(site.name), batch) for site in self.sites]
@@ -115,9 +119,10 @@ class ObservedRows:
         """Observed and made values of one site, rows x event each; x categories where these stand for draws."""
         made, real = node["value"] if carried is None else carried, torch.as_tensor(node["infer"]["obs"])
         fn, extra = node["fn"], 0
-        if carried is not None and _base(fn, dist.Categorical):
-            real = real.unsqueeze(-1) == torch.arange(made.shape[-1])
-            extra = 1
+        if categories := _base(fn, dist.Categorical):
+            states = torch.arange(categories.probs.shape[-1])
+            real, extra = real.unsqueeze(-1) == states, 1
+            made = (made.unsqueeze(-1) == states).to(categories.probs) if carried is None else made
         real, made = hidden_as_zero(node, real.to(made).expand_as(made), made, extra)
         frames = [f for f in node["cond_indep_stack"] if f.name == self.info.data_plate]
         axis = frames[0].dim - fn.event_dim - extra if frames else None
@@ -130,6 +135,8 @@ class ObservedRows:
     def _how(self, site: Site) -> str:
         if site.reparameterised:
             return "reparameterised draws"
+        if site.name in self.drawn:
+            return "draws, which no parameter decides"
         if self.temperature is not None:
             return f"relaxed draws of {site.distribution} at temperature {self.temperature:g}, straight through"
         if site.distribution == "Categorical":
@@ -196,18 +203,42 @@ def reads_own_observation(run: Callable[[Batch], poutine.Trace], batch: Batch, n
     with without_side_effects():
         first = run(batch)
     found = set()
-    for other in _blanked_each(batch):
-        try:
-            with without_side_effects():
-                second = run(other)
-        except PROGRAM_ERRORS:
-            continue  # an input that cannot be anything else (an index, say)
+    for _, other in _blanked_each(batch):
+        second = _run_on(run, other)
         for name in names:
-            if name in first.nodes and name in second.nodes:
+            if second is not None and name in first.nodes and name in second.nodes:
                 one, two = first.nodes[name], second.nodes[name]
                 if _differ(one["infer"].get("obs"), two["infer"].get("obs")) and _differ(one["value"], two["value"]):
                     found.add(name)
     return [name for name in names if name in found]
+
+
+def entries_read(run: Callable[[Batch], poutine.Trace], batch: Batch, names: Collection[str]) -> list[int | str]:
+    """Places of the entries of a batch that decide what is drawn at the sites ``names``, beside observations.
+
+    ``run`` traces the program with its observations removed; each entry is blanked, as in `reads_own_observation`.
+    """
+    with without_side_effects():
+        first = run(batch)
+    found: list[int | str] = []
+    for place, other in _blanked_each(batch):
+        second = _run_on(run, other)
+        held = [name for name in names if second is not None and name in first.nodes and name in second.nodes]
+        pairs = [(first.nodes[name], second.nodes[name]) for name in held] if second is not None else []
+        if any(_differ(one["value"], two["value"]) for one, two in pairs) and not any(
+            _differ(one["infer"].get("obs"), two["infer"].get("obs")) for one, two in pairs
+        ):
+            found.append(place)
+    return found
+
+
+def _run_on(run: Callable[[Batch], poutine.Trace], batch: Batch) -> poutine.Trace | None:
+    """A trace on blanked entries; None where one cannot be anything else (an index, say)."""
+    try:
+        with without_side_effects():
+            return run(batch)
+    except PROGRAM_ERRORS:
+        return None
 
 
 def reached_from(model: Callable[..., Any], batch: Batch, latents: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -228,13 +259,13 @@ def reached_from(model: Callable[..., Any], batch: Batch, latents: Sequence[str]
     return [name for name in first if name in second and _differ(first[name], second[name])]
 
 
-def _blanked_each(batch: Batch) -> Iterator[Batch]:
+def _blanked_each(batch: Batch) -> Iterator[tuple[int | str, Batch]]:
     for i, value in enumerate(batch.args):
         if isinstance(value, Tensor):
-            yield replace(batch, args=(*batch.args[:i], _blanked(value), *batch.args[i + 1 :]))
+            yield i, replace(batch, args=(*batch.args[:i], _blanked(value), *batch.args[i + 1 :]))
     for key, value in batch.kwargs.items():
         if isinstance(value, Tensor):
-            yield replace(batch, kwargs={**batch.kwargs, key: _blanked(value)})
+            yield key, replace(batch, kwargs={**batch.kwargs, key: _blanked(value)})
 
 
 def _differ(one: Any, two: Any) -> bool:
