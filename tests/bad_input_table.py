@@ -273,7 +273,7 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             EBGAN(penalty_weight=-1)  ->  penalty_weight: expected
             EBGAN(averaging=1.0)  ->  averaging: expected a finite number of at least 0 and below 1
             EBGAN(pulling_away=-1)  ->  pulling_away: expected
-            pg.fit(gan(4), x, SVI(EBGAN(energy=nn.AvgPool1d(4), pulling_away=0.1), steps=1))  ->  pulling_away: expected an energy with a torch.nn.Linear
+            pg.fit(gan(4), x, SVI(EBGAN(energy=nn.AvgPool1d(4), pulling_away=0.1), steps=1))  ->  pulling_away: expected an energy that calls a torch.nn.Linear last
             ConditionalAdversarial(critic_steps=0)  ->  critic_steps: expected
             ConditionalAdversarial(penalty="gradient")  ->  penalty: expected
             ConditionalAdversarial(penalty_weight=0)  ->  penalty_weight: expected a positive number

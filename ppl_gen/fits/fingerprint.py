@@ -17,6 +17,7 @@ from torch import nn
 
 from ppl_gen.fits.description import SHOWN, Description, Entries
 from ppl_gen.handlers.params import InitialValues
+from ppl_gen.nn.copies import originals
 
 if TYPE_CHECKING:
     from ppl_gen.data.batching import Batch
@@ -137,6 +138,7 @@ def learned_of(functions: Iterable[Any], batch: Batch, modules: Iterable[nn.Modu
             except Exception:  # rows that cannot be cut: then the starting values count as constants
                 continue
     found = {id(value) for value in initial.found}
-    for module in modules:
+    held = list(modules)
+    for module in [*held, *(passed for network in held for passed in originals(network))]:  # of copies that are trained
         found |= {id(p) for p in module.parameters() if p.requires_grad} | {id(b) for b in module.buffers()}
     return found

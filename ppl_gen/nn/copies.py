@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -11,9 +13,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ppl_gen.errors import PROGRAM_ERRORS
 
-__all__ = ["computed_anew", "own_copy", "plain_copy"]
+__all__ = ["computed_anew", "originals", "own_copy", "plain_copy"]
 
 Network = TypeVar("Network", bound=nn.Module)
+_ORIGINALS: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()  # of the copies made below
 
 
 def computed_anew(*networks: nn.Module) -> dict[int, Any]:
@@ -60,4 +63,18 @@ def own_copy(name: str, network: Network) -> Network:
     hasty: list[Any] = [part for part in own.modules() if getattr(part, "inplace", False) is True]
     for part in hasty:
         part.inplace = False
+    _ORIGINALS[own] = ref(network)
     return own
+
+
+def originals(network: nn.Module) -> Iterator[nn.Module]:
+    """What parts of a network were copied from, where that is still there: networks that users passed.
+
+    >>> passed = nn.Linear(2, 1)
+    >>> list(originals(nn.Sequential(own_copy("network", passed)))) == [passed]
+    True
+    """
+    for part in network.modules():
+        kept = _ORIGINALS.get(part)
+        if kept is not None and (found := kept()) is not None:
+            yield found

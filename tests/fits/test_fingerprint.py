@@ -18,8 +18,8 @@ from test_contract import ALGORITHMS, FITS
 
 import ppl_gen as pg
 from ppl_gen.fits.fingerprint import differences, fingerprint
-from ppl_gen.inference import SVI
-from ppl_gen.models import vae
+from ppl_gen.inference import SVI, ContrastiveDivergence
+from ppl_gen.models import energy_model, vae
 from ppl_gen.models.catalogue import CATALOGUE
 
 PROGRAM = """
@@ -164,3 +164,21 @@ def test_arguments_of_a_recipe_that_fit_the_same_weights(tmp_path: Path) -> None
         back = pg.load(tmp_path / "fit", program=recipe(activation="relu"))
     assert caught[0].filename == __file__, "the warning points at the call"
     assert "Tanh" in back.notes["program"]
+
+
+def test_the_first_weights_of_a_network_whose_copy_is_trained_do_not_matter(tmp_path: Path) -> None:
+    def network(units: int = 4) -> torch.nn.Module:  # with other weights at each call
+        return torch.nn.Sequential(torch.nn.Linear(2, units), torch.nn.SiLU(), torch.nn.Linear(units, 1))
+
+    torch.manual_seed(0)
+    chains = SVI(ContrastiveDivergence(steps=2), steps=3)
+    fit = pg.fit(energy_model(network(), sweeps=5), torch.randn(40, 2), chains, seed=0)
+    fit.save(tmp_path / "fit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = pg.load(tmp_path / "fit", program=energy_model(network(), sweeps=5))
+    assert torch.equal(again.sample(5, seed=1)["x"], fit.sample(5, seed=1)["x"])
+    with pytest.warns(UserWarning, match="sweeps"):
+        pg.load(tmp_path / "fit", program=energy_model(network(), sweeps=6))
+    with pytest.raises(ValueError):
+        pg.load(tmp_path / "fit", program=energy_model(network(5), sweeps=5))
