@@ -43,9 +43,26 @@ def completed_rows(fit: Fit, data: Mapping[str, Any], draws: int, seed: int | No
             times = min(at_once, draws - first)
             many = _repeated(batch, times)
             values = global_draws(fit, 1)[0] if shared else {}
-            made = fit.program.imputes(values, seen.repeat(times, *[1] * (seen.dim() - 1)), *many.args, **many.kwargs)
+            mask = seen.repeat(times, *[1] * (seen.dim() - 1))
+            made = fit.program.imputes(values, mask, *many.args, **many.kwargs)
+            _check_completed(made, rows["x"].to(mask.device), mask)
             found.append({name: value.detach().unflatten(0, (times, -1)) for name, value in made.items()})
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+
+def _check_completed(made: Any, x: Tensor, seen: Tensor) -> None:
+    """Raise ValueError unless ``made`` holds the rows at "x", what is seen of them as it was."""
+    value = made.get("x") if isinstance(made, Mapping) else None
+    if not isinstance(value, Tensor) or value.shape != seen.shape:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(made if value is None else value)
+        raise ValueError(
+            f"imputes: it has to give a mapping with completed rows of shape {tuple(seen.shape)} at 'x', got {got}"
+        )
+    given = x.double().repeat(len(seen) // len(x), *[1] * (x.dim() - 1))
+    if bool(
+        (seen & ~torch.isclose(value.double(), given, rtol=1e-4, atol=1e-6)).any()
+    ):  # it may be in single precision
+        raise ValueError("imputes: it has to leave what the mask says is seen as it is, and gives other values there")
 
 
 def seen_rows(data: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:

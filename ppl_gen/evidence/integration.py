@@ -17,6 +17,7 @@ from ppl_gen.errors import IncompatibleError
 from ppl_gen.handlers.local_particles import LocalParticles
 from ppl_gen.handlers.sites import is_sample
 from ppl_gen.inference.guides.resolved import point_sites
+from ppl_gen.inference.objectives.base import require_per_row
 from ppl_gen.program.unlearned import leaves
 from ppl_gen.weights.chunks import Chunks
 from ppl_gen.weights.densities import densities, of_each
@@ -147,7 +148,10 @@ def _closed_form(fit: Fit, batch: Batch, theta: Mapping[str, Tensor]) -> Tensor:
     """The program's own log p(x), shape (rows,), nats, at values of its global sites where it has any."""
     assert fit.program.evidence is not None
     first = (theta,) if fit.info.select(local=False) else ()
-    return fit.program.evidence(*first, *batch.args, **batch.kwargs)
+    found: Any = fit.program.evidence(*first, *batch.args, **batch.kwargs)
+    require_per_row("evidence: the function", found, batch.rows)
+    value: Tensor = found
+    return value
 
 
 def _proposal(fit: Fit) -> Callable[..., Any] | None:

@@ -44,7 +44,9 @@ class Exact(nn.Module):
         self.scale = (at[:-1] - kept * gain @ at[:-1]).diagonal(dim1=-2, dim2=-1).sqrt()
 
     def forward(self, x, t):
-        return x @ self.gain[t - 1].mT, self.scale[t - 1].expand_as(x)
+        # One step for all rows, or one for each, whose gains then are as many matrices.
+        mean = (self.gain[t - 1] @ x.unsqueeze(-1)).squeeze(-1)
+        return mean, self.scale[t - 1].expand_as(x)
 
 
 def exact_fit(steps, covariance, middle=MIDDLE, spread=SPREAD):

@@ -18,7 +18,7 @@ from ppl_gen.program.offers import Need, require
 from ppl_gen.program.program import Program, with_known_kwargs
 from ppl_gen.workspace.isolation import without_side_effects
 
-__all__ = ["Objective", "started"]
+__all__ = ["Objective", "require_per_row", "started"]
 
 
 _PLAIN = (type(None), bool, int, float, str)
@@ -134,7 +134,8 @@ class _WithTerms(Game):
         for name, term in self.terms.items():
             self._refuse_name(name, [f"{player.name}_loss" for player in game.players])
             with without_side_effects():
-                _check_term(name, term(*setting.probe.args, **setting.probe.kwargs), setting.probe.rows)
+                value = term(*setting.probe.args, **setting.probe.kwargs)
+                require_per_row(f"terms: {name!r}", value, setting.probe.rows)
 
     def _refuse_name(self, name: str, taken: Collection[str]) -> None:
         if name in taken:
@@ -161,12 +162,15 @@ class _WithTerms(Game):
         return Loss(total, {**loss.parts, **{name: value.detach() for name, value in added.items()}}), state
 
 
-def _check_term(name: str, value: Any, rows: int | None) -> None:
-    """A sum over rows would be rescaled as if it were one row: only numbers of single rows add up on minibatches."""
+def require_per_row(what: str, value: Any, rows: int | None) -> None:
+    """Raise ValueError unless ``value`` is a tensor of one number for each of ``rows`` rows (None: of any number).
+
+    A sum over rows would be rescaled as if it were one row, and a number for each column be averaged over them.
+    """
     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     if not isinstance(value, Tensor) or value.dim() != 1 or rows not in (None, len(value)):
         of = "each row" if rows is None else f"each of {rows} rows"
-        raise ValueError(f"terms: {name!r} has to give one number for {of} (a tensor, nats), got {got}")
+        raise ValueError(f"{what} has to give one number for {of} (a tensor, nats), got {got}")
 
 
 def _is_default(field: Field[Any], objective: Any) -> bool:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import IncompatibleError, require_flag, require_number, require_whole
-from ppl_gen.inference.objectives.base import Objective
+from ppl_gen.inference.objectives.base import Objective, require_per_row
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
 from ppl_gen.program.extensions import Energy
 from ppl_gen.program.offers import Need, require
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["ContrastiveDivergence"]
 
@@ -107,6 +108,7 @@ class _ContrastiveGame(Game):
         self.energy, self.setting, self.objective = setting.program.energy, setting, objective
         self._check_site(setting)
         self._check_tempering(setting)
+        self._check_energy(setting.probe)
         how = "persistent" if objective.persistent else "started at the rows of each batch"
         if objective.temperatures is not None:
             how += f", each a ladder of {objective.temperatures} temperatures"
@@ -129,6 +131,16 @@ class _ContrastiveGame(Game):
                 f"energy: it is the energy of the site {self.energy.site!r}, which {setting.program.name!r} does not "
                 f"observe (it observes {', '.join(observed)}); say Energy(..., site={observed[0]!r})"
             )
+
+    def _check_energy(self, batch: Batch) -> None:
+        """Numbers of other shapes would be averaged all the same, and rows of other shapes be spread over the rest."""
+        with without_side_effects():
+            x = self._observed(batch)
+            made = self.energy.gibbs(x, 1)
+            require_per_row("energy: `free_energy`", self.energy.free_energy(x), len(x))
+        if not isinstance(made, Tensor) or made.shape != x.shape:
+            got = f"shape {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+            raise ValueError(f"energy: `gibbs` has to give rows of the shape it takes, {tuple(x.shape)}, got {got}")
 
     def _check_tempering(self, setting: Setting) -> None:
         asked = self.objective.temperatures is not None or self.objective.restart > 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ppl_gen.data.batching import Batch
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
-from ppl_gen.inference.objectives.time_steps import dealt_steps
+from ppl_gen.inference.objectives.time_steps import check_steps, dealt_steps
 from ppl_gen.program.offers import Need
 
 __all__ = ["SimpleDiffusion"]
@@ -57,6 +57,7 @@ class _SimpleGame(Game):
     def __init__(self, setting: Setting) -> None:
         chain = setting.program.time_steps
         assert chain is not None and chain.error is not None
+        check_steps(chain, setting.probe)
         self.chain, self.error = chain, chain.error
         self.notes = {
             "gradients": f"one of {chain.steps} time steps sampled per row",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro import poutine
+from torch import Tensor
 
 from ppl_gen.data.batching import Batch
 from ppl_gen.errors import require_whole
 from ppl_gen.inference.objectives.base import Objective
 from ppl_gen.inference.objectives.game import Game, GameState, Loss, Setting
 from ppl_gen.program.offers import Need
+from ppl_gen.workspace.isolation import without_side_effects
 
 __all__ = ["Walkback"]
 
@@ -71,11 +74,32 @@ class _WalkbackGame(Game):
                 f"transition: its rows are those of the site {self.chain.site!r}, which {setting.program.name!r} does "
                 f"not observe (it observes {', '.join(observed)}); say Transition(..., site={observed[0]!r})"
             )
+        self._check_chain(setting.probe)
         self.notes = {"chain": f"{steps} step(s) away from the data"}
 
-    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
+    def _check_chain(self, batch: Batch) -> None:
+        """One transition: other shapes would spread over rows or columns, and their costs be summed or averaged."""
+        with without_side_effects():
+            x = self._rows(batch)
+            corrupted = self.chain.corrupt(x)
+            if not isinstance(corrupted, Tensor) or corrupted.dim() == 0 or len(corrupted) != len(x):
+                got = f"shape {tuple(corrupted.shape)}" if isinstance(corrupted, Tensor) else type(corrupted).__name__
+                raise ValueError(f"transition: `corrupt` has to give one of each of {len(x)} rows, got {got}")
+            restored: Any = self.chain.denoise(corrupted)
+            shape, event = tuple(restored.shape()), tuple(restored.event_shape)
+        if shape != tuple(x.shape) or len(event) != x.dim() - 1:
+            raise ValueError(
+                f"transition: `denoise` has to give a distribution over rows of shape {tuple(x.shape)}, one event for "
+                f"each (`.to_event({x.dim() - 1})`), got shape {shape} with events of shape {event}"
+            )
+
+    def _rows(self, batch: Batch) -> Tensor:
         trace = poutine.trace(self.setting.model).get_trace(*batch.args, **batch.kwargs)
-        x = at = trace.nodes[self.chain.site]["value"].detach()
+        value: Tensor = trace.nodes[self.chain.site]["value"]
+        return value.detach()
+
+    def loss(self, player: str, batch: Batch, state: GameState) -> tuple[Loss, GameState]:
+        x = at = self._rows(batch)
         costs = []
         for step in range(self.steps):
             restored = self.chain.denoise(self.chain.corrupt(at))
