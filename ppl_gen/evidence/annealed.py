@@ -208,6 +208,9 @@ def _compared(walks: Sequence[_Walk], base: float, beyond: _Walk | None, exact: 
         gap, allowed = back.value - forward.value, 3 * math.hypot(forward.error, back.error) + SLACK
         if not abs(gap) <= allowed:
             said = f"forward and reverse differ by {gap:+.2f} nats, more than the {allowed:.2f} that their errors allow"
+    count = len(forward.log_weights)
+    if not said and back is None and exact is None and count < FEW:
+        said = f"{count} chains, all in one direction, say little of their error (take {FEW}, or reverse=True)"
     found = None if beyond is None else _denser(walks, beyond)
     if not said and found is not None:
         gain = found - max(walk.value for walk in walks)

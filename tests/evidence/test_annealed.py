@@ -220,6 +220,20 @@ def test_evidence_where_nothing_can_be_enumerated(tmp_path):
     assert fit.evidence(x[:10], method=pg.AIS(temperatures=50, chains=50, reverse=False)).log_partition.reverse is None
 
 
+def test_a_few_chains_in_one_direction_are_in_doubt():
+    """Nothing else tells how far off they are: of these estimates most lie beyond three of their errors."""
+    tempering, exact = normals(dims=8, loc=4.0)
+    found = []
+    for _ in range(20):
+        with pytest.warns(UserWarning, match="2 chains, all in one direction, say little of their error"):
+            found.append(log_partition(tempering, AIS(temperatures=5, chains=2, reverse=False), None))
+    assert not any(one.agrees for one in found) and all(one.stderr == math.inf for one in found)
+    assert sum(abs(one.forward - exact) > 3 * one.forward_stderr + 0.1 for one in found) > 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert log_partition(tempering, AIS(temperatures=2000, chains=30, reverse=False), None).agrees
+
+
 def test_what_is_no_method_or_no_energy_is_refused():
     fit = fitted(rows(), hidden=2, steps=1)
     with pytest.raises(TypeError, match="method: expected pg.AIS"):

@@ -154,7 +154,7 @@ def test_a_fit_leaves_the_network_as_it_was_and_rows_may_have_any_shape():
     assert fit.sample(5)["x"].shape == (5, 3, 2, 2)
     with pytest.raises(pg.IncompatibleError, match=r"evidence\(method=pg.AIS\(\)\)"):
         fit.evidence()
-    found = fit.evidence(method=pg.AIS(temperatures=50, chains=20, reverse=False))
+    found = fit.evidence(method=pg.AIS(temperatures=50, chains=30, reverse=False))
     assert found.rows == 20 and math.isfinite(found.mean)
 
 
