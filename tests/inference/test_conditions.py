@@ -159,3 +159,9 @@ def test_labels_with_learned_shares_still_have_no_gradient():
     assert "y: probabilities of Categorical" in fit.notes["gradients"]
     fit = pg.fit(of_a_site, DATA, SVI(Adversarial(), steps=2), seed=0)
     assert "y: draws, which no parameter decides" in fit.notes["gradients"]
+
+
+def test_critics_that_see_too_few_numbers_are_told_what_stands_beside_the_row():
+    for program in (of_an_argument, of_a_site):
+        with pytest.raises(ValueError, match=r"critics: x \(joined with y, which x may be made from\).*\(256, 5\)"):
+            pg.fit(program, DATA, SVI(ConditionalAdversarial({"x": nn.Linear(2, 1)}), steps=3, batch_size=64), seed=0)

@@ -169,7 +169,7 @@ class _ConditionalGame(Game):
             networks[name] = (default_critic(real, rowwise=self.flat) if own is None else own_copy("critics", own)).to(
                 real
             )
-            check_output(networks[name], real, f"critics: {name}")
+            check_output(networks[name], real, f"critics: {name}{self._beside(name)}")
             if self.flat and own is not None:
                 check_penalised(networks[name], real, "penalty='r1'")
             # What both kinds of rows have in common is what they are given: there a critic may be as steep as it likes.
@@ -193,6 +193,12 @@ class _ConditionalGame(Game):
         if not self.flat:
             normed = any(ties_rows(own) for own in given.values())
             self.advice = f"Take {'critics without batch norm and ' if normed else ''}penalty='r1', {_MORE}"
+
+    def _beside(self, name: str) -> str:
+        """In words: what a critic sees beside the rows of its site."""
+        names = [site.name for site in self.sites]
+        seen = [*self.given.names, *names[: names.index(name)]]
+        return f" (joined with {', '.join(seen)}, which {name} may be made from)" if seen else ""
 
     def _refuse_shared_draws(self) -> None:
         """What is drawn for one site and used at another is not drawn from its prior, once the first is observed."""
