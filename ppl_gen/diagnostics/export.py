@@ -19,6 +19,7 @@ from ppl_gen.diagnostics.guide_weights import k_hats
 from ppl_gen.diagnostics.labels import labels_of, variable_shapes
 from ppl_gen.diagnostics.posterior_group import MAX_ELEMENTS, Groups, affordable_rows, as_array, posterior_groups
 from ppl_gen.diagnostics.wishes import checked_coords, checked_dims, checked_lengths
+from ppl_gen.draws.forward import unobserved_run, weighing_draws
 from ppl_gen.draws.observations import observed_rows, rows_observed
 from ppl_gen.draws.predictive import prior_rows
 from ppl_gen.draws.replicates import prior_together, replicated
@@ -97,6 +98,8 @@ def _add_prior(fit: Fit, batch: Batch, groups: Groups, draws: int) -> None:
     info = fit.info
     if any(site.improper for site in info.select()) or all(site.kind == "observed" for site in info.sites.values()):
         return
+    if info.select(kind="factor") and weighing_draws(unobserved_run(fit.program.model), batch, {}):
+        return  # what runs draw is not the prior then
     count = min(draws, 500, _affordable(prior_rows(fit.program.model, batch, 1)))
     drawn = prior_together(fit.program.model, batch, count)
     shown = [info.shown(site.name) for site in info.select(kind="observed")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.draws.forward import refuse_weighed_draws
 from ppl_gen.draws.local_draws import local_draws
 from ppl_gen.draws.observations import entry_mask
 from ppl_gen.enumeration.finite_globals import extended, summed_globals
@@ -177,6 +179,8 @@ def predictive_draws(fit: Fit, data: Any, draws: int, seed: int | None) -> dict[
             latents = global_draws(fit, draws)
         else:
             latents = latent_draws(fit, batch, draws, training=dataset.same_rows(fit.data))
+        if fit.info.select(kind="factor"):
+            refuse_weighed_draws(fit.program.name, partial(run, fit, replicate=replicate), batch, latents[0], "predict")
         traces = (run(fit, batch, values, replicate=replicate) for values in latents)
         return _stacked([{name: t.nodes[name]["value"] for name in names if name in t.nodes} for t in traces])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
+from ppl_gen.draws.forward import refuse_weighed_draws
 from ppl_gen.draws.predictive import global_draws, is_derived, positive, refuse_improper, run
 from ppl_gen.errors import PROGRAM_ERRORS, IncompatibleError
 from ppl_gen.handlers.in_support import InSupport
@@ -55,6 +57,8 @@ def sample_rows(
         rows = RowsOf(fit.info.data_plate, n, "the sample", _packed(fit))
         with _Generating(fit, n, given), rows, supports:
             _refuse_teacher_forcing(fit, batch, values)
+            if fit.info.select(kind="factor"):
+                refuse_weighed_draws(fit.program.name, partial(run, fit, replicate=True), batch, values, "sample")
             trace = run(fit, batch, values, replicate=True)
         nodes, halves = trace.nodes.items(), fit.info.halves
         return {
@@ -113,7 +117,7 @@ def template(fit: Fit, n: int, inputs: Mapping[str, Any], read: Tensor | None = 
     for name, value in inputs.items():
         place = fit.data.positional.index(name) if name in fit.data.positional else None
         old = kwargs[name] if place is None else args[place]
-        new = _spread(name, _given_numbers(name, value).to(old), tuple(old.shape))
+        new = _spread(name, _as_kind_of(name, _given_numbers(name, value), old), tuple(old.shape))
         if place is not None:
             args[place] = new
         else:
@@ -130,8 +134,23 @@ def fixed_value(fit: Fit, name: str, value: Any, n: int) -> Tensor:
         return tensor
     if not site.local:
         return _spread(name, tensor, (*site.batch_shape, *site.event_shape), whole=True)
-    rows = [n] if site.batch_shape else []
-    return _spread(name, tensor, (*rows, *site.event_shape), whole=len(site.batch_shape) <= 1)
+    batch, at = list(site.batch_shape), 0
+    if batch:  # the rows stand where the data plate has them, in front of other plates or behind
+        at = len(batch) + dict(zip(site.plates, site.plate_dims, strict=True)).get(
+            str(fit.info.data_plate), -len(batch)
+        )
+        batch[at] = n
+    return _spread(name, tensor, (*batch, *site.event_shape), whole=len(batch) <= 1, at=at)
+
+
+def _as_kind_of(name: str, value: Tensor, old: Tensor) -> Tensor:
+    """The numbers in the type of an input; as they are where whole numbers there would cut them off."""
+    cast = value.to(old)
+    if old.is_floating_point() or bool((cast.cpu().double() == value.cpu().double()).all()):
+        return cast
+    if old.dtype is torch.bool:
+        raise ValueError(f"given: {name!r} holds truth values in the data, got {value.flatten()[:3].tolist()}")
+    return value.to(device=old.device, dtype=torch.get_default_dtype())
 
 
 def _given_numbers(name: str, value: Any) -> Tensor:
@@ -144,13 +163,14 @@ def _given_numbers(name: str, value: Any) -> Tensor:
     return tensor
 
 
-def _spread(name: str, value: Tensor, shape: tuple[int, ...], *, whole: bool = False) -> Tensor:
-    """One value for all rows, or one for each; raises ValueError for another number of them (or another shape)."""
+def _spread(name: str, value: Tensor, shape: tuple[int, ...], *, whole: bool = False, at: int = 0) -> Tensor:
+    """One value for all rows, or one for each along dimension ``at``; raises ValueError for another number or shape."""
     try:
-        spread = value.expand(shape) if value.dim() < len(shape) else value
+        spread = value.expand(shape) if at or value.dim() < len(shape) else value
     except RuntimeError:
         spread = value
-    if spread.shape[:1] != shape[:1] or (whole and spread.shape != shape):
+    fits = spread.dim() >= len(shape) and spread.shape[at : at + 1] == shape[at : at + 1]
+    if not fits or (whole and spread.shape != shape):
         raise ValueError(f"given: {name!r} has shape {tuple(value.shape)}, expected {shape} or one value for all rows")
     return spread
 

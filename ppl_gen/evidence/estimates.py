@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from ppl_gen.data.batching import Dataset
@@ -19,10 +20,11 @@ from ppl_gen.enumeration.finite_globals import summed_globals
 from ppl_gen.errors import IncompatibleError, require_whole
 from ppl_gen.evidence.annealed import LogPartition
 from ppl_gen.evidence.averaging import ENOUGH, Average, normaliser, weighed_parameters
-from ppl_gen.evidence.integration import RowIntegral, row_integral
+from ppl_gen.evidence.integration import RowIntegral, row_integral, warn_of_scales
 from ppl_gen.inference.guides.resolved import point_sites
 from ppl_gen.weights.psis import pareto_k_threshold, smoothed_weights, told_apart
 from ppl_gen.weights.weighed import MAX_ELEMENTS, numbers, weighed_draws
+from ppl_gen.workspace.isolation import without_side_effects
 
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
@@ -277,6 +279,10 @@ def marginal_likelihood(fit: Fit, *, draws: int, particles: int, seed: int | Non
         else 0
     )
     with fit.bound(seed):
+        with without_side_effects():
+            batch = fit.data.batch()
+            trace = poutine.trace(fit.joint).get_trace(*batch.args, **batch.kwargs)
+        warn_of_scales(fit, trace, "marginal_likelihood", set(fit.info.sites), stacklevel=3)
         weighed = weighed_draws(fit, draws, particles, more=more)
     weights = weighed.log_weights
     n, found = len(weights), normaliser(weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from ppl_gen.workspace.isolation import without_side_effects
 if TYPE_CHECKING:
     from ppl_gen.fits.result import Fit
 
-__all__ = ["RowIntegral", "row_integral"]
+__all__ = ["RowIntegral", "row_integral", "warn_of_scales"]
 
 Draws = Sequence[Mapping[str, Tensor]]
 
@@ -112,7 +112,9 @@ def row_integral(fit: Fit, batch: Batch, theta: Mapping[str, Tensor], rows: int)
             raise ValueError(
                 f"data: none of the observed sites {sites} has a value in these data, so there is no evidence"
             )
-        _warn_of_scales(fit, trace)
+        if fit.program.evidence is None:
+            rest = {site.name for site in fit.info.sites.values() if site.local or site.kind == "observed"}
+            warn_of_scales(fit, trace, "evidence", rest, stacklevel=4)
         missing = [name for name in there if not trace.nodes[name]["is_observed"]]
         idle = leaves(fit.joint, batch, missing, theta) if missing and not offered else []
     unmeasured = {name: replace(fit.info.sites[name], kind="latent") for name in missing}
@@ -130,17 +132,16 @@ def row_integral(fit: Fit, batch: Batch, theta: Mapping[str, Tensor], rows: int)
     return RowIntegral(fit, offered, guide, sums, drawn, tuple(missing), tuple(idle), WeightQuality(rows))
 
 
-def _warn_of_scales(fit: Fit, trace: Any) -> None:
+def warn_of_scales(fit: Fit, trace: Any, asked: str, sites: Collection[str], *, stacklevel: int) -> None:
     """Plates are whole here: a scale that is left is one of the program's own."""
-    inside = {site.name for site in fit.info.sites.values() if site.local or site.kind == "observed"}
-    nodes = [node for name, node in trace.nodes.items() if name in inside and is_sample(node)]
+    nodes = [node for name, node in trace.nodes.items() if name in sites and is_sample(node)]
     scaled = [node["name"] for node in nodes if not bool((torch.as_tensor(node["scale"]) == 1).all())]
-    if scaled and fit.program.evidence is None:
+    if scaled:
         warnings.warn(
-            f"evidence: {fit.program.name!r} weighs {', '.join(scaled)} by a scale of its own (poutine.scale); what is "
+            f"{asked}: {fit.program.name!r} weighs {', '.join(scaled)} by a scale of its own (poutine.scale); what is "
             "given is that many times a log density, and no evidence to compare with that of other programs",
             UserWarning,
-            stacklevel=5,
+            stacklevel=stacklevel + 1,
         )
 
 

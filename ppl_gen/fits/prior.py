@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from torch import Tensor
 
+from ppl_gen.draws.forward import refuse_weighed_draws, unobserved_run
 from ppl_gen.draws.predictive import positive, prior_rows, refuse_improper
 from ppl_gen.errors import require_seed
 from ppl_gen.fits.preparing import prepared
@@ -59,6 +61,8 @@ def prior_predictive(program: Any, data: Any, *, draws: int = 1000, seed: int = 
         with drawn_too(built, batch), explained(built, batch, "model"):
             trace = poutine.trace(built.model).get_trace(*batch.args, **batch.kwargs)
         refuse_improper(built.name, {n for n, node in trace.nodes.items() if is_sample(node) and is_flat(node["fn"])})
+        if any(isinstance(node["fn"], Unit) for node in trace.nodes.values() if node["type"] == "sample"):
+            refuse_weighed_draws(built.name, unobserved_run(built.model), batch, {}, "prior_predictive")
         found = prior_rows(built.model, batch, draws)
         split = [name.removesuffix("_observed") for name in found if name.endswith("_observed")]
         halves = {f"{n}_{half}" for n in split if {n, f"{n}_unobserved"} <= found.keys() for half in _HALVES}

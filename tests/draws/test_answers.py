@@ -29,7 +29,7 @@ from pyro.infer.autoguide import AutoNormal
 import ppl_gen as pg
 from ppl_gen.data.batching import as_dataset
 from ppl_gen.data.rows import Rows
-from ppl_gen.inference import SVI
+from ppl_gen.inference import SVI, Laplace
 
 pytestmark = pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")  # chains and guides are short on purpose
 
@@ -134,6 +134,16 @@ def test_a_program_that_reads_x_to_make_x_cannot_be_run_forward() -> None:
         with pytest.raises(pg.IncompatibleError, match=r"reads its own observation of x to generate it"):
             fit.sample(4)
 
+    def tokens(x: torch.Tensor) -> None:  # from 1 to 3, of which no other is in the table
+        table = pyro.param("table", 9.0 * torch.eye(3))
+        if not bool(((x >= 1) & (x <= 3)).all()):
+            raise IndexError("tokens count from 1 to 3")
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Categorical(logits=table[x[:, :-1] - 1]).to_event(1), obs=x[:, 1:] - 1)
+
+    with pytest.raises(pg.IncompatibleError, match=r"reads its own observation of x to generate it"):
+        pg.fit(tokens, torch.tensor([[1, 2, 3, 1], [2, 2, 1, 3]]), SVI(steps=2, lr=0.1)).sample(4)
+
     def standardised(x: torch.Tensor) -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(pyro.param("a", torch.zeros(())), 1.0), obs=(x - 3.0) / 2.0)
@@ -218,3 +228,47 @@ def test_what_cannot_be_drawn_is_refused_by_the_name_of_its_site() -> None:
         with pytest.raises(pg.IncompatibleError, match=r"at site 'track': .* no draws \(TODO: draws\)"):
             question()
     assert fit.verdict.grade and "posterior" in fit.to_arviz(draws=3)
+
+
+def test_given_values_stand_along_the_rows_wherever_the_data_plate_has_them() -> None:
+    """One value for each row of a plate at dimension -2, as many as there are columns, went along the columns."""
+    scale = torch.tensor(1e-4)
+
+    def in_front(x):
+        with pyro.plate("data", len(x), dim=-2):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            with pyro.plate("columns", x.shape[1], dim=-1):
+                pyro.sample("x", dist.Normal(a, scale), obs=x)
+
+    def behind(x):
+        with pyro.plate("data", len(x), dim=-1):
+            with pyro.plate("columns", 3, dim=-2):
+                b = pyro.sample("b", dist.Normal(0.0, 1.0))
+                pyro.sample("y", dist.Normal(b, scale), obs=x.T)
+
+    rows, columns = torch.arange(3.0), torch.arange(3.0)[:, None]
+    fit = pg.fit(in_front, torch.randn(5, 3), Laplace(), seed=0)
+    with pytest.raises(ValueError, match=r"'a' has shape \(3,\), expected \(3, 1\)"):
+        fit.sample(3, given={"a": rows})
+    assert torch.allclose(fit.sample(3, given={"a": rows[:, None]})["x"].float(), rows[:, None].expand(3, 3), atol=1e-3)
+    assert torch.allclose(fit.sample(5, given={"a": 2.0})["x"].float(), torch.full((5, 3), 2.0), atol=1e-3)
+    fit = pg.fit(behind, torch.randn(5, 3), Laplace(), seed=0)
+    assert torch.allclose(fit.sample(3, given={"b": rows})["y"].float(), rows.expand(3, 3), atol=1e-3)
+    assert torch.allclose(fit.sample(4, given={"b": columns})["y"].float(), columns.expand(3, 4), atol=1e-3)
+    with pytest.raises(ValueError, match=r"'b' has shape \(4, 3\), expected \(3, 4\)"):
+        fit.sample(4, given={"b": torch.zeros(4, 3)})
+
+
+def test_inputs_of_whole_numbers_are_not_rounded() -> None:
+    """1.7 was cut to 1 where all x of the data are whole; `fit.predict` took it as it is."""
+
+    def model(x, count, shown):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(1.0 * count * shown, pyro.param("s", torch.tensor(1e-4))), obs=x)
+
+    data = {"x": torch.randn(4), "count": torch.tensor([0, 1, 2, 0]), "shown": torch.ones(4, dtype=torch.bool)}
+    fit = pg.fit(model, data, SVI(steps=1, lr=1e-9), seed=0)
+    for value in (1.0, 1.7):
+        assert torch.allclose(fit.sample(2, given={"count": value})["x"], torch.full((2,), value), atol=1e-3)
+    with pytest.raises(ValueError, match=r"given: 'shown' holds truth values in the data, got \[2.0"):
+        fit.sample(2, given={"shown": 2.0})

@@ -217,6 +217,20 @@ def test_the_marginal_likelihood_of_conjugate_programs() -> None:
     assert abs(joint.marginal_likelihood(draws=300).mean - both_evidence(X8)) < 0.3
 
 
+@pytest.mark.parametrize("where", ["rows", "prior"])
+def test_a_marginal_likelihood_of_scaled_densities_is_told_of(where: str) -> None:
+    def tempered(x: torch.Tensor) -> None:
+        with pyro.poutine.scale(scale=0.1 if where == "prior" else 1.0):
+            loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=2.0 if where == "rows" else 1.0):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    name = {"rows": "x", "prior": "loc"}[where]
+    fit = pg.fit(pg.Program(tempered, AutoNormal), X8, STILL)
+    with pytest.warns(UserWarning, match=f"marginal_likelihood: 'tempered' weighs {name} by a scale of its own"):
+        fit.marginal_likelihood(draws=20)
+
+
 def test_the_bound_the_evidence_and_the_marginal_likelihood_are_three_numbers() -> None:
     fit = pg.fit(pg.Program(conjugate, conjugate_guide), X8, SVI(steps=500, lr=0.02), seed=0)
     bound = -8 * float(fit.history["program_loss"][-100:].mean())

@@ -165,3 +165,33 @@ def test_critics_that_see_too_few_numbers_are_told_what_stands_beside_the_row():
     for program in (of_an_argument, of_a_site):
         with pytest.raises(ValueError, match=r"critics: x \(joined with y, which x may be made from\).*\(256, 5\)"):
             pg.fit(program, DATA, SVI(ConditionalAdversarial({"x": nn.Linear(2, 1)}), steps=3, batch_size=64), seed=0)
+
+
+def test_labels_and_inputs_that_take_no_other_values_are_conditions_too():
+    """An embedding has no row for a blanked label that counts from one, and a program may refuse an exposure of zero."""
+
+    def checked(exposure):
+        if bool((exposure <= 0.0).any()):
+            raise ValueError("an exposure is above zero")
+        return exposure
+
+    @pg.Recipe
+    def picky(data):
+        table, network = nn.Embedding(3, 3), generator()
+
+        def model(x, y, exposure):
+            pyro.module("table", table)
+            pyro.module("network", network)
+            with pyro.plate("data", len(y)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0)) * checked(exposure)
+                rows = network(torch.cat([z.unsqueeze(-1), z.unsqueeze(-1), table(y - 1)], -1))
+                pyro.sample("x", dist.Delta(rows, event_dim=1), obs=x)
+
+        return pg.Program(model)
+
+    data = {"x": ROWS, "y": LABELS + 1, "exposure": 1.0 + torch.rand(600, generator=torch.Generator().manual_seed(1))}
+    fit = pg.fit(picky, data, SVI(ConditionalAdversarial(), steps=1), seed=0)
+    assert fit.notes["critics see"] == "y and exposure beside what is made"
+    assert fit.module("critic")["x"](torch.zeros(1, 2 + 4 + 1)).numel() == 1  # labels from 0 to 3
+    with pytest.warns(pg.FitWarning, match="x is made from y and exposure, which the critic does not see"):
+        pg.fit(picky, data, SVI(Adversarial(), steps=1), seed=0)

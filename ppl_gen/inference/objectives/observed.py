@@ -25,6 +25,7 @@ __all__ = [
     "compared_sites",
     "entries_read",
     "hidden_as_zero",
+    "on_other_entries",
     "reached_from",
     "reads_own_observation",
     "refuse_own_observation",
@@ -203,10 +204,9 @@ def reads_own_observation(run: Callable[[Batch], poutine.Trace], batch: Batch, n
     with without_side_effects():
         first = run(batch)
     found = set()
-    for _, other in _blanked_each(batch):
-        second = _run_on(run, other)
+    for _, second in on_other_entries(run, batch):
         for name in names:
-            if second is not None and name in first.nodes and name in second.nodes:
+            if name in first.nodes and name in second.nodes:
                 one, two = first.nodes[name], second.nodes[name]
                 if _differ(one["infer"].get("obs"), two["infer"].get("obs")) and _differ(one["value"], two["value"]):
                     found.add(name)
@@ -221,10 +221,9 @@ def entries_read(run: Callable[[Batch], poutine.Trace], batch: Batch, names: Col
     with without_side_effects():
         first = run(batch)
     found: list[int | str] = []
-    for place, other in _blanked_each(batch):
-        second = _run_on(run, other)
-        held = [name for name in names if second is not None and name in first.nodes and name in second.nodes]
-        pairs = [(first.nodes[name], second.nodes[name]) for name in held] if second is not None else []
+    for place, second in on_other_entries(run, batch):
+        held = [name for name in names if name in first.nodes and name in second.nodes]
+        pairs = [(first.nodes[name], second.nodes[name]) for name in held]
         if any(_differ(one["value"], two["value"]) for one, two in pairs) and not any(
             _differ(one["infer"].get("obs"), two["infer"].get("obs")) for one, two in pairs
         ):
@@ -233,7 +232,7 @@ def entries_read(run: Callable[[Batch], poutine.Trace], batch: Batch, names: Col
 
 
 def _run_on(run: Callable[[Batch], poutine.Trace], batch: Batch) -> poutine.Trace | None:
-    """A trace on blanked entries; None where one cannot be anything else (an index, say)."""
+    """A trace on other entries; None where the program has no place for these values (an index, say)."""
     try:
         with without_side_effects():
             return run(batch)
@@ -259,13 +258,22 @@ def reached_from(model: Callable[..., Any], batch: Batch, latents: Sequence[str]
     return [name for name in first if name in second and _differ(first[name], second[name])]
 
 
-def _blanked_each(batch: Batch) -> Iterator[tuple[int | str, Batch]]:
-    for i, value in enumerate(batch.args):
+def on_other_entries(run: Callable[[Batch], poutine.Trace], batch: Batch) -> Iterator[tuple[int | str, poutine.Trace]]:
+    """Traces in which one entry is another: blanked, or values that occur in it where the program needs such."""
+    entries: list[tuple[int | str, Any]] = [*enumerate(batch.args), *batch.kwargs.items()]
+    for place, value in entries:
         if isinstance(value, Tensor):
-            yield i, replace(batch, args=(*batch.args[:i], _blanked(value), *batch.args[i + 1 :]))
-    for key, value in batch.kwargs.items():
-        if isinstance(value, Tensor):
-            yield key, replace(batch, kwargs={**batch.kwargs, key: _blanked(value)})
+            for other in (_blanked(value), _exchanged(value)):
+                trace = _run_on(run, _with_entry(batch, place, other))
+                if trace is not None:
+                    yield place, trace
+                    break
+
+
+def _with_entry(batch: Batch, place: int | str, value: Tensor) -> Batch:
+    if isinstance(place, int):
+        return replace(batch, args=(*batch.args[:place], value, *batch.args[place + 1 :]))
+    return replace(batch, kwargs={**batch.kwargs, place: value})
 
 
 def _differ(one: Any, two: Any) -> bool:
@@ -275,3 +283,9 @@ def _differ(one: Any, two: Any) -> bool:
 def _blanked(value: Tensor) -> Tensor:
     """Other values of the same kind, different in every entry: one for zero, zero for the rest."""
     return (value == 0).to(value.dtype)
+
+
+def _exchanged(value: Tensor) -> Tensor:
+    """Each value for the next larger one that occurs, the largest for the smallest: labels that count from one, say."""
+    known, which = value.unique(return_inverse=True)
+    return known.roll(-1)[which]
