@@ -14,6 +14,7 @@ from torch import Tensor
 from ppl_gen.data.arrays import check_extent, check_finite, where_missing
 from ppl_gen.data.calls import Constant, as_call, by_step
 from ppl_gen.data.dataset import FEW, LARGE, Batch, Dataset
+from ppl_gen.data.frames import check_indices, frames
 from ppl_gen.data.on_disk import RowsOnDisk
 from ppl_gen.data.sources import collected
 from ppl_gen.data.streamed import StreamedRows, as_stream_dataset
@@ -66,6 +67,7 @@ def as_dataset(
         check_extent(name, torch.empty((), device="meta"))  # rows before, and now a single number
     entries = {name: _rows_first(value, data_dim) for name, value in call.entries.items()}
     rows = _common_rows(entries)
+    check_indices(frames(original, call.order, next(iter(entries), "data")))
     values = {**entries, **call.constants}
     if dtype is None:
         dtype = torch.float64 if any(map(is_double, values.values())) else torch.float32

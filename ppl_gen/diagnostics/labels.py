@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ppl_gen.data.frames import frames
+
 if TYPE_CHECKING:
     from ppl_gen.data.batching import Dataset
     from ppl_gen.program.info import ProgramInfo, Site
@@ -87,7 +89,7 @@ def column_dims(info: ProgramInfo, data: Dataset, shapes: Shapes, whole: Dataset
 def pandas_coords(info: ProgramInfo, data: Dataset, rows: int | None = None) -> dict[str, list[Any]]:
     """Index and columns of the pandas objects that the data were given as, the first ``rows`` of them."""
     coords = {}
-    indices = [list(part.index) for part in _frames(data).values() if len(part) == data.rows]
+    indices = [list(part.index) for part in _named(data).values() if len(part) == data.rows]
     if info.data_plate is not None and indices and all(index == indices[0] for index in indices):
         coords[info.data_plate] = plain(indices[0][:rows])
     for name in data.entries:
@@ -113,23 +115,13 @@ def plain(values: Sequence[Any]) -> list[Any]:
 
 def _columns(data: Dataset, name: str) -> list[Any] | None:
     """Names of the columns of an entry that was given as a table."""
-    frame, value = _frames(data).get(name), data.entries.get(name)
+    frame, value = _named(data).get(name), data.entries.get(name)
     if frame is None or value is None or value.ndim != 2 or not hasattr(frame, "columns"):
         return None
     columns = list(frame.columns)
     return columns if len(columns) == value.shape[1] else None
 
 
-def _frames(data: Dataset) -> dict[str, Any]:
-    """The pandas objects among what was given, by the entry that they became (a frame of arguments: any name)."""
-    given = data.original
-    if _is_pandas(given):
-        return {next(iter(data.entries), "data"): given}
-    if isinstance(given, tuple) and len(given) == len(data.order):
-        given = dict(zip(data.order, given, strict=True))
-    parts = given.items() if isinstance(given, Mapping) else ()
-    return {str(name): value for name, value in parts if _is_pandas(value)}
-
-
-def _is_pandas(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] == "pandas" and hasattr(value, "index") and hasattr(value, "iloc")
+def _named(data: Dataset) -> dict[str, Any]:
+    """The pandas objects among what was given (a frame of arguments: any name)."""
+    return frames(data.original, data.order, next(iter(data.entries), "data"))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import string
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyro
 from pyro import poutine
 
 from ppl_gen.capture.domains import refuse_outside
 from ppl_gen.data.batching import Batch, Dataset
+from ppl_gen.data.frames import check_column_names, frames
 from ppl_gen.data.masks import refuse_unread_masks
 from ppl_gen.draws.predictive import global_draws
 from ppl_gen.enumeration.finite_globals import summed_globals
@@ -44,6 +45,7 @@ def check_rows(fit: Fit, data: Dataset) -> None:
     idle = data.read - {*data.entries, *data.constants}  # a recipe read them once, and is not asked about new rows
     refuse_unread_masks(data, (*data.left_out, *idle), fit.program.name)
     _refuse_own_latents(fit, data)
+    check_column_names("data", _frames(data), _frames(fit.data))
     if data.missing:
         with fit.bound():
             refuse_read_nan(fit.program.model, data)
@@ -154,6 +156,11 @@ def check_columns(name: str, held: Dataset, train: Dataset) -> None:
         if held.entries[entry].shape[1:] != value.shape[1:]:
             got, expected = tuple(held.entries[entry].shape), ("rows", *value.shape[1:])
             raise ValueError(f"{name}: expected {entry!r} of shape {expected} as in training, got {got}")
+    check_column_names(name, _frames(held), _frames(train))
+
+
+def _frames(data: Dataset) -> dict[str, Any]:
+    return frames(data.original, data.order, next(iter(data.entries), "data"))
 
 
 def _columns(data: Dataset) -> dict[str, tuple[int, ...]]:

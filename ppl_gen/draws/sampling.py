@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.distributions import Unit
+from pyro.poutine import Trace
 from torch import Tensor
 
 from ppl_gen.data.batching import Batch
@@ -60,6 +61,7 @@ def sample_rows(
             if fit.info.select(kind="factor"):
                 refuse_weighed_draws(fit.program.name, partial(run, fit, replicate=True), batch, values, "sample")
             trace = run(fit, batch, values, replicate=True)
+            _refuse_unheeded(fit, batch, values, trace, given)
         nodes, halves = trace.nodes.items(), fit.info.halves
         return {
             name: node["value"].detach()
@@ -173,6 +175,27 @@ def _spread(name: str, value: Tensor, shape: tuple[int, ...], *, whole: bool = F
     if not fits or (whole and spread.shape != shape):
         raise ValueError(f"given: {name!r} has shape {tuple(value.shape)}, expected {shape} or one value for all rows")
     return spread
+
+
+def _refuse_unheeded(
+    fit: Fit, batch: Batch, values: Mapping[str, Tensor], trace: Trace, given: Collection[str]
+) -> None:
+    """Raise ValueError for what was given and decides nothing: computed values, and observations by another name."""
+    nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+    for name in sorted(set(given) & set(fit.info.sites)):
+        value = nodes[name]["value"] if name in nodes else None
+        heeded = value is not None and value.shape == values[name].shape and bool((value == values[name]).all())
+        if not heeded and name not in fit.info.partly_observed:
+            how = "is computed by the program" if name in nodes else "is not reached"
+            raise ValueError(f"given: {name!r} {how}, so it cannot be fixed; give values of what it is computed from")
+    for name in sorted(set(given) - set(fit.info.sites)):
+        at = fit.data.positional.index(name) if name in fit.data.positional else None
+        value = batch.kwargs[name] if at is None else batch.args[at]
+        if found := [site for site, node in nodes.items() if node["infer"].get("obs") is value]:
+            raise ValueError(
+                f"given: {name!r} is what is observed at {found[0]!r}, which is drawn here; to fix that, give "
+                f"{{{found[0]!r}: ...}}"
+            )
 
 
 def _refuse_teacher_forcing(fit: Fit, batch: Batch, values: Mapping[str, Tensor]) -> None:

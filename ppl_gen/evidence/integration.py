@@ -117,7 +117,10 @@ def row_integral(fit: Fit, batch: Batch, theta: Mapping[str, Tensor], rows: int)
             warn_of_scales(fit, trace, "evidence", rest, stacklevel=4)
         missing = [name for name in there if not trace.nodes[name]["is_observed"]]
         idle = leaves(fit.joint, batch, missing, theta) if missing and not offered else []
-    unmeasured = {name: replace(fit.info.sites[name], kind="latent") for name in missing}
+    kinds = {
+        name: "predicted" if name in idle else "latent" for name in missing
+    }  # `Fit.joint` has no density of leaves
+    unmeasured = {name: replace(fit.info.sites[name], kind=kind) for name, kind in kinds.items()}
     fit = replace(fit, info=replace(fit.info, sites={**fit.info.sites, **unmeasured}))
     free = [site for site in fit.info.select() if site.name not in idle and site.name not in theta]
     drawn = tuple(site.name for site in free if not site.finite and (site.local or site.name in missing))

@@ -272,3 +272,20 @@ def test_inputs_of_whole_numbers_are_not_rounded() -> None:
         assert torch.allclose(fit.sample(2, given={"count": value})["x"], torch.full((2,), value), atol=1e-3)
     with pytest.raises(ValueError, match=r"given: 'shown' holds truth values in the data, got \[2.0"):
         fit.sample(2, given={"shown": 2.0})
+
+
+def test_what_is_given_and_decides_nothing_is_refused() -> None:
+    def model(x, t):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            e = pyro.sample("e", dist.Normal(0.0, 1.0))
+            theta = pyro.deterministic("theta", mu + e + t)
+            pyro.sample("seen", dist.Normal(theta, 1e-4), obs=x)
+
+    fit = pg.fit(model, {"x": torch.randn(4), "t": torch.zeros(4)}, SVI(steps=1), seed=0)
+    assert torch.allclose(fit.sample(3, given={"mu": 1.0, "e": 2.0, "t": 3.0})["seen"], torch.tensor(6.0), atol=1e-3)
+    assert fit.sample(3, given={"seen": 2.0})["seen"].tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(ValueError, match="given: 'theta' is computed by the program, so it cannot be fixed"):
+        fit.sample(3, given={"theta": 2.0})
+    with pytest.raises(ValueError, match=r"given: 'x' is what is observed at 'seen'.*give {'seen': ...}"):
+        fit.sample(3, given={"x": 2.0})
