@@ -42,7 +42,7 @@ TABLE: dict[str, dict[type[Exception], str]] = {
             pg.check(dbm(4), x)  ->  data: a dbm takes zeros and ones
             pg.check(helmholtz(4), x)  ->  data: a helmholtz takes zeros and ones
             pg.check(gaussian_rbm(4), x[:1])  ->  data: column(s) 0, 1, 2, 3 are constant
-            pg.check(energy_model(nn.Identity()), x)  ->  network: expected one number for each of 2 rows
+            pg.check(energy_model(nn.Identity()), x)  ->  network: expected one number for each of 4 rows
             pg.check(char_rnn(3), torch.full((2, 5), 3))  ->  data: char_rnn(symbols=3): expected codes from 0 to 2
             pg.check(char_rnn(3), {"x": torch.zeros(2, 5).long(), "lengths": torch.tensor([6, 5])})  ->  lengths: expected
             pg.check(classifier(2), x)  ->  data: classifier reads labels from the entry 'y'

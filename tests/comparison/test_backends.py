@@ -79,6 +79,7 @@ def one_died(spread, said="its process ended before the fit was judged: it exite
     assert (line.status, line.message, line.fit) == ("failed", said, None)
 
 
+@pytest.mark.slow
 def test_whatever_ends_a_process_is_a_row_and_the_others_finish(alone) -> None:
     dying = {"gone": Dying("exit"), "killed": Dying("kill"), "left": Dying("sys.exit")}
     spread = pg.compare(model, X, {**dying, **FITS}, n_jobs=2)

@@ -110,6 +110,7 @@ def test_a_row_that_was_under_way_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     same(whole, rest)
 
 
+@pytest.mark.slow
 def test_rows_in_other_processes_are_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     algorithms = {"EM": EM(steps=3), "longer": EM(steps=4)}
     first = compared(tmp_path, algorithms, n_jobs=2)

@@ -278,6 +278,7 @@ def test_what_cannot_be_drawn_given_rows_is_refused_by_name() -> None:
         fit.posterior(torch.tensor([0.5, 7.0]), 10)
 
 
+@pytest.mark.slow
 def test_rows_whose_chains_do_not_settle_are_named() -> None:
     """A density without slopes, in which a chain can only guess, and which few draws of the prior hit."""
 

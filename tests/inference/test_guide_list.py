@@ -64,7 +64,7 @@ def amortised() -> tuple[Callable[[Tensor], None], nn.Linear]:
     return local, net
 
 
-@pytest.mark.parametrize("batch_size", [None, 10])
+@pytest.mark.parametrize("batch_size", [pytest.param(None, marks=pytest.mark.slow), 10])
 def test_shared_and_amortised_parts_reach_the_closed_form(batch_size: int | None) -> None:
     local, net = amortised()
     before = net.weight.detach().clone()

@@ -291,6 +291,7 @@ def test_interrupt_before_the_first_draw_is_passed_on() -> None:
         pg.fit(conjugate, DATA, NUTS(draws=10, warmup=50, chains=2, processes=1), callbacks=[interrupt_at(0.1, 120)])
 
 
+@pytest.mark.slow
 def test_interrupt_of_workers_keeps_what_was_drawn() -> None:
     nuts = NUTS(draws=3000, warmup=20, chains=2, processes=2, sampler="pyro")
     fit = pg.fit(conjugate, DATA, nuts, seed=2, callbacks=[interrupt_at(0.02, 6040)])

@@ -224,6 +224,7 @@ def energy_distance(a, b):
     return float(2 * torch.cdist(a, b).mean() - within(a) - within(b))
 
 
+@pytest.mark.slow
 def test_trained_on_a_ring_it_finds_every_mode():
     centres, x = ring(1000)
     _, new = ring(1000)
