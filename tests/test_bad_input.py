@@ -91,6 +91,7 @@ def test_the_site_shows_every_part_of_the_table() -> None:
     assert shown == list(dict.fromkeys(case.part for case in CASES))
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_serve_where_pythons_do(folder: Path) -> None:
     two, half = np.int64(2), np.float32(0.5)
     for build in (

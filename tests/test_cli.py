@@ -110,6 +110,7 @@ def test_compare_saves_a_folder(folder, capsys) -> None:
     assert kept.startswith(f"{contents}/fits/") and (folder / "kept" / kept / "fit.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # two interpreters start
 def test_a_program_of_a_file_travels_to_other_processes(folder, capsys) -> None:
     code, out, err = _said(

@@ -245,6 +245,7 @@ def test_pg_fit_gives_the_same_bits(result) -> None:
         assert torch.equal(value, result["good", 5].params[name])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_process_with_other_weights_is_found_out(tmp_path, monkeypatch) -> None:
     """A module is imported again in the other process; weights that it draws at random differ there."""

@@ -70,6 +70,7 @@ def no_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pg.Fit, "diagnose", lambda *_, **__: pytest.fail("a diagnosis"))
 
 
+@pytest.mark.slow
 def test_finished_rows_are_not_made_again_and_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compared(tmp_path)
     assert first.facts["rows kept"].startswith("0 of 4")

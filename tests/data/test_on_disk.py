@@ -221,6 +221,7 @@ def test_memory_does_not_grow_with_the_file(gib, held) -> None:
     assert steps[-1]["step"].startswith("compare") and steps[-1]["peak"] < 2048
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set under /proc")
 def test_reading_a_file_does_not_fill_the_process(tmp_path) -> None:
     """Half a GiB of rows, read three times over in any order; through the map, the pages read would be resident."""

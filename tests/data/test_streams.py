@@ -195,6 +195,7 @@ def test_a_comparison_in_processes_walks_the_stream_in_each() -> None:
         assert torch.equal(mine.evidence.values, other.evidence.values) and other.fit.data.rows == 60
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set under /proc")
 def test_memory_does_not_grow_with_the_stream() -> None:
     """Two passes of 2 GiB each, 8 MiB at a time."""

@@ -256,6 +256,7 @@ def test_summary_of_what_is_not_there_is_refused():
         bridge.az_summary(tree, [], chains=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not OLD, reason="only ArviZ 0.23 announces ArviZ 1 on import")
 def test_arviz_notice_is_silenced_where_it_is_due(tmp_path):
     """The notice comes once a day and user: a fresh cache folder makes it due. The control shows that it was."""

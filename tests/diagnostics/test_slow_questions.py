@@ -41,6 +41,7 @@ def sequential():
     return pg.fit(rows_one_by_one, torch.linspace(-1.0, 2.0, 6), SVI(steps=300, lr=0.05), seed=0)
 
 
+@pytest.mark.slow
 def test_draws_together_are_distributed_as_draws_one_by_one(sequential, monkeypatch) -> None:
     runs, once = [], replicates.run
     monkeypatch.setattr(replicates, "run", lambda *a, **k: runs.append(1) or once(*a, **k))
@@ -147,6 +148,7 @@ class Dear:
             pyro.sample("z", dist.Normal(a * y, 0.7))
 
 
+@pytest.mark.slow
 def test_dear_rows_of_a_short_fit_are_weighed_by_fewer_draws() -> None:
     dear = Dear()
     fit = pg.fit(

@@ -247,6 +247,7 @@ def test_counts_without_a_bound_are_weighed_or_refused() -> None:
         fit.posterior(torch.tensor([4.0, 40.0]), 10)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_given_rows_is_refused_by_name() -> None:
     def tied(x):
         with pyro.plate("data", len(x)):

@@ -108,6 +108,7 @@ def test_the_indicators_go_with_the_slopes_they_were_drawn_for(spiked: pg.Fit) -
         assert bool(((mine.mean(0) - means[k]).abs() < error).all()), k
 
 
+@pytest.mark.slow
 def test_predictions_and_samples_of_new_rows_follow_the_training_rows(spiked: pg.Fit) -> None:
     weights, means, covariances, _ = spike_exact()
     at = torch.tensor([[1.0, 1.0]], **F64)

@@ -39,6 +39,7 @@ def _check(found: dict[str, Any], kills: int) -> None:
     assert any(lost is not None for lost in found["lost"])
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments(tmp_path: Path) -> None:
     _check(_found(tmp_path, "random", "3"), 3)
 

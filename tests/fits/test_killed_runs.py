@@ -39,6 +39,7 @@ def test_a_signal_gives_the_partial_fit_and_puts_everything_back(number: int) ->
     assert run.out[-1] == "AS BEFORE" and run.err == ""
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_comparison_keeps_the_partial_fits_of_its_processes() -> None:
     # Either of the two fits that run may step first: the quick one has four seconds to come to its five steps.
     run = ended("compare", [(4.0, signal.SIGINT)], after="STEPPING", group=True)

@@ -233,7 +233,7 @@ def test_a_guide_in_use_whose_first_values_hang_on_parameters_is_copied():
 
 
 @pytest.mark.parametrize("made", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["class", "instance"])
-@pytest.mark.parametrize("kind", [auto.AutoGaussian, auto.AutoStructured])
+@pytest.mark.parametrize("kind", [auto.AutoGaussian, pytest.param(auto.AutoStructured, marks=pytest.mark.slow)])
 def test_guides_by_dependencies_see_what_observations_tie_together(kind, made):
     """Of two standard normals, whose sum four rows see with unit noise, the posterior has precision I + 4 (1, 1)(1, 1)'.
 

@@ -255,6 +255,7 @@ for program in (model, branching):
 """
 
 
+@pytest.mark.slow
 def test_a_script_needs_no_main_guard(tmp_path) -> None:
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)

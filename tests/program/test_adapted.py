@@ -234,6 +234,7 @@ def transposed(words):
     topics(words.T)
 
 
+@pytest.mark.slow
 def test_rows_may_be_another_dimension(tmp_path) -> None:
     """Documents as columns, and as rows of a transposed program: the same fit, the same answers."""
     program = pg.Program(topics, data_plate="documents", data_dim=1)

@@ -257,6 +257,7 @@ def a_finite_global(strict: bool) -> Callable[[Tensor], None]:
     return model
 
 
+@pytest.mark.slow
 def test_a_finite_global_takes_its_value_while_the_rows_are_summed():
     fits = [pg.fit(a_finite_global(strict), X, EM(), seed=0) for strict in (True, False)]
     evidence = [fit.evidence(X).mean for fit in fits]

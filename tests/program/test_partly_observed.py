@@ -204,6 +204,7 @@ def test_a_finite_missing_part_is_summed_once_in_each_row() -> None:
     torch.testing.assert_close(fit.evidence().values.float(), right, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_local_latents_of_rows_without_an_outcome_follow_their_prior() -> None:
     def model(ok, y=None):
         with pyro.plate("data", len(ok)):

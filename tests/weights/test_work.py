@@ -76,6 +76,7 @@ class Long:
             pyro.sample("y", dist.Normal(slope, 1.0), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ppl_gen.FitWarning")
 def test_long_programs_are_drawn_and_judged_less_often(monkeypatch, tmp_path) -> None:
     fit = fitted(Long(), torch.zeros(4))
