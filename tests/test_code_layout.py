@@ -217,6 +217,7 @@ print("fitted", len(fits))
     assert "fitted 2" in _run(code)
 
 
+@pytest.mark.slow
 def test_import_costs_little_beyond_pyro() -> None:
     code = "import time, pyro; start = time.process_time(); import ppl_gen; print(time.process_time() - start)"
     # The least processor time of several runs, since other processes only ever add to it; bytecode of the first run is cached in

@@ -206,6 +206,7 @@ def test_ctrl_c_keeps_what_is_done_and_ends_the_rest() -> None:
 # One process and two.
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # two interpreters start
 def test_two_processes_give_the_same_bits() -> None:
     net = nn.Linear(1, 1)

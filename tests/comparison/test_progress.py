@@ -92,6 +92,7 @@ def test_fits_under_way_are_those_begun_and_not_done(tmp_path):
     assert names() == "c, seed 1"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # two interpreters start
 def test_a_comparison_in_processes_shows_what_runs(capsys):
     result = pg.compare(model, X, {"a": SVI(steps=2000), "b": SVI(steps=2000)}, n_jobs=2, progress=True)

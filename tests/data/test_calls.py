@@ -335,7 +335,8 @@ def test_models_with_arguments_by_position_only() -> None:
     assert one.records["program_loss"] == two.records["program_loss"]
 
 
-@pytest.mark.parametrize("form", [pytest.param("tuple", marks=pytest.mark.slow), "dataset"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["tuple", "dataset"])
 def test_recipes_and_comparisons_take_labelled_rows(form: str) -> None:
     from ppl_gen.models import m2, ppca
 

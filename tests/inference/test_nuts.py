@@ -275,6 +275,7 @@ def interrupt_at(fraction, total):
     return callback
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_what_was_drawn() -> None:
     nuts = NUTS(draws=100, warmup=50, chains=2, processes=1, sampler="pyro")
     fit = pg.fit(conjugate, DATA, nuts, seed=2, callbacks=[interrupt_at(0.9, 300)])
