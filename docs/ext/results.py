@@ -15,7 +15,7 @@ def copy(app: Sphinx) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for file in (TOP / "benchmarks" / "results").iterdir():
-        if file.suffix in (".md", ".png"):
+        if file.suffix in (".md", ".png", ".csv"):
             shutil.copy(file, folder / file.name)
 
 
