@@ -33,10 +33,10 @@ class AdversarialTraining(Objective):
     projection to the ball (and to ``bounds``); along the sign of the slope for the norm "inf", along the slope for "2".
     With one step of length epsilon and the norm "inf" it is the fast gradient sign method. Where the loss of a row is a
     falling function of one linear score, as in logistic regression, one step is the exact maximum, and the score falls
-    by :math:`\epsilon \lVert w \rVert_1` (norm "inf") or :math:`\epsilon \lVert w \rVert_2` (norm "2"); elsewhere it
-    is a lower bound of it, so that a small loss is no proof of robustness. The adversary keeps nothing from batch to batch and so has no parameters in the fit; it
-    meets networks as they are in training, dropout drawn anew at every step, and leaves the running averages of batch
-    norm alone.
+    by :math:`\epsilon \lVert w \rVert_1` (norm "inf") or :math:`\epsilon \lVert w \rVert_2` (norm "2"); elsewhere it is
+    a lower bound of it, so that a small loss is no proof of robustness. The adversary keeps nothing from batch to batch
+    and so has no parameters in the fit; it meets networks as they are in training, dropout drawn anew at every step,
+    and leaves the running averages of batch norm alone.
 
     Losses are those of the other objective at the moved rows, the program's own terms with it. The history keeps its
     parts, and ``clean_loss``, its loss at the rows as given.
