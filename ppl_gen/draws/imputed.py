@@ -59,9 +59,8 @@ def _check_completed(made: Any, x: Tensor, seen: Tensor) -> None:
             f"imputes: it has to give a mapping with completed rows of shape {tuple(seen.shape)} at 'x', got {got}"
         )
     given = x.double().repeat(len(seen) // len(x), *[1] * (x.dim() - 1))
-    if bool(
-        (seen & ~torch.isclose(value.double(), given, rtol=1e-4, atol=1e-6)).any()
-    ):  # it may be in single precision
+    kept = torch.isclose(value.double(), given, rtol=1e-4, atol=1e-6)  # what is made may be in single precision
+    if bool((seen & ~kept).any()):
         raise ValueError("imputes: it has to leave what the mask says is seen as it is, and gives other values there")
 
 

@@ -147,8 +147,8 @@ class _EnergyGame(Game):
         self.rows = rows_compared(setting, sites)
         refuse_own_observation(setting, sites)
         with without_side_effects():
-            real, _ = self.rows(setting.sample())
-            hidden = self.rows.hidden(setting.sample())
+            some = setting.sample()
+            (real, _), hidden = self.rows(some), self.rows.hidden(some)
         if hidden:
             raise IncompatibleError(
                 f"the program {setting.program.name!r} hides entries of {', '.join(hidden)} by a mask: the noise of "
