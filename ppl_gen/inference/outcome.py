@@ -59,7 +59,7 @@ def _note(objective: Objective, state: State, run: Run) -> None:
             f"{', '.join(unmoved[:5])}{more}: no gradient of the loss reaches them, as behind .detach(), .item() "
             "or a comparison"
         )
-    if not any("density" in need for need in objective.needs):
+    if not objective.uses_density:
         run.notes["game"] = f"{objective.label} does not use the density: look at samples, not at the loss"
 
 

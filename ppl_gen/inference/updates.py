@@ -191,7 +191,7 @@ class State:
         except ValueError as error:
             if "invalid values" in str(error) and ("nan" in str(error) or "inf" in str(error)):
                 raise self._ended(f"the first step is not finite: {error}") from error
-            if where := impossible(self.run.program.model, self.guide, batch):
+            if where := self._impossible(batch):
                 raise self._ended(f"the loss is not finite at step 0: {where}") from error
             raise
 
@@ -202,9 +202,13 @@ class State:
             return
         for module, name, kept in buffers:
             module._buffers[name] = kept
-        where = "" if bool(step.value.isfinite()) else impossible(self.run.program.model, self.guide, batch)
+        where = "" if bool(step.value.isfinite()) else self._impossible(batch)
         said = f"the loss is not finite at step {self.count}: {where}" if where else ""
         raise self._ended(said or self._complaint(player, step.value, norm))
+
+    def _impossible(self, batch: Batch) -> str:
+        """What a density of zero explains; nothing to a loss that has no density in it."""
+        return impossible(self.run.program.model, self.guide, batch) if self.svi.objective.uses_density else ""
 
     def _ended(self, text: str) -> NonFiniteStepError:
         return NonFiniteStepError(text, self.count)

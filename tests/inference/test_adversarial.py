@@ -634,3 +634,19 @@ def test_a_row_left_over_that_batch_norm_cannot_take_is_told_before_the_first_st
     with pytest.raises(ValueError, match=r"batch_size: batch norm .* \(64 rows in batches of 1\)"):
         status(64, 1)
     assert status(66, 32) == status(64, None) == "finished"
+
+
+def test_a_loss_that_is_not_finite_is_not_put_down_to_a_density_that_the_game_does_not_use():
+    class Steep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.height = nn.Parameter(torch.tensor(0.01))
+
+        def forward(self, x):
+            return x * (1e3 * self.height.square()).exp()
+
+    x = 3 + torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
+    objective = Adversarial("kl", critic=Steep(), penalty="none")
+    with pytest.raises(pg.NonFiniteError, match="of player .* is not finite") as found:
+        pg.fit(gan(latent=1, hidden=(2,)), x, SVI(objective, steps=50, lr={"critic": 10.0, "program": 1e-12}), seed=0)
+    assert "impossible" not in str(found.value) and "guide" not in str(found.value)

@@ -59,6 +59,11 @@ class Objective(ABC):
     def needs(self) -> Sequence[Need]:
         """What a program must offer."""
 
+    @property
+    def uses_density(self) -> bool:
+        """Whether the program's density is part of what is optimised."""
+        return any("density" in need for need in self.needs)
+
     #: Whether a guide takes part; without one SVI does not make a default guide.
     uses_guide: bool = True
 
